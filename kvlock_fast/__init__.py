@@ -1,0 +1,48 @@
+"""KV-Lock for diffusers video models: training-free editing with the background locked to the source's keys and values.
+
+Light to import: torch and diffusers are loaded by the first attribute that needs them.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from kvlock_fast.version import __version__
+
+if TYPE_CHECKING:
+    from kvlock_fast import ops
+    from kvlock_fast.capabilities import capabilities
+    from kvlock_fast.config import CacheConfig, LockConfig
+    from kvlock_fast.errors import InputError
+    from kvlock_fast.pipeline import EditOutput, KVLockPipeline
+
+__all__ = [
+    "CacheConfig",
+    "EditOutput",
+    "InputError",
+    "KVLockPipeline",
+    "LockConfig",
+    "__version__",
+    "capabilities",
+    "ops",
+]
+
+_HOMES = {
+    "CacheConfig": "config",
+    "LockConfig": "config",
+    "InputError": "errors",
+    "KVLockPipeline": "pipeline",
+    "EditOutput": "pipeline",
+    "capabilities": "capabilities",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module("kvlock_fast.ops")
+    if name in _HOMES:
+        return getattr(import_module(f"kvlock_fast.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'kvlock_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

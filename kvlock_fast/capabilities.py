@@ -1,0 +1,37 @@
+"""What this installation can do, as plain values."""
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from kvlock_fast.version import __version__
+
+BACKENDS = {"flash_attn": "flash-attn", "sageattention": "sageattention", "xformers": "xformers"}
+
+
+def installed_version(distribution: str) -> str | None:
+    """Its version, or None where it is not installed; imports nothing."""
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def capabilities() -> dict[str, Any]:
+    """versions, device, families, backends, formats, tiers, presets: names and versions as strings, lists of names."""
+    import torch
+
+    from kvlock_fast.config import PRESETS
+    from kvlock_fast.kernels.quantize import FORMATS
+    from kvlock_fast.models import FAMILIES
+
+    packages = ("torch", "triton", "diffusers", "transformers", "numpy", "av")
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": {"kvlock_fast": __version__, **{name: installed_version(name) for name in packages}},
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "families": list(FAMILIES),
+        "backends": ["reference", "sdpa", *(name for name, dist in BACKENDS.items() if installed_version(dist))],
+        "formats": list(FORMATS),
+        "tiers": ["lockstep"],
+        "presets": list(PRESETS),
+    }

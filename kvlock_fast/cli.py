@@ -1,0 +1,206 @@
+"""The command line, `kvlock-fast`. Only arguments here; the work is done in other rooms, loaded when it begins."""
+
+import shlex
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvlock_fast.errors import InputError
+from kvlock_fast.version import __version__
+
+app = typer.Typer(
+    name="kvlock-fast",
+    help="Edit a region of a video by text; the background stays the source's.",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+class FramesPolicy(StrEnum):
+    pad = "pad"
+    trim = "trim"
+    error = "error"
+
+
+LOCK = "Lock"
+Number = Annotated[float | None, typer.Option(help="Override the preset.")]
+
+
+def _option(text: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, **more)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """HEIGHTxWIDTH as (height, width)."""
+    if text is None:
+        return None
+    height, cross, width = text.lower().partition("x")
+    if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
+        raise InputError(f"--size must be HEIGHTxWIDTH in pixels, like 480x832, got '{text}'")
+    return int(height), int(width)
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Layers as 0,1,5-9."""
+    if text is None:
+        return None
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not (first.isdecimal() and (not dash or last.isdecimal())):
+            raise InputError(f"--layers must be numbers and ranges like 0,1,5-9, got '{text}'")
+        layers += range(int(first), int(last if dash else first) + 1)
+    return tuple(layers)
+
+
+def number_or(word: str, text: str | None, option: str) -> float | str | None:
+    """A number, or the one word that is allowed instead."""
+    if text is None or text == word:
+        return text
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{option} must be a number or '{word}', got '{text}'") from None
+
+
+@app.command()
+def edit(
+    source: Annotated[str, _option("The video: a file, or a folder of images.")],
+    mask: Annotated[str, _option("Where it may change: video, image, folder, .npy, .npz, or box:x,y,w,h.")],
+    source_prompt: Annotated[str, _option("What the source shows.")],
+    prompt: Annotated[list[str], _option("What the edit shall show; once for each edit of the same source.")],
+    output: Annotated[Path, _option("The edit, .mp4 or .mkv (lossless); NAME-1, NAME-2, ... for several prompts.")],
+    model: Annotated[str, _option("A folder, a hub id, or demo (the bundled model).")] = "demo",
+    negative_prompt: Annotated[str | None, _option("What guidance shall lead away from.")] = None,
+    steps: Annotated[int, _option("Denoising steps.")] = 50,
+    guidance: Annotated[float, _option("The guidance scale (omega0); 1 or less: no guidance.")] = 5.0,
+    guidance_2: Annotated[float | None, _option("For the low-noise transformer, where there are two.")] = None,
+    seed: Annotated[int, _option("Of the noise.")] = 0,
+    size: Annotated[str | None, _option("Work at HEIGHTxWIDTH; the source's size if not given.")] = None,
+    max_frames: Annotated[int | None, _option("Use only the first so many frames.")] = None,
+    frames_policy: Annotated[FramesPolicy, _option("For a frame count the model cannot take.")] = FramesPolicy.pad,
+    preset: Annotated[str, _option("Values for all the lock parameters below; see the README.")] = "kvlock",
+    alpha: Annotated[str | None, _option("'dynamic' or a fixed ratio of the source's K and V, 0 to 1.")] = None,
+    omega: Annotated[str | None, _option("'dynamic' or 'constant' guidance scale.")] = None,
+    s_star: Annotated[bool | None, _option("Calibrate guidance by the projection s*.", "--s-star/--no-s-star")] = None,
+    s_star_region: Annotated[str | None, _option("'all' or 'foreground'.")] = None,
+    tau: Annotated[str | None, _option("The variance at which locking saturates, or 'auto'.")] = None,
+    b: Annotated[float | None, _option("The largest factor on the guidance scale.")] = None,
+    window: Annotated[int | None, _option("W: predictions the variance looks back on.")] = None,
+    kappa: Annotated[int | None, _option("How many last steps follow the variance.")] = None,
+    warmup_alpha: Annotated[float | None, _option("Alpha before them.")] = None,
+    alpha_floor: Annotated[float | None, _option("Least alpha.")] = None,
+    omega_floor: Annotated[float | None, _option("Least guidance scale.")] = None,
+    detection: Annotated[str | None, _option("Variance over 'foreground' or 'global'.")] = None,
+    layers: Annotated[str | None, _option("Locked self-attention layers, like 0-11,15; all if not given.")] = None,
+    background_latents: Annotated[str | None, _option("'model' (K/V locking alone) or 'source'.")] = None,
+    source_path: Annotated[str | None, _option("'renoise' or 'invert'.")] = None,
+    inversion_solver: Annotated[str | None, _option("'euler' or 'heun'.")] = None,
+    zero_init_steps: Annotated[int | None, _option("First steps with a prediction of 0.")] = None,
+    guidance_batching: Annotated[str | None, _option("'separate' or 'batched' forwards, or 'auto'.")] = None,
+    composite: Annotated[bool, _option("Paste the source's background back, at its size.")] = False,
+    feather: Annotated[int, _option("Pixels outside the mask over which --composite mixes.")] = 8,
+    trace: Annotated[Path | None, _option("Write what happened at each step, as JSON.")] = None,
+    report: Annotated[Path | None, _option("Write an HTML page about the edit.")] = None,
+    device: Annotated[str, _option("cuda, cpu, ... or auto.")] = "auto",
+    dtype: Annotated[str, _option("bf16, fp16, fp32, or auto (bf16 on a GPU).")] = "auto",
+    quiet: Annotated[bool, _option("No progress.", "--quiet", "-q")] = False,
+) -> None:
+    """Edit the masked region of a video by text."""
+    from kvlock_fast import commands
+
+    overrides = {
+        "alpha": number_or("dynamic", alpha, "--alpha"), "omega": omega, "s_star": s_star,
+        "s_star_region": s_star_region, "tau": number_or("auto", tau, "--tau"), "b": b, "window": window,
+        "kappa": kappa, "warmup_alpha": warmup_alpha, "alpha_floor": alpha_floor, "omega_floor": omega_floor,
+        "detection": detection, "layers": parse_layers(layers), "background_latents": background_latents,
+        "source_path": source_path, "inversion_solver": inversion_solver, "zero_init_steps": zero_init_steps,
+        "guidance_batching": guidance_batching,
+    }  # fmt: skip
+    lock = commands.lock_config(preset, {name: value for name, value in overrides.items() if value is not None})
+    settings = commands.EditSettings(
+        source_prompt, prompt, negative_prompt, steps, guidance, guidance_2, seed, parse_size(size),
+        frames_policy.value, lock, composite, feather,
+    )  # fmt: skip
+    files = commands.EditFiles(source, mask, output, trace, report, max_frames)
+    commands.edit(files, settings, model, device, dtype, _command_line(), quiet)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, _option("The folder for the results; files in it stay.")] = Path("out/demo"),
+    world: Annotated[int | None, _option("Instead of an edit, write so many clips of the demo's world.")] = None,
+    steps: Annotated[int | None, _option("Denoising steps; a quick default if not given.")] = None,
+    preset: Annotated[str, _option("The lock's preset.")] = "kvlock",
+    seed: Annotated[int, _option("Of the noise, or of the world.")] = 0,
+    device: Annotated[str, _option("cuda, cpu, ... or auto.")] = "auto",
+    quiet: Annotated[bool, _option("No progress.", "--quiet", "-q")] = False,
+) -> None:
+    """Edit a procedurally made clip with the bundled model; writes videos, a report, a sheet and a trace."""
+    from kvlock_fast import commands
+
+    if world is not None:
+        commands.demo_world(world, output, seed)
+    else:
+        commands.demo(output, steps, preset, seed, device, _command_line(), quiet)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, what will be used, what is missing."""
+    from kvlock_fast.doctor import render
+    from kvlock_fast.doctor import report as examine
+
+    print(render(examine()))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"kvlock-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, _option("Print the version.", "--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Edit a region of a video by text; the background stays the source's."""
+
+
+def _command_line() -> str:
+    return shlex.join(["kvlock-fast", *sys.argv[1:]])
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; the exit status: 0 done, 1 some work failed, 2 bad input."""
+    warnings.showwarning = _show_warning
+    warnings.filterwarnings("ignore", module=r"(?!kvlock_fast)")
+    try:
+        result = app(args=arguments, prog_name="kvlock-fast", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except (InputError, OSError) as error:
+        message = str(error)
+    except KeyboardInterrupt:
+        message = "interrupted"
+    except Exception as error:
+        # Usage errors of the command-line library, whose classes move between its versions.
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message().replace("\n", " ")
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 130 if message == "interrupted" else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

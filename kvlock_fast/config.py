@@ -1,0 +1,158 @@
+"""What the user asked for: frozen dataclasses, checked when made, and the presets as one table of values."""
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+Layers = tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class LockConfig:
+    """When and where to lock, and how to guide. The defaults are the paper's letter (preset "paper").
+
+    alpha: "dynamic" (the schedule by variance) or a fixed number in [0, 1] for every step; 0 never locks.
+    omega: the guidance scale, "dynamic" (it follows the variance) or "constant" (as given).
+    s_star: calibrate guidance by the projection s*; off means s* = 1.
+    s_star_region: "all" or "foreground", the elements s* is computed over.
+    tau: the variance at which locking saturates, or "auto": what the source's own trajectory shows at each step.
+    b: the largest factor on the guidance scale. window: W, predictions the variance looks back on.
+    kappa: how many last steps are scheduled dynamically. warmup_alpha: alpha before them.
+    alpha_floor, omega_floor: least alpha, least guidance scale while scheduled dynamically (0: the paper's letter).
+    detection: "foreground" or "global", the elements the variance is averaged over.
+    layers: which self-attention layers are locked, by index; None for all.
+    background_latents: "model" (locked by K/V alone) or "source" (set to the source path's after each step).
+    source_path: "renoise" (source plus the edit's own noise) or "invert" (the ODE integrated from the source up).
+    inversion_solver: "euler" or "heun", for source_path="invert".
+    zero_init_steps: first steps whose prediction is taken as 0 (CFG-Zero*).
+    guidance_batching: "separate" (a forward per branch), "batched" (one), or "auto".
+    """
+
+    alpha: float | str = "dynamic"
+    omega: str = "dynamic"
+    s_star: bool = True
+    s_star_region: str = "all"
+    tau: float | str = 0.01
+    b: float = 2.0
+    window: int = 10
+    kappa: int = 20
+    warmup_alpha: float = 1.0
+    alpha_floor: float = 0.0
+    omega_floor: float = 0.0
+    detection: str = "foreground"
+    layers: Layers = None
+    background_latents: str = "model"
+    source_path: str = "renoise"
+    inversion_solver: str = "euler"
+    zero_init_steps: int = 0
+    guidance_batching: str = "auto"
+
+    def __post_init__(self):
+        _choice(self, "omega", "dynamic", "constant")
+        _choice(self, "s_star_region", "all", "foreground")
+        _choice(self, "detection", "foreground", "global")
+        _choice(self, "background_latents", "model", "source")
+        _choice(self, "source_path", "renoise", "invert")
+        _choice(self, "inversion_solver", "euler", "heun")
+        _choice(self, "guidance_batching", "auto", "separate", "batched")
+        if not isinstance(self.s_star, bool):
+            raise ValueError(f"s_star must be True or False, got {self.s_star!r}")
+        if self.alpha != "dynamic":
+            _number(self, "alpha", 0, 1, or_word="dynamic")
+        if self.tau != "auto":
+            _number(self, "tau", 0, None, open_low=True, or_word="auto")
+        _number(self, "b", 0, None, open_low=True)
+        _number(self, "warmup_alpha", 0, 1)
+        _number(self, "alpha_floor", 0, 1)
+        _number(self, "omega_floor", 0, None)
+        _whole(self, "window", 2)
+        _whole(self, "kappa", 0)
+        _whole(self, "zero_init_steps", 0)
+        self._check_layers()
+
+    def _check_layers(self):
+        if self.layers is None:
+            return
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.layers)
+        if not whole or len(set(self.layers)) != len(self.layers) or not self.layers:
+            raise ValueError(f"layers must be distinct whole numbers of at least 0, got {self.layers!r}")
+        object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+
+    @property
+    def locks(self) -> bool:
+        """Whether alpha can exceed 0 in any step."""
+        return self.alpha != 0.0
+
+    @property
+    def stock_guidance(self) -> bool:
+        """Whether guidance is plain classifier-free guidance at a constant scale."""
+        return self.omega == "constant" and not self.s_star and self.zero_init_steps == 0
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "LockConfig":
+        """The preset of that name, with any field changed. Raises ValueError for an unknown name or field."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: one of {', '.join(PRESETS)}")
+        known = {f.name for f in fields(cls)}
+        for key in changes:
+            if key not in known:
+                raise ValueError(f"unknown lock parameter {key!r}: one of {', '.join(sorted(known))}")
+        return cls(**{**PRESETS[name], **changes})
+
+    def with_changes(self, **changes: Any) -> "LockConfig":
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for reports and manifests."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """Where the source's keys and values come from.
+
+    tier: "lockstep" (the source is run along with the edit, nothing is stored beyond a step), or "auto".
+    """
+
+    tier: str = "auto"
+
+    def __post_init__(self):
+        _choice(self, "tier", "auto", "lockstep")
+
+
+UNLOCKED = {"alpha": 0.0, "omega": "constant", "s_star": False}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "kvlock": {"background_latents": "source", "omega_floor": 1.0},
+    "paper": {},
+    "variance-kv": {"omega": "constant", "s_star": False},
+    "omega-only": {"alpha": 1.0, "s_star": False},
+    "s-star-only": {"alpha": 1.0, "omega": "constant"},
+    "fixed-alpha": {"alpha": 0.5},
+    "global-detection": {"detection": "global"},
+    "cfg": UNLOCKED,
+    "cfg-zero-star": {**UNLOCKED, "s_star": True, "zero_init_steps": 2},
+}
+
+
+def _choice(config: Any, name: str, *allowed: str) -> None:
+    value = getattr(config, name)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _number(config: Any, name: str, low: float, high: float | None, *, open_low: bool = False, or_word: str = ""):
+    value = getattr(config, name)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    fits = number and (value > low if open_low else value >= low) and (high is None or value <= high)
+    if not fits:
+        bound = f"greater than {low}" if open_low else f"at least {low}"
+        bound = bound if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} must be {bound}{f' or {or_word!r}' if or_word else ''}, got {value!r}")
+
+
+def _whole(config: Any, name: str, low: int) -> None:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")

@@ -1,0 +1,92 @@
+"""When to lock: the window of predicted clean latents, its variance, and what follows from it.
+
+    var_k   = mean over the foreground of the unbiased variance of x0hat_{k-W+1} .. x0hat_k     (kernels/variance.py)
+    alpha_k = clamp(var_{k-1} / tau, 0, 1)          omega_k = omega0 clamp(var_{k-1} / tau, 0, b)
+
+in the last kappa steps; before them, and until two predictions exist, alpha = warmup_alpha and omega = omega0.
+Step k uses the variance up to step k - 1: alpha is needed during the forward that makes x0hat_k. Everything stays on
+the device; the host knows the step's number only. Source: KV-Lock (arXiv 2603.09657).
+"""
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.config import LockConfig
+from kvlock_fast.kernels.variance import windowed_variance_reference
+
+
+class VarianceWindow:
+    """The last W predictions of B samples and the variance over them."""
+
+    def __init__(self, size: int, region: Tensor):
+        """region: bool [1, T, H, W], the elements that count; not empty."""
+        self.size = size
+        self.region = region
+        self.count = 0
+        self.ring: Tensor | None = None
+
+    def push(self, x0hat: Tensor) -> Tensor | None:
+        """Take in x0hat [B, C, T, H, W]; the variance [B] fp32, or None while fewer than two predictions exist."""
+        if self.ring is None:
+            self.ring = x0hat.new_zeros((self.size, *x0hat.shape), dtype=torch.float32)
+        self.ring[self.count % self.size].copy_(x0hat)
+        self.count += 1
+        if self.count < 2:
+            return None
+        return windowed_variance_reference(self.ring[: self.count], self.region)
+
+
+class Controller:
+    """alpha and omega of every step, as tensors [B] fp32."""
+
+    def __init__(self, lock: LockConfig, num_steps: int, batch: int, region: Tensor):
+        """region: bool [1, T, H, W], the foreground in latents (all True for global detection)."""
+        self.lock = lock
+        self.first_dynamic_step = max(0, num_steps - lock.kappa)
+        if lock.detection == "global":
+            region = torch.ones_like(region)
+        self.window = VarianceWindow(lock.window, region)
+        self.source_window = VarianceWindow(lock.window, region) if lock.tau == "auto" else None
+        self.variance: Tensor | None = None
+        self.ratio: Tensor | None = None
+        self.ones = torch.ones(batch, device=region.device)
+
+    @property
+    def needs_source_prediction(self) -> bool:
+        """Whether `observe` wants the source's own x0hat (tau="auto")."""
+        return self.source_window is not None
+
+    def is_dynamic(self, step: int) -> bool:
+        """Whether the variance decides at this step."""
+        return step >= self.first_dynamic_step and self.ratio is not None
+
+    def can_lock(self, step: int) -> bool:
+        """Whether alpha can exceed 0 at this step; known before the run (the variance exists from step 2 on)."""
+        if self.lock.alpha != "dynamic":
+            return self.lock.alpha > 0
+        return self.lock.warmup_alpha > 0 or step >= max(self.first_dynamic_step, 2)
+
+    def alpha(self, step: int) -> Tensor:
+        """How much of the source's K and V the background takes at this step."""
+        if self.lock.alpha != "dynamic":
+            return self.ones * self.lock.alpha
+        if not self.is_dynamic(step):
+            return self.ones * self.lock.warmup_alpha
+        return self.ratio.clamp(self.lock.alpha_floor, 1.0)
+
+    def omega(self, step: int, omega0: float) -> Tensor:
+        """The guidance scale at this step."""
+        if self.lock.omega == "constant" or not self.is_dynamic(step):
+            return self.ones * omega0
+        return (omega0 * self.ratio.clamp(0.0, self.lock.b)).clamp_min(self.lock.omega_floor)
+
+    def observe(self, x0hat: Tensor, source_x0hat: Tensor | None = None) -> Tensor:
+        """Take in the step's predictions [B, C, T, H, W] (source: [1, ...]); the variance [B], NaN before it exists."""
+        self.variance = self.window.push(x0hat)
+        tau = self.lock.tau
+        if self.source_window is not None:
+            tau = self.source_window.push(source_x0hat)
+        if self.variance is None:
+            return torch.full_like(self.ones, float("nan"))
+        self.ratio = self.variance / tau if self.source_window is None else self.variance / tau.clamp_min(1e-12)
+        return self.variance

@@ -1,0 +1,193 @@
+"""One edit from files to files: read, run, composite, write. What `kvlock-fast edit` and `demo` do."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvlock_fast.composite import composite
+from kvlock_fast.config import LockConfig
+from kvlock_fast.errors import InputError
+from kvlock_fast.files import output_folder, write_text
+from kvlock_fast.inputs import nearest_size
+from kvlock_fast.media import box_mask, fit_mask, read_mask, read_video, resize_mask, resize_video, write_video
+from kvlock_fast.metrics import psnr, ssim
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A source and its mask, at the source's size: uint8 [F, H, W, 3] and bool [F, H, W]."""
+
+    video: np.ndarray
+    mask: np.ndarray
+    fps: Fraction
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """How to edit. size: (height, width) to work at, None for the source's."""
+
+    source_prompt: str
+    prompts: list[str]
+    negative_prompt: str | None = None
+    steps: int = 50
+    guidance: float = 5.0
+    guidance_2: float | None = None
+    seed: int = 0
+    size: tuple[int, int] | None = None
+    frames_policy: str = "pad"
+    lock: LockConfig = field(default_factory=lambda: LockConfig.preset("kvlock"))
+    composite: bool = False
+    feather: int = 8
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """videos: one uint8 [F, h, w, 3] a prompt; source, mask: the clip at the videos' size; trace and metrics as plain
+    values.
+    """
+
+    videos: list[np.ndarray]
+    source: np.ndarray
+    mask: np.ndarray
+    trace: dict[str, Any]
+    metrics: list[dict[str, float | None]]
+
+
+def read_clip(source: str, mask: str, max_frames: int | None = None) -> Clip:
+    """Read a video and its mask (a file, a folder, or box:x,y,w,h). Raises InputError naming what is wrong."""
+    video = read_video(source, max_frames=max_frames)
+    count, height, width = video.frames.shape[:3]
+    if mask.startswith("box:"):
+        pixels = box_mask(mask, count, height, width)
+    else:
+        pixels = read_mask(mask)
+        if max_frames is not None and len(pixels) > 1:
+            pixels = pixels[:count]
+        try:
+            pixels = fit_mask(pixels, count, height, width)
+        except InputError as error:
+            raise InputError(f"the mask '{mask}' does not fit '{source}': {error}") from error
+    if not pixels.any():
+        raise InputError(f"the mask '{mask}' is empty: no pixel is marked as foreground")
+    return Clip(video.frames, pixels, video.fps)
+
+
+def load_pipeline(model: str, device: str = "auto", dtype: str = "auto") -> Any:
+    """The model on its device: CUDA where there is one, in bf16; else the CPU, in fp32."""
+    import torch
+
+    from kvlock_fast.pipeline import KVLockPipeline
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device '{device}': no CUDA device is available")
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    names["auto"] = torch.float32 if device == "cpu" else torch.bfloat16
+    if dtype not in names:
+        raise InputError(f"dtype '{dtype}' is not one of {', '.join(names)}")
+    try:
+        return KVLockPipeline.from_pretrained(model, torch_dtype=names[dtype]).to(device)
+    except RuntimeError as error:
+        if "device" in str(error).lower():
+            raise InputError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
+        raise
+
+
+def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress | None = None) -> EditResult:
+    """Edit a clip in memory."""
+    import torch
+
+    size = settings.size or clip.video.shape[1:3]
+    video, mask = _at_size(clip, nearest_size(pipe.model.geometry, *size)) if settings.size else (clip.video, clip.mask)
+    out = pipe(
+        video,
+        mask,
+        source_prompt=settings.source_prompt,
+        prompt=settings.prompts,
+        negative_prompt=settings.negative_prompt,
+        num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
+        guidance_scale_2=settings.guidance_2,
+        generator=torch.Generator().manual_seed(settings.seed),
+        frames_policy=settings.frames_policy,
+        lock=settings.lock,
+        progress=progress,
+    )
+    count = len(out.frames[0])
+    videos = out.frames
+    source, shown_mask = clip.video[:count], clip.mask[:count]
+    if settings.composite:
+        videos = [composite(source, edited, shown_mask, settings.feather) for edited in videos]
+    else:
+        source, shown_mask = _at_size(Clip(source, shown_mask, clip.fps), videos[0].shape[1:3])
+    metrics = [background_metrics(source, edited, shown_mask) for edited in videos]
+    return EditResult(videos, source, shown_mask, out.trace.as_dict(), metrics)
+
+
+def _at_size(clip: Clip, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    return resize_video(clip.video, *size), resize_mask(clip.mask, *size)
+
+
+def background_metrics(source: np.ndarray, edited: np.ndarray, mask: np.ndarray) -> dict[str, float | None]:
+    """PSNR (dB; None where the two are equal) and SSIM of the background; empty where the mask leaves none."""
+    if mask.all():
+        return {}
+    decibels = psnr(source, edited, ~mask)
+    return {
+        "background_psnr": decibels if math.isfinite(decibels) else None,
+        "background_ssim": ssim(source, edited, ~mask),
+    }
+
+
+def output_names(output: str, prompts: int) -> list[Path]:
+    """One path a prompt: the output itself, or NAME-1.EXT, NAME-2.EXT, ... for several."""
+    path = Path(output)
+    if prompts == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, prompts + 1)]
+
+
+def write_demo_files(folder: Path, clip: Clip, result: EditResult, settings: EditSettings, command: str) -> list[Path]:
+    """The six files of a demo: source, mask, edit, report, sheet, trace."""
+    from kvlock_fast.report import write_report, write_sheet
+
+    folder = output_folder(folder)
+    mask_video = np.repeat(clip.mask[..., None].astype(np.uint8) * 255, 3, axis=3)
+    write_video(folder / "source.mp4", clip.video, clip.fps)
+    write_video(folder / "mask.mp4", mask_video, clip.fps)
+    write_video(folder / "edited.mp4", result.videos[0], clip.fps)
+    write_report(
+        folder / "report.html",
+        source=result.source,
+        mask=result.mask,
+        edited=result.videos,
+        trace=result.trace,
+        settings=settings_table(settings),
+        command=command,
+        metrics=result.metrics[0],
+        fps=clip.fps,
+    )
+    write_sheet(folder / "sheet.png", result.source, result.mask, result.videos[0])
+    write_text(folder / "trace.json", trace_json(result, settings))
+    return sorted(folder / name for name in
+                  ("source.mp4", "mask.mp4", "edited.mp4", "report.html", "sheet.png", "trace.json"))  # fmt: skip
+
+
+def settings_table(settings: EditSettings) -> dict[str, Any]:
+    """Every setting by name, the lock's beside the rest."""
+    table = {name: value for name, value in vars(settings).items() if name != "lock"}
+    return {**table, **settings.lock.as_dict()}
+
+
+def trace_json(result: EditResult, settings: EditSettings) -> str:
+    """The trace with the settings and metrics, as JSON text."""
+    return json.dumps({**result.trace, "settings": settings_table(settings), "metrics": result.metrics}, indent=1)

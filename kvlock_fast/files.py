@@ -1,0 +1,88 @@
+"""Outputs that appear under their final name only when they are whole."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import OutputError
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Give a temporary path beside `path`, with its suffix; move it there when the block ends well.
+
+    The temporary file is created at once, so an unwritable place is refused before any work is done. If the block
+    raises, nothing under the final name changes and the temporary file is removed.
+
+    Raises:
+        OutputError: the place cannot be written (no such folder, a folder of that name, no permission, disk full).
+    """
+    final = Path(path)
+    if final.is_dir():
+        raise OutputError(f"cannot write '{final}': a folder has this name")
+    # Short and of its own, so that a long final name still fits the file system's limit.
+    temporary = final.with_name(f".kvlock-{secrets.token_hex(6)}{final.suffix}")
+    try:
+        # Not tempfile: its 0600 mode would stay on the finished file, where the user's umask should decide.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    except OSError as error:
+        raise _refusal(final, error) from error
+    try:
+        yield temporary
+        _fsync(temporary)
+        temporary.replace(final)
+        _fsync(final.parent)
+    except OSError as error:
+        raise _refusal(final, error) from error
+    finally:
+        # Nothing is left to remove after the move; after a failure this is the clean-up, KeyboardInterrupt included.
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> None:
+    """Write `data` to `path`, all or nothing. Raises OutputError as `atomic_path` does."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write `text` to `path` as UTF-8, all or nothing. Raises OutputError as `atomic_path` does."""
+    write_bytes(path, text.encode())
+
+
+def output_folder(path: str | os.PathLike) -> Path:
+    """Make the folder `path` (and those above it) unless it is there, and check that it can be written to.
+
+    Files already in it stay. Raises OutputError naming the folder.
+    """
+    folder = Path(path)
+    probe = folder / f".kvlock-{secrets.token_hex(6)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        probe.unlink()
+    except OSError as error:
+        raise _refusal(folder, error) from error
+    return folder
+
+
+def _refusal(path: Path, error: OSError) -> OutputError:
+    if isinstance(error, FileNotFoundError):
+        return OutputError(f"cannot write '{path}': the folder '{path.parent}' does not exist")
+    return OutputError(f"cannot write '{path}': {error.strerror or error}")
+
+
+def _fsync(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        # Only Windows refuses to open a folder; there the move itself is as durable as it gets.
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,107 @@
+"""What a caller of the pipeline gave, checked and brought to a size and length that the model takes."""
+
+import math
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvlock_fast.errors import InputError
+from kvlock_fast.masks import Geometry
+from kvlock_fast.media import fit_frames, resize_mask, resize_video
+
+
+def check_call(
+    prompts: list, source_prompt: Any, negative_prompt: Any, steps: Any, scales: tuple, policy: str, output: str
+) -> None:
+    """Raise InputError naming the argument that is wrong."""
+    if not prompts or not all(isinstance(p, str) for p in prompts):
+        raise InputError(f"prompt must be a text or a non-empty list of texts, got {prompts!r}")
+    if not isinstance(source_prompt, str):
+        raise InputError(f"source_prompt must be a text, got {source_prompt!r}")
+    if negative_prompt is not None and not isinstance(negative_prompt, str):
+        raise InputError(f"negative_prompt must be a text, got {negative_prompt!r}")
+    if not is_whole(steps, 1):
+        raise InputError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}")
+    for scale in scales:
+        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+        if not (number and math.isfinite(scale) and scale >= 0):
+            raise InputError(f"guidance_scale must be a number of at least 0, got {scale!r}")
+    if policy not in ("pad", "trim", "error"):
+        raise InputError(f"frames_policy must be pad, trim or error, got {policy!r}")
+    if output not in ("frames", "latent"):
+        raise InputError(f"output must be frames or latent, got {output!r}")
+
+
+def is_whole(value: Any, low: int) -> bool:
+    """Whether `value` is a whole number of at least `low`."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= low
+
+
+def as_video(video: Any) -> np.ndarray:
+    """uint8 [F, H, W, 3] of an array, a tensor or a list of frames; InputError for anything else."""
+    if isinstance(video, Tensor):
+        video = video.cpu().numpy()
+    if not isinstance(video, np.ndarray):
+        pictures = [np.asarray(frame) for frame in video]
+        shapes = {picture.shape for picture in pictures}
+        if len(shapes) > 1:
+            raise InputError(f"video holds frames of different shapes: {sorted(shapes)}")
+        video = np.stack(pictures) if pictures else np.empty((0,), np.uint8)
+    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
+        raise InputError(f"video must be uint8 [F, H, W, 3], got {video.dtype} {tuple(video.shape)}")
+    return video
+
+
+def as_mask(mask: Any, frames: int, height: int, width: int) -> np.ndarray:
+    """bool [F, H, W] of a bool [F, H, W], [1, H, W] or [H, W]; InputError for anything else."""
+    mask = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+    if mask.dtype != bool:
+        raise InputError(f"mask must be bool, True where the video may change, got {mask.dtype}")
+    if mask.ndim == 2:
+        mask = mask[None]
+    if mask.ndim != 3 or mask.shape[0] not in (1, frames) or mask.shape[1:] != (height, width):
+        raise InputError(f"mask must be [{frames} or 1, {height}, {width}] like the video, got {tuple(mask.shape)}")
+    if not mask.any():
+        raise InputError("mask is empty: no pixel is marked as foreground")
+    return np.broadcast_to(mask, (frames, height, width))
+
+
+def nearest_size(geometry: Geometry, height: int, width: int) -> tuple[int, int]:
+    """The nearest size in pixels that gives whole tokens, at least one each way."""
+    down, across = geometry.size_multiple()
+    return max(down, round(height / down) * down), max(across, round(width / across) * across)
+
+
+def fit_to_model(
+    video: Any, mask: Any, geometry: Geometry, height: int | None, width: int | None, policy: str
+) -> tuple[Tensor, Tensor, int]:
+    """Video uint8 [F, H, W, 3] and mask bool [F, H, W] as the model takes them, and how many frames to give back.
+
+    Warns where the size or the number of frames is changed.
+    """
+    video = as_video(video)
+    count, *given = video.shape[:3]
+    mask = as_mask(mask, count, *given)
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and not is_whole(value, 1):
+            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+    wanted = (height or given[0], width or given[1])
+    size = nearest_size(geometry, *wanted)
+    if size != wanted:
+        down, across = geometry.size_multiple()
+        _warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: working at {size[0]}x{size[1]}")
+    video, mask = resize_video(video, *size), resize_mask(mask, *size)
+    video, _ = fit_frames(video, policy, geometry.temporal_stride)
+    mask, _ = fit_frames(mask, policy, geometry.temporal_stride)
+    if len(video) > count:
+        _warn(f"{count} frames padded to {len(video)} by repeating the last; cut back afterwards")
+    elif len(video) < count:
+        _warn(f"{count} frames trimmed to {len(video)}, a multiple of {geometry.temporal_stride} plus 1")
+    return torch.from_numpy(np.ascontiguousarray(video)), torch.from_numpy(np.ascontiguousarray(mask)), count
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

@@ -1,0 +1,84 @@
+"""Masks: from pixels to latents to tokens.
+
+The video autoencoders are causal: latent frame 0 is pixel frame 0 alone, latent frame i >= 1 covers the `stride` pixel
+frames up to stride * i. Each stage takes the maximum, so a token is foreground if any pixel under it is.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How pixels become latents and latents become tokens; strides in pixels, patch_size (t, h, w) in latents."""
+
+    temporal_stride: int
+    spatial_stride: int
+    patch_size: tuple[int, int, int]
+    causal: bool = True
+
+    def __post_init__(self):
+        sizes = (self.temporal_stride, self.spatial_stride, *self.patch_size)
+        if len(self.patch_size) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+            raise ValueError(
+                f"strides and the three patch sizes must be whole numbers of at least 1, got temporal_stride="
+                f"{self.temporal_stride}, spatial_stride={self.spatial_stride}, patch_size={self.patch_size}"
+            )
+
+    def size_multiple(self) -> tuple[int, int]:
+        """What height and width in pixels must be multiples of."""
+        return self.spatial_stride * self.patch_size[1], self.spatial_stride * self.patch_size[2]
+
+
+@dataclass(frozen=True)
+class ProjectedMask:
+    """A mask at each stage, True on the foreground.
+
+    latents: [B, T, h, w] by pixels alone; tokens: [B, S] in (t, h, w) raster order; token_latents: [B, T, h, w], the
+    latents of the foreground tokens (what the model can change).
+    """
+
+    latents: Tensor
+    tokens: Tensor
+    token_latents: Tensor
+
+    @property
+    def share(self) -> float:
+        """Foreground tokens / tokens, over the batch."""
+        return self.tokens.float().mean().item()
+
+
+def _any_pool(x: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Maximum over blocks of `size`, of bool [B, T, H, W]; incomplete blocks at the end count what they have."""
+    if size == (1, 1, 1):
+        return x
+    return F.max_pool3d(x[:, None].float(), size, size, ceil_mode=True)[:, 0] > 0
+
+
+def latent_mask(mask: Tensor, geometry: Geometry) -> Tensor:
+    """Pixel mask bool [B, F, H, W] to latent mask [B, T, h, w]."""
+    t, s = geometry.temporal_stride, geometry.spatial_stride
+    if not geometry.causal:
+        return _any_pool(mask, (t, s, s))
+    first = _any_pool(mask[:, :1], (1, s, s))
+    if mask.shape[1] == 1:
+        return first
+    return torch.cat([first, _any_pool(mask[:, 1:], (t, s, s))], dim=1)
+
+
+def project_mask(mask: Tensor, geometry: Geometry) -> ProjectedMask:
+    """Pixel mask bool [F, H, W] or [B, F, H, W] through all stages. Raises ValueError on another dtype or shape."""
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, got {mask.dtype}")
+    if mask.ndim not in (3, 4) or 0 in mask.shape:
+        raise ValueError(f"mask must be a non-empty [F, H, W] or [B, F, H, W], got {tuple(mask.shape)}")
+    latents = latent_mask(mask if mask.ndim == 4 else mask[None], geometry)
+    tokens = _any_pool(latents, geometry.patch_size)
+    back = tokens
+    for dim, patch in enumerate(geometry.patch_size, start=1):
+        back = back.repeat_interleave(patch, dim)
+    _, frames, height, width = latents.shape
+    return ProjectedMask(latents, tokens.flatten(1), back[:, :frames, :height, :width])

@@ -1,0 +1,25 @@
+"""Pictures in, pictures out: the one door to files of video, images and masks.
+
+Everything beyond this door is uint8 RGB `[F, H, W, 3]` or bool `[F, H, W]` in memory. Sizes are checked before memory
+is taken, colours keep their matrix and range, and outputs are whole or absent. PyAV, Pillow and torch are imported
+only when a call needs them.
+"""
+
+from .fitting import fit_frames, fit_mask, resize_mask, resize_video
+from .mask_files import box_mask, read_mask
+from .video_files import MAX_BYTES, MAX_PIXELS, Video, read_video
+from .video_output import write_video
+
+__all__ = [
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "Video",
+    "box_mask",
+    "fit_frames",
+    "fit_mask",
+    "read_mask",
+    "read_video",
+    "resize_mask",
+    "resize_video",
+    "write_video",
+]

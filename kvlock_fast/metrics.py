@@ -1,0 +1,107 @@
+"""How far an edit lies from its source, and how calm it is. All on uint8-scaled frames, in float64 or near it.
+
+Each function takes `[F, H, W, 3]` or `[F, H, W]` with values from 0 to 255, and `where`, a bool `[F, H, W]` that says
+which pixels count (all of them by default).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+# Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", section III.C.
+_SIGMA, _RADIUS = 1.5, 5
+_C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+
+def psnr(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> float:
+    """Peak signal-to-noise ratio in dB over all counted pixels and frames at once; inf where they are equal.
+
+    Raises ValueError for differing shapes or an empty `where`.
+    """
+    where = _checked(a, b, where)
+    total = 0.0
+    for x, y, w in zip(a, b, where, strict=True):
+        difference = (x.astype(np.float64) - y).reshape(*w.shape, -1)
+        total += float(np.einsum("hwc,hwc->hw", difference, difference)[w].sum())
+    channels = a.shape[3] if a.ndim == 4 else 1
+    error = total / (int(where.sum()) * channels)
+    return 10 * math.log10(255**2 / error) if error else math.inf
+
+
+def ssim(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> float:
+    """Structural similarity: Gaussian window (sigma 1.5, 11 wide), per channel, averaged over the counted pixels.
+
+    The windows reach over the picture's edge by reflection, and those pixels count like all others. Raises ValueError
+    for differing shapes or an empty `where`.
+    """
+    where = _checked(a, b, where)
+    total = 0.0
+    for x, y, w in zip(a, b, where, strict=True):
+        if w.any():
+            total += float(_ssim_map(x, y)[w].sum())
+    return total / int(where.sum())
+
+
+def flicker(video: np.ndarray, where: np.ndarray | None = None) -> float:
+    """Mean absolute difference between neighbouring frames, 0 to 255, over pixels that count in both.
+
+    Raises ValueError for fewer than two frames, or where no pixel counts in two neighbouring frames.
+    """
+    where = _checked(video, video, where)
+    if len(video) < 2:
+        raise ValueError("flicker needs at least two frames")
+    total, count = 0.0, 0
+    for before, after, both in zip(video[:-1], video[1:], where[:-1] & where[1:], strict=True):
+        difference = np.abs(after[both].astype(np.float64) - before[both])
+        total, count = total + float(difference.sum()), count + difference.size
+    if count == 0:
+        raise ValueError("no pixel counts in two neighbouring frames")
+    return total / count
+
+
+def _checked(a: np.ndarray, b: np.ndarray, where: np.ndarray | None) -> np.ndarray:
+    if a.shape != b.shape or a.ndim not in (3, 4):
+        raise ValueError(f"two videos [F, H, W, 3] or [F, H, W] of one shape are needed, not {a.shape} and {b.shape}")
+    if where is None:
+        return np.ones(a.shape[:3], dtype=bool)
+    if where.shape != a.shape[:3] or where.dtype != bool:
+        raise ValueError(f"where must be bool {list(a.shape[:3])}, not {where.dtype} {list(where.shape)}")
+    if not where.any():
+        raise ValueError("where is empty: no pixel counts")
+    return where
+
+
+def _ssim_map(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """SSIM of two pictures `[H, W, C]` or `[H, W]` at every pixel, the mean over channels: float64 `[H, W]`."""
+    import torch
+
+    # Variances are differences of large squares: around zero they lose less in float32.
+    first, second = (p.reshape(*p.shape[:2], -1).transpose(2, 0, 1).astype(np.float32) - 127.5 for p in (x, y))
+    first, second = torch.from_numpy(first), torch.from_numpy(second)
+    stack = torch.stack([first, second, first * first, second * second, first * second])
+    mean_x, mean_y, xx, yy, xy = _blurred(_blurred(stack, 2), 3).double()
+    xx, yy, xy = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
+    mean_x, mean_y = mean_x + 127.5, mean_y + 127.5
+    similarity = (2 * mean_x * mean_y + _C1) * (2 * xy + _C2) / ((mean_x**2 + mean_y**2 + _C1) * (xx + yy + _C2))
+    return similarity.mean(0).numpy()
+
+
+def _blurred(stack, axis: int):
+    """The Gaussian window along one axis. Eleven shifted sums: torch's convolution is ten times slower on one plane."""
+    size = stack.shape[axis]
+    taps = np.exp(-0.5 * (np.arange(-_RADIUS, _RADIUS + 1) / _SIGMA) ** 2)
+    wide = stack.index_select(axis, _reflected(size))
+    result = wide.narrow(axis, 0, size) * (taps[0] / taps.sum())
+    for i, tap in enumerate(taps[1:], start=1):
+        result.add_(wide.narrow(axis, i, size), alpha=tap / taps.sum())
+    return result
+
+
+def _reflected(size: int):
+    """Indices of a row with its window's reach on either side: d c b a | a b c d | d c b a, for any size."""
+    import torch
+
+    index = torch.arange(-_RADIUS, size + _RADIUS) % (2 * size)
+    return torch.minimum(index, 2 * size - 1 - index)

@@ -1,0 +1,61 @@
+"""A model family as data: where its self-attention is, and how its tokens lie. One `ArchSpec` a family."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from kvlock_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class ArchSpec:
+    """What locking must know of a family of video transformers.
+
+    family: its name; transformers: the class names; attention: a regular expression that the names of the video
+    self-attention modules match whole; key, value: submodules whose output is the key (after its norm) and the value,
+    the first that exists; token_dim: the dimension of the key's output that holds the tokens (the value's is 1).
+    """
+
+    family: str
+    transformers: tuple[str, ...]
+    attention: str
+    key: tuple[str, ...] = ("norm_k", "to_k")
+    value: tuple[str, ...] = ("to_v",)
+    token_dim: int = 1
+
+    def attentions(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The self-attention modules with their names, in the model's order; the index in it is the layer's number."""
+        pattern = re.compile(self.attention)
+        return [(name, module) for name, module in transformer.named_modules() if pattern.fullmatch(name)]
+
+
+def first_submodule(attention: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    """The first of `names` that is a submodule of `attention`."""
+    for name in names:
+        module = getattr(attention, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    raise ValueError(f"{type(attention).__name__} has none of the submodules {', '.join(names)}")
+
+
+def select_layers(count: int, layers: tuple[int, ...] | None) -> tuple[int, ...]:
+    """The numbers of the locked layers of `count`; InputError for one that does not exist."""
+    if layers is None:
+        return tuple(range(count))
+    for layer in layers:
+        if layer >= count:
+            raise InputError(f"layers names layer {layer}, but the model has layers 0 to {count - 1}")
+    return layers
+
+
+def refuse_wrapped(transformer: Any) -> None:
+    """Raise InputError for states of a model in which a hook would miss keys, values or whole layers."""
+    if getattr(transformer, "is_cache_enabled", False):
+        raise InputError(
+            "the transformer skips layers (a diffusers cache such as FirstBlockCache is on): call disable_cache() first"
+        )
+    for name, module in transformer.named_modules():
+        if getattr(module, "fused_projections", False):
+            raise InputError(f"{name} has fused projections, which hide its values: unfuse_qkv_projections() first")

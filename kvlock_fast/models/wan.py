@@ -1,0 +1,109 @@
+"""The Wan family: Wan 2.1 and 2.2 text-to-video.
+
+Facts of diffusers' `WanPipeline`: latents are normalised by the autoencoder's `latents_mean` and `latents_std`; the
+transformer takes (latents, timestep, text) and predicts the flow's velocity; Wan 2.2 A14B has two transformers, split
+at `boundary_ratio`; Wan 2.2 TI2V-5B takes one timestep a token (`expand_timesteps`).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvlock_fast.errors import InputError
+from kvlock_fast.masks import Geometry
+from kvlock_fast.models.arch import ArchSpec
+
+WAN = ArchSpec(family="wan", transformers=("WanTransformer3DModel",), attention=r"blocks\.\d+\.attn1")
+
+
+class WanModel:
+    """What the loop needs of a diffusers `WanPipeline`."""
+
+    arch = WAN
+
+    def __init__(self, pipe: Any):
+        """Raises InputError for a pipeline of another kind."""
+        transformers = [t for t in (pipe.transformer, getattr(pipe, "transformer_2", None)) if t is not None]
+        if not transformers or any(type(t).__name__ not in WAN.transformers for t in transformers):
+            found = ", ".join(type(t).__name__ for t in transformers) or "no transformer"
+            raise InputError(f"the model is not of the family wan: it has {found}")
+        if transformers[0].config.image_dim is not None or transformers[0].config.in_channels != pipe.vae.config.z_dim:
+            raise InputError("the model takes an image beside the text: image-to-video is not supported yet")
+        self.pipe = pipe
+        self.transformers: list[nn.Module] = transformers
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipe._execution_device
+
+    @property
+    def geometry(self) -> Geometry:
+        config = self.pipe.vae.config
+        patch = tuple(self.transformers[0].config.patch_size)
+        return Geometry(config.scale_factor_temporal, config.scale_factor_spatial, patch, causal=True)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens a prompt is padded to: 512, as WanPipeline does, or what the tokenizer allows if that is less."""
+        return min(512, int(self.pipe.tokenizer.model_max_length))
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """[len(prompts), L, C] in the transformer's dtype."""
+        embeds, _ = self.pipe.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.device
+        )
+        return embeds.to(self.transformers[0].dtype)
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
+        vae = self.pipe.vae
+        pixels = frames.permute(3, 0, 1, 2)[None].to(device=self.device, dtype=vae.dtype) / 127.5 - 1.0
+        latents = vae.encode(pixels).latent_dist.mode().float()
+        mean, std = self._latent_statistics(latents)
+        return (latents - mean) / std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents [B, C, T, h, w] to uint8 [B, F, H, W, 3] on the CPU, a video at a time."""
+        vae = self.pipe.vae
+        mean, std = self._latent_statistics(latents)
+        latents = (latents.float() * std + mean).to(vae.dtype)
+        videos = []
+        for one in latents.split(1):
+            pixels = vae.decode(one, return_dict=False)[0].float()
+            videos.append(((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu())
+        return torch.cat(videos).permute(0, 2, 3, 4, 1)
+
+    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.pipe.vae.config
+        shape = (1, config.z_dim, 1, 1, 1)
+        return tuple(
+            torch.tensor(values, dtype=torch.float32, device=latents.device).view(shape)
+            for values in (config.latents_mean, config.latents_std)
+        )
+
+    def transformer_at(self, timestep: float, num_train_timesteps: int) -> int:
+        """Which of the transformers serves a timestep: 0 (all, or high noise) or 1 (low noise)."""
+        boundary = self.pipe.config.boundary_ratio
+        if boundary is None:
+            return 0
+        if self.pipe.transformer is None or getattr(self.pipe, "transformer_2", None) is None:
+            return 0
+        return 0 if timestep >= boundary * num_train_timesteps else 1
+
+    def predict(self, which: int, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """The velocity [B, C, T, h, w] in the transformer's dtype, at latents [B, ...], timestep [], text [B, L, C]."""
+        transformer = self.transformers[which]
+        rows = latents.shape[0]
+        if self.pipe.config.expand_timesteps:
+            _, ph, pw = transformer.config.patch_size
+            tokens = latents.shape[2] * (latents.shape[3] // ph) * (latents.shape[4] // pw)
+            timestep = timestep.expand(rows, tokens)
+        else:
+            timestep = timestep.expand(rows)
+        return transformer(
+            hidden_states=latents.to(transformer.dtype),
+            timestep=timestep,
+            encoder_hidden_states=text,
+            return_dict=False,
+        )[0]

@@ -1,0 +1,130 @@
+"""The tensor backend: the operations of KV-Lock, for any denoising loop.
+
+Every function takes `backend="auto" | "reference" | "triton"`. "reference" is plain torch with fp32 inside: the
+specification and the CPU implementation. "auto" takes the fastest implementation there is for the tensor's device.
+Wrong shapes, dtypes or names raise ValueError saying what was given. All but `token_mask` and `quantize_kv` are
+custom operators (`torch.ops.kvlock_fast.*`), opaque to torch.compile. No gradients: editing is inference.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.kernels.guidance import launch_cfg_projection, launch_guided_prediction
+from kvlock_fast.kernels.locked_attention import launch_locked_attention
+from kvlock_fast.kernels.quantize import QuantizedKV, launch_quantize_kv
+from kvlock_fast.kernels.variance import launch_windowed_variance
+from kvlock_fast.masks import Geometry, project_mask
+
+__all__ = [
+    "QuantizedKV",
+    "cfg_projection",
+    "guided_prediction",
+    "locked_attention",
+    "quantize_kv",
+    "token_mask",
+    "windowed_variance",
+]
+
+BACKENDS = ("auto", "reference", "triton")
+
+
+def _check_backend(backend: str, op: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
+    if backend == "triton":
+        raise NotImplementedError(f"{op} has no Triton kernel yet: use backend='auto' or 'reference'")
+
+
+def _per_sample(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """`value` as an fp32 tensor [B] on like's device."""
+    if isinstance(value, Tensor):
+        return value.to(device=like.device, dtype=torch.float32)
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return torch.full((like.shape[0],), float(value), device=like.device, dtype=torch.float32)
+
+
+def token_mask(
+    mask: Tensor,
+    *,
+    temporal_stride: int = 4,
+    spatial_stride: int = 8,
+    patch_size: tuple[int, int, int] = (1, 2, 2),
+    causal: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Which tokens are foreground: those with any masked pixel under them.
+
+    mask: bool [F, H, W] or [B, F, H, W], True on the foreground. Returns bool [B, S] (B = 1 for three dimensions),
+    tokens in (t, h, w) raster order. `causal`: latent frame 0 is pixel frame 0 alone, latent frame i >= 1 covers pixel
+    frames 4i-3 .. 4i (for a temporal stride of 4), else stride frames each. What a stride or a patch does not divide
+    is padded with background at the end.
+    """
+    _check_backend(backend, "token_mask")
+    geometry = Geometry(temporal_stride, spatial_stride, tuple(patch_size), causal)
+    return project_mask(mask, geometry).tokens
+
+
+def locked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_ref: Tensor | QuantizedKV,
+    v_ref: Tensor | QuantizedKV,
+    foreground: Tensor,
+    alpha: float | Tensor,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention whose background keys and values are blended with the source's by alpha.
+
+    q [B, Sq, H, D]; k, v [B, S, H, D]; k_ref, v_ref [B, S, H, D], [1, S, H, D] or a QuantizedKV of such a shape;
+    foreground bool [B or 1, S]; alpha a number in [0, 1] or [B] (a tensor's range is not checked: that would wait for
+    the device); scale defaults to D ** -0.5. Returns [B, Sq, H, D] in q's dtype.
+    K = m K + (1 - m) (alpha K_ref + (1 - alpha) K), V likewise (KV-Lock, arXiv 2603.09657).
+    """
+    _check_backend(backend, "locked_attention")
+    if not isinstance(alpha, Tensor) and not 0.0 <= alpha <= 1.0:
+        raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
+    wide = torch.promote_types(k.dtype, torch.float32)
+    k_ref, v_ref = (ref.dequantize(wide) if isinstance(ref, QuantizedKV) else ref for ref in (k_ref, v_ref))
+    return launch_locked_attention(q, k, v, k_ref, v_ref, foreground, _per_sample("alpha", alpha, q), scale)
+
+
+def cfg_projection(cond: Tensor, uncond: Tensor, eps: float = 1e-8, *, backend: str = "auto") -> Tensor:
+    """s* = <cond, uncond> / (|uncond|^2 + eps) per sample, of predictions [B, ...]; [B] fp32."""
+    _check_backend(backend, "cfg_projection")
+    return launch_cfg_projection(cond, uncond, eps)
+
+
+def guided_prediction(
+    cond: Tensor, uncond: Tensor, omega: float | Tensor, s_star: float | Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """s* uncond + omega (cond - s* uncond) of predictions [B, ...]; omega, s_star numbers or [B]; in cond's dtype."""
+    _check_backend(backend, "guided_prediction")
+    return launch_guided_prediction(
+        cond, uncond, _per_sample("omega", omega, cond), _per_sample("s_star", s_star, cond)
+    )
+
+
+def windowed_variance(history: Tensor, foreground: Tensor, *, backend: str = "auto") -> Tensor:
+    """The hallucination signal: the unbiased variance over the last n predictions, averaged over the foreground.
+
+    history: [n, B, C, T, H, W], n >= 2 predicted clean latents; foreground: bool [B or 1, T, H, W], some True in each
+    sample. Returns [B] fp32.
+    """
+    _check_backend(backend, "windowed_variance")
+    return launch_windowed_variance(history, foreground)
+
+
+def quantize_kv(x: Tensor, format: str = "fp8_e4m3", kind: str = "k", *, backend: str = "auto") -> QuantizedKV:
+    """Keys or values [B, S, H, D] packed in a format: native, bf16, fp8_e4m3, int8 or int4.
+
+    kind: "k" or "v" (int4 groups keys along the tokens, values along the channels). The result has `.dequantize(dtype)`
+    and `.nbytes`.
+    """
+    _check_backend(backend, "quantize_kv")
+    return launch_quantize_kv(x, format, kind)

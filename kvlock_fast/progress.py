@@ -1,0 +1,80 @@
+"""Progress on stderr: a bar on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+STAGES = {
+    "load": "loading the model",
+    "encode": "encoding the source",
+    "text": "reading the prompts",
+    "denoise": "denoising",
+    "decode": "decoding",
+    "write": "writing",
+}
+
+Report = "Callable[[str, int, int], None]"
+
+
+@contextmanager
+def progress_bar(quiet: bool = False, stream: TextIO | None = None) -> Iterator[Report]:
+    """A function report(stage, done, total) that shows where an edit is."""
+    stream = stream or sys.stderr
+    if quiet:
+        yield lambda stage, done, total: None
+    elif stream.isatty():
+        with _rich_bar(stream) as report:
+            yield report
+    else:
+        yield PlainLines(stream)
+
+
+@contextmanager
+def _rich_bar(stream: TextIO) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(file=stream)) as bar:
+        rows: dict[str, int] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in rows:
+                rows[stage] = bar.add_task(STAGES.get(stage, stage), total=total)
+            bar.update(rows[stage], completed=done, total=total)
+
+        yield report
+
+
+class PlainLines:
+    """One line where a stage begins, and for long ones a line every tenth with the time that is left."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.begun: dict[str, float] = {}
+        self.tenths: dict[str, int] = {}
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage not in self.begun:
+            self.begun[stage] = now
+            self.tenths[stage] = 0
+            if done == 0:
+                print(STAGES.get(stage, stage), file=self.stream, flush=True)
+                return
+        tenth = 10 * done // max(total, 1)
+        if total > 1 and tenth > self.tenths[stage]:
+            self.tenths[stage] = tenth
+            left = (now - self.begun[stage]) / done * (total - done)
+            name = STAGES.get(stage, stage)
+            print(f"{name}: step {done} of {total}, {left:.0f} s left", file=self.stream, flush=True)

@@ -1,0 +1,71 @@
+"""The ODE's steps: from noise (k = 0) to the clean latent (k = T), by the scheduler the model ships with.
+
+Flow matching: x = (1 - sigma) x0 + sigma n, the model predicts v = n - x0, so x0hat = x - sigma v.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.errors import InputError
+
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
+
+
+class FlowSolver:
+    """A diffusers scheduler of a flow-matching model, stepped by number. Works on a copy: runs do not meet."""
+
+    def __init__(self, scheduler: Any, num_steps: int, device: torch.device):
+        """Raises InputError for a scheduler that is not flow matching or adds noise of its own."""
+        check_scheduler(scheduler)
+        self.scheduler = copy.deepcopy(scheduler)
+        self.scheduler.set_timesteps(num_steps, device=device)
+        self.scheduler.set_begin_index(0)
+        self.timesteps = self.scheduler.timesteps
+        self.sigmas = self.scheduler.sigmas.to(device=device, dtype=torch.float32)
+        if len(self.timesteps) != num_steps or len(self.sigmas) != num_steps + 1:
+            name = type(scheduler).__name__
+            raise InputError(f"scheduler {name} made {len(self.timesteps)} timesteps for {num_steps} steps")
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    def step(self, k: int, prediction: Tensor, sample: Tensor) -> Tensor:
+        """x_{k+1} from the prediction at x_k; called once for each k, in order."""
+        return self.scheduler.step(prediction, self.timesteps[k], sample, return_dict=False)[0]
+
+    def add_noise(self, k: int, clean: Tensor, noise: Tensor) -> Tensor:
+        """x_k of a clean latent: (1 - sigma_k) clean + sigma_k noise, fp32; k = T is the last sigma's."""
+        sigma = self.sigmas[k]
+        return (1 - sigma) * clean + sigma * noise
+
+    def predict_clean(self, k: int, prediction: Tensor, sample: Tensor) -> Tensor:
+        """x0hat_k = x_k - sigma_k v, fp32."""
+        return sample.float() - self.sigmas[k] * prediction.float()
+
+    def timestep_at(self, k: int) -> Tensor:
+        """The timestep of sigma_k, for k = T too (where the scheduler has none)."""
+        if k < self.num_steps:
+            return self.timesteps[k]
+        return (self.sigmas[k] * self.scheduler.config.num_train_timesteps).to(self.timesteps.dtype)
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raise InputError unless the scheduler integrates a flow-matching ODE from noise to data."""
+    name, config = type(scheduler).__name__, scheduler.config
+    flow = name == "FlowMatchEulerDiscreteScheduler" or (
+        config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+    )
+    if name not in FLOW_SCHEDULERS or not flow:
+        kind = config.get("prediction_type", "unknown")
+        raise InputError(
+            f"scheduler {name} (prediction type {kind!r}) is not supported: use flow matching, "
+            f"by one of {', '.join(FLOW_SCHEDULERS)}"
+        )
+    if config.get("invert_sigmas"):
+        raise InputError(f"scheduler {name} with invert_sigmas=True (time runs backwards) is not supported")
+    if config.get("stochastic_sampling") or str(config.get("algorithm_type", "")).startswith("sde"):
+        raise InputError(f"scheduler {name} adds noise at every step: the source's path would not be the edit's")

@@ -1,0 +1,50 @@
+"""The source's path: its latent at every step k, from noise (k = 0) to the clean source (k = T)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.solvers import FlowSolver
+
+Velocity = Callable[[Tensor, int], Tensor]
+
+
+class RenoisedSource:
+    """x_k = (1 - sigma_k) x0 + sigma_k n with one noise n, the one the edit starts from (as the paper does)."""
+
+    def __init__(self, clean: Tensor, noise: Tensor, solver: FlowSolver):
+        """clean, noise: [1, C, T, H, W] fp32."""
+        self.clean, self.noise, self.solver = clean, noise, solver
+        self.start = noise
+
+    def at(self, k: int) -> Tensor:
+        """[1, C, T, H, W] fp32."""
+        if k == self.solver.num_steps:
+            return self.clean
+        return self.solver.add_noise(k, self.clean, self.noise)
+
+
+class InvertedSource:
+    """The ODE integrated from the clean source up to noise, with the source prompt; the edit starts at its end."""
+
+    def __init__(self, clean: Tensor, solver: FlowSolver, velocity: Velocity, method: str = "euler"):
+        """velocity(x, k): the model's prediction [1, C, T, H, W] at sigma_k; method: "euler" or "heun"."""
+        path = [clean]
+        for k in reversed(range(solver.num_steps)):
+            path.append(_step_up(path[-1], k, solver, velocity, method))
+        self.path = torch.stack(path[::-1])
+        self.start = self.path[0]
+
+    def at(self, k: int) -> Tensor:
+        """[1, C, T, H, W] fp32."""
+        return self.path[k]
+
+
+def _step_up(x: Tensor, k: int, solver: FlowSolver, velocity: Velocity, method: str) -> Tensor:
+    """x at sigma_k from x at sigma_{k+1}."""
+    rise = solver.sigmas[k] - solver.sigmas[k + 1]
+    slope = velocity(x, k + 1).float()
+    if method == "heun":
+        slope = (slope + velocity(x + rise * slope, k).float()) / 2
+    return x + rise * slope

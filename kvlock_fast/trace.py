@@ -1,0 +1,131 @@
+"""What happened: per step and sample the variance, alpha, omega, s* and seconds. Read from the device at the end."""
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step of one sample. variance is None before two predictions exist."""
+
+    step: int
+    sample: int
+    timestep: float
+    sigma: float
+    variance: float | None
+    alpha: float
+    omega: float
+    s_star: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The schedule as it ran, and how long each stage took."""
+
+    prompts: list[str]
+    steps: int
+    warmup_steps: int
+    foreground_share: float
+    forwards: int
+    stage_seconds: dict[str, float]
+    records: list[StepRecord]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "prompts": self.prompts,
+            "samples": len(self.prompts),
+            "steps": self.steps,
+            "warmup_steps": self.warmup_steps,
+            "foreground_share": self.foreground_share,
+            "forwards": self.forwards,
+            "stage_seconds": self.stage_seconds,
+            "records": [vars(record) for record in self.records],
+        }
+
+    def to_json(self) -> str:
+        """The same as JSON text."""
+        return json.dumps(self.as_dict(), indent=1)
+
+
+class Clock:
+    """Marks in time that do not wait for the device: CUDA events there, the monotonic clock elsewhere."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[Any] = []
+
+    def mark(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def intervals(self) -> list[float]:
+        """Seconds between one mark and the next."""
+        pairs = zip(self.marks[:-1], self.marks[1:], strict=True)
+        if self.cuda:
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) / 1000 for a, b in pairs]
+        return [b - a for a, b in pairs]
+
+
+@dataclass
+class Recorder:
+    """Collects device tensors during the loop; reads them once, after it."""
+
+    device: torch.device
+    variance: list[Tensor] = field(default_factory=list)
+    alpha: list[Tensor] = field(default_factory=list)
+    omega: list[Tensor] = field(default_factory=list)
+    s_star: list[Tensor] = field(default_factory=list)
+    finite: list[Tensor] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+    forwards: int = 0
+
+    def __post_init__(self):
+        self.clock = Clock(self.device)
+        self.clock.mark()
+
+    def step(self, variance: Tensor, alpha: Tensor, omega: Tensor, s_star: Tensor, latents: Tensor) -> None:
+        """One step's figures, each [B], and whether the latents [B, ...] after it are finite."""
+        for column, value in (("variance", variance), ("alpha", alpha), ("omega", omega), ("s_star", s_star)):
+            getattr(self, column).append(value)
+        self.finite.append(latents.isfinite().flatten(1).all(1))
+        self.clock.mark()
+
+    def first_bad_step(self) -> tuple[int, int] | None:
+        """(step, sample) where the latents first became NaN or inf."""
+        bad = (~torch.stack(self.finite)).nonzero().tolist()
+        return tuple(bad[0]) if bad else None
+
+    def finish(self, prompts: list[str], warmup_steps: int, share: float, timesteps: Tensor, sigmas: Tensor) -> Trace:
+        """The whole trace."""
+        columns = [torch.stack(c).tolist() for c in (self.variance, self.alpha, self.omega, self.s_star)]
+        seconds = self.clock.intervals()
+        timesteps, sigmas = timesteps.tolist(), sigmas.tolist()
+        records = [
+            StepRecord(
+                step=k,
+                sample=i,
+                timestep=float(timesteps[k]),
+                sigma=sigmas[k],
+                variance=None if math.isnan(columns[0][k][i]) else columns[0][k][i],
+                alpha=columns[1][k][i],
+                omega=columns[2][k][i],
+                s_star=columns[3][k][i],
+                seconds=seconds[k],
+            )
+            for k in range(len(seconds))
+            for i in range(len(prompts))
+        ]
+        return Trace(prompts, len(seconds), warmup_steps, share, self.forwards, self.stages, records)

@@ -1,0 +1,316 @@
+"""The pipeline against diffusers itself, and the lock against its definition."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+
+import kvlock_fast as kvf
+from kvlock_fast.config import PRESETS
+from tests.tiny import tiny_wan
+
+FRAMES, HEIGHT, WIDTH = 9, 32, 48
+
+
+def unipc():
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
+
+def a_video(frames=FRAMES, height=HEIGHT, width=WIDTH, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+
+
+def a_mask(frames=FRAMES, height=HEIGHT, width=WIDTH):
+    mask = np.zeros((frames, height, width), bool)
+    mask[:, : height // 2, 4 : width // 2] = True
+    return mask
+
+
+def call(pipe, prompt="a blue circle", steps=5, lock="paper", seed=1, **changes):
+    lock_config = lock if isinstance(lock, kvf.LockConfig) else kvf.LockConfig.preset(lock)
+    arguments = {"source_prompt": "a red circle", "num_inference_steps": steps, "output": "latent"} | changes
+    video, mask = arguments.pop("video", a_video()), arguments.pop("mask", a_mask())
+    generator = torch.Generator().manual_seed(seed)
+    return kvf.KVLockPipeline.from_pipe(pipe)(
+        video, mask, prompt=prompt, lock=lock_config, generator=generator, **arguments
+    )
+
+
+def stock(pipe, prompt="a blue circle", steps=5, seed=1, **changes):
+    return pipe(
+        prompt, height=HEIGHT, width=WIDTH, num_frames=FRAMES, num_inference_steps=steps, output_type="latent",
+        generator=torch.Generator().manual_seed(seed), max_sequence_length=12, **changes,
+    ).frames  # fmt: skip
+
+
+OFF = {"alpha": 0.0, "omega": "constant", "s_star": False, "guidance_batching": "separate"}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0], ids=["no-cfg", "cfg"])
+@pytest.mark.parametrize("scheduler", [FlowMatchEulerDiscreteScheduler, unipc], ids=["euler", "unipc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_lock_off_is_diffusers_bit_for_bit(scheduler, guidance, dtype):
+    pipe = tiny_wan(scheduler())
+    pipe.transformer.to(dtype)
+    expected = stock(pipe, guidance_scale=guidance)
+    for lock in (kvf.LockConfig(**OFF), "cfg"):
+        out = call(pipe, lock=lock, guidance_scale=guidance)
+        assert torch.equal(out.latents, expected.float())
+    assert out.trace.forwards == 5 * (1 if guidance == 1.0 else 2)
+
+
+def test_lock_off_with_two_transformers_is_diffusers_bit_for_bit():
+    pipe = tiny_wan(second=True)
+    expected = stock(pipe, guidance_scale=4.0, guidance_scale_2=3.0)
+    out = call(pipe, lock="cfg", guidance_scale=4.0, guidance_scale_2=3.0)
+    assert torch.equal(out.latents, expected)
+    assert not torch.equal(out.latents, call(pipe, lock="cfg", guidance_scale=4.0).latents)
+
+
+def test_expanded_timesteps_are_diffusers_bit_for_bit():
+    pipe = tiny_wan()
+    pipe.register_to_config(expand_timesteps=True)
+    assert torch.equal(call(pipe, lock="cfg").latents, stock(pipe))
+
+
+def test_a_lock_of_weight_zero_is_diffusers_bit_for_bit():
+    """alpha is computed but 0 in every step: hooks attached, blending, and still the stock latents."""
+    pipe = tiny_wan()
+    lock = kvf.LockConfig(**{**OFF, "alpha": "dynamic"}, warmup_alpha=0.0, kappa=5, tau=1e30, window=2)
+    out = call(pipe, lock=lock)
+    assert max(record.alpha for record in out.trace.records) < 1e-20
+    assert out.trace.forwards > 10  # the source was run in the steps that could lock
+    torch.testing.assert_close(out.latents, stock(pipe), rtol=0, atol=1e-6)
+
+
+def test_the_model_is_left_as_it_was():
+    pipe = tiny_wan()
+    expected = stock(pipe)
+    before = {name: vars(module).copy() for name, module in pipe.transformer.named_modules()}
+    keys = list(pipe.transformer.state_dict())
+    call(pipe)
+    after = {name: vars(module) for name, module in pipe.transformer.named_modules()}
+    assert {name: set(v) for name, v in after.items()} == {name: set(v) for name, v in before.items()}
+    assert list(pipe.transformer.state_dict()) == keys
+    assert torch.equal(stock(pipe), expected)
+
+
+def attention_inputs(pipe, monkeypatch):
+    """Record K (before RoPE is applied it is rotated alike, so after RoPE) and V entering every self-attention."""
+    from diffusers.models.transformers import transformer_wan
+
+    seen, inner = [], transformer_wan.dispatch_attention_fn
+
+    def spy(query, key, value, *args, **kwargs):
+        if key.shape[1] == query.shape[1]:
+            seen.append((key.clone(), value.clone()))
+        return inner(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(transformer_wan, "dispatch_attention_fn", spy)
+    return seen
+
+
+@pytest.mark.parametrize("batching", ["separate", "batched"])
+def test_alpha_one_hands_the_source_to_the_background_bit_for_bit(monkeypatch, batching):
+    pipe = tiny_wan()
+    seen = attention_inputs(pipe, monkeypatch)
+    lock = kvf.LockConfig(alpha=1.0, guidance_batching=batching, layers=(0, 2))
+    mask = call(pipe, steps=2, lock=lock).mask.tokens[0]
+    layers, step = len(pipe.transformer.blocks), []
+    if batching == "batched":
+        assert len(seen) == 2 * layers
+        step = [[(k[row], v[row]) for row in range(3)] for k, v in seen[:layers]]
+    else:
+        assert len(seen) == 3 * 2 * layers
+        step = [[tuple(x[0] for x in seen[branch * layers + i]) for branch in range(3)] for i in range(layers)]
+    for layer, (source, *branches) in enumerate(step):
+        for branch in branches:
+            for ours, theirs in zip(branch, source, strict=True):
+                assert torch.equal(ours[~mask], theirs[~mask]) == (layer in lock.layers)
+                if layer > 0:  # layer 0 sees equal noise at step 0: its K and V are equal everywhere
+                    assert not torch.isclose(ours[mask], theirs[mask]).all()
+
+
+def test_foreground_keys_are_the_new_ones_bit_for_bit():
+    """The K-norm's own output and what leaves the hook differ on background tokens only."""
+    from kvlock_fast.models.locking import Mode, TransformerLock, blend_weight
+    from kvlock_fast.models.wan import WAN
+
+    transformer = tiny_wan().transformer
+    inputs = {
+        "timestep": torch.tensor([500.0]), "encoder_hidden_states": torch.randn(1, 4, 16), "return_dict": False
+    }  # fmt: skip
+    foreground = torch.rand(1, 3 * 2 * 3) < 0.5
+    new, source = torch.randn(2, 1, 4, 3, 4, 6).unbind(0)
+    plain = {}
+    lock = TransformerLock(transformer, WAN, layers=(0,))
+    with torch.no_grad():
+        for name, latents in (("new", new), ("source", source)):
+            with lock.forward(Mode.CAPTURE):
+                transformer(latents, **inputs)
+            plain[name] = {key: value.clone() for key, value in lock.state.kept.items()}
+        entering = {}
+        attn = transformer.blocks[0].attn1
+        handle = attn.norm_k.register_forward_hook(lambda m, i, o: entering.__setitem__("k", o.clone()))
+        other = attn.to_v.register_forward_hook(lambda m, i, o: entering.__setitem__("v", o.clone()))
+        with lock.forward(Mode.STORED, blend_weight(torch.ones(1), foreground)):
+            transformer(new, **inputs)
+    handle.remove(), other.remove()
+    for kind in ("k", "v"):
+        mixed, mine, theirs = entering[kind][0], plain["new"][0, kind][0], plain["source"][0, kind][0]
+        assert torch.equal(mixed[foreground[0]], mine[foreground[0]])
+        assert torch.equal(mixed[~foreground[0]], theirs[~foreground[0]])
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_edits(preset):
+    pipe = tiny_wan()
+    out = call(pipe, lock=kvf.LockConfig.preset(preset, kappa=3), steps=6, output="frames")
+    assert out.frames[0].shape == (FRAMES, HEIGHT, WIDTH, 3) and out.frames[0].dtype == np.uint8
+    assert out.latents.isfinite().all() and len(out.trace.records) == 6
+    locked = preset not in ("cfg", "cfg-zero-star")
+    assert out.trace.forwards == 6 * (3 if locked else 2)
+
+
+def test_batched_and_separate_agree():
+    pipe = tiny_wan()
+    for preset in ("paper", "kvlock"):
+        one, two = (
+            call(pipe, lock=kvf.LockConfig.preset(preset, guidance_batching=b, kappa=3)).latents
+            for b in ("separate", "batched")
+        )
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batching", ["separate", "batched"])
+def test_several_prompts_equal_one_at_a_time(batching):
+    pipe = tiny_wan()
+    prompts = ["a blue circle", "a green square moves left", "a dog"]
+    lock = kvf.LockConfig(kappa=4, tau=0.5, window=3, guidance_batching=batching)
+    together = call(pipe, prompts, steps=6, lock=lock)
+    for i, prompt in enumerate(prompts):
+        alone = call(pipe, prompt, steps=6, lock=lock)
+        torch.testing.assert_close(together.latents[i], alone.latents[0], rtol=1e-4, atol=1e-4)
+        mine = [r for r in together.trace.records if r.sample == i]
+        for a, b in zip(mine, alone.trace.records, strict=True):
+            assert a.alpha == pytest.approx(b.alpha, abs=1e-4) and a.omega == pytest.approx(b.omega, abs=1e-3)
+            assert a.s_star == pytest.approx(b.s_star, abs=1e-4)
+    alphas = {round(r.alpha, 6) for r in together.trace.records if r.step == 5}
+    assert len(alphas) == len(prompts)
+
+
+def test_background_latents_source_ends_at_the_source():
+    pipe = tiny_wan()
+    out = call(pipe, lock="kvlock")
+    clean = kvf.KVLockPipeline.from_pipe(pipe).model.encode_video(torch.as_tensor(a_video()))
+    outside = ~out.mask.token_latents[0].expand(4, -1, -1, -1)
+    with torch.no_grad():
+        assert torch.equal(out.latents[0][outside], clean[0][outside])
+    assert not torch.isclose(out.latents[0][~outside], clean[0][~outside], atol=1e-3).all()
+
+
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_inversion_and_replay_return_to_the_source(method):
+    """Inverting and denoising again with the source prompt, unguided, comes back, and heun comes closer."""
+    pipe = tiny_wan()
+    lock = kvf.LockConfig(source_path="invert", inversion_solver=method, alpha=0.0, omega="constant", s_star=False)
+    out = call(pipe, "a red circle", steps=40, lock=lock, guidance_scale=1.0)
+    with torch.no_grad():
+        clean = kvf.KVLockPipeline.from_pipe(pipe).model.encode_video(torch.as_tensor(a_video()))
+    assert (out.latents - clean).square().mean() < 0.02 * clean.square().mean()
+    assert out.trace.forwards == 40 * (2 if method == "euler" else 3)
+
+
+def test_unguided_editing_leaves_the_scale_untouched():
+    out = call(tiny_wan(), lock="kvlock", guidance_scale=1.0)
+    assert {record.s_star for record in out.trace.records} == {1.0}
+    assert out.trace.forwards == 5 * 2
+
+
+def test_warmup_without_locking_runs_no_source():
+    out = call(tiny_wan(), steps=8, lock=kvf.LockConfig(warmup_alpha=0.0, kappa=3))
+    assert out.trace.forwards == 5 * 2 + 3 * 3
+    assert [r.alpha for r in out.trace.records[:5]] == [0.0] * 5
+    assert all(r.alpha > 0 for r in out.trace.records[5:])
+
+
+def test_tau_auto_compares_with_the_source():
+    out = call(tiny_wan(), steps=6, lock=kvf.LockConfig(tau="auto", kappa=4))
+    assert [r.alpha for r in out.trace.records[:2]] == [1.0, 1.0]
+    assert all(0 < r.alpha <= 1 for r in out.trace.records)
+
+
+def test_frames_are_padded_and_cut_back():
+    with pytest.warns(UserWarning, match="7 frames padded to 9"):
+        out = call(tiny_wan(), video=a_video(7), mask=a_mask(7), output="frames")
+    assert out.frames[0].shape[0] == 7
+    with pytest.warns(UserWarning, match="7 frames trimmed to 5"):
+        out = call(tiny_wan(), video=a_video(7), mask=a_mask(7), output="frames", frames_policy="trim")
+    assert out.frames[0].shape[0] == 5
+    with pytest.raises(kvf.InputError, match="frames: 7"):
+        call(tiny_wan(), video=a_video(7), mask=a_mask(7), frames_policy="error")
+
+
+def test_a_size_the_model_cannot_take_is_resized():
+    with pytest.warns(UserWarning, match="size 31x50 is not a multiple of 16x16: working at 32x48"):
+        out = call(tiny_wan(), video=a_video(5, 31, 50), mask=a_mask(5, 31, 50), output="frames")
+    assert out.frames[0].shape == (5, 32, 48, 3)
+
+
+def test_an_all_foreground_mask_warns_and_runs():
+    with pytest.warns(UserWarning, match="every token"):
+        call(tiny_wan(), mask=np.ones((FRAMES, HEIGHT, WIDTH), bool), steps=2)
+
+
+BAD_CALLS = {
+    "empty mask": ({"mask": np.zeros((FRAMES, HEIGHT, WIDTH), bool)}, "mask is empty"),
+    "mask dtype": ({"mask": np.ones((FRAMES, HEIGHT, WIDTH), np.uint8)}, "mask must be bool"),
+    "mask frames": ({"mask": np.ones((3, HEIGHT, WIDTH), bool)}, r"\(3, 32, 48\)"),
+    "mask size": ({"mask": np.ones((FRAMES, 8, 8), bool)}, r"\(9, 8, 8\)"),
+    "video dtype": ({"video": a_video().astype(np.float32)}, "video must be uint8"),
+    "no frames": ({"video": a_video(0)}, r"\(0, 32, 48, 3\)"),
+    "no frames in a list": ({"video": []}, "video must be uint8"),
+    "steps": ({"steps": 0}, "num_inference_steps .* 0"),
+    "guidance": ({"guidance_scale": float("nan")}, "guidance_scale .* nan"),
+    "prompt": ({"prompt": []}, "prompt"),
+    "layer": ({"lock": kvf.LockConfig(layers=(7,))}, "layer 7, but the model has layers 0 to 2"),
+    "latents": ({"latents": torch.zeros(1, 4, 1, 1, 1)}, r"latents must be \(1, 4, 3, 4, 6\)"),
+    "nan": ({"latents": torch.full((1, 4, 3, 4, 6), float("nan"))}, "NaN or inf at step 0"),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_CALLS))
+def test_bad_calls_say_what_is_wrong(name):
+    changes, message = BAD_CALLS[name]
+    with pytest.raises(kvf.InputError, match=message):
+        call(tiny_wan(), **changes)
+
+
+def test_skipped_or_hidden_layers_are_refused():
+    pipe = tiny_wan()
+    pipe.transformer.fuse_qkv_projections()
+    with pytest.raises(kvf.InputError, match="fused projections"):
+        call(pipe)
+    pipe = tiny_wan()
+    from diffusers import FirstBlockCacheConfig
+
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(kvf.InputError, match="skips layers"):
+        call(pipe)
+
+
+def test_hooks_that_do_not_fire_are_noticed(monkeypatch):
+    pipe = tiny_wan()
+    block = pipe.transformer.blocks[1]
+    monkeypatch.setattr(block, "forward", lambda hidden_states, *args, **kwargs: hidden_states)
+    with pytest.raises(RuntimeError, match="4 of 6 K/V hooks fired"):
+        call(pipe)
+    assert not hasattr(pipe.transformer.blocks[0].attn1.norm_k, "_diffusers_hook")
+
+
+def test_no_warnings_on_clean_input():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        call(tiny_wan(), steps=2)
