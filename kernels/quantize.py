@@ -47,7 +47,12 @@ class QuantizedKV:
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales and padding."""
-        return sum(t.nbytes for t in (self.codes, self.scale, self.minimum) if t is not None)
+        return sum(t.nbytes for t in (self.codes, *self.scales))
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """scale and minimum, those that the format has."""
+        return [t for t in (self.scale, self.minimum) if t is not None]
 
     @property
     def device(self) -> torch.device:
@@ -60,13 +65,14 @@ class QuantizedKV:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """[B, S, H, D] in `dtype` (default: the dtype it was made of)."""
-        return dequantize_kv_reference(self).to(dtype or self.dtype)
+        values = _dequantize_op(self.codes, self.scales, self.format, self.kind, self.shape[3])
+        return values.to(dtype or self.dtype)
 
 
 def _scale_per_token(x: Tensor, largest_code: float) -> Tensor:
     amax = x.abs().amax(dim=-1, keepdim=True) if x.numel() else x.new_empty((*x.shape[:-1], 1))
-    # The smallest normal keeps the division finite for denormal rows; a row of zeros needs no scale.
-    return torch.where(amax > 0, (amax / largest_code).clamp_min(torch.finfo(x.dtype).tiny), 1.0)
+    # The smallest normal keeps the division finite for denormal rows; a row of zeros needs no scale; NaN stays NaN.
+    return torch.where(amax == 0, 1.0, (amax / largest_code).clamp_min(torch.finfo(x.dtype).tiny))
 
 
 def _grouped(x: Tensor, kind: str) -> Tensor:
@@ -94,24 +100,46 @@ def _quantize_int4(x: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     minimum = _round_to_bf16(low, up=False)
     step = _round_to_bf16((high - minimum.float()) / 15, up=True)
     safe = torch.where(step > 0, step.float(), 1.0)
-    codes = ((groups - minimum.float()) / safe).round().clamp(0, 15).to(torch.uint8)
+    codes = ((groups - minimum.float()) / safe).round().clamp(0, 15).nan_to_num(0).to(torch.uint8)
     codes = codes.flatten(dim - 1, dim)[: x.shape[0], : x.shape[1], :, : x.shape[3]]
     codes = F.pad(codes, (0, x.shape[3] % 2))
     packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
     return packed.contiguous(), step.squeeze(dim), minimum.squeeze(dim)
 
 
-def _dequantize_int4(kv: QuantizedKV) -> Tensor:
-    codes = torch.stack((kv.codes & 15, kv.codes >> 4), dim=-1).flatten(-2)[..., : kv.shape[3]].float()
-    dim = 1 if kv.kind == "k" else 3
-    size = min(INT4_GROUP, kv.shape[dim])
-    step, minimum = (t.float().repeat_interleave(size, dim) for t in (kv.scale, kv.minimum))
-    return codes * step.narrow(dim, 0, kv.shape[dim]) + minimum.narrow(dim, 0, kv.shape[dim])
+def _dequantize_int4(codes: Tensor, step: Tensor, minimum: Tensor, kind: str, channels: int) -> Tensor:
+    values = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :channels].float()
+    dim = 1 if kind == "k" else 3
+    length = values.shape[dim]
+    size = min(INT4_GROUP, length)
+    step, minimum = (t.float().repeat_interleave(size, dim).narrow(dim, 0, length) for t in (step, minimum))
+    return values * step + minimum
 
 
 def quantize_kv_reference(x: Tensor, format: str = "fp8_e4m3", kind: str = "k") -> QuantizedKV:
     """x [B, S, H, D] floating-point as a QuantizedKV."""
     return QuantizedKV(format, kind, x.shape, x.dtype, *_encode(x, format, kind))
+
+
+@torch.library.custom_op("kvlock_fast::quantize_kv", mutates_args=())
+def _quantize_op(x: Tensor, format: str, kind: str) -> list[Tensor]:
+    return [t.contiguous() for t in _encode(x, format, kind)]
+
+
+@_quantize_op.register_fake
+def _(x, format, kind):
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _encode(x, format, kind)]
+
+
+@torch.library.custom_op("kvlock_fast::dequantize_kv", mutates_args=())
+def _dequantize_op(codes: Tensor, scales: list[Tensor], format: str, kind: str, channels: int) -> Tensor:
+    return _decode(codes, scales, format, kind, channels).contiguous()
+
+
+@_dequantize_op.register_fake
+def _(codes, scales, format, kind, channels):
+    dtype = codes.dtype if format == "native" else torch.float32
+    return codes.new_empty((*codes.shape[:3], channels), dtype=dtype)
 
 
 def _encode(x: Tensor, format: str, kind: str) -> tuple[Tensor, ...]:
@@ -128,7 +156,8 @@ def _encode(x: Tensor, format: str, kind: str) -> tuple[Tensor, ...]:
         return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
     if format == "int8":
         scale = _scale_per_token(x, 127.0)
-        return (x / scale).round().clamp(-127, 127).to(torch.int8), scale
+        # A cast of NaN to an integer is undefined; the scale carries it.
+        return (x / scale).round().clamp(-127, 127).nan_to_num(0).to(torch.int8), scale
     return _quantize_int4(x, kind)
 
 
@@ -140,14 +169,18 @@ def _empty_codes(x: Tensor, format: str) -> Tensor:
 
 def dequantize_kv_reference(kv: QuantizedKV) -> Tensor:
     """The values of `kv`: [B, S, H, D], fp32 (native: as stored)."""
-    if kv.format == "native":
-        return kv.codes.clone()
-    if kv.codes.numel() == 0:
-        return kv.codes.new_empty(kv.shape, dtype=torch.float32)
-    if kv.format == "int4":
-        return _dequantize_int4(kv)
-    values = kv.codes.float()
-    return values if kv.scale is None else values * kv.scale
+    return _decode(kv.codes, kv.scales, kv.format, kv.kind, kv.shape[3])
+
+
+def _decode(codes: Tensor, scales: list[Tensor], format: str, kind: str, channels: int) -> Tensor:
+    if format == "native":
+        return codes.clone()
+    if codes.numel() == 0:
+        return codes.new_empty((*codes.shape[:3], channels), dtype=torch.float32)
+    if format == "int4":
+        return _dequantize_int4(codes, *scales, kind, channels)
+    values = codes.float()
+    return values * scales[0] if scales else values
 
 
 def launch_quantize_kv(x: Tensor, format: str = "fp8_e4m3", kind: str = "k") -> QuantizedKV:
@@ -158,4 +191,4 @@ def launch_quantize_kv(x: Tensor, format: str = "fp8_e4m3", kind: str = "k") -> 
         raise ValueError(f"unknown kind {kind!r}: 'k' or 'v'")
     if x.ndim != 4 or not x.is_floating_point():
         raise ValueError(f"x must be a floating-point tensor [B, S, H, D], got {x.dtype} {tuple(x.shape)}")
-    return quantize_kv_reference(x, format, kind)
+    return QuantizedKV(format, kind, x.shape, x.dtype, *_quantize_op(x, format, kind))

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.version import __version__
 
 app = typer.Typer(
@@ -82,9 +82,9 @@ def edit(
     steps: Annotated[int, _option("Denoising steps.")] = 50,
     guidance: Annotated[float, _option("The guidance scale (omega0); 1 or less: no guidance.")] = 5.0,
     guidance_2: Annotated[float | None, _option("For the low-noise transformer, where there are two.")] = None,
-    seed: Annotated[int, _option("Of the noise.")] = 0,
-    size: Annotated[str | None, _option("Work at HEIGHTxWIDTH; the source's size if not given.")] = None,
-    max_frames: Annotated[int | None, _option("Use only the first so many frames.")] = None,
+    seed: Annotated[int, _option("Of the noise.", min=0)] = 0,
+    size: Annotated[str | None, _option("Work at HEIGHTxWIDTH; else the source's size (demo: small).")] = None,
+    max_frames: Annotated[int | None, _option("Use only the first so many frames.", min=1)] = None,
     frames_policy: Annotated[FramesPolicy, _option("For a frame count the model cannot take.")] = FramesPolicy.pad,
     preset: Annotated[str, _option("Values for all the lock parameters below; see the README.")] = "kvlock",
     alpha: Annotated[str | None, _option("'dynamic' or a fixed ratio of the source's K and V, 0 to 1.")] = None,
@@ -106,7 +106,7 @@ def edit(
     zero_init_steps: Annotated[int | None, _option("First steps with a prediction of 0.")] = None,
     guidance_batching: Annotated[str | None, _option("'separate' or 'batched' forwards, or 'auto'.")] = None,
     composite: Annotated[bool, _option("Paste the source's background back, at its size.")] = False,
-    feather: Annotated[int, _option("Pixels outside the mask over which --composite mixes.")] = 8,
+    feather: Annotated[int, _option("Pixels outside the mask over which --composite mixes.", min=0)] = 8,
     trace: Annotated[Path | None, _option("Write what happened at each step, as JSON.")] = None,
     report: Annotated[Path | None, _option("Write an HTML page about the edit.")] = None,
     device: Annotated[str, _option("cuda, cpu, ... or auto.")] = "auto",
@@ -139,7 +139,7 @@ def demo(
     world: Annotated[int | None, _option("Instead of an edit, write so many clips of the demo's world.")] = None,
     steps: Annotated[int | None, _option("Denoising steps; a quick default if not given.")] = None,
     preset: Annotated[str, _option("The lock's preset.")] = "kvlock",
-    seed: Annotated[int, _option("Of the noise, or of the world.")] = 0,
+    seed: Annotated[int, _option("Of the noise, or of the world.", min=0)] = 0,
     device: Annotated[str, _option("cuda, cpu, ... or auto.")] = "auto",
     quiet: Annotated[bool, _option("No progress.", "--quiet", "-q")] = False,
 ) -> None:
@@ -182,10 +182,23 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def _usage_message(error: Any, arguments: list[str]) -> str:
+    """The library's sentence, with the value that was given where it leaves that out."""
+    message = error.format_message().replace("\n", " ").rstrip(".")
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        for i, argument in reversed(list(enumerate(arguments))):
+            given = arguments[i + 1] if argument == option and i + 1 < len(arguments) else None
+            given = argument.removeprefix(f"{option}=") if argument.startswith(f"{option}=") else given
+            if given is not None and f"'{given}'" not in message:
+                return f"{message}, got '{given}'"
+    return message
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status: 0 done, 1 some work failed, 2 bad input."""
     warnings.showwarning = _show_warning
-    warnings.filterwarnings("ignore", module=r"(?!kvlock_fast)")
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", InputWarning)
     try:
         result = app(args=arguments, prog_name="kvlock-fast", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -197,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Usage errors of the command-line library, whose classes move between its versions.
         if not hasattr(error, "format_message"):
             raise
-        message = error.format_message().replace("\n", " ")
+        message = _usage_message(error, sys.argv[1:] if arguments is None else arguments)
     print(f"error: {message}", file=sys.stderr, flush=True)
     return 130 if message == "interrupted" else 2
 

@@ -1,6 +1,6 @@
 """What the commands do, given checked arguments: each reads, runs, writes and says where the results are."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from kvlock_fast.edit import (
     run_edit,
     settings_table,
     trace_json,
+    working_size,
     write_demo_files,
 )
 from kvlock_fast.errors import InputError
-from kvlock_fast.files import output_folder, require_writable, write_text
-from kvlock_fast.media import require_video_name, write_video
+from kvlock_fast.files import check_writable, output_folder, write_text
+from kvlock_fast.media import check_video_output, write_video
 from kvlock_fast.progress import progress_bar
 
 
@@ -50,12 +51,12 @@ def edit(
     """`kvlock-fast edit`. Outputs are checked before any work is done, and appear whole."""
     outputs = output_names(str(files.output), len(settings.prompts))
     for path in outputs:
-        require_video_name(path)
-        require_writable(path)
+        check_video_output(path)
     for path in (files.trace, files.report):
         if path is not None:
-            require_writable(path)
+            check_writable(path)
     clip = read_clip(files.source, files.mask, files.max_frames)
+    settings = replace(settings, size=working_size(model, clip.video, settings.size))
     with progress_bar(quiet) as progress:
         progress("load", 0, 1)
         pipe = load_pipeline(model, device, dtype)
@@ -88,7 +89,7 @@ def demo(output: Path, steps: int | None, preset: str, seed: int, device: str, c
     )  # fmt: skip
     with progress_bar(quiet) as progress:
         progress("load", 0, 1)
-        pipe = load_pipeline("demo", device)
+        pipe = load_pipeline("demo", device, "fp32")
         progress("load", 1, 1)
         result = run_edit(pipe, clip, settings, progress)
         progress("write", 0, 1)
@@ -115,7 +116,7 @@ def _write_report(path: Path, clip: Clip, result: Any, settings: EditSettings, c
 
     write_report(
         path, source=result.source, mask=result.mask, edited=result.videos, trace=result.trace,
-        settings=settings_table(settings), command=command, metrics=result.metrics[0], fps=clip.fps,
+        settings=settings_table(settings), command=command, metrics=result.metrics, fps=clip.fps,
     )  # fmt: skip
 
 

@@ -80,6 +80,18 @@ def read_clip(source: str, mask: str, max_frames: int | None = None) -> Clip:
     return Clip(video.frames, pixels, video.fps)
 
 
+def working_size(model: str, video: np.ndarray, size: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The size asked for; if none is, a small one for the bundled model, else None for the video's own."""
+    from kvlock_fast.demo import PIXELS, model_path
+
+    height, width = video.shape[1:3]
+    bundled = model == "demo" or Path(model).resolve() == model_path()
+    if size is not None or not bundled or height * width <= PIXELS:
+        return size
+    shrink = math.sqrt(PIXELS / (height * width))
+    return max(1, round(height * shrink)), max(1, round(width * shrink))
+
+
 def load_pipeline(model: str, device: str = "auto", dtype: str = "auto") -> Any:
     """The model on its device: CUDA where there is one, in bf16; else the CPU, in fp32."""
     import torch
@@ -94,12 +106,23 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "auto") -> Any:
     names["auto"] = torch.float32 if device == "cpu" else torch.bfloat16
     if dtype not in names:
         raise InputError(f"dtype '{dtype}' is not one of {', '.join(names)}")
+    _quieten_libraries()
     try:
         return KVLockPipeline.from_pretrained(model, torch_dtype=names[dtype]).to(device)
     except RuntimeError as error:
         if "device" in str(error).lower():
             raise InputError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
         raise
+
+
+def _quieten_libraries() -> None:
+    """Keep the libraries' bars and notes off the terminal; this program reports for itself."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress | None = None) -> EditResult:

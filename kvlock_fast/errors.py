@@ -11,3 +11,7 @@ class InputError(ValueError):
 
 class OutputError(InputError):
     """An output that cannot be written. The message names the path."""
+
+
+class InputWarning(UserWarning):
+    """Input that was changed to fit. The command line prints such a message as a line on stderr."""

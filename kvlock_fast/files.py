@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import OutputError
+from kvlock_fast.errors import OutputError
 
 
 @contextlib.contextmanager
@@ -22,8 +22,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         OutputError: the place cannot be written (no such folder, a folder of that name, no permission, disk full).
     """
     final = Path(path)
-    if final.is_dir():
-        raise OutputError(f"cannot write '{final}': a folder has this name")
+    _refuse_folder(final)
     # Short and of its own, so that a long final name still fits the file system's limit.
     temporary = final.with_name(f".kvlock-{secrets.token_hex(6)}{final.suffix}")
     try:
@@ -41,6 +40,18 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         # Nothing is left to remove after the move; after a failure this is the clean-up, KeyboardInterrupt included.
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise OutputError unless a file can be put at `path`; leaves nothing behind and touches no earlier file."""
+    final = Path(path)
+    _refuse_folder(final)
+    probe = final.with_name(f".kvlock-{secrets.token_hex(6)}")
+    try:
+        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        probe.unlink()
+    except OSError as error:
+        raise _refusal(final, error) from error
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -68,6 +79,15 @@ def output_folder(path: str | os.PathLike) -> Path:
     except OSError as error:
         raise _refusal(folder, error) from error
     return folder
+
+
+def _refuse_folder(path: Path) -> None:
+    try:
+        if path.is_dir():
+            raise OutputError(f"cannot write '{path}': a folder has this name")
+    # A name that is too long.
+    except OSError as error:
+        raise _refusal(path, error) from error
 
 
 def _refusal(path: Path, error: OSError) -> OutputError:

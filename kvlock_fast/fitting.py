@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .errors import InputError
+from kvlock_fast.errors import InputError
 
 
 def fit_frames(frames: np.ndarray, policy: str, multiple: int = 4) -> tuple[np.ndarray, int]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.masks import Geometry
 from kvlock_fast.media import fit_frames, resize_mask, resize_video
 
@@ -104,4 +104,4 @@ def fit_to_model(
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=4)
+    warnings.warn(message, InputWarning, stacklevel=5)

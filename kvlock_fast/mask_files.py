@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from . import image_files
-from .errors import InputError
-from .video_files import MAX_BYTES, MAX_PIXELS, decode_video, read_images
+from kvlock_fast import image_files
+from kvlock_fast.errors import InputError
+from kvlock_fast.video_files import MAX_BYTES, MAX_PIXELS, decode_video, read_images
 
 
 def read_mask(path: str | os.PathLike, *, threshold: float = 0.5) -> np.ndarray:
@@ -109,12 +109,12 @@ def _from_array(array: np.ndarray, path: Path, threshold: float) -> np.ndarray:
         raise InputError(f"the mask '{path}' has the shape {array.shape}, not [H, W] or [F, H, W]")
     if array.dtype == bool:
         return array
+    if array.dtype.kind not in "iuf":
+        raise InputError(f"the mask '{path}' has values of type {array.dtype}, not bool or plain numbers")
     low, high = array.min(), array.max()
-    if array.dtype.kind in "iu":
-        full = next((full for full in (1, 255, 65535) if low >= 0 and high <= full), None)
-    else:
-        # NaN fails both comparisons.
-        full = 1 if array.dtype.kind == "f" and low >= 0 and high <= 1 else None
+    # NaN fails every comparison.
+    ranges = (1,) if array.dtype.kind == "f" else (1, 255, 65535)
+    full = next((full for full in ranges if low >= 0 and high <= full), None)
     if full is None:
         raise InputError(f"the mask '{path}' has values of type {array.dtype} from {low} to {high}, not 0..1 or 0..255")
     return array > threshold * full

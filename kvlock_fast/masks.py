@@ -71,6 +71,8 @@ def latent_mask(mask: Tensor, geometry: Geometry) -> Tensor:
 
 def project_mask(mask: Tensor, geometry: Geometry) -> ProjectedMask:
     """Pixel mask bool [F, H, W] or [B, F, H, W] through all stages. Raises ValueError on another dtype or shape."""
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"mask must be a torch.Tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool:
         raise ValueError(f"mask must be bool, got {mask.dtype}")
     if mask.ndim not in (3, 4) or 0 in mask.shape:

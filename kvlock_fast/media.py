@@ -5,16 +5,17 @@ is taken, colours keep their matrix and range, and outputs are whole or absent. 
 only when a call needs them.
 """
 
-from .fitting import fit_frames, fit_mask, resize_mask, resize_video
-from .mask_files import box_mask, read_mask
-from .video_files import MAX_BYTES, MAX_PIXELS, Video, read_video
-from .video_output import write_video
+from kvlock_fast.fitting import fit_frames, fit_mask, resize_mask, resize_video
+from kvlock_fast.mask_files import box_mask, read_mask
+from kvlock_fast.video_files import MAX_BYTES, MAX_PIXELS, Video, read_video
+from kvlock_fast.video_output import check_video_output, write_video
 
 __all__ = [
     "MAX_BYTES",
     "MAX_PIXELS",
     "Video",
     "box_mask",
+    "check_video_output",
     "fit_frames",
     "fit_mask",
     "read_mask",

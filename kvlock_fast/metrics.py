@@ -75,33 +75,22 @@ def _checked(a: np.ndarray, b: np.ndarray, where: np.ndarray | None) -> np.ndarr
 
 def _ssim_map(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """SSIM of two pictures `[H, W, C]` or `[H, W]` at every pixel, the mean over channels: float64 `[H, W]`."""
-    import torch
-
     # Variances are differences of large squares: around zero they lose less in float32.
     first, second = (p.reshape(*p.shape[:2], -1).transpose(2, 0, 1).astype(np.float32) - 127.5 for p in (x, y))
-    first, second = torch.from_numpy(first), torch.from_numpy(second)
-    stack = torch.stack([first, second, first * first, second * second, first * second])
-    mean_x, mean_y, xx, yy, xy = _blurred(_blurred(stack, 2), 3).double()
+    stack = np.stack([first, second, first * first, second * second, first * second])
+    mean_x, mean_y, xx, yy, xy = _blurred(_blurred(stack, 2), 3).astype(np.float64)
     xx, yy, xy = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
     mean_x, mean_y = mean_x + 127.5, mean_y + 127.5
     similarity = (2 * mean_x * mean_y + _C1) * (2 * xy + _C2) / ((mean_x**2 + mean_y**2 + _C1) * (xx + yy + _C2))
-    return similarity.mean(0).numpy()
+    return similarity.mean(0)
 
 
-def _blurred(stack, axis: int):
-    """The Gaussian window along one axis. Eleven shifted sums: torch's convolution is ten times slower on one plane."""
-    size = stack.shape[axis]
+def _blurred(stack: np.ndarray, axis: int) -> np.ndarray:
+    """The Gaussian window along one axis, which reaches over the edge by reflection: d c b a | a b c d | d c b a."""
     taps = np.exp(-0.5 * (np.arange(-_RADIUS, _RADIUS + 1) / _SIGMA) ** 2)
-    wide = stack.index_select(axis, _reflected(size))
-    result = wide.narrow(axis, 0, size) * (taps[0] / taps.sum())
-    for i, tap in enumerate(taps[1:], start=1):
-        result.add_(wide.narrow(axis, i, size), alpha=tap / taps.sum())
-    return result
-
-
-def _reflected(size: int):
-    """Indices of a row with its window's reach on either side: d c b a | a b c d | d c b a, for any size."""
-    import torch
-
-    index = torch.arange(-_RADIUS, size + _RADIUS) % (2 * size)
-    return torch.minimum(index, 2 * size - 1 - index)
+    taps = (taps / taps.sum()).astype(np.float32)
+    size = stack.shape[axis]
+    index = np.arange(-_RADIUS, size + _RADIUS) % (2 * size)
+    wide = np.moveaxis(np.take(stack, np.minimum(index, 2 * size - 1 - index), axis=axis), axis, 0)
+    # In numpy and not in torch: so many small sums would each wait for all of torch's threads.
+    return np.moveaxis(sum(tap * wide[i : i + size] for i, tap in enumerate(taps)), 0, axis)

@@ -2,8 +2,8 @@
 
 Every function takes `backend="auto" | "reference" | "triton"`. "reference" is plain torch with fp32 inside: the
 specification and the CPU implementation. "auto" takes the fastest implementation there is for the tensor's device.
-Wrong shapes, dtypes or names raise ValueError saying what was given. All but `token_mask` and `quantize_kv` are
-custom operators (`torch.ops.kvlock_fast.*`), opaque to torch.compile. No gradients: editing is inference.
+Wrong shapes, dtypes or names raise ValueError saying what was given. All but `token_mask` are custom operators
+(`torch.ops.kvlock_fast.*`), opaque to torch.compile. No gradients: editing is inference.
 """
 
 import math
@@ -41,8 +41,8 @@ def _per_sample(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """`value` as an fp32 tensor [B] on like's device."""
     if isinstance(value, Tensor):
         return value.to(device=like.device, dtype=torch.float32)
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
+    if not (isinstance(value, (int, float)) and math.isfinite(value)):
+        raise ValueError(f"{name} must be a finite number or a tensor, got {value!r}")
     return torch.full((like.shape[0],), float(value), device=like.device, dtype=torch.float32)
 
 
@@ -87,8 +87,8 @@ def locked_attention(
     K = m K + (1 - m) (alpha K_ref + (1 - alpha) K), V likewise (KV-Lock, arXiv 2603.09657).
     """
     _check_backend(backend, "locked_attention")
-    if not isinstance(alpha, Tensor) and not 0.0 <= alpha <= 1.0:
-        raise ValueError(f"alpha must be between 0 and 1, got {alpha}")
+    if not isinstance(alpha, Tensor) and not (isinstance(alpha, (int, float)) and 0.0 <= alpha <= 1.0):
+        raise ValueError(f"alpha must be a number between 0 and 1 or a tensor, got {alpha!r}")
     wide = torch.promote_types(k.dtype, torch.float32)
     k_ref, v_ref = (ref.dequantize(wide) if isinstance(ref, QuantizedKV) else ref for ref in (k_ref, v_ref))
     return launch_locked_attention(q, k, v, k_ref, v_ref, foreground, _per_sample("alpha", alpha, q), scale)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.denoise import Task, denoise
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.inputs import check_call, fit_to_model
 from kvlock_fast.masks import ProjectedMask, project_mask
 from kvlock_fast.models import wrap_pipeline
@@ -148,7 +148,8 @@ class KVLockPipeline:
         if not projected.tokens.any():
             raise InputError("mask is empty: no pixel is marked as foreground")
         if projected.tokens.all():
-            warnings.warn("mask covers every token: nothing is locked, the whole video is edited", stacklevel=3)
+            message = "mask covers every token: nothing is locked, the whole video is edited"
+            warnings.warn(message, InputWarning, stacklevel=4)
         return projected
 
     def _texts(self, prompts, negative_prompt, source_prompt, guidance_scale) -> tuple[Tensor, Tensor | None, Tensor]:

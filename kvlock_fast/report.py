@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from . import charts
-from . import metrics as measures
-from .files import atomic_path, write_text
-from .version import __version__
-from .video_output import write_video
+from kvlock_fast import charts
+from kvlock_fast import metrics as measures
+from kvlock_fast.files import atomic_path, write_text
+from kvlock_fast.version import __version__
+from kvlock_fast.video_output import write_video
 
 LEGIBLE = 256
 """Videos whose longer side is smaller than this are enlarged, or nobody would see anything."""
@@ -34,7 +34,7 @@ def write_report(
     trace: dict[str, Any],
     settings: dict[str, Any],
     command: str,
-    metrics: list[dict[str, float | None]] | None = None,
+    metrics: dict[str, float | None] | Sequence[dict[str, float | None]] | None = None,
     fps: Fraction | float = 16,
 ) -> None:
     """Write one HTML file that needs nothing else: videos, figures, plots, settings, command.
@@ -45,18 +45,19 @@ def write_report(
         edited: one uint8 `[F, H, W, 3]`, or one per prompt in the order of `trace["prompts"]`.
         trace: prompts, steps, warmup_steps and the records per step and sample, as in trace.json.
         settings: shown as a table; dictionaries within it become headings.
-        metrics: per edit what `measure` returns; None measures here.
+        metrics: what `measure` returns, one per edit (or the one); None measures here.
 
     Raises OutputError if the path cannot be written.
     """
     edits = _edits(edited)
     outlined = outline(source, mask)
+    given = [metrics] if isinstance(metrics, dict) else metrics or [measure(source, mask, e) for e in edits]
     page = _template().render(
         version=__version__,
         prompts=_prompts(trace, len(edits)),
         clips=[_clip("Source", source, fps), _clip("Mask", outlined, fps)]
         + [_clip(f"Edit {i + 1}" if len(edits) > 1 else "Edit", e, fps) for i, e in enumerate(edits)],
-        figures=[_figures(m) for m in metrics or [measure(source, mask, e) for e in edits]],
+        figures=[_figures({**_calm(source, mask, e), **m}) for e, m in zip(edits, given, strict=False)],
         charts=charts.schedule_charts(trace, settings),
         facts=_facts(source, mask, trace, fps),
         settings=_rows(settings),
@@ -100,25 +101,26 @@ def write_sheet(
 
 
 def measure(source: np.ndarray, mask: np.ndarray, edited: np.ndarray) -> dict[str, float | None]:
-    """Background PSNR (dB) and SSIM against the source, and the flicker (0 to 255) of background and foreground.
-
-    None stands where there is nothing to measure: no background, or a single frame.
-    """
+    """Background PSNR (dB) and SSIM against the source. None: there is no background."""
     background = ~mask
-
-    def attempt(function, *arguments):
-        try:
-            return function(*arguments)
-        except ValueError:
-            return None
-
+    if not background.any():
+        return {"background_psnr": None, "background_ssim": None}
     return {
-        "background_psnr": attempt(measures.psnr, source, edited, background),
-        "background_ssim": attempt(measures.ssim, source, edited, background),
-        "background_flicker": attempt(measures.flicker, edited, background),
-        "background_flicker_source": attempt(measures.flicker, source, background),
-        "foreground_flicker": attempt(measures.flicker, edited, mask),
-        "foreground_flicker_source": attempt(measures.flicker, source, mask),
+        "background_psnr": measures.psnr(source, edited, background),
+        "background_ssim": measures.ssim(source, edited, background),
+    }
+
+
+def _calm(source: np.ndarray, mask: np.ndarray, edited: np.ndarray) -> dict[str, float | None]:
+    """The flicker of both regions in the edit, and in the source for comparison. None: nothing to compare."""
+
+    def flicker(video: np.ndarray, where: np.ndarray) -> float | None:
+        counts = len(video) > 1 and (where[:-1] & where[1:]).any()
+        return measures.flicker(video, where) if counts else None
+
+    regions = {"background": ~mask, "foreground": mask}
+    return {f"{name}_flicker": flicker(edited, where) for name, where in regions.items()} | {
+        f"{name}_flicker_source": flicker(source, where) for name, where in regions.items()
     }
 
 
@@ -175,12 +177,16 @@ def _figures(values: dict[str, float | None]) -> list[dict[str, str]]:
         value = values.get(key)
         return "–" if value is None else "∞" if math.isinf(value) else f"{value:.{digits}f}"
 
+    decibels = number("background_psnr", 1)
+    if values.get("background_psnr") is None and values.get("background_ssim") is not None:
+        # JSON has no infinity: from there an untouched background comes as null.
+        decibels = "∞"
     tiles = [
-        ("Background PSNR", number("background_psnr", 1), "dB against the source; higher is closer"),
-        ("Background SSIM", number("background_ssim", 4), "against the source; 1 is equal"),
+        ("Background PSNR", decibels, "dB against the source; higher is closer, ∞ untouched"),
+        ("Background SSIM", number("background_ssim", 4), "1 is equal; windows at the border see the edit"),
     ]
     for region in ("background", "foreground"):
-        note = f"levels per frame; source {number(f'{region}_flicker_source', 2)}"
+        note = f"levels from frame to frame; source {number(f'{region}_flicker_source', 2)}"
         tiles.append((f"{region.capitalize()} flicker", number(f"{region}_flicker", 2), note))
     return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in tiles]
 

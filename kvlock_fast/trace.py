@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +37,12 @@ class Trace:
     forwards: int
     stage_seconds: dict[str, float]
     records: list[StepRecord]
+
+    def __iter__(self) -> Iterator[StepRecord]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import InputError, OutputError
-from .files import atomic_path
-from .video_files import exact_conversion
+from kvlock_fast.errors import InputError, OutputError
+from kvlock_fast.files import atomic_path, check_writable
+from kvlock_fast.video_files import exact_conversion
 
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: Fraction | float, *, quality: int = 16) -> None:
@@ -36,9 +36,7 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: Fraction | flo
         raise InputError(f"the quality must be from 0 to 51, not {quality}")
     if not 0 < fps < 1001:
         raise InputError(f"the frame rate must be above 0 and at most 1000 per second, not {fps}")
-    encode = {".mp4": _h264, ".m4v": _h264, ".mov": _h264, ".mkv": _ffv1}.get(path.suffix.lower())
-    if encode is None:
-        raise OutputError(f"cannot write '{path}': a video is written as .mp4, .m4v, .mov or .mkv (lossless)")
+    encode = _encoder(path)
     rate = Fraction(fps).limit_denominator(30_000)
     with atomic_path(path) as temporary:
         try:
@@ -53,6 +51,19 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: Fraction | flo
                 container.mux(stream.encode())
         except av.error.FFmpegError as error:
             raise OutputError(f"cannot write '{path}': {error.strerror or error}") from error
+
+
+def check_video_output(path: str | os.PathLike) -> None:
+    """Raise OutputError unless a video can be written to `path`: a known suffix, and a place that takes files."""
+    _encoder(Path(path))
+    check_writable(path)
+
+
+def _encoder(path: Path):
+    encode = {".mp4": _h264, ".m4v": _h264, ".mov": _h264, ".mkv": _ffv1}.get(path.suffix.lower())
+    if encode is None:
+        raise OutputError(f"cannot write '{path}': a video is written as .mp4, .m4v, .mov or .mkv (lossless)")
+    return encode
 
 
 def _h264(container, size: tuple[int, int], fps: Fraction, quality: int):
@@ -81,7 +92,8 @@ def _h264(container, size: tuple[int, int], fps: Fraction, quality: int):
 
 
 def _ffv1(container, size: tuple[int, int], fps: Fraction, quality: int):
-    stream = container.add_stream("ffv1", rate=fps)
+    # By default FFV1 cuts the picture into at least four, which the smallest ones do not allow.
+    stream = container.add_stream("ffv1", rate=fps, options={"slices": "1"} if min(size) < 16 else {})
     stream.height, stream.width = size
     stream.pix_fmt = "bgr0"
     return stream, lambda frame: frame.reformat(format="bgr0")
