@@ -1,5 +1,6 @@
 """What the commands do, given checked arguments: each reads, runs, writes and says where the results are."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -121,8 +122,9 @@ def _write_report(path: Path, clip: Clip, result: Any, settings: EditSettings, c
 
 
 def _metrics_text(metrics: dict[str, float | None]) -> str:
-    if not metrics:
+    decibels, similarity = metrics["background_psnr"], metrics["background_ssim"]
+    if decibels is None:
         return ""
-    decibels = metrics["background_psnr"]
-    decibels = "unchanged" if decibels is None else f"{decibels:.1f} dB"
-    return f" (background {decibels}, SSIM {metrics['background_ssim']:.3f})"
+    return (
+        f" (background {decibels:.1f} dB, SSIM {similarity:.3f})" if decibels < math.inf else " (background unchanged)"
+    )

@@ -16,7 +16,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.files import output_folder, write_text
 from kvlock_fast.inputs import nearest_size
 from kvlock_fast.media import box_mask, fit_mask, read_mask, read_video, resize_mask, resize_video, write_video
-from kvlock_fast.metrics import psnr, ssim
+from kvlock_fast.metrics import measure_edit
 
 Progress = Callable[[str, int, int], None]
 
@@ -152,23 +152,12 @@ def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress |
         videos = [composite(source, edited, shown_mask, settings.feather) for edited in videos]
     else:
         source, shown_mask = _at_size(Clip(source, shown_mask, clip.fps), videos[0].shape[1:3])
-    metrics = [background_metrics(source, edited, shown_mask) for edited in videos]
+    metrics = [measure_edit(source, shown_mask, edited) for edited in videos]
     return EditResult(videos, source, shown_mask, out.trace.as_dict(), metrics)
 
 
 def _at_size(clip: Clip, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     return resize_video(clip.video, *size), resize_mask(clip.mask, *size)
-
-
-def background_metrics(source: np.ndarray, edited: np.ndarray, mask: np.ndarray) -> dict[str, float | None]:
-    """PSNR (dB; None where the two are equal) and SSIM of the background; empty where the mask leaves none."""
-    if mask.all():
-        return {}
-    decibels = psnr(source, edited, ~mask)
-    return {
-        "background_psnr": decibels if math.isfinite(decibels) else None,
-        "background_ssim": ssim(source, edited, ~mask),
-    }
 
 
 def output_names(output: str, prompts: int) -> list[Path]:
@@ -196,7 +185,7 @@ def write_demo_files(folder: Path, clip: Clip, result: EditResult, settings: Edi
         trace=result.trace,
         settings=settings_table(settings),
         command=command,
-        metrics=result.metrics[0],
+        metrics=result.metrics,
         fps=clip.fps,
     )
     write_sheet(folder / "sheet.png", result.source, result.mask, result.videos[0])
@@ -212,5 +201,6 @@ def settings_table(settings: EditSettings) -> dict[str, Any]:
 
 
 def trace_json(result: EditResult, settings: EditSettings) -> str:
-    """The trace with the settings and metrics, as JSON text."""
-    return json.dumps({**result.trace, "settings": settings_table(settings), "metrics": result.metrics}, indent=1)
+    """The trace with the settings and metrics, as JSON text; null for a PSNR that is infinite."""
+    finite = [{k: v if v is not None and math.isfinite(v) else None for k, v in m.items()} for m in result.metrics]
+    return json.dumps({**result.trace, "settings": settings_table(settings), "metrics": finite}, indent=1)

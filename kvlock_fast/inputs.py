@@ -66,7 +66,7 @@ def as_mask(mask: Any, frames: int, height: int, width: int) -> np.ndarray:
         raise InputError(f"mask must be [{frames} or 1, {height}, {width}] like the video, got {tuple(mask.shape)}")
     if not mask.any():
         raise InputError("mask is empty: no pixel is marked as foreground")
-    return np.broadcast_to(mask, (frames, height, width))
+    return np.repeat(mask, frames // len(mask), axis=0)
 
 
 def nearest_size(geometry: Geometry, height: int, width: int) -> tuple[int, int]:

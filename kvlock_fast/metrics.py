@@ -94,3 +94,14 @@ def _blurred(stack: np.ndarray, axis: int) -> np.ndarray:
     wide = np.moveaxis(np.take(stack, np.minimum(index, 2 * size - 1 - index), axis=axis), axis, 0)
     # In numpy and not in torch: so many small sums would each wait for all of torch's threads.
     return np.moveaxis(sum(tap * wide[i : i + size] for i, tap in enumerate(taps)), 0, axis)
+
+
+def measure_edit(source: np.ndarray, mask: np.ndarray, edited: np.ndarray) -> dict[str, float | None]:
+    """Background PSNR (dB, inf where equal) and SSIM against the source. None: there is no background."""
+    background = ~mask
+    if not background.any():
+        return {"background_psnr": None, "background_ssim": None}
+    return {
+        "background_psnr": psnr(source, edited, background),
+        "background_ssim": ssim(source, edited, background),
+    }

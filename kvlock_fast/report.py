@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from kvlock_fast import charts
-from kvlock_fast import metrics as measures
 from kvlock_fast.files import atomic_path, write_text
+from kvlock_fast.media import write_video
+from kvlock_fast.metrics import flicker, measure_edit
 from kvlock_fast.version import __version__
-from kvlock_fast.video_output import write_video
 
 LEGIBLE = 256
 """Videos whose longer side is smaller than this are enlarged, or nobody would see anything."""
@@ -45,13 +45,13 @@ def write_report(
         edited: one uint8 `[F, H, W, 3]`, or one per prompt in the order of `trace["prompts"]`.
         trace: prompts, steps, warmup_steps and the records per step and sample, as in trace.json.
         settings: shown as a table; dictionaries within it become headings.
-        metrics: what `measure` returns, one per edit (or the one); None measures here.
+        metrics: what `metrics.measure_edit` returns, one per edit (or the one); None measures here.
 
     Raises OutputError if the path cannot be written.
     """
     edits = _edits(edited)
     outlined = outline(source, mask)
-    given = [metrics] if isinstance(metrics, dict) else metrics or [measure(source, mask, e) for e in edits]
+    given = [metrics] if isinstance(metrics, dict) else metrics or [measure_edit(source, mask, e) for e in edits]
     page = _template().render(
         version=__version__,
         prompts=_prompts(trace, len(edits)),
@@ -100,27 +100,16 @@ def write_sheet(
         sheet.save(temporary, format="PNG")
 
 
-def measure(source: np.ndarray, mask: np.ndarray, edited: np.ndarray) -> dict[str, float | None]:
-    """Background PSNR (dB) and SSIM against the source. None: there is no background."""
-    background = ~mask
-    if not background.any():
-        return {"background_psnr": None, "background_ssim": None}
-    return {
-        "background_psnr": measures.psnr(source, edited, background),
-        "background_ssim": measures.ssim(source, edited, background),
-    }
-
-
 def _calm(source: np.ndarray, mask: np.ndarray, edited: np.ndarray) -> dict[str, float | None]:
     """The flicker of both regions in the edit, and in the source for comparison. None: nothing to compare."""
 
-    def flicker(video: np.ndarray, where: np.ndarray) -> float | None:
+    def calm(video: np.ndarray, where: np.ndarray) -> float | None:
         counts = len(video) > 1 and (where[:-1] & where[1:]).any()
-        return measures.flicker(video, where) if counts else None
+        return flicker(video, where) if counts else None
 
     regions = {"background": ~mask, "foreground": mask}
-    return {f"{name}_flicker": flicker(edited, where) for name, where in regions.items()} | {
-        f"{name}_flicker_source": flicker(source, where) for name, where in regions.items()
+    return {f"{name}_flicker": calm(edited, where) for name, where in regions.items()} | {
+        f"{name}_flicker_source": calm(source, where) for name, where in regions.items()
     }
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kvlock_fast import image_files
 from kvlock_fast.errors import InputError
-from kvlock_fast.video_files import MAX_BYTES, MAX_PIXELS, decode_video, read_images
+from kvlock_fast.media import image_files
+from kvlock_fast.media.video_files import MAX_BYTES, MAX_PIXELS, decode_video, read_images
 
 
 def read_mask(path: str | os.PathLike, *, threshold: float = 0.5) -> np.ndarray:

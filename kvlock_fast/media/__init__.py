@@ -5,10 +5,10 @@ is taken, colours keep their matrix and range, and outputs are whole or absent. 
 only when a call needs them.
 """
 
-from kvlock_fast.fitting import fit_frames, fit_mask, resize_mask, resize_video
-from kvlock_fast.mask_files import box_mask, read_mask
-from kvlock_fast.video_files import MAX_BYTES, MAX_PIXELS, Video, read_video
-from kvlock_fast.video_output import check_video_output, write_video
+from kvlock_fast.media.fitting import fit_frames, fit_mask, resize_mask, resize_video
+from kvlock_fast.media.mask_files import box_mask, read_mask
+from kvlock_fast.media.video_files import MAX_BYTES, MAX_PIXELS, Video, read_video
+from kvlock_fast.media.video_output import check_video_output, write_video
 
 __all__ = [
     "MAX_BYTES",

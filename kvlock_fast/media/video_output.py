@@ -10,7 +10,7 @@ import numpy as np
 
 from kvlock_fast.errors import InputError, OutputError
 from kvlock_fast.files import atomic_path, check_writable
-from kvlock_fast.video_files import exact_conversion
+from kvlock_fast.media.video_files import exact_conversion
 
 
 def write_video(path: str | os.PathLike, frames: np.ndarray, fps: Fraction | float, *, quality: int = 16) -> None:

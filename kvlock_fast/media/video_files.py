@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kvlock_fast import image_files
 from kvlock_fast.errors import InputError
+from kvlock_fast.media import image_files
 
 MAX_PIXELS = 4096 * 4096
 """The largest picture that is read, in pixels."""

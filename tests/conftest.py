@@ -1,0 +1,51 @@
+"""Options, markers and fixtures of the whole suite."""
+
+import os
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--clips", metavar="DIR", help="a folder of real clips; tests that want one skip without")
+    parser.addoption("--all", action="store_true", help="also the tests marked large; ten times the examples")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "large: takes long; runs with --all only")
+    config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    for name, examples in (("default", 25), ("all", 250)):
+        hypothesis.settings.register_profile(name, max_examples=examples, deadline=None)
+    # One thread: the tests' tensors are tiny, and threads that wait for each other on a busy machine cost tenfold.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    hypothesis.settings.load_profile("all" if config.getoption("--all") else "default")
+
+
+def pytest_collection_modifyitems(config, items):
+    # By marker and not by keyword: a parameter named "large" is a keyword too.
+    if not config.getoption("--all"):
+        for item in items:
+            if item.get_closest_marker("large"):
+                item.add_marker(pytest.mark.skip(reason="large: runs with --all"))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu and not _has_cuda():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def clips(request) -> Path:
+    """The folder of real clips given by --clips."""
+    folder = request.config.getoption("--clips")
+    if folder is None:
+        pytest.skip("needs real clips: --clips DIR")
+    if not Path(folder).is_dir():
+        pytest.fail(f"--clips: no such folder: {folder}")
+    return Path(folder).resolve()
