@@ -17,7 +17,6 @@ app = typer.Typer(
     help="Edit a region of a video by text; the background stays the source's.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    no_args_is_help=True,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
 )
@@ -196,6 +195,7 @@ def _usage_message(error: Any, arguments: list[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status: 0 done, 1 some work failed, 2 bad input."""
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     warnings.showwarning = _show_warning
     warnings.simplefilter("ignore")
     warnings.simplefilter("always", InputWarning)
@@ -210,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Usage errors of the command-line library, whose classes move between its versions.
         if not hasattr(error, "format_message"):
             raise
-        message = _usage_message(error, sys.argv[1:] if arguments is None else arguments)
+        message = _usage_message(error, arguments)
     print(f"error: {message}", file=sys.stderr, flush=True)
     return 130 if message == "interrupted" else 2
 

@@ -152,9 +152,10 @@ def _memory() -> int | None:
 
 
 def _demo_model() -> str | None:
-    """The bundled model's folder: below demo/, the one that holds weights."""
-    weights = sorted((Path(__file__).parent / "demo").rglob("*.safetensors"))
-    return str(weights[0].parent) if weights else None
+    """The bundled model's folder, if it is there."""
+    from kvlock_fast.demo import model_path
+
+    return str(model_path()) if (model_path() / "model_index.json").is_file() else None
 
 
 def _attention(parts: dict[str, dict[str, str | None]], device: dict[str, Any]) -> str:
