@@ -5,10 +5,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from tiny import tiny_wan
 
 from kvlock_fast.cli import main
 from kvlock_fast.media import read_video, write_video
-from tests.tiny import tiny_wan
 
 
 @pytest.fixture(scope="module")

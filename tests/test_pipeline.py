@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from tiny import tiny_wan
 
 import kvlock_fast as kvf
 from kvlock_fast.config import PRESETS
-from tests.tiny import tiny_wan
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 
