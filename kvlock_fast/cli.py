@@ -28,8 +28,8 @@ class FramesPolicy(StrEnum):
     error = "error"
 
 
-LOCK = "Lock"
-Number = Annotated[float | None, typer.Option(help="Override the preset.")]
+MOST_SEED = 2**63 - 1
+JsonFile = Annotated[str | None, typer.Option("--json", help="Write the figures as JSON; - for stdout.")]
 
 
 def _option(text: str, *names: str, **more: Any) -> Any:
@@ -41,8 +41,8 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     height, cross, width = text.lower().partition("x")
-    if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
-        raise InputError(f"--size must be HEIGHTxWIDTH in pixels, like 480x832, got '{text}'")
+    if not (cross and _is_number(height, 5) and _is_number(width, 5) and int(height) and int(width)):
+        raise InputError(f"--size must be HEIGHTxWIDTH in pixels, like 480x832, got '{_short(text)}'")
     return int(height), int(width)
 
 
@@ -53,10 +53,22 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not (first.isdecimal() and (not dash or last.isdecimal())):
-            raise InputError(f"--layers must be numbers and ranges like 0,1,5-9, got '{text}'")
-        layers += range(int(first), int(last if dash else first) + 1)
+        last = last if dash else first
+        if not (_is_number(first, 4) and _is_number(last, 4) and int(first) <= int(last)):
+            raise InputError(f"--layers must be numbers and ranges like 0,1,5-9, got '{_short(text)}'")
+        layers += range(int(first), int(last) + 1)
+    if len(set(layers)) < len(layers):
+        raise InputError(f"--layers names a layer twice: '{_short(text)}'")
     return tuple(layers)
+
+
+def _is_number(text: str, digits: int) -> bool:
+    """Whether it is a whole number that is not absurdly long."""
+    return text.isascii() and text.isdecimal() and len(text) <= digits
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def number_or(word: str, text: str | None, option: str) -> float | str | None:
@@ -81,7 +93,7 @@ def edit(
     steps: Annotated[int, _option("Denoising steps.")] = 50,
     guidance: Annotated[float, _option("The guidance scale (omega0); 1 or less: no guidance.")] = 5.0,
     guidance_2: Annotated[float | None, _option("For the low-noise transformer, where there are two.")] = None,
-    seed: Annotated[int, _option("Of the noise.", min=0)] = 0,
+    seed: Annotated[int, _option("Of the noise.", min=0, max=MOST_SEED)] = 0,
     size: Annotated[str | None, _option("Work at HEIGHTxWIDTH; else the source's size (demo: small).")] = None,
     max_frames: Annotated[int | None, _option("Use only the first so many frames.", min=1)] = None,
     frames_policy: Annotated[FramesPolicy, _option("For a frame count the model cannot take.")] = FramesPolicy.pad,
@@ -105,9 +117,10 @@ def edit(
     zero_init_steps: Annotated[int | None, _option("First steps with a prediction of 0.")] = None,
     guidance_batching: Annotated[str | None, _option("'separate' or 'batched' forwards, or 'auto'.")] = None,
     composite: Annotated[bool, _option("Paste the source's background back, at its size.")] = False,
-    feather: Annotated[int, _option("Pixels outside the mask over which --composite mixes.", min=0)] = 8,
+    feather: Annotated[int, _option("Pixels outside the mask over which --composite mixes.", min=0, max=256)] = 8,
     trace: Annotated[Path | None, _option("Write what happened at each step, as JSON.")] = None,
     report: Annotated[Path | None, _option("Write an HTML page about the edit.")] = None,
+    json_file: JsonFile = None,
     device: Annotated[str, _option("cuda, cpu, ... or auto.")] = "auto",
     dtype: Annotated[str, _option("bf16, fp16, fp32, or auto (bf16 on a GPU).")] = "auto",
     quiet: Annotated[bool, _option("No progress.", "--quiet", "-q")] = False,
@@ -128,7 +141,7 @@ def edit(
         source_prompt, prompt, negative_prompt, steps, guidance, guidance_2, seed, parse_size(size),
         frames_policy.value, lock, composite, feather,
     )  # fmt: skip
-    files = commands.EditFiles(source, mask, output, trace, report, max_frames)
+    files = commands.EditFiles(source, mask, output, trace, report, json_file, max_frames)
     commands.edit(files, settings, model, device, dtype, _command_line(), quiet)
 
 
@@ -136,10 +149,11 @@ def edit(
 def demo(
     output: Annotated[Path, _option("The folder for the results; files in it stay.")] = Path("out/demo"),
     world: Annotated[int | None, _option("Instead of an edit, write so many clips of the demo's world.")] = None,
-    steps: Annotated[int | None, _option("Denoising steps; a quick default if not given.")] = None,
+    steps: Annotated[int | None, _option("Denoising steps; a quick default if not given.", min=1)] = None,
     preset: Annotated[str, _option("The lock's preset.")] = "kvlock",
-    seed: Annotated[int, _option("Of the noise, or of the world.", min=0)] = 0,
+    seed: Annotated[int, _option("Of the noise, or of the world.", min=0, max=MOST_SEED)] = 0,
     device: Annotated[str, _option("cuda, cpu, ... or auto.")] = "auto",
+    json_file: JsonFile = None,
     quiet: Annotated[bool, _option("No progress.", "--quiet", "-q")] = False,
 ) -> None:
     """Edit a procedurally made clip with the bundled model; writes videos, a report, a sheet and a trace."""
@@ -148,16 +162,15 @@ def demo(
     if world is not None:
         commands.demo_world(world, output, seed)
     else:
-        commands.demo(output, steps, preset, seed, device, _command_line(), quiet)
+        commands.demo(output, steps, preset, seed, device, _command_line(), json_file, quiet)
 
 
 @app.command()
-def doctor() -> None:
+def doctor(json_file: JsonFile = None) -> None:
     """What is installed, what will be used, what is missing."""
-    from kvlock_fast.doctor import render
-    from kvlock_fast.doctor import report as examine
+    from kvlock_fast import commands
 
-    print(render(examine()))
+    commands.doctor(json_file)
 
 
 def _version(wanted: bool) -> None:
@@ -196,11 +209,12 @@ def _usage_message(error: Any, arguments: list[str]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit status: 0 done, 1 some work failed, 2 bad input."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
-    warnings.showwarning = _show_warning
-    warnings.simplefilter("ignore")
-    warnings.simplefilter("always", InputWarning)
     try:
-        result = app(args=arguments, prog_name="kvlock-fast", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", InputWarning)
+            result = app(args=arguments, prog_name="kvlock-fast", standalone_mode=False)
         return result if isinstance(result, int) else 0
     except (InputError, OSError) as error:
         message = str(error)
@@ -211,7 +225,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not hasattr(error, "format_message"):
             raise
         message = _usage_message(error, arguments)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {message.encode(errors='backslashreplace').decode()}", file=sys.stderr, flush=True)
     return 130 if message == "interrupted" else 2
 
 

@@ -1,5 +1,6 @@
 """What the commands do, given checked arguments: each reads, runs, writes and says where the results are."""
 
+import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from kvlock_fast.config import LockConfig
 from kvlock_fast.edit import (
     Clip,
     EditSettings,
+    figures,
+    find_device,
     load_pipeline,
     output_names,
     read_clip,
@@ -26,13 +29,14 @@ from kvlock_fast.progress import progress_bar
 
 @dataclass(frozen=True)
 class EditFiles:
-    """The files of one edit; trace and report are optional."""
+    """The files of one edit. trace and report are optional; json: a file for the figures, "-" for stdout, or None."""
 
     source: str
     mask: str
     output: Path
     trace: Path | None = None
     report: Path | None = None
+    json: str | None = None
     max_frames: int | None = None
 
 
@@ -40,8 +44,6 @@ def lock_config(preset: str, overrides: dict[str, Any]) -> LockConfig:
     """The preset with some values changed; InputError naming the bad one."""
     try:
         return LockConfig.preset(preset, **overrides)
-    except InputError:
-        raise
     except ValueError as error:
         raise InputError(str(error)) from error
 
@@ -50,12 +52,10 @@ def edit(
     files: EditFiles, settings: EditSettings, model: str, device: str, dtype: str, command: str, quiet: bool
 ) -> None:
     """`kvlock-fast edit`. Outputs are checked before any work is done, and appear whole."""
+    _check_texts(settings)
     outputs = output_names(str(files.output), len(settings.prompts))
-    for path in outputs:
-        check_video_output(path)
-    for path in (files.trace, files.report):
-        if path is not None:
-            check_writable(path)
+    _check_outputs(outputs, files, model)
+    find_device(device)
     clip = read_clip(files.source, files.mask, files.max_frames)
     settings = replace(settings, size=working_size(model, clip.video, settings.size))
     with progress_bar(quiet) as progress:
@@ -70,35 +70,109 @@ def edit(
             write_text(files.trace, trace_json(result, settings))
         if files.report is not None:
             _write_report(files.report, clip, result, settings, command)
+        write_json(files.json, {"outputs": [str(path) for path in outputs], **figures(result, settings)})
         progress("write", 1, 1)
-    for path, prompt, metrics in zip(outputs, settings.prompts, result.metrics, strict=True):
-        print(f"{path}: {prompt}{_metrics_text(metrics)}")
+    if files.json != "-":
+        for path, prompt, metrics in zip(outputs, settings.prompts, result.metrics, strict=True):
+            print(f"{path}: {prompt}{_metrics_text(metrics)}")
 
 
-def demo(output: Path, steps: int | None, preset: str, seed: int, device: str, command: str, quiet: bool) -> None:
+def demo(
+    output: Path,
+    steps: int | None,
+    preset: str,
+    seed: int,
+    device: str,
+    command: str,
+    json_file: str | None,
+    quiet: bool,
+) -> None:
     """`kvlock-fast demo`: an edit of a clip of the demo's world by the bundled model."""
     from fractions import Fraction
 
-    from kvlock_fast import demo as demo_world
+    from kvlock_fast import demo as bundled
 
+    lock = lock_config(preset, {})
+    find_device(device)
     folder = output_folder(output)
-    case = demo_world.demo_case()
+    check_json(json_file)
+    case = bundled.demo_case()
     clip = Clip(case.source.video, case.mask, Fraction(8))
     settings = EditSettings(
-        case.source_prompt, [case.prompt], steps=steps or demo_world.STEPS, guidance=demo_world.GUIDANCE, seed=seed,
-        lock=lock_config(preset, {}),
-    )  # fmt: skip
+        case.source_prompt,
+        [case.prompt],
+        steps=bundled.STEPS if steps is None else steps,
+        guidance=bundled.GUIDANCE,
+        seed=seed,
+        lock=lock,
+    )
     with progress_bar(quiet) as progress:
         progress("load", 0, 1)
         pipe = load_pipeline("demo", device, "fp32")
         progress("load", 1, 1)
         result = run_edit(pipe, clip, settings, progress)
         progress("write", 0, 1)
-        write_demo_files(folder, clip, result, settings, command)
+        written = write_demo_files(folder, clip, result, settings, command)
+        write_json(json_file, {"outputs": [str(path) for path in written], **figures(result, settings)})
         progress("write", 1, 1)
-    print(f"source: {case.source_prompt}")
-    print(f"edit:   {case.prompt}{_metrics_text(result.metrics[0])}")
-    print(f"open {folder / 'report.html'} to see it, {folder / 'sheet.png'} for one picture")
+    if json_file != "-":
+        print(f"source: {case.source_prompt}")
+        print(f"edit:   {case.prompt}{_metrics_text(result.metrics[0])}")
+        print(f"open {folder / 'report.html'} to see it, {folder / 'sheet.png'} for one picture")
+
+
+def doctor(json_file: str | None) -> None:
+    """`kvlock-fast doctor`: what is installed, what will be used, what is missing."""
+    from kvlock_fast.doctor import render, report
+
+    check_json(json_file)
+    facts = report()
+    if json_file != "-":
+        print(render(facts))
+    write_json(json_file, facts)
+
+
+def check_json(target: str | None) -> None:
+    """Raise OutputError unless figures can be written there."""
+    if target is not None and target != "-":
+        check_writable(target)
+
+
+def write_json(target: str | None, data: dict[str, Any]) -> None:
+    """Write figures to a file, or to stdout for "-"; nothing for None."""
+    if target == "-":
+        print(json.dumps(data, indent=1))
+    elif target is not None:
+        write_text(target, json.dumps(data, indent=1))
+
+
+def _check_texts(settings: EditSettings) -> None:
+    """Refuse texts that no file can hold: bytes of the command line that are not UTF-8."""
+    named = [("--source-prompt", settings.source_prompt), ("--negative-prompt", settings.negative_prompt or "")]
+    for option, text in [*named, *(("--prompt", prompt) for prompt in settings.prompts)]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{option} is not valid UTF-8 text: {text!a}") from error
+
+
+def _check_outputs(outputs: list[Path], files: EditFiles, model: str) -> None:
+    """Refuse outputs that cannot be written, and those that would replace each other, an input or the model."""
+    for path in outputs:
+        check_video_output(path)
+    others = [("--trace", files.trace), ("--report", files.report)]
+    others.append(("--json", None if files.json in (None, "-") else Path(files.json)))
+    taken = {Path(given).resolve(): option for option, given in (("--source", files.source), ("--mask", files.mask))}
+    for option, path in [*(("--output", path) for path in outputs), *others]:
+        if path is None:
+            continue
+        check_writable(path)
+        place = path.resolve()
+        if place in taken:
+            raise InputError(f"{option} '{path}' is the same file as {taken[place]}: nothing is overwritten")
+        if Path(model).is_dir() and place.is_relative_to(Path(model).resolve()):
+            raise InputError(f"{option} '{path}' lies in the model's folder '{model}'")
+        taken[place] = option
 
 
 def demo_world(clips: int, output: Path, seed: int) -> None:

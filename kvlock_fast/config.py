@@ -1,7 +1,7 @@
 """What the user asked for: frozen dataclasses, checked when made, and the presets as one table of values."""
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 Layers = tuple[int, ...] | None
@@ -73,8 +73,9 @@ class LockConfig:
     def _check_layers(self):
         if self.layers is None:
             return
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.layers)
-        if not whole or len(set(self.layers)) != len(self.layers) or not self.layers:
+        listed = isinstance(self.layers, (tuple, list)) and len(self.layers) > 0
+        whole = listed and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.layers)
+        if not whole or len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers must be distinct whole numbers of at least 0, got {self.layers!r}")
         object.__setattr__(self, "layers", tuple(sorted(self.layers)))
 
@@ -88,6 +89,16 @@ class LockConfig:
         """Whether guidance is plain classifier-free guidance at a constant scale."""
         return self.omega == "constant" and not self.s_star and self.zero_init_steps == 0
 
+    @property
+    def stock(self) -> bool:
+        """Whether nothing is changed at all: the latents are diffusers' own, bit for bit."""
+        return self.stock_guidance and not self.locks and self.background_latents == "model"
+
+    @property
+    def follows_variance(self) -> bool:
+        """Whether the variance decides anything."""
+        return "dynamic" in (self.alpha, self.omega)
+
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "LockConfig":
         """The preset of that name, with any field changed. Raises ValueError for an unknown name or field."""
@@ -99,10 +110,6 @@ class LockConfig:
                 raise ValueError(f"unknown lock parameter {key!r}: one of {', '.join(sorted(known))}")
         return cls(**{**PRESETS[name], **changes})
 
-    def with_changes(self, **changes: Any) -> "LockConfig":
-        """A copy with some fields changed."""
-        return replace(self, **changes)
-
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for reports and manifests."""
         return asdict(self)
@@ -112,7 +119,8 @@ class LockConfig:
 class CacheConfig:
     """Where the source's keys and values come from.
 
-    tier: "lockstep" (the source is run along with the edit, nothing is stored beyond a step), or "auto".
+    tier: "lockstep" (the source is run along with the edit; with guidance_batching="separate" the background's K and V
+    of one step are kept, all layers, in the model's dtype; batched, of one layer), or "auto", which is the same so far.
     """
 
     tier: str = "auto"

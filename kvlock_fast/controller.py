@@ -45,16 +45,18 @@ class Controller:
         self.first_dynamic_step = max(0, num_steps - lock.kappa)
         if lock.detection == "global":
             region = torch.ones_like(region)
-        self.window = VarianceWindow(lock.window, region)
-        self.source_window = VarianceWindow(lock.window, region) if lock.tau == "auto" else None
+        size = max(2, min(lock.window, num_steps))
+        self.window = VarianceWindow(size, region)
+        compares = lock.tau == "auto" and lock.follows_variance
+        self.source_window = VarianceWindow(size, region) if compares else None
         self.variance: Tensor | None = None
         self.ratio: Tensor | None = None
         self.ones = torch.ones(batch, device=region.device)
+        self.no_variance = self.ones * float("nan")
 
-    @property
-    def needs_source_prediction(self) -> bool:
-        """Whether `observe` wants the source's own x0hat (tau="auto")."""
-        return self.source_window is not None
+    def needs_source(self, step: int) -> bool:
+        """Whether the source must be run at this step: for its K and V, or for its own x0hat (tau="auto")."""
+        return self.can_lock(step) or self.source_window is not None
 
     def is_dynamic(self, step: int) -> bool:
         """Whether the variance decides at this step."""
@@ -74,9 +76,9 @@ class Controller:
             return self.ones * self.lock.warmup_alpha
         return self.ratio.clamp(self.lock.alpha_floor, 1.0)
 
-    def omega(self, step: int, omega0: float) -> Tensor:
-        """The guidance scale at this step."""
-        if self.lock.omega == "constant" or not self.is_dynamic(step):
+    def omega(self, step: int, omega0: float, guided: bool = True) -> Tensor:
+        """The guidance scale at this step; omega0 untouched where guidance is off (`guided`)."""
+        if self.lock.omega == "constant" or not guided or not self.is_dynamic(step):
             return self.ones * omega0
         return (omega0 * self.ratio.clamp(0.0, self.lock.b)).clamp_min(self.lock.omega_floor)
 
@@ -87,6 +89,8 @@ class Controller:
         if self.source_window is not None:
             tau = self.source_window.push(source_x0hat)
         if self.variance is None:
-            return torch.full_like(self.ones, float("nan"))
-        self.ratio = self.variance / tau if self.source_window is None else self.variance / tau.clamp_min(1e-12)
+            return self.no_variance
+        if self.lock.follows_variance:
+            # A source that does not move at all would divide by zero.
+            self.ratio = self.variance / (tau if self.source_window is None else tau.clamp_min(1e-12))
         return self.variance

@@ -27,7 +27,7 @@ class Task:
     """All the loop needs, on the device.
 
     clean: the source's latent [1, C, T, H, W] fp32; noise: the same shape; prompt, negative: [B, L, C]; source_prompt:
-    [1, L, C]; negative is None without classifier-free guidance; guidance: omega0 for each transformer.
+    [1, L, C]; negative is None without classifier-free guidance; guidance: omega0 for each stage.
     """
 
     clean: Tensor
@@ -43,25 +43,32 @@ class Task:
     def batch(self) -> int:
         return self.prompt.shape[0]
 
+    def guided(self, omega0: float) -> bool:
+        """Whether guidance follows the lock's rules; a scale of 1 or less is left as it is."""
+        return self.negative is not None and omega0 > 1
+
 
 def denoise(task: Task, model: Any, solver: FlowSolver, recorder: Recorder, progress: Callable[[int], None]) -> Tensor:
     """The edit's clean latents [B, C, T, H, W]; `progress(k)` is called after step k."""
-    lock, foreground = task.lock, task.mask.token_latents
     with Forwards(task, model, solver, recorder) as forwards:
-        source = _source_path(task, solver, forwards)
-        controller = Controller(lock, solver.num_steps, task.batch, foreground)
+        with recorder.stage("source path"):
+            source = _source_path(task, solver, forwards)
+        controller = Controller(task.lock, solver.num_steps, task.batch, task.mask.token_latents)
         latents = source.start.expand(task.batch, -1, -1, -1, -1)
         latents = _keep_background(task, latents, source.at(0))
+        recorder.begin()
         for k in range(solver.num_steps):
-            omega0 = task.guidance[forwards.which(k)]
-            alpha, omega = controller.alpha(k), controller.omega(k, omega0)
-            needs_source = controller.can_lock(k) or controller.needs_source_prediction
-            source_latent = source.at(k) if needs_source else None
-            v_source, v_cond, v_uncond = forwards(k, latents, source_latent, alpha)
-            prediction, s_star = _guide(task, v_cond, v_uncond, omega, omega0, k)
-            clean = solver.predict_clean(k, prediction, latents)
-            source_clean = None if v_source is None else solver.predict_clean(k, v_source, source_latent)
-            variance = controller.observe(clean, source_clean)
+            omega0 = task.guidance[forwards.stage(k)]
+            alpha, omega = controller.alpha(k), controller.omega(k, omega0, task.guided(omega0))
+            if k < task.lock.zero_init_steps:  # CFG-Zero*: the first predictions are 0, and say nothing of x0
+                prediction, s_star, variance = torch.zeros_like(latents), controller.ones, controller.no_variance
+            else:
+                source_latent = source.at(k) if controller.needs_source(k) else None
+                v_source, v_cond, v_uncond = forwards(k, latents, source_latent, alpha)
+                prediction, s_star = _guide(task, v_cond, v_uncond, omega, omega0)
+                clean = solver.predict_clean(k, prediction, latents)
+                source_clean = None if v_source is None else solver.predict_clean(k, v_source, source_latent)
+                variance = controller.observe(clean, source_clean)
             latents = solver.step(k, prediction, latents)
             latents = _keep_background(task, latents, source.at(k + 1))
             recorder.step(variance, alpha, omega, s_star, latents)
@@ -76,16 +83,14 @@ def _keep_background(task: Task, latents: Tensor, source_latent: Tensor) -> Tens
     return torch.where(task.mask.token_latents[:, None], latents, source_latent.to(latents.dtype))
 
 
-def _guide(
-    task: Task, cond: Tensor, uncond: Tensor | None, omega: Tensor, omega0: float, k: int
-) -> tuple[Tensor, Tensor]:
+def _guide(task: Task, cond: Tensor, uncond: Tensor | None, omega: Tensor, omega0: float) -> tuple[Tensor, Tensor]:
     """The guided prediction and s*: eps = s* eps_u + omega (eps_c - s* eps_u)."""
     lock, ones = task.lock, torch.ones_like(omega)
-    if k < lock.zero_init_steps:
-        return torch.zeros_like(cond), ones
+    if not lock.stock:  # in fp32, or the scheduler would round the latents to the model's dtype
+        cond, uncond = cond.float(), None if uncond is None else uncond.float()
     if uncond is None:
         return cond, ones
-    if lock.stock_guidance:  # in the model's own dtype and order, bit for bit what diffusers does
+    if lock.stock_guidance or not task.guided(omega0):  # in the order of diffusers, whose bits they then are
         return uncond + omega0 * (cond - uncond), ones
     s_star = ones
     if lock.s_star:
@@ -111,22 +116,25 @@ class Forwards:
         batching = task.lock.guidance_batching
         self.batched = batching == "batched" or (batching == "auto" and task.lock.locks)
         train_steps = solver.scheduler.config.num_train_timesteps
-        self._which = [model.transformer_at(t, train_steps) for t in solver.timesteps.tolist()]
-        self._which.append(self._which[-1])
+        self._stages = [model.stage_at(t, train_steps) for t in solver.timesteps.tolist()]
+        self._stages.append(self._stages[-1])
+        self.background = (~task.mask.tokens[0]).nonzero()[:, 0]
 
     def __enter__(self) -> "Forwards":
-        for transformer in self.model.transformers if self.task.lock.locks else ():
-            lock = TransformerLock(transformer, self.model.arch, self.task.lock.layers)
-            self._exit.callback(lock.detach)
-            self.locks.append(lock)
+        with ExitStack() as attached:  # what is attached comes off again if one of two transformers is refused
+            for transformer in self.model.transformers if self.task.lock.locks else ():
+                lock = TransformerLock(transformer, self.model.arch, self.task.lock.layers, self.background)
+                attached.callback(lock.detach)
+                self.locks.append(lock)
+            self._exit = attached.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._exit.close()
 
-    def which(self, k: int) -> int:
-        """The transformer that serves step k."""
-        return self._which[k]
+    def stage(self, k: int) -> int:
+        """0, or 1 in the low-noise steps of a model that has two stages; for k = T too."""
+        return self._stages[k]
 
     def source_only(self, latents: Tensor, k: int) -> Tensor:
         """The source's own velocity [1, ...] at sigma_k, nothing locked."""
@@ -165,11 +173,11 @@ class Forwards:
         cond = self._predict(k, latents, task.prompt, mode, weight)
         uncond = None if task.negative is None else self._predict(k, latents, task.negative, mode, weight)
         if self.locks:
-            self.locks[self.which(k)].forget()
+            self.locks[self.model.transformer_of(self.stage(k))].forget()
         return source, cond, uncond
 
     def _predict(self, k: int, latents: Tensor, text: Tensor, mode: Mode, weight: Tensor | None = None) -> Tensor:
-        which, timestep = self.which(k), self.solver.timestep_at(k)
+        which, timestep = self.model.transformer_of(self.stage(k)), self.solver.timestep_at(k)
         self.recorder.forwards += latents.shape[0]
         if not self.locks:
             return self.model.predict(which, latents, timestep, text)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -12,9 +13,8 @@ import numpy as np
 
 from kvlock_fast.composite import composite
 from kvlock_fast.config import LockConfig
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.files import output_folder, write_text
-from kvlock_fast.inputs import nearest_size
 from kvlock_fast.media import box_mask, fit_mask, read_mask, read_video, resize_mask, resize_video, write_video
 from kvlock_fast.metrics import measure_edit
 
@@ -63,6 +63,9 @@ class EditResult:
 
 def read_clip(source: str, mask: str, max_frames: int | None = None) -> Clip:
     """Read a video and its mask (a file, a folder, or box:x,y,w,h). Raises InputError naming what is wrong."""
+    for option, value in (("--source", source), ("--mask", mask)):
+        if not value:
+            raise InputError(f"{option} is empty")
     video = read_video(source, max_frames=max_frames)
     count, height, width = video.frames.shape[:3]
     if mask.startswith("box:"):
@@ -81,7 +84,7 @@ def read_clip(source: str, mask: str, max_frames: int | None = None) -> Clip:
 
 
 def working_size(model: str, video: np.ndarray, size: tuple[int, int] | None) -> tuple[int, int] | None:
-    """The size asked for; if none is, a small one for the bundled model, else None for the video's own."""
+    """The size asked for; if none is, a small one for the bundled model (it warns), else None: the video's own."""
     from kvlock_fast.demo import PIXELS, model_path
 
     height, width = video.shape[1:3]
@@ -89,7 +92,12 @@ def working_size(model: str, video: np.ndarray, size: tuple[int, int] | None) ->
     if size is not None or not bundled or height * width <= PIXELS:
         return size
     shrink = math.sqrt(PIXELS / (height * width))
-    return max(1, round(height * shrink)), max(1, round(width * shrink))
+    small = tuple(8 * max(1, round(side * shrink / 8)) for side in (height, width))  # its tokens are 8 pixels wide
+    message = (
+        f"the bundled model is small: working at {small[0]}x{small[1]}, not the source's {height}x{width} (--size)"
+    )
+    warnings.warn(message, InputWarning, stacklevel=2)
+    return small
 
 
 def load_pipeline(model: str, device: str = "auto", dtype: str = "auto") -> Any:
@@ -98,21 +106,29 @@ def load_pipeline(model: str, device: str = "auto", dtype: str = "auto") -> Any:
 
     from kvlock_fast.pipeline import KVLockPipeline
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device '{device}': no CUDA device is available")
+    place = find_device(device)
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    names["auto"] = torch.float32 if device == "cpu" else torch.bfloat16
+    names["auto"] = torch.float32 if place.type == "cpu" else torch.bfloat16
     if dtype not in names:
         raise InputError(f"dtype '{dtype}' is not one of {', '.join(names)}")
     _quieten_libraries()
+    return KVLockPipeline.from_pretrained(model, torch_dtype=names[dtype]).to(place)
+
+
+def find_device(name: str) -> Any:
+    """The torch.device of a name; "auto": CUDA where there is one, else the CPU. InputError where it cannot be used."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return KVLockPipeline.from_pretrained(model, torch_dtype=names[dtype]).to(device)
-    except RuntimeError as error:
-        if "device" in str(error).lower():
-            raise InputError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from error
-        raise
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps", "xpu"):
+            raise RuntimeError("it is not one of cpu, cuda, mps, xpu")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise InputError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error
+    return device
 
 
 def _quieten_libraries() -> None:
@@ -129,11 +145,12 @@ def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress |
     """Edit a clip in memory."""
     import torch
 
-    size = settings.size or clip.video.shape[1:3]
-    video, mask = _at_size(clip, nearest_size(pipe.model.geometry, *size)) if settings.size else (clip.video, clip.mask)
+    height, width = settings.size or (None, None)
     out = pipe(
-        video,
-        mask,
+        clip.video,
+        clip.mask,
+        height=height,
+        width=width,
         source_prompt=settings.source_prompt,
         prompt=settings.prompts,
         negative_prompt=settings.negative_prompt,
@@ -151,18 +168,17 @@ def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress |
     if settings.composite:
         videos = [composite(source, edited, shown_mask, settings.feather) for edited in videos]
     else:
-        source, shown_mask = _at_size(Clip(source, shown_mask, clip.fps), videos[0].shape[1:3])
+        size = videos[0].shape[1:3]
+        source, shown_mask = resize_video(source, *size), resize_mask(shown_mask, *size)
     metrics = [measure_edit(source, shown_mask, edited) for edited in videos]
     return EditResult(videos, source, shown_mask, out.trace.as_dict(), metrics)
-
-
-def _at_size(clip: Clip, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    return resize_video(clip.video, *size), resize_mask(clip.mask, *size)
 
 
 def output_names(output: str, prompts: int) -> list[Path]:
     """One path a prompt: the output itself, or NAME-1.EXT, NAME-2.EXT, ... for several."""
     path = Path(output)
+    if not path.name:
+        raise InputError(f"--output must name a file, got '{output}'")
     if prompts == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, prompts + 1)]
@@ -200,7 +216,12 @@ def settings_table(settings: EditSettings) -> dict[str, Any]:
     return {**table, **settings.lock.as_dict()}
 
 
-def trace_json(result: EditResult, settings: EditSettings) -> str:
-    """The trace with the settings and metrics, as JSON text; null for a PSNR that is infinite."""
+def figures(result: EditResult, settings: EditSettings) -> dict[str, Any]:
+    """The trace, the settings and the metrics as plain values; None for a PSNR that is infinite."""
     finite = [{k: v if v is not None and math.isfinite(v) else None for k, v in m.items()} for m in result.metrics]
-    return json.dumps({**result.trace, "settings": settings_table(settings), "metrics": finite}, indent=1)
+    return {**result.trace, "settings": settings_table(settings), "metrics": finite}
+
+
+def trace_json(result: EditResult, settings: EditSettings) -> str:
+    """`figures` as JSON text."""
+    return json.dumps(figures(result, settings), indent=1)

@@ -12,27 +12,33 @@ from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.masks import Geometry
 from kvlock_fast.media import fit_frames, resize_mask, resize_video
 
+MOST_STEPS = 10_000
 
-def check_call(
-    prompts: list, source_prompt: Any, negative_prompt: Any, steps: Any, scales: tuple, policy: str, output: str
-) -> None:
-    """Raise InputError naming the argument that is wrong."""
-    if not prompts or not all(isinstance(p, str) for p in prompts):
+
+def check_texts(prompts: Any, source_prompt: Any, negative_prompt: Any) -> list[str]:
+    """The prompts as a list; InputError naming the argument that is not text."""
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(p, str) for p in texts):
         raise InputError(f"prompt must be a text or a non-empty list of texts, got {prompts!r}")
     if not isinstance(source_prompt, str):
         raise InputError(f"source_prompt must be a text, got {source_prompt!r}")
     if negative_prompt is not None and not isinstance(negative_prompt, str):
         raise InputError(f"negative_prompt must be a text, got {negative_prompt!r}")
-    if not is_whole(steps, 1):
-        raise InputError(f"num_inference_steps must be a whole number of at least 1, got {steps!r}")
-    for scale in scales:
-        number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-        if not (number and math.isfinite(scale) and scale >= 0):
-            raise InputError(f"guidance_scale must be a number of at least 0, got {scale!r}")
-    if policy not in ("pad", "trim", "error"):
-        raise InputError(f"frames_policy must be pad, trim or error, got {policy!r}")
-    if output not in ("frames", "latent"):
-        raise InputError(f"output must be frames or latent, got {output!r}")
+    return list(texts)
+
+
+def check_numbers(steps: Any, scale: Any, scale_2: Any, two_stages: bool) -> None:
+    """Raise InputError naming the number that is wrong."""
+    if not is_whole(steps, 1) or steps > MOST_STEPS:
+        raise InputError(f"num_inference_steps must be a whole number from 1 to {MOST_STEPS}, got {steps!r}")
+    for name, value in (("guidance_scale", scale), ("guidance_scale_2", scale_2)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+        if not number and not (value is None and name == "guidance_scale_2"):
+            raise InputError(f"{name} must be a number of at least 0, got {value!r}")
+    if scale_2 is not None and not two_stages:
+        raise InputError(f"guidance_scale_2 is {scale_2}, but the model has no low-noise stage of its own")
+    if scale_2 is not None and scale <= 1 < scale_2:
+        raise InputError(f"guidance_scale_2 is {scale_2}, but guidance_scale {scale} turns guidance off")
 
 
 def is_whole(value: Any, low: int) -> bool:
@@ -43,23 +49,33 @@ def is_whole(value: Any, low: int) -> bool:
 def as_video(video: Any) -> np.ndarray:
     """uint8 [F, H, W, 3] of an array, a tensor or a list of frames; InputError for anything else."""
     if isinstance(video, Tensor):
-        video = video.cpu().numpy()
-    if not isinstance(video, np.ndarray):
+        video = video.cpu().numpy() if video.dtype == torch.uint8 else video
+    elif not isinstance(video, np.ndarray):
+        if not isinstance(video, (list, tuple)):
+            raise InputError(f"video must be uint8 [F, H, W, 3], got {type(video).__name__}")
         pictures = [np.asarray(frame) for frame in video]
         shapes = {picture.shape for picture in pictures}
         if len(shapes) > 1:
             raise InputError(f"video holds frames of different shapes: {sorted(shapes)}")
         video = np.stack(pictures) if pictures else np.empty((0,), np.uint8)
-    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or 0 in video.shape:
+    if (
+        isinstance(video, Tensor)
+        or video.dtype != np.uint8
+        or video.ndim != 4
+        or video.shape[-1] != 3
+        or 0 in video.shape
+    ):
         raise InputError(f"video must be uint8 [F, H, W, 3], got {video.dtype} {tuple(video.shape)}")
     return video
 
 
 def as_mask(mask: Any, frames: int, height: int, width: int) -> np.ndarray:
     """bool [F, H, W] of a bool [F, H, W], [1, H, W] or [H, W]; InputError for anything else."""
-    mask = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-    if mask.dtype != bool:
+    if not isinstance(mask, Tensor):
+        mask = np.asarray(mask)
+    if mask.dtype not in (bool, torch.bool):
         raise InputError(f"mask must be bool, True where the video may change, got {mask.dtype}")
+    mask = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
     if mask.ndim == 2:
         mask = mask[None]
     if mask.ndim != 3 or mask.shape[0] not in (1, frames) or mask.shape[1:] != (height, width):
@@ -93,14 +109,30 @@ def fit_to_model(
     if size != wanted:
         down, across = geometry.size_multiple()
         _warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: working at {size[0]}x{size[1]}")
+    _check_extent(geometry, count, *size)
     video, mask = resize_video(video, *size), resize_mask(mask, *size)
     video, _ = fit_frames(video, policy, geometry.temporal_stride)
     mask, _ = fit_frames(mask, policy, geometry.temporal_stride)
+    if not mask.any():
+        raise InputError(f"mask is empty on the {len(mask)} frames that frames_policy={policy!r} keeps")
     if len(video) > count:
         _warn(f"{count} frames padded to {len(video)} by repeating the last; cut back afterwards")
     elif len(video) < count:
         _warn(f"{count} frames trimmed to {len(video)}, a multiple of {geometry.temporal_stride} plus 1")
     return torch.from_numpy(np.ascontiguousarray(video)), torch.from_numpy(np.ascontiguousarray(mask)), count
+
+
+def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> None:
+    """Raise InputError where the model's position codes end."""
+    most = geometry.most_tokens
+    if most is None or max(geometry.token_grid(frames, height, width)) <= most:
+        return
+    down, across = geometry.size_multiple()
+    longest = geometry.temporal_stride * (most * geometry.patch_size[0] - 1) + 1
+    raise InputError(
+        f"{frames} frames of {height}x{width} are too many for this model: "
+        f"it takes at most {longest} frames and {most * down}x{most * across}"
+    )
 
 
 def _warn(message: str) -> None:

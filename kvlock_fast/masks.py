@@ -13,12 +13,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """How pixels become latents and latents become tokens; strides in pixels, patch_size (t, h, w) in latents."""
+    """How pixels become latents and latents become tokens.
+
+    Strides in pixels, patch_size (t, h, w) in latents; most_tokens: the most along one axis that the model knows.
+    """
 
     temporal_stride: int
     spatial_stride: int
     patch_size: tuple[int, int, int]
     causal: bool = True
+    most_tokens: int | None = None
 
     def __post_init__(self):
         sizes = (self.temporal_stride, self.spatial_stride, *self.patch_size)
@@ -27,6 +31,13 @@ class Geometry:
                 f"strides and the three patch sizes must be whole numbers of at least 1, got temporal_stride="
                 f"{self.temporal_stride}, spatial_stride={self.spatial_stride}, patch_size={self.patch_size}"
             )
+
+    def token_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Tokens (t, h, w) of a video of so many frames of height x width pixels."""
+        alone = 1 if self.causal else 0
+        latents = alone + -(-(frames - alone) // self.temporal_stride)
+        sizes = (latents, -(-height // self.spatial_stride), -(-width // self.spatial_stride))
+        return tuple(-(-size // patch) for size, patch in zip(sizes, self.patch_size, strict=True))
 
     def size_multiple(self) -> tuple[int, int]:
         """What height and width in pixels must be multiples of."""

@@ -1,10 +1,10 @@
 """KV-Lock as a pipeline: encode, source path, locked denoising, decode."""
 
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from torch import Tensor
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.denoise import Task, denoise
 from kvlock_fast.errors import InputError, InputWarning
-from kvlock_fast.inputs import check_call, fit_to_model
+from kvlock_fast.inputs import check_numbers, check_texts, fit_to_model
 from kvlock_fast.masks import ProjectedMask, project_mask
-from kvlock_fast.models import wrap_pipeline
+from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.arch import select_layers
 from kvlock_fast.solvers import FlowSolver, check_scheduler
 from kvlock_fast.trace import Recorder, Trace
@@ -52,19 +52,11 @@ class KVLockPipeline:
         A single `torch_dtype` leaves the autoencoder in fp32, as Wan asks for. Raises InputError when there is no such
         model or its family is not known.
         """
-        from diffusers import DiffusionPipeline
-
         if str(path) == "demo":
             from kvlock_fast.demo import model_path
 
             path = model_path()
-        if torch_dtype is not None and not isinstance(torch_dtype, dict):
-            torch_dtype = {"default": torch_dtype, "vae": torch.float32}
-        try:
-            pipe = DiffusionPipeline.from_pretrained(str(path), torch_dtype=torch_dtype, use_safetensors=True)
-        except (OSError, ValueError) as error:
-            raise InputError(f"model {str(path)!r} cannot be loaded: {_first_line(error)}") from error
-        return cls(pipe)
+        return cls(load_diffusers(path, torch_dtype))
 
     @classmethod
     def from_pipe(cls, pipe: Any) -> "KVLockPipeline":
@@ -110,37 +102,40 @@ class KVLockPipeline:
 
         Raises InputError (a ValueError) on bad input; warns where the input is changed to fit.
         """
-        lock, progress = lock or LockConfig.preset("kvlock"), progress or (lambda stage, done, total: None)
-        cache = cache or CacheConfig()
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        scales = (guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2)
-        check_call(prompts, source_prompt, negative_prompt, num_inference_steps, scales, frames_policy, output)
-        select_layers(len(self.model.arch.attentions(self.model.transformers[0])), lock.layers)
+        lock, progress = _lock(lock), progress or (lambda stage, done, total: None)
+        if cache is not None and not isinstance(cache, CacheConfig):
+            raise InputError(f"cache must be a CacheConfig, got {cache!r}")
+        prompts = check_texts(prompt, source_prompt, negative_prompt)
+        check_numbers(num_inference_steps, guidance_scale, guidance_scale_2, self.model.two_stages)
+        if output not in ("frames", "latent"):
+            raise InputError(f"output must be frames or latent, got {output!r}")
+        for transformer in self.model.transformers:
+            select_layers(len(self.model.arch.attentions(transformer)), lock.layers)
         frames, pixel_mask, count = fit_to_model(video, mask, self.model.geometry, height, width, frames_policy)
         device = self.model.device
         recorder = Recorder(device)
-        stage = _stages(recorder, progress)
-
-        with stage("encode"):
-            clean = self.model.encode_video(frames)
-            projected = self._project(pixel_mask)
-        with stage("text"):
-            texts = self._texts(prompts, negative_prompt, source_prompt, guidance_scale)
-        solver = FlowSolver(self.pipe.scheduler, num_inference_steps, device)
-        noise = _start_noise(latents, clean, generator)
-        task = Task(clean, noise, projected, *texts, guidance=scales, lock=lock)
-        with stage("denoise"):
-            recorder.clock.marks.clear()
-            recorder.clock.mark()
-            edited = denoise(task, self.model, solver, recorder, lambda k: progress("denoise", k + 1, solver.num_steps))
-        self._refuse_nan(recorder, prompts, num_inference_steps)
-        decoded: list[np.ndarray] = []
-        if output == "frames":
-            with stage("decode"):
-                decoded = [video[:count].numpy() for video in self.model.decode(edited)]
+        try:
+            with _stage(recorder, progress, "encode"):
+                clean = self.model.encode_video(frames)
+                projected = self._project(pixel_mask)
+            with _stage(recorder, progress, "text"):
+                texts = self._texts(prompts, negative_prompt, source_prompt, guidance_scale)
+            solver = FlowSolver(self.pipe.scheduler, num_inference_steps, device)
+            noise = _start_noise(latents, clean, generator)
+            scales = (guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2)
+            task = Task(clean, noise, projected, *texts, guidance=scales, lock=lock)
+            with _stage(recorder, progress, "denoise"):
+                step_done = partial(_step_done, progress, solver.num_steps)
+                edited = denoise(task, self.model, solver, recorder, step_done)
+            _refuse_nan(recorder, prompts, num_inference_steps)
+            decoded: list[np.ndarray] = []
+            if output == "frames":
+                with _stage(recorder, progress, "decode"):
+                    decoded = [frames[:count].numpy() for frames in self.model.decode(edited)]
+        finally:
+            self.pipe.maybe_free_model_hooks()
         warmup = max(0, num_inference_steps - lock.kappa)
         trace = recorder.finish(prompts, warmup, projected.share, solver.timesteps, solver.sigmas)
-        self.pipe.maybe_free_model_hooks()
         return EditOutput(decoded, edited.float(), trace, projected)
 
     def _project(self, pixel_mask: Tensor) -> ProjectedMask:
@@ -160,25 +155,32 @@ class KVLockPipeline:
         negative = embeds[count + 1 :].expand(count, -1, -1) if guided else None
         return embeds[:count], negative, embeds[count : count + 1]
 
-    def _refuse_nan(self, recorder: Recorder, prompts: list[str], steps: int) -> None:
-        bad = recorder.first_bad_step()
-        if bad is not None:
-            raise InputError(f"the latents became NaN or inf at step {bad[0]} of {steps}, prompt {prompts[bad[1]]!r}")
-
 
 @contextmanager
-def _timed(recorder: Recorder, progress: Progress, name: str):
+def _stage(recorder: Recorder, progress: Progress, name: str) -> Iterator[None]:
     progress(name, 0, 1)
-    start = time.perf_counter()
-    yield
-    if recorder.device.type == "cuda":
-        torch.cuda.synchronize()
-    recorder.stages[name] = time.perf_counter() - start
-    progress(name, 1, 1)
+    with recorder.stage(name):
+        yield
+    if name != "denoise":  # which reports its steps
+        progress(name, 1, 1)
 
 
-def _stages(recorder: Recorder, progress: Progress):
-    return lambda name: _timed(recorder, progress, name)
+def _step_done(progress: Progress, total: int, k: int) -> None:
+    progress("denoise", k + 1, total)
+
+
+def _lock(lock: Any) -> LockConfig:
+    if lock is None:
+        return LockConfig.preset("kvlock")
+    if not isinstance(lock, LockConfig):
+        raise InputError(f"lock must be a LockConfig, such as LockConfig.preset('paper'), got {lock!r}")
+    return lock
+
+
+def _refuse_nan(recorder: Recorder, prompts: list[str], steps: int) -> None:
+    bad = recorder.first_bad_step()
+    if bad is not None:
+        raise InputError(f"the latents became NaN or inf at step {bad[0]} of {steps}, prompt {prompts[bad[1]]!r}")
 
 
 def _start_noise(latents: Tensor | None, clean: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -187,10 +189,8 @@ def _start_noise(latents: Tensor | None, clean: Tensor, generator: torch.Generat
         from diffusers.utils.torch_utils import randn_tensor
 
         return randn_tensor(clean.shape, generator=generator, device=clean.device, dtype=torch.float32)
+    if not isinstance(latents, Tensor):
+        raise InputError(f"latents must be a torch.Tensor, got {type(latents).__name__}")
     if latents.shape != clean.shape:
         raise InputError(f"latents must be {tuple(clean.shape)}, got {tuple(latents.shape)}")
     return latents.to(device=clean.device, dtype=torch.float32)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

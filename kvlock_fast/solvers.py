@@ -65,6 +65,8 @@ def check_scheduler(scheduler: Any) -> None:
             f"scheduler {name} (prediction type {kind!r}) is not supported: use flow matching, "
             f"by one of {', '.join(FLOW_SCHEDULERS)}"
         )
+    if config.get("use_dynamic_shifting"):
+        raise InputError(f"scheduler {name} with use_dynamic_shifting=True (a shift by resolution) is not supported")
     if config.get("invert_sigmas"):
         raise InputError(f"scheduler {name} with invert_sigmas=True (time runs backwards) is not supported")
     if config.get("stochastic_sampling") or str(config.get("algorithm_type", "")).startswith("sde"):

@@ -1,10 +1,13 @@
 """The command line in process, on a tiny model saved to disk: files in, files out, and what is refused."""
 
 import json
+import shutil
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 from tiny import tiny_wan
 
 from kvlock_fast.cli import main
@@ -104,7 +107,7 @@ BAD = {
     "tau word": (["--tau", "often"], "--tau must be a number or 'auto', got 'often'"),
     "kappa": (["--kappa", "-2"], "kappa must be a whole number of at least 0, got -2"),
     "window": (["--window", "1"], "window must be a whole number of at least 2, got 1"),
-    "steps": (["--steps", "0"], "num_inference_steps must be a whole number of at least 1, got 0"),
+    "steps": (["--steps", "0"], "num_inference_steps must be a whole number from 1 to 10000, got 0"),
     "steps text": (["--steps", "many"], "got 'many'"),
     "steps text joined": (["--steps=much"], "'--steps'"),
     "size": (["--size", "48"], "--size must be HEIGHTxWIDTH in pixels, like 480x832, got '48'"),
@@ -120,6 +123,26 @@ BAD = {
     "device": (["--device", "cuda"], "device 'cuda'"),
     "feather": (["--feather", "-1"], "--feather"),
     "seed": (["--seed", "-1"], "--seed"),
+    "seed too large": (["--seed", str(2**64)], str(2**64)),
+    "steps beyond reason": (["--steps", "10000000000000"], "10000000000000"),
+    "feather too large": (["--feather", "100000"], "100000"),
+    "size too large": (["--size", "99999999999x99999999999"], "99999999999x99999999999"),
+    "size beyond the model": (["--size", "32x16384"], "1024x1024"),
+    "layers backwards": (["--layers", "5-2"], "'5-2'"),
+    "layers beyond reason": (["--layers", "0-99999999999"], "'0-99999999999'"),
+    "layers twice": (["--layers", "0,0"], "'0,0'"),
+    "nan": (["--tau", "nan"], "tau must be greater than 0 or 'auto', got nan"),
+    "inf": (["--b", "inf"], "b must be greater than 0, got inf"),
+    "guidance 2": (["--guidance-2", "nan"], "guidance_scale_2 must be a number of at least 0, got nan"),
+    "guidance 2 for one": (["--guidance-2", "3"], "guidance_scale_2 is 3.0"),
+    "device that is none": (["--device", "toaster"], "device 'toaster'"),
+    "device without data": (["--device", "meta"], "device 'meta'"),
+    "dtype": (["--dtype", "fp7"], "dtype 'fp7'"),
+    "no source": (["--source", ""], "--source is empty"),
+    "output is a folder": (["--output", "/"], "'/'"),
+    "prompt that is no text": (["--prompt", "caf\udce9"], "--prompt is not valid UTF-8"),
+    "trace over the output": (["--trace", "o.mkv"], "--trace 'o.mkv' is the same file as --output"),
+    "report over the trace": (["--trace", "t.json", "--report", "./t.json"], "is the same file as --trace"),
     "unknown option": (["--taw", "1"], "--taw"),
 }
 
@@ -135,6 +158,90 @@ def test_bad_input_is_one_sentence_and_exit_2(name, clip, model, tmp_path, capsy
     assert status == 2 and message in error[-1] and error[-1].startswith("error: ")
     assert not any("Traceback" in line for line in error)
     assert before.read_bytes() == b"an earlier result" and [p.name for p in tmp_path.iterdir()] == ["o.mkv"]
+
+
+def test_inputs_and_the_model_are_never_overwritten(clip, model, tmp_path, capsys):
+    before = (clip / "source.mkv").read_bytes()
+    assert edit(clip, model, clip / "source.mkv") == 2
+    assert "is the same file as --source" in capsys.readouterr().err
+    assert edit(clip, model, tmp_path / "o.mkv", "--trace", model / "model_index.json") == 2
+    assert "lies in the model's folder" in capsys.readouterr().err
+    assert edit(clip, model, "/", prompts=["a", "b"]) == 2
+    assert "--output must name a file, got '/'" in capsys.readouterr().err
+    assert (clip / "source.mkv").read_bytes() == before and not list(tmp_path.iterdir())
+
+
+def _break(folder, name, text):
+    (folder / name).write_text(text)
+
+
+def _truncate(folder, name):
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[: len(data) // 2])
+
+
+BAD_MODELS = {
+    "no index": lambda m: (m / "model_index.json").unlink(),
+    "broken index": lambda m: _break(m, "model_index.json", "{"),
+    "index of a list": lambda m: _break(m, "model_index.json", "[]"),
+    "another family": lambda m: _break(m, "model_index.json", '{"_class_name": "CogVideoXPipeline"}'),
+    "no tokenizer": lambda m: shutil.rmtree(m / "tokenizer"),
+    "truncated text encoder": lambda m: _truncate(m, "text_encoder/model.safetensors"),
+    "truncated transformer": lambda m: _truncate(m, "transformer/diffusion_pytorch_model.safetensors"),
+    "missing weights": lambda m: save_file(
+        {"proj_out.bias": torch.zeros(16)}, m / "transformer/diffusion_pytorch_model.safetensors"
+    ),
+    "pickled weights": lambda m: (m / "vae/diffusion_pytorch_model.safetensors").rename(
+        m / "vae/diffusion_pytorch_model.bin"
+    ),
+    "bad number": lambda m: _break(m, "scheduler/scheduler_config.json", '{"shift": "a"}'),
+    "shift by resolution": lambda m: _break(
+        m,
+        "scheduler/scheduler_config.json",
+        '{"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": true}',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(BAD_MODELS))
+def test_a_model_that_cannot_be_used_is_named(name, clip, model, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    BAD_MODELS[name](broken)
+    assert edit(clip, broken, tmp_path / "o.mkv", "--size", "32x48") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and ("broken" in error or "scheduler" in error), error
+    assert not (tmp_path / "o.mkv").exists()
+
+
+def test_what_is_asked_for_reaches_the_model(clip, model, tmp_path):
+    """Each of these changes the pixels."""
+    changes = [[], ["--seed", 1], ["--guidance", 9], ["--negative-prompt", "a dog"], ["--source-prompt", "cat"]]
+    seen = set()
+    for i, flags in enumerate(changes):
+        assert edit(clip, model, tmp_path / f"{i}.mkv", "--size", "32x48", "--steps", 6, "-q", *flags) == 0
+        seen.add(read_video(tmp_path / f"{i}.mkv").frames.tobytes())
+    assert len(seen) == len(changes)
+
+
+def test_sizes_that_do_not_fit_are_said(clip, model, tmp_path, capsys):
+    assert edit(clip, model, tmp_path / "o.mkv", "--size", "33x50") == 0
+    assert "warning: size 33x50 is not a multiple of 16x16: working at 32x48" in capsys.readouterr().err
+
+
+def test_json_on_stdout_is_all_there_is(clip, model, tmp_path, capsys):
+    assert edit(clip, model, tmp_path / "o.mkv", "--size", "32x48", "--json", "-") == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["outputs"] == [str(tmp_path / "o.mkv")] and data["metrics"][0]["background_psnr"] > 0
+    assert set(data["stage_seconds"]) >= {"encode", "text", "source path", "denoise", "decode"}
+    assert main(["doctor", "--json", "-"]) == 0
+    assert "torch" in json.dumps(json.loads(capsys.readouterr().out))
+
+
+def test_a_refused_demo_leaves_no_folder(tmp_path, capsys):
+    for flags in (["--preset", "nope"], ["--steps", "0"], ["--device", "toaster"]):
+        assert main(["demo", "--output", str(tmp_path / "new"), *flags]) == 2
+        assert flags[1] in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "new").exists()
 
 
 def test_missing_options_are_named(capsys):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvlock_fast.cli import main
 from kvlock_fast.composite import composite, feathered
 from kvlock_fast.edit import output_names, working_size
+from kvlock_fast.errors import InputWarning
 from kvlock_fast.media import read_video
 from kvlock_fast.progress import progress_bar
 
@@ -73,7 +74,8 @@ def test_composite_mixes_by_the_feather():
 
 def test_the_bundled_model_works_small_unless_told_otherwise():
     video = np.zeros((1, 480, 854, 3), np.uint8)
-    height, width = working_size("demo", video, None)
+    with pytest.warns(InputWarning, match="working at 72x128, not the source's 480x854"):
+        height, width = working_size("demo", video, None)
     assert height * width <= 96 * 97 and width / height == pytest.approx(854 / 480, rel=0.02)
     assert working_size("demo", video, (64, 64)) == (64, 64)
     assert working_size("demo", video[:, :64, :64], None) is None

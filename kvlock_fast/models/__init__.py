@@ -7,6 +7,13 @@ from kvlock_fast.errors import InputError
 FAMILIES = ("wan",)
 
 
+def load_diffusers(path: Any, torch_dtype: Any) -> Any:
+    """A diffusers pipeline from a folder or hub id; see models/loading.py."""
+    from kvlock_fast.models.loading import load_diffusers as load
+
+    return load(path, torch_dtype)
+
+
 def wrap_pipeline(pipe: Any) -> Any:
     """The family's model around a loaded diffusers pipeline. Raises InputError for a family that is not known."""
     from kvlock_fast.models.wan import WAN, WanModel
@@ -14,7 +21,7 @@ def wrap_pipeline(pipe: Any) -> Any:
     transformer = getattr(pipe, "transformer", None)
     if transformer is None:
         transformer = getattr(pipe, "transformer_2", None)
-    name = type(transformer).__name__
+    name = type(getattr(transformer, "_orig_mod", transformer)).__name__
     if name in WAN.transformers:
         return WanModel(pipe)
     known = ", ".join(FAMILIES)

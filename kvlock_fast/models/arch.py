@@ -52,6 +52,10 @@ def select_layers(count: int, layers: tuple[int, ...] | None) -> tuple[int, ...]
 
 def refuse_wrapped(transformer: Any) -> None:
     """Raise InputError for states of a model in which a hook would miss keys, values or whole layers."""
+    if hasattr(transformer, "_orig_mod"):
+        raise InputError(
+            "the transformer is wrapped by torch.compile(): use its own compile() or compile_repeated_blocks() instead"
+        )
     if getattr(transformer, "is_cache_enabled", False):
         raise InputError(
             "the transformer skips layers (a diffusers cache such as FirstBlockCache is on): call disable_cache() first"

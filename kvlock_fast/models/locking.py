@@ -33,9 +33,11 @@ class Mode(Enum):
 class LockState:
     """What all hooks of one transformer share: the mode, the weight, the kept K/V, and how many hooks fired."""
 
-    def __init__(self):
+    def __init__(self, background: Tensor | None = None):
+        """background: indices [N] of the tokens to keep and blend in CAPTURE and STORED; None for all."""
         self.mode = Mode.OFF
         self.weight: Tensor | None = None
+        self.background = background
         self.kept: dict[tuple[int, str], Tensor] = {}
         self.fired = 0
 
@@ -43,12 +45,20 @@ class LockState:
         """One hook's work on its module's output x."""
         self.fired += 1
         if self.mode is Mode.CAPTURE:
-            self.kept[key] = x
+            self.kept[key] = x if self.background is None else x.index_select(token_dim, self.background)
         elif self.mode is Mode.STORED:
-            blend_(x, self.kept[key], self.weight, token_dim)
+            self._blend_kept(key, x, token_dim)
         elif self.mode is Mode.IN_BATCH:
             blend_(x[1:], x[:1], self.weight, token_dim)
         return x
+
+    def _blend_kept(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
+        if self.background is None:
+            blend_(x, self.kept[key], self.weight, token_dim)
+            return
+        part = x.index_select(token_dim, self.background)
+        blend_(part, self.kept[key], self.weight.index_select(1, self.background), token_dim)
+        x.index_copy_(token_dim, self.background, part)
 
 
 class _LockHook(ModelHook):
@@ -63,26 +73,38 @@ class _LockHook(ModelHook):
 class TransformerLock:
     """The hooks on one transformer. `detach` takes them off again."""
 
-    def __init__(self, transformer: nn.Module, arch: ArchSpec, layers: tuple[int, ...] | None = None):
-        """layers: the locked self-attention layers by number, None for all. InputError where hooks would miss K/V."""
+    def __init__(
+        self,
+        transformer: nn.Module,
+        arch: ArchSpec,
+        layers: tuple[int, ...] | None = None,
+        background: Tensor | None = None,
+    ):
+        """layers: the locked self-attention layers by number, None for all; background: as in `LockState`.
+
+        Raises InputError where hooks would miss K or V; then nothing is attached.
+        """
         refuse_wrapped(transformer)
         attentions = arch.attentions(transformer)
         if not attentions:
             raise InputError(f"{type(transformer).__name__} has no self-attention named {arch.attention!r}")
         self.transformer = transformer
         self.layers = select_layers(len(attentions), layers)
-        self.state = LockState()
+        self.state = LockState(background)
         self._targets: list[nn.Module] = []
-        for layer in self.layers:
-            name, attention = attentions[layer]
-            for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
-                self._hook(first_submodule(attention, names), _LockHook(self.state, layer, kind, token_dim), name)
+        try:
+            for layer in self.layers:
+                name, attention = attentions[layer]
+                for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
+                    self._hook(first_submodule(attention, names), _LockHook(self.state, layer, kind, token_dim), name)
+        except Exception:
+            self.detach()
+            raise
         _forget_child_registries(transformer)
 
     def _hook(self, target: nn.Module, hook: _LockHook, name: str) -> None:
         registry = HookRegistry.check_if_exists_or_initialize(target)
         if registry.get_hook(HOOK_NAME) is not None:
-            self.detach()
             raise InputError(f"{name} is locked already: detach the other lock first")
         registry.register_hook(hook, HOOK_NAME)
         self._targets.append(target)

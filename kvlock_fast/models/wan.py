@@ -25,9 +25,10 @@ class WanModel:
     def __init__(self, pipe: Any):
         """Raises InputError for a pipeline of another kind."""
         transformers = [t for t in (pipe.transformer, getattr(pipe, "transformer_2", None)) if t is not None]
-        if not transformers or any(type(t).__name__ not in WAN.transformers for t in transformers):
-            found = ", ".join(type(t).__name__ for t in transformers) or "no transformer"
-            raise InputError(f"the model is not of the family wan: it has {found}")
+        for transformer in transformers:
+            name = type(getattr(transformer, "_orig_mod", transformer)).__name__
+            if name not in WAN.transformers:
+                raise InputError(f"the model is not of the family wan: it has a {name}")
         if transformers[0].config.image_dim is not None or transformers[0].config.in_channels != pipe.vae.config.z_dim:
             raise InputError("the model takes an image beside the text: image-to-video is not supported yet")
         self.pipe = pipe
@@ -41,7 +42,8 @@ class WanModel:
     def geometry(self) -> Geometry:
         config = self.pipe.vae.config
         patch = tuple(self.transformers[0].config.patch_size)
-        return Geometry(config.scale_factor_temporal, config.scale_factor_spatial, patch, causal=True)
+        most = min(t.config.rope_max_seq_len for t in self.transformers)
+        return Geometry(config.scale_factor_temporal, config.scale_factor_spatial, patch, causal=True, most_tokens=most)
 
     @property
     def text_length(self) -> int:
@@ -82,20 +84,26 @@ class WanModel:
             for values in (config.latents_mean, config.latents_std)
         )
 
-    def transformer_at(self, timestep: float, num_train_timesteps: int) -> int:
-        """Which of the transformers serves a timestep: 0 (all, or high noise) or 1 (low noise)."""
-        boundary = self.pipe.config.boundary_ratio
-        if boundary is None:
+    @property
+    def two_stages(self) -> bool:
+        """Whether low noise has a transformer, or a guidance scale, of its own."""
+        return self.pipe.config.get("boundary_ratio") is not None
+
+    def stage_at(self, timestep: float, num_train_timesteps: int) -> int:
+        """0 (all steps, or those of high noise) or 1 (low noise)."""
+        if not self.two_stages:
             return 0
-        if self.pipe.transformer is None or getattr(self.pipe, "transformer_2", None) is None:
-            return 0
-        return 0 if timestep >= boundary * num_train_timesteps else 1
+        return 0 if timestep >= self.pipe.config.boundary_ratio * num_train_timesteps else 1
+
+    def transformer_of(self, stage: int) -> int:
+        """Which of the transformers serves a stage; a pipeline may have been loaded with one of two."""
+        return min(stage, len(self.transformers) - 1)
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The velocity [B, C, T, h, w] in the transformer's dtype, at latents [B, ...], timestep [], text [B, L, C]."""
         transformer = self.transformers[which]
         rows = latents.shape[0]
-        if self.pipe.config.expand_timesteps:
+        if self.pipe.config.get("expand_timesteps"):
             _, ph, pw = transformer.config.patch_size
             tokens = latents.shape[2] * (latents.shape[3] // ph) * (latents.shape[4] // pw)
             timestep = timestep.expand(rows, tokens)

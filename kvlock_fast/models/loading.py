@@ -1,0 +1,50 @@
+"""Loading a diffusers pipeline: whatever is wrong with its files ends in one sentence."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvlock_fast.errors import InputError
+
+PIPELINES = ("WanPipeline",)
+
+
+def load_diffusers(path: str | Path, torch_dtype: torch.dtype | dict | None) -> Any:
+    """A diffusers pipeline from a folder or hub id, safetensors only.
+
+    Raises InputError saying what is wrong with it; for a local folder of another family, before any weight is read.
+    """
+    from diffusers import DiffusionPipeline
+
+    if torch_dtype is not None and not isinstance(torch_dtype, dict):
+        torch_dtype = {"default": torch_dtype, "vae": torch.float32}
+    _check_index(Path(path))
+    try:
+        pipe = DiffusionPipeline.from_pretrained(str(path), torch_dtype=torch_dtype, use_safetensors=True)
+    except Exception as error:  # diffusers lets whatever a bad file causes through, from TypeError to SafetensorError
+        raise InputError(f"model {str(path)!r} cannot be loaded: {_one_line(error)}") from error
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module) and any(p.is_meta for p in part.parameters()):
+            raise InputError(f"model {str(path)!r} cannot be loaded: weights of its {name} are missing")
+    return pipe
+
+
+def _check_index(folder: Path) -> None:
+    """Raise InputError for a local folder that is no pipeline, or one of no known family."""
+    if not folder.is_dir():
+        return
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        name = index["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"model {str(folder)!r} has no valid model_index.json: {_one_line(error)}") from error
+    if name not in PIPELINES:
+        raise InputError(f"model {str(folder)!r} is a {name}, of no known family; known: {', '.join(PIPELINES)}")
+
+
+def _one_line(error: BaseException) -> str:
+    """The error as one sentence."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
