@@ -131,7 +131,7 @@ class KVLockPipeline:
             decoded: list[np.ndarray] = []
             if output == "frames":
                 with _stage(recorder, progress, "decode"):
-                    decoded = [frames[:count].numpy() for frames in self.model.decode(edited)]
+                    decoded = [edit[:count].numpy() for edit in self.model.decode(edited)]
         finally:
             self.pipe.maybe_free_model_hooks()
         warmup = max(0, num_inference_steps - lock.kappa)

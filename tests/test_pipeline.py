@@ -259,9 +259,13 @@ def test_a_size_the_model_cannot_take_is_resized():
     assert out.frames[0].shape == (5, 32, 48, 3)
 
 
-def test_an_all_foreground_mask_warns_and_runs():
+@pytest.mark.parametrize("batching", ["separate", "batched"])
+def test_an_all_foreground_mask_warns_and_runs_unlocked(batching):
+    lock = kvf.LockConfig.preset("s-star-only", s_star=False, guidance_batching=batching)
+    mask = np.ones((FRAMES, HEIGHT, WIDTH), bool)
     with pytest.warns(UserWarning, match="every token"):
-        call(tiny_wan(), mask=np.ones((FRAMES, HEIGHT, WIDTH), bool), steps=2)
+        out = call(tiny_wan(), mask=mask, steps=2, lock=lock)
+    torch.testing.assert_close(out.latents, stock(tiny_wan(), steps=2), rtol=1e-4, atol=1e-5)
 
 
 BAD_CALLS = {

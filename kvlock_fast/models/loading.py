@@ -22,7 +22,7 @@ def load_diffusers(path: str | Path, torch_dtype: torch.dtype | dict | None) -> 
         torch_dtype = {"default": torch_dtype, "vae": torch.float32}
     _check_index(Path(path))
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(path), torch_dtype=torch_dtype, use_safetensors=True)
+        pipe = DiffusionPipeline.from_pretrained(str(path), dtype=torch_dtype, use_safetensors=True)
     except Exception as error:  # diffusers lets whatever a bad file causes through, from TypeError to SafetensorError
         raise InputError(f"model {str(path)!r} cannot be loaded: {_one_line(error)}") from error
     for name, part in pipe.components.items():
