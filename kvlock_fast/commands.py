@@ -16,10 +16,10 @@ from kvlock_fast.edit import (
     output_names,
     read_clip,
     run_edit,
-    settings_table,
     trace_json,
     working_size,
     write_demo_files,
+    write_page,
 )
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import check_writable, output_folder, write_text
@@ -69,7 +69,7 @@ def edit(
         if files.trace is not None:
             write_text(files.trace, trace_json(result, settings))
         if files.report is not None:
-            _write_report(files.report, clip, result, settings, command)
+            write_page(files.report, clip, result, settings, command)
         write_json(files.json, {"outputs": [str(path) for path in outputs], **figures(result, settings)})
         progress("write", 1, 1)
     if files.json != "-":
@@ -184,15 +184,6 @@ def demo_world(clips: int, output: Path, seed: int) -> None:
     folder = output_folder(output)
     write_world(clips, folder, seed=seed)
     print(f"{clips} clips and a sheet in {folder}")
-
-
-def _write_report(path: Path, clip: Clip, result: Any, settings: EditSettings, command: str) -> None:
-    from kvlock_fast.report import write_report
-
-    write_report(
-        path, source=result.source, mask=result.mask, edited=result.videos, trace=result.trace,
-        settings=settings_table(settings), command=command, metrics=result.metrics, fps=clip.fps,
-    )  # fmt: skip
 
 
 def _metrics_text(metrics: dict[str, float | None]) -> str:

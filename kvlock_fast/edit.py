@@ -186,15 +186,26 @@ def output_names(output: str, prompts: int) -> list[Path]:
 
 def write_demo_files(folder: Path, clip: Clip, result: EditResult, settings: EditSettings, command: str) -> list[Path]:
     """The six files of a demo: source, mask, edit, report, sheet, trace."""
-    from kvlock_fast.report import write_report, write_sheet
+    from kvlock_fast.report import write_sheet
 
     folder = output_folder(folder)
     mask_video = np.repeat(clip.mask[..., None].astype(np.uint8) * 255, 3, axis=3)
     write_video(folder / "source.mp4", clip.video, clip.fps)
     write_video(folder / "mask.mp4", mask_video, clip.fps)
     write_video(folder / "edited.mp4", result.videos[0], clip.fps)
+    write_page(folder / "report.html", clip, result, settings, command)
+    write_sheet(folder / "sheet.png", result.source, result.mask, result.videos[0])
+    write_text(folder / "trace.json", trace_json(result, settings))
+    return sorted(folder / name for name in
+                  ("source.mp4", "mask.mp4", "edited.mp4", "report.html", "sheet.png", "trace.json"))  # fmt: skip
+
+
+def write_page(path: Path, clip: Clip, result: EditResult, settings: EditSettings, command: str) -> None:
+    """The HTML page about an edit."""
+    from kvlock_fast.report import write_report
+
     write_report(
-        folder / "report.html",
+        path,
         source=result.source,
         mask=result.mask,
         edited=result.videos,
@@ -204,10 +215,6 @@ def write_demo_files(folder: Path, clip: Clip, result: EditResult, settings: Edi
         metrics=result.metrics,
         fps=clip.fps,
     )
-    write_sheet(folder / "sheet.png", result.source, result.mask, result.videos[0])
-    write_text(folder / "trace.json", trace_json(result, settings))
-    return sorted(folder / name for name in
-                  ("source.mp4", "mask.mp4", "edited.mp4", "report.html", "sheet.png", "trace.json"))  # fmt: skip
 
 
 def settings_table(settings: EditSettings) -> dict[str, Any]:
