@@ -116,24 +116,19 @@ def _dequantize_int4(codes: Tensor, step: Tensor, minimum: Tensor, kind: str, ch
     return values * step + minimum
 
 
-def quantize_kv_reference(x: Tensor, format: str = "fp8_e4m3", kind: str = "k") -> QuantizedKV:
-    """x [B, S, H, D] floating-point as a QuantizedKV."""
-    return QuantizedKV(format, kind, x.shape, x.dtype, *_encode(x, format, kind))
-
-
 @torch.library.custom_op("kvlock_fast::quantize_kv", mutates_args=())
 def _quantize_op(x: Tensor, format: str, kind: str) -> list[Tensor]:
-    return [t.contiguous() for t in _encode(x, format, kind)]
+    return [t.contiguous() for t in quantize_kv_reference(x, format, kind)]
 
 
 @_quantize_op.register_fake
 def _(x, format, kind):
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _encode(x, format, kind)]
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in quantize_kv_reference(x, format, kind)]
 
 
 @torch.library.custom_op("kvlock_fast::dequantize_kv", mutates_args=())
 def _dequantize_op(codes: Tensor, scales: list[Tensor], format: str, kind: str, channels: int) -> Tensor:
-    return _decode(codes, scales, format, kind, channels).contiguous()
+    return dequantize_kv_reference(codes, scales, format, kind, channels).contiguous()
 
 
 @_dequantize_op.register_fake
@@ -142,8 +137,8 @@ def _(codes, scales, format, kind, channels):
     return codes.new_empty((*codes.shape[:3], channels), dtype=dtype)
 
 
-def _encode(x: Tensor, format: str, kind: str) -> tuple[Tensor, ...]:
-    """Codes and, where the format has them, scales."""
+def quantize_kv_reference(x: Tensor, format: str, kind: str) -> tuple[Tensor, ...]:
+    """Codes of x [B, S, H, D] and, where the format has them, scales: scale, or step and minimum."""
     if format == "native":
         return (x.clone(),)
     if x.numel() == 0:
@@ -167,12 +162,8 @@ def _empty_codes(x: Tensor, format: str) -> Tensor:
     return x.new_empty((*x.shape[:3], last), dtype=dtypes[format])
 
 
-def dequantize_kv_reference(kv: QuantizedKV) -> Tensor:
-    """The values of `kv`: [B, S, H, D], fp32 (native: as stored)."""
-    return _decode(kv.codes, kv.scales, kv.format, kv.kind, kv.shape[3])
-
-
-def _decode(codes: Tensor, scales: list[Tensor], format: str, kind: str, channels: int) -> Tensor:
+def dequantize_kv_reference(codes: Tensor, scales: list[Tensor], format: str, kind: str, channels: int) -> Tensor:
+    """The values of codes and scales as `QuantizedKV` holds them: [B, S, H, channels], fp32 (native: as stored)."""
     if format == "native":
         return codes.clone()
     if codes.numel() == 0:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
@@ -15,7 +15,7 @@ STAGES = {
     "write": "writing",
 }
 
-Report = "Callable[[str, int, int], None]"
+Report = Callable[[str, int, int], None]
 
 
 @contextmanager

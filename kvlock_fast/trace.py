@@ -1,6 +1,5 @@
 """What happened: per step and sample the variance, alpha, omega, s* and seconds. Read from the device at the end."""
 
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -60,10 +59,6 @@ class Trace:
             "stage_seconds": self.stage_seconds,
             "records": [vars(record) for record in self.records],
         }
-
-    def to_json(self) -> str:
-        """The same as JSON text."""
-        return json.dumps(self.as_dict(), indent=1)
 
 
 class Clock:
