@@ -4,16 +4,26 @@
 
 Layout: `x` is any tensor with batch first and the tokens along `token_dim` ([B, S, H*D], [B, S, H, D], [B, H, S, D]).
 Computed in fp32, stored in x's dtype. Exact at both ends: w = 0 leaves x as it is, bit for bit and whatever `ref`
-holds; w = 1 copies `ref`, bit for bit and whatever x held. Reads 2, writes 1 times the bytes of x.
-Source: KV-Lock (arXiv 2603.09657), the mix of new and cached keys and values.
+holds; w = 1 copies `ref`, bit for bit and whatever x held. Bytes moved: 2 reads and 1 write of the blended tokens of
+x (1 read where w = 1), nothing where w = 0. Source: KV-Lock (arXiv 2603.09657), the mix of new and cached keys and
+values.
 """
 
 import torch
 from torch import Tensor
 
 from kvlock_fast.kernels.guard import require_package_name
+from kvlock_fast.kernels.language import tl, triton
+from kvlock_fast.kernels.launch import architecture, launch, runs_triton
+from kvlock_fast.kernels.packed import load_packed, packed_arguments
+from kvlock_fast.kernels.quantize import QuantizedKV, dequantize_kv_reference
+from kvlock_fast.kernels.tiles import narrow
 
 require_package_name(__name__)
+
+# Not swept yet: 4 warps with 16 bytes a thread and load at D = 128.
+TOKENS_PER_PROGRAM, NUM_WARPS = 16, 4
+MOST_CHANNELS = 256
 
 
 def blend_reference(x: Tensor, ref: Tensor, weight: Tensor, token_dim: int = 1) -> Tensor:
@@ -27,26 +37,133 @@ def blend_reference(x: Tensor, ref: Tensor, weight: Tensor, token_dim: int = 1) 
     return torch.where(w == 0, x, torch.where(w == 1, ref.to(x.dtype), mixed.to(x.dtype)))
 
 
+@triton.jit
+def _blend_kernel(
+    # fmt: off
+    x, codes, scale, minimum, weight, index,
+    N, H, D,                                                 # rows of ref; heads; channels a head
+    x_b, x_n, x_h, x_d, r_b, r_n, r_h, r_d, s_b, w_b, w_n,   # strides
+    INDEXED: tl.constexpr, FORMAT: tl.constexpr, KIND: tl.constexpr, PER_SCALE: tl.constexpr, FP8: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    # fmt: on
+):
+    """Grid (ceil(N / BLOCK_N), H * ceil(D / BLOCK_D), B): a tile [BLOCK_N, BLOCK_D] of one head each."""
+    parts = tl.cdiv(D, BLOCK_D)
+    i_b, i_h = tl.program_id(2).to(tl.int64), tl.program_id(1) // parts
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = (tl.program_id(1) % parts) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    m_n = o_n < N
+    token = (tl.load(index + o_n, mask=m_n, other=0) if INDEXED else o_n).to(tl.int64)
+    w = tl.load(weight + i_b * w_b + token * w_n, mask=m_n, other=0.0)[:, None]
+
+    m_x = (w != 0) & (o_d < D)
+    p_x = x + i_b * x_b + token[:, None] * x_n + i_h.to(tl.int64) * x_h + o_d * x_d
+    b_x = tl.load(p_x, mask=m_x & (w != 1), other=0.0).to(tl.float32)
+    p_ref = codes + i_b * r_b + i_h.to(tl.int64) * r_h
+    b_ref = load_packed(
+        p_ref, scale + i_b * s_b if scale is not None else scale, minimum + i_b * s_b if minimum is not None else minimum,
+        i_h, o_n[:, None], o_d, m_x, H, D, r_n, r_d, FORMAT, KIND, PER_SCALE, FP8,
+    )  # fmt: skip
+    tl.store(p_x, narrow(tl.where(w == 1, b_ref, b_x + w * (b_ref - b_x)), x.dtype.element_ty), mask=m_x)
+
+
+def launch_blend_(
+    x: Tensor,
+    codes: Tensor,
+    scales: list[Tensor],
+    weight: Tensor,
+    index: Tensor | None,
+    format: str = "native",
+    kind: str = "k",
+    tokens_per_scale: int = 1,
+) -> None:
+    """x [B, S, H, D] of any strides; codes [B or 1, N, H, D or D/2]; weight [B or 1, S]; index [N] or None."""
+    batch, _, heads, dim = x.shape
+    rows = codes.shape[1]
+    ref = packed_arguments(codes, scales, format, kind, tokens_per_scale, architecture(x))
+    block_d = min(triton.next_power_of_2(max(dim, 1)), MOST_CHANNELS)
+    grid = (triton.cdiv(rows, TOKENS_PER_PROGRAM), heads * triton.cdiv(dim, block_d), batch)
+    launch(
+        _blend_kernel, grid,
+        x, ref.codes, ref.scale, ref.minimum, weight, index,
+        rows, heads, dim,
+        *x.stride(), *ref.strides, ref.scale_stride, weight.stride(0) if weight.shape[0] > 1 else 0, weight.stride(1),
+        INDEXED=index is not None, **ref.meta, BLOCK_N=TOKENS_PER_PROGRAM, BLOCK_D=block_d, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def _rows(x: Tensor, token_dim: int, heads: int) -> Tensor:
+    """A view [B, S, H, D] of x; without heads of its own, x's channels fall into `heads`."""
+    x = x.movedim(token_dim, 1)
+    return x if x.ndim == 4 else x.unflatten(2, (heads, -1))
+
+
 @torch.library.custom_op("kvlock_fast::blend_", mutates_args=("x",))
-def _blend_op(x: Tensor, ref: Tensor, weight: Tensor, token_dim: int) -> None:
-    x.copy_(blend_reference(x, ref, weight, token_dim))
+def _blend_op(
+    x: Tensor,
+    codes: Tensor,
+    scales: list[Tensor],
+    weight: Tensor,
+    index: Tensor | None,
+    token_dim: int,
+    format: str,
+    kind: str,
+    tokens_per_scale: int,
+    backend: str,
+) -> None:
+    if runs_triton(backend, x, codes, weight):
+        if format == "native":
+            codes = _rows(codes, token_dim, 1)
+        rows = _rows(x, token_dim, codes.shape[2])
+        launch_blend_(rows, codes, scales, weight, index, format, kind, tokens_per_scale)
+        return
+    ref = codes
+    if format != "native":
+        ref = dequantize_kv_reference(codes, scales, format, kind, _rows(x, token_dim, codes.shape[2]).shape[3])
+        ref = (ref.flatten(2) if x.ndim == 3 else ref).movedim(1, token_dim)
+    if index is None:
+        x.copy_(blend_reference(x, ref, weight, token_dim))
+        return
+    part = blend_reference(x.index_select(token_dim, index), ref, weight.index_select(1, index), token_dim)
+    x.index_copy_(token_dim, index, part)
 
 
 @_blend_op.register_fake
-def _(x: Tensor, ref: Tensor, weight: Tensor, token_dim: int) -> None:
+def _(x, codes, scales, weight, index, token_dim, format, kind, tokens_per_scale, backend):
     return None
 
 
-def blend_(x: Tensor, ref: Tensor, weight: Tensor, token_dim: int = 1) -> Tensor:
+def blend_(
+    x: Tensor,
+    ref: Tensor | QuantizedKV,
+    weight: Tensor,
+    token_dim: int = 1,
+    index: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Blend `ref` into `x` in place and return x.
 
-    x: keys or values, batch first, S tokens along `token_dim`; ref: the same shape, or batch 1; weight: [B or 1, S]
-    fp32 in [0, 1]. Raises ValueError on shapes that do not fit.
+    x: keys or values [B, S, H*D], [B, S, H, D], [B, H, S, D] (tokens along `token_dim`); weight: [B or 1, S] fp32 in
+    [0, 1]. ref: as x or with batch 1, or a QuantizedKV; with `index` (int64 [N], no token twice) it holds these tokens
+    only, and others stay as they are. Raises ValueError on shapes that do not fit.
     """
     tokens = x.shape[token_dim]
-    if ref.shape[1:] != x.shape[1:] or ref.shape[0] not in (1, x.shape[0]):
-        raise ValueError(f"ref must be {tuple(x.shape)} or have batch 1, got {tuple(ref.shape)}")
+    rows = tokens if index is None else index.shape[0]
     if weight.ndim != 2 or weight.shape[0] not in (1, x.shape[0]) or weight.shape[1] != tokens:
         raise ValueError(f"weight must be [{x.shape[0]} or 1, {tokens}], got {tuple(weight.shape)}")
-    _blend_op(x, ref, weight, token_dim)
+    want = list(x.shape)
+    want[token_dim] = rows
+    if isinstance(ref, QuantizedKV):
+        shape = list(ref.shape)
+        want = [want[0], rows, *(n for i, n in enumerate(want) if i not in (0, token_dim))]
+        fits = shape[:2] == [shape[0], rows] and torch.Size(shape[2:]).numel() == torch.Size(want[2:]).numel()
+        fits &= x.ndim == 3 or shape[2:] == want[2:]
+        packed = (ref.codes, ref.scales, weight, index, token_dim, ref.format, ref.kind, ref.tokens_per_scale)
+    else:
+        shape = list(ref.shape)
+        fits = shape[1:] == want[1:]
+        packed = (ref, [], weight, index, token_dim, "native", "k", 1)
+    if not fits or shape[0] not in (1, x.shape[0]):
+        raise ValueError(f"ref must be {tuple(want)} or have batch 1, got {tuple(shape)}")
+    _blend_op(x, *packed, backend)
     return x

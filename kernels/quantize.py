@@ -33,7 +33,7 @@ class QuantizedKV:
     """Keys or values in one of FORMATS.
 
     codes: [B, S, H, D] ([B, S, H, ceil(D / 2)] uint8 for int4); scale and minimum: None where the format has none;
-    shape and dtype: those of the tensor it was made of.
+    shape and dtype: those of the tensor it was made of; tokens_per_scale: 1, or 128 for fp8 in blocks.
     """
 
     format: str
@@ -43,6 +43,7 @@ class QuantizedKV:
     codes: Tensor
     scale: Tensor | None = None
     minimum: Tensor | None = None
+    tokens_per_scale: int = 1
 
     @property
     def nbytes(self) -> int:

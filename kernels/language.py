@@ -1,0 +1,35 @@
+"""Triton, where it is installed.
+
+Kernel files take `triton` and `tl` from here, so that they can be imported, and their references used, without it.
+INTERPRETED says that kernels were defined for Triton's interpreter (TRITON_INTERPRET=1 before the first import): they
+then run on CPU tensors, in NumPy.
+"""
+
+from typing import Any
+
+from kvlock_fast.kernels.guard import require_package_name
+
+require_package_name(__name__)
+
+
+class _Absent:
+    """Stands for `triton` and `tl` where they are missing: enough to define kernels, not to run them."""
+
+    def __getattr__(self, name: str) -> "_Absent":
+        return self
+
+    def __call__(self, function: Any = None, **options: Any) -> Any:
+        return self if function is None else function
+
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+except ImportError:
+    triton = tl = _Absent()
+    HAS_TRITON = INTERPRETED = False
+
+__all__ = ["HAS_TRITON", "INTERPRETED", "tl", "triton"]

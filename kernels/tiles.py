@@ -1,0 +1,63 @@
+"""Verbs on tiles that several kernels share: rounding, fp8 by bits, dot.
+
+Triton's interpreter gets four things wrong that the GPU gets right: casts from fp32 to bf16 drop the low bits, casts
+to fp8 lose the mantissa's carry, fp8's NaN decodes to 480, and dots of bf16 multiply the bit patterns. The verbs here
+do the same arithmetic on both.
+"""
+
+from kvlock_fast.kernels import language
+from kvlock_fast.kernels.guard import require_package_name
+from kvlock_fast.kernels.language import tl, triton
+
+require_package_name(__name__)
+
+INTERPRETED = tl.constexpr(language.INTERPRETED)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):
+    """fp32 `x` rounded to nearest even as `dtype` (a 16-bit or 32-bit float)."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        # The carry would run over a NaN's mantissa.
+        rounded = tl.where(x != x, 0x7FC0, rounded)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def to_fp8(x, native: tl.constexpr):
+    """fp32 `x`, within +-448, as the bits (uint8) of float8_e4m3fn; NaN stays NaN. `native`: sm_89 and later."""
+    if native and not INTERPRETED:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    bits = x.to(tl.uint32, bitcast=True)
+    sign = (bits >> 24) & 0x80
+    magnitude = bits & 0x7FFFFFFF
+    # Normal numbers: keep three mantissa bits, the rest rounds half to even; the exponent's bias goes from 127 to 7.
+    normal = ((magnitude + 0x7FFFF + ((magnitude >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    # Below 2^-6 the step is 2^-9: adding 2^14 leaves exactly these bits at the mantissa's end, rounded by the adder.
+    small = (magnitude.to(tl.float32, bitcast=True) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, small, tl.minimum(normal, 0x7E))
+    code = tl.where(x != x, 0x7F, code)
+    return (sign | code).to(tl.uint8)
+
+
+@triton.jit
+def from_fp8(code, native: tl.constexpr):
+    """The fp32 values of float8_e4m3fn's bits (uint8). `native`: sm_89 and later."""
+    if native and not INTERPRETED:
+        return code.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    wide = code.to(tl.uint16)
+    # In fp16's exponent field the value is 2^8 too small: the biases are 7 and 15. Subnormals come out right too.
+    half = ((wide & 0x80) << 8) | ((wide & 0x7F) << 7)
+    value = half.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b with fp32 accumulation; fp32 operands multiply in IEEE fp32, not TF32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
