@@ -12,17 +12,18 @@ values.
 import torch
 from torch import Tensor
 
+from kvlock_fast.kernels.dequantize import dequantize_kv_reference
 from kvlock_fast.kernels.guard import require_package_name
 from kvlock_fast.kernels.language import tl, triton
 from kvlock_fast.kernels.launch import architecture, launch, runs_triton
-from kvlock_fast.kernels.packed import load_packed, packed_arguments
-from kvlock_fast.kernels.quantize import QuantizedKV, dequantize_kv_reference
+from kvlock_fast.kernels.packed import PACKED, load_packed, meta_codes, packed_arguments
+from kvlock_fast.kernels.quantize import QuantizedKV
 from kvlock_fast.kernels.tiles import narrow
 
 require_package_name(__name__)
 
-# Not swept yet: 4 warps with 16 bytes a thread and load at D = 128.
-TOKENS_PER_PROGRAM, NUM_WARPS = 16, 4
+# Not swept yet: 32 bytes of x a thread. 64 make ptxas spill where plain 16-bit rows are indexed (sm_80 to sm_90).
+BYTES_PER_PROGRAM, NUM_WARPS = 4096, 4
 MOST_CHANNELS = 256
 
 
@@ -39,32 +40,30 @@ def blend_reference(x: Tensor, ref: Tensor, weight: Tensor, token_dim: int = 1) 
 
 @triton.jit
 def _blend_kernel(
-    # fmt: off
     x, codes, scale, minimum, weight, index,
-    N, H, D,                                                 # rows of ref; heads; channels a head
-    x_b, x_n, x_h, x_d, r_b, r_n, r_h, r_d, s_b, w_b, w_n,   # strides
+    N, H, D: tl.constexpr,                                        # rows of ref; heads; channels a head
+    x_b, x_n, x_h, x_d, r_b, r_n, r_h, r_d, s_b, w_b, w_n, i_n,   # strides
     INDEXED: tl.constexpr, FORMAT: tl.constexpr, KIND: tl.constexpr, PER_SCALE: tl.constexpr, FP8: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    # fmt: on
-):
-    """Grid (ceil(N / BLOCK_N), H * ceil(D / BLOCK_D), B): a tile [BLOCK_N, BLOCK_D] of one head each."""
-    parts = tl.cdiv(D, BLOCK_D)
-    i_b, i_h = tl.program_id(2).to(tl.int64), tl.program_id(1) // parts
-    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_d = (tl.program_id(1) % parts) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+):  # fmt: skip
+    """Grid (H * ceil(D / BLOCK_D), ceil(N / BLOCK_N), B): a tile [BLOCK_N, BLOCK_D] of one head each."""
+    PARTS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    i_b, i_h = tl.program_id(2).to(tl.int64), tl.program_id(0).to(tl.int64) // PARTS
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_d = (tl.program_id(0) % PARTS) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     m_n = o_n < N
-    token = (tl.load(index + o_n, mask=m_n, other=0) if INDEXED else o_n).to(tl.int64)
+    token = (tl.load(index + o_n.to(tl.int64) * i_n, mask=m_n, other=0) if INDEXED else o_n).to(tl.int64)
     w = tl.load(weight + i_b * w_b + token * w_n, mask=m_n, other=0.0)[:, None]
 
-    m_x = (w != 0) & (o_d < D)
-    p_x = x + i_b * x_b + token[:, None] * x_n + i_h.to(tl.int64) * x_h + o_d * x_d
-    b_x = tl.load(p_x, mask=m_x & (w != 1), other=0.0).to(tl.float32)
-    p_ref = codes + i_b * r_b + i_h.to(tl.int64) * r_h
+    p_x = x + i_b * x_b + token[:, None] * x_n + i_h * x_h + o_d.to(tl.int64) * x_d
+    b_x = tl.load(p_x, mask=(w != 0) & (w != 1) & (o_d < D), other=0.0).to(tl.float32)
     b_ref = load_packed(
-        p_ref, scale + i_b * s_b if scale is not None else scale, minimum + i_b * s_b if minimum is not None else minimum,
-        i_h, o_n[:, None], o_d, m_x, H, D, r_n, r_d, FORMAT, KIND, PER_SCALE, FP8,
+        codes + i_b * r_b + i_h * r_h,
+        scale + i_b * s_b if scale is not None else scale, minimum + i_b * s_b if minimum is not None else minimum,
+        i_h, o_n[:, None], o_d, w != 0, H, D, r_n, r_d, FORMAT, KIND, PER_SCALE, FP8,
     )  # fmt: skip
-    tl.store(p_x, narrow(tl.where(w == 1, b_ref, b_x + w * (b_ref - b_x)), x.dtype.element_ty), mask=m_x)
+    b_x = tl.where(w == 1, b_ref, b_x + w * (b_ref - b_x))
+    tl.store(p_x, narrow(b_x, x.dtype.element_ty), mask=(w != 0) & (o_d < D))
 
 
 def launch_blend_(
@@ -81,14 +80,17 @@ def launch_blend_(
     batch, _, heads, dim = x.shape
     rows = codes.shape[1]
     ref = packed_arguments(codes, scales, format, kind, tokens_per_scale, architecture(x))
-    block_d = min(triton.next_power_of_2(max(dim, 1)), MOST_CHANNELS)
-    grid = (triton.cdiv(rows, TOKENS_PER_PROGRAM), heads * triton.cdiv(dim, block_d), batch)
+    block_d = triton.next_power_of_2(max(dim, 2))
+    if ref.meta["FORMAT"] == "native":  # the others have scales for a head's whole row
+        block_d = min(block_d, MOST_CHANNELS)
+    block_n = max(1, BYTES_PER_PROGRAM // (block_d * x.element_size()))
     launch(
-        _blend_kernel, grid,
+        _blend_kernel, (heads * triton.cdiv(dim, block_d), triton.cdiv(rows, block_n), batch),
         x, ref.codes, ref.scale, ref.minimum, weight, index,
         rows, heads, dim,
-        *x.stride(), *ref.strides, ref.scale_stride, weight.stride(0) if weight.shape[0] > 1 else 0, weight.stride(1),
-        INDEXED=index is not None, **ref.meta, BLOCK_N=TOKENS_PER_PROGRAM, BLOCK_D=block_d, num_warps=NUM_WARPS,
+        *x.stride(), *ref.strides, ref.scale_stride,
+        weight.stride(0) if weight.shape[0] > 1 else 0, weight.stride(1), 1 if index is None else index.stride(0),
+        INDEXED=index is not None, **ref.meta, BLOCK_N=block_n, BLOCK_D=block_d, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
@@ -148,6 +150,8 @@ def blend_(
     only, and others stay as they are. Raises ValueError on shapes that do not fit.
     """
     tokens = x.shape[token_dim]
+    if index is not None and (index.ndim != 1 or index.dtype != torch.int64):
+        raise ValueError(f"index must be int64 [N], got {index.dtype} {tuple(index.shape)}")
     rows = tokens if index is None else index.shape[0]
     if weight.ndim != 2 or weight.shape[0] not in (1, x.shape[0]) or weight.shape[1] != tokens:
         raise ValueError(f"weight must be [{x.shape[0]} or 1, {tokens}], got {tuple(weight.shape)}")
@@ -167,3 +171,20 @@ def blend_(
         raise ValueError(f"ref must be {tuple(want)} or have batch 1, got {tuple(shape)}")
     _blend_op(x, *packed, backend)
     return x
+
+
+def launch_shipped(architecture: int) -> None:
+    """A launch of every configuration that ships, for the compiler's report: keys of Wan-1.3B, CogVideoX-2B and LTX."""
+    tokens, background = 32760, 26208
+    weight = torch.empty(2, tokens, device="meta")
+    index = torch.empty(background, dtype=torch.int64, device="meta")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for heads, dim in ((12, 128), (30, 64), (32, 64)):
+            x = torch.empty(2, tokens, heads, dim, dtype=dtype, device="meta")
+            launch_blend_(x, x[:1], [], weight, None)
+            launch_blend_(x, x[:1, :background], [], weight, index)
+            flat = x.flatten(2)[:, :, None]
+            launch_blend_(flat, flat[:1], [], weight, None)
+            for format, kind, per_scale in PACKED:
+                codes, *scales = meta_codes(1, background, heads, dim, format, kind, per_scale)
+                launch_blend_(x, codes, scales, weight, index, format, kind, per_scale)

@@ -25,11 +25,12 @@ class _Absent:
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     HAS_TRITON = True
     INTERPRETED = bool(triton.knobs.runtime.interpret)
 except ImportError:
-    triton = tl = _Absent()
+    triton = tl = TensorDescriptor = _Absent()
     HAS_TRITON = INTERPRETED = False
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "TensorDescriptor", "tl", "triton"]

@@ -95,6 +95,13 @@ def architecture(x: Tensor) -> int:
     return 0
 
 
+def processors(x: Tensor) -> int:
+    """How many multiprocessors the device of `x` has; on a dry run an H200's 132, for the interpreter 1."""
+    if x.is_cuda:
+        return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return 132 if architecture(x) else 1
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
     """Start `kernel` on `grid`; an empty grid starts nothing. Arguments as the kernel's, then num_warps and the like."""
     if 0 in grid:
@@ -107,6 +114,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) ->
         recording.launches.append(Launch(kernel, grid, by_name, options))
         if recording.architecture is not None:
             return
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    device = next(a.device for a in (*arguments, *named.values()) if isinstance(a, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, **named)

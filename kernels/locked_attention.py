@@ -2,18 +2,32 @@
 
     K = m K_new + (1 - m) (alpha K_ref + (1 - alpha) K_new), the same for V;  out = softmax(scale Q K^T) V
 
-Layout [B, S, H, D], fp32 inside, output in q's dtype. The blend comes once per token, in front of the attention, not
-once per tile. Source: KV-Lock (arXiv 2603.09657).
+Layout [B, S, H, D], fp32 inside, output in q's dtype. Two routes lead there: one kernel that blends inside its loop
+(fused_attention.py), or a blend once per token (blend_kv.py) in front of an attention: ours (attention.py), cuDNN's or
+flash-attn's. `choose_route` says which one a shape takes. Source: KV-Lock (arXiv 2603.09657).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvlock_fast.kernels import attention_backends
+from kvlock_fast.kernels.attention import MOST_CHANNELS, launch_attention
 from kvlock_fast.kernels.blend import blend_reference
+from kvlock_fast.kernels.blend_kv import launch_blend_kv
+from kvlock_fast.kernels.dequantize import dequantize_kv_reference
+from kvlock_fast.kernels.fused_attention import launch_fused_attention
 from kvlock_fast.kernels.guard import require_package_name
+from kvlock_fast.kernels.launch import architecture, runs_triton
+from kvlock_fast.kernels.packed import packed_arguments
+from kvlock_fast.kernels.quantize import QuantizedKV
 
 require_package_name(__name__)
+
+ROUTES = ("auto", "fused", "triton", *attention_backends.BACKENDS)
+# The fused kernel blends K/V again for every block of queries, so it stays with few blocks or few keys. By arithmetic,
+# not measured: one launch (some 5 us) against the blend's own time.
+FUSED_QUERIES, FUSED_TOKENS = 128, 1024
 
 
 def locked_attention_reference(
@@ -29,20 +43,74 @@ def locked_attention_reference(
     return out.transpose(1, 2)
 
 
+def choose_route(q: Tensor, k: Tensor, only_ours: bool) -> str:
+    """The route for q [B, Sq, H, D], k [B, S, H, D]; `only_ours`: among Triton's.
+
+    Long sequences go to cuDNN on sm_90, whose speed there is published (620 TFLOP/s at D = 128 on an H200, against
+    ours unmeasured), else to our kernel.
+    """
+    if q.shape[3] > MOST_CHANNELS:
+        if only_ours:
+            raise ValueError(f"backend='triton' takes head dims up to {MOST_CHANNELS}, got {q.shape[3]}")
+        return "sdpa"
+    if q.shape[1] <= FUSED_QUERIES or k.shape[1] <= FUSED_TOKENS:
+        return "fused"
+    if not only_ours and architecture(q) // 10 == 9 and attention_backends.available("cudnn", q) is None:
+        return "cudnn"
+    return "triton"
+
+
 @torch.library.custom_op("kvlock_fast::locked_attention", mutates_args=())
 def _locked_attention_op(
-    q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor, v_ref: Tensor, foreground: Tensor, alpha: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_codes: Tensor,
+    k_scales: list[Tensor],
+    k_format: str,
+    k_kind: str,
+    k_per_scale: int,
+    v_codes: Tensor,
+    v_scales: list[Tensor],
+    v_format: str,
+    v_kind: str,
+    v_per_scale: int,
+    foreground: Tensor,
+    alpha: Tensor,
+    scale: float,
+    backend: str,
+    route: str,
 ) -> Tensor:
-    out = locked_attention_reference(q, k, v, k_ref, v_ref, foreground, alpha, scale)
-    return out.to(q.dtype).contiguous()
+    packed = ((k_codes, k_scales, k_format, k_kind, k_per_scale), (v_codes, v_scales, v_format, v_kind, v_per_scale))
+    if not runs_triton(backend, q, k_codes, v_codes, foreground, alpha):
+        k_ref, v_ref = (dequantize_kv_reference(*ref[:4], q.shape[3], ref[4]) for ref in packed)
+        out = locked_attention_reference(q, k, v, k_ref, v_ref, foreground, alpha, scale)
+        return out.to(q.dtype).contiguous()
+    refs = [packed_arguments(*ref, architecture(q)) for ref in packed]
+    if route == "auto":
+        route = choose_route(q, k, only_ours=backend == "triton")
+    if route == "fused":
+        return launch_fused_attention(q, k, v, *refs, foreground, alpha, scale)
+    k, v = launch_blend_kv(k, v, *refs, foreground, alpha)
+    if route == "triton":
+        return launch_attention(_with_channels_together(q), k, v, scale)
+    return attention_backends.BACKENDS[route](q, k, v, scale).contiguous()
 
 
 @_locked_attention_op.register_fake
-def _(q, k, v, k_ref, v_ref, foreground, alpha, scale):
+def _(q, k, v, k_codes, k_scales, k_format, k_kind, k_per_scale, v_codes, v_scales, v_format, v_kind, v_per_scale,
+      foreground, alpha, scale, backend, route):  # fmt: skip
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor, v_ref: Tensor, foreground: Tensor) -> None:
+def _with_channels_together(q: Tensor) -> Tensor:
+    """q itself, or a copy where its channels are strided; only an odd caller pays for one."""
+    return q if q.stride(3) == 1 else q.contiguous()
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | QuantizedKV, v_ref: Tensor | QuantizedKV, foreground: Tensor
+) -> None:
     if q.ndim != 4 or k.ndim != 4:
         raise ValueError(f"q and k must be [B, S, H, D], got {tuple(q.shape)} and {tuple(k.shape)}")
     batch, tokens, heads, dim = k.shape
@@ -56,7 +124,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor, v_ref: Tensor, foregr
         if ref.shape[1:] != k.shape[1:] or ref.shape[0] not in (1, batch):
             raise ValueError(f"{name} must be {tuple(k.shape)} or have batch 1, got {tuple(ref.shape)}")
     for name, x in (("q", q), ("k", k), ("v", v), ("k_ref", k_ref), ("v_ref", v_ref)):
-        if not x.is_floating_point():
+        if not x.dtype.is_floating_point:
             raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
@@ -66,20 +134,40 @@ def _check(q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor, v_ref: Tensor, foregr
         raise ValueError(f"foreground must be [{batch} or 1, {tokens}], got {tuple(foreground.shape)}")
 
 
-def launch_locked_attention(
+def _check_route(route: str, backend: str, q: Tensor) -> None:
+    if route not in ROUTES:
+        raise ValueError(f"unknown attention {route!r}: one of {', '.join(ROUTES)}")
+    if route in ("fused", "triton") and q.shape[3] > MOST_CHANNELS:
+        raise ValueError(f"attention={route!r} takes head dims up to {MOST_CHANNELS}, got {q.shape[3]}")
+    if route in attention_backends.BACKENDS and backend != "reference":
+        reason = attention_backends.available(route, q)
+        if reason is not None:
+            raise ValueError(f"attention={route!r} cannot be used: {reason}")
+
+
+def locked_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    k_ref: Tensor,
-    v_ref: Tensor,
+    k_ref: Tensor | QuantizedKV,
+    v_ref: Tensor | QuantizedKV,
     foreground: Tensor,
     alpha: Tensor,
     scale: float | None = None,
+    backend: str = "auto",
+    attention: str = "auto",
 ) -> Tensor:
-    """Check the shapes, then attend. Arguments as `locked_attention_reference`; scale defaults to D ** -0.5."""
+    """Check the arguments, then attend; as `kvlock_fast.ops.locked_attention`, with alpha [B] fp32."""
     _check(q, k, v, k_ref, v_ref, foreground)
+    _check_route(attention, backend, q)
     if alpha.shape != (q.shape[0],):
         raise ValueError(f"alpha must be a number or [{q.shape[0]}], got {tuple(alpha.shape)}")
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    return _locked_attention_op(q, k, v, k_ref, v_ref, foreground, alpha, float(scale))
+    packed = []
+    for ref in (k_ref, v_ref):
+        if isinstance(ref, QuantizedKV):
+            packed += [ref.codes, ref.scales, ref.format, ref.kind, ref.tokens_per_scale]
+        else:
+            packed += [ref, [], "native", "k", 1]
+    return _locked_attention_op(q, k, v, *packed, foreground, alpha, float(scale), backend, attention)

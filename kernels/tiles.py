@@ -1,4 +1,4 @@
-"""Verbs on tiles that several kernels share: rounding, fp8 by bits, dot.
+"""Verbs on tiles that several kernels share: rounding, maxima that keep NaN, fp8 by bits, dot.
 
 Triton's interpreter gets four things wrong that the GPU gets right: casts from fp32 to bf16 drop the low bits, casts
 to fp8 lose the mantissa's carry, fp8's NaN decodes to 480, and dots of bf16 multiply the bit patterns. The verbs here
@@ -27,8 +27,52 @@ def narrow(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def bf16_outwards(x, up: tl.constexpr):
+    """fp32 `x` as bfloat16, never below x (`up`) or never above it; NaN stays NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    # Cutting bits off rounds towards zero; where that is the wrong way, any bit lost carries into the last one kept.
+    negative = bits >> 31
+    grows = ~negative if up else negative
+    outwards = (bits + (grows & 0xFFFF)) >> 16
+    return tl.where(x != x, 0x7FC0, outwards).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def nearest_int(x):
+    """fp32 `x`, within +-2^22, rounded to nearest even as int32: the adder rounds it into the mantissa's end."""
+    return (x + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _smaller(a, b):
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest(x, axis: tl.constexpr):
+    """The maximum of fp32 `x` along `axis`, which stays with length 1; NaN where any is NaN."""
+    if INTERPRETED:  # whose reductions by a function of one's own take a Python call an element
+        number = tl.max(tl.where(x != x, float("-inf"), x), axis, keep_dims=True)
+        return tl.where(tl.max((x != x).to(tl.int32), axis, keep_dims=True) != 0, float("nan"), number)
+    return tl.reduce(x, axis, _larger, keep_dims=True)
+
+
+@triton.jit
+def smallest(x, axis: tl.constexpr):
+    """The minimum, as `largest`."""
+    if INTERPRETED:
+        return -largest(-x, axis)
+    return tl.reduce(x, axis, _smaller, keep_dims=True)
+
+
+@triton.jit
 def to_fp8(x, native: tl.constexpr):
-    """fp32 `x`, within +-448, as the bits (uint8) of float8_e4m3fn; NaN stays NaN. `native`: sm_89 and later."""
+    """fp32 `x` as the bits (uint8) of float8_e4m3fn, saturating at +-448; NaN stays NaN. `native`: sm_89 and later."""
     if native and not INTERPRETED:
         return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     bits = x.to(tl.uint32, bitcast=True)

@@ -166,6 +166,19 @@ def demo(
 
 
 @app.command()
+def kernels(
+    arch: Annotated[str, _option("Architectures, like sm_80,sm_90.")] = "sm_90",
+    only: Annotated[list[str] | None, _option("Only this kernel file; can be given several times.")] = None,
+    json_file: JsonFile = None,
+    quiet: Annotated[bool, _option("No progress.", "--quiet", "-q")] = False,
+) -> int:
+    """Compile every kernel that ships, without a GPU, and check what came out."""
+    from kvlock_fast import commands
+
+    return commands.kernels(arch, only or [], json_file, quiet)
+
+
+@app.command()
 def doctor(json_file: JsonFile = None) -> None:
     """What is installed, what will be used, what is missing."""
     from kvlock_fast import commands

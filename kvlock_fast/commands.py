@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,25 @@ def doctor(json_file: str | None) -> None:
     if json_file != "-":
         print(render(facts))
     write_json(json_file, facts)
+
+
+def kernels(arch: str, only: list[str], json_file: str | None, quiet: bool) -> int:
+    """`kvlock-fast kernels`: compile what ships for each architecture; the exit status, 1 if anything may not ship."""
+    from kvlock_fast import compiled
+
+    architectures, modules = compiled.parse_architectures(arch), compiled.parse_modules(only)
+    check_json(json_file)
+    with progress_bar(quiet) as progress, compiled.compiler_processes() as pool:
+        report = partial(progress, "compiling")
+        rows = list(compiled.compile_kernels(pool, architectures, modules or None, report))
+    if json_file != "-":
+        print(compiled.table(rows))
+    figures = [compiled.as_json(row) for row in rows]
+    write_json(json_file, {"versions": compiled.compiler_versions(), "kernels": figures})
+    faulty = [(row, problem) for row in rows for problem in row.problems]
+    for row, problem in faulty:
+        print(f"{row.arch} {row.kernel} [{row.variant}]: {problem}", file=sys.stderr)
+    return 1 if faulty else 0
 
 
 def check_json(target: str | None) -> None:

@@ -11,10 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from kvlock_fast.kernels.guidance import launch_cfg_projection, launch_guided_prediction
-from kvlock_fast.kernels.locked_attention import launch_locked_attention
-from kvlock_fast.kernels.quantize import QuantizedKV, launch_quantize_kv
-from kvlock_fast.kernels.variance import launch_windowed_variance
+from kvlock_fast.kernels import guidance, quantize, variance
+from kvlock_fast.kernels import locked_attention as attention_op
+from kvlock_fast.kernels.launch import BACKENDS
+from kvlock_fast.kernels.quantize import QuantizedKV
 from kvlock_fast.masks import Geometry, project_mask
 
 __all__ = [
@@ -27,20 +27,11 @@ __all__ = [
     "windowed_variance",
 ]
 
-BACKENDS = ("auto", "reference", "triton")
-
-
-def _check_backend(backend: str, op: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
-    if backend == "triton":
-        raise NotImplementedError(f"{op} has no Triton kernel yet: use backend='auto' or 'reference'")
-
 
 def _per_sample(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     """`value` as an fp32 tensor [B] on like's device."""
     if isinstance(value, Tensor):
-        return value.to(device=like.device, dtype=torch.float32)
+        return value.to(device=like.device, dtype=torch.float32).contiguous()
     if not (isinstance(value, (int, float)) and math.isfinite(value)):
         raise ValueError(f"{name} must be a finite number or a tensor, got {value!r}")
     return torch.full((like.shape[0],), float(value), device=like.device, dtype=torch.float32)
@@ -60,9 +51,10 @@ def token_mask(
     mask: bool [F, H, W] or [B, F, H, W], True on the foreground. Returns bool [B, S] (B = 1 for three dimensions),
     tokens in (t, h, w) raster order. `causal`: latent frame 0 is pixel frame 0 alone, latent frame i >= 1 covers pixel
     frames 4i-3 .. 4i (for a temporal stride of 4), else stride frames each. What a stride or a patch does not divide
-    is padded with background at the end.
+    is padded with background at the end. Max-pooling on any device: there is no kernel to choose.
     """
-    _check_backend(backend, "token_mask")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
     geometry = Geometry(temporal_stride, spatial_stride, tuple(patch_size), causal)
     return project_mask(mask, geometry).tokens
 
@@ -78,36 +70,33 @@ def locked_attention(
     *,
     scale: float | None = None,
     backend: str = "auto",
+    attention: str = "auto",
 ) -> Tensor:
     """Attention whose background keys and values are blended with the source's by alpha.
 
     q [B, Sq, H, D]; k, v [B, S, H, D]; k_ref, v_ref [B, S, H, D], [1, S, H, D] or a QuantizedKV of such a shape;
     foreground bool [B or 1, S]; alpha a number in [0, 1] or [B] (a tensor's range is not checked: that would wait for
     the device); scale defaults to D ** -0.5. Returns [B, Sq, H, D] in q's dtype.
-    K = m K + (1 - m) (alpha K_ref + (1 - alpha) K), V likewise (KV-Lock, arXiv 2603.09657).
+    K = m K + (1 - m) (alpha K_ref + (1 - alpha) K), V likewise (KV-Lock, arXiv 2603.09657). attention, where Triton
+    serves: "fused" (one kernel), or a blend in front of "triton", "cudnn", "flash" or "sdpa"; "auto" goes by the shape.
     """
-    _check_backend(backend, "locked_attention")
     if not isinstance(alpha, Tensor) and not (isinstance(alpha, (int, float)) and 0.0 <= alpha <= 1.0):
         raise ValueError(f"alpha must be a number between 0 and 1 or a tensor, got {alpha!r}")
-    wide = torch.promote_types(k.dtype, torch.float32)
-    k_ref, v_ref = (ref.dequantize(wide) if isinstance(ref, QuantizedKV) else ref for ref in (k_ref, v_ref))
-    return launch_locked_attention(q, k, v, k_ref, v_ref, foreground, _per_sample("alpha", alpha, q), scale)
+    per_sample = _per_sample("alpha", alpha, q)
+    return attention_op.locked_attention(q, k, v, k_ref, v_ref, foreground, per_sample, scale, backend, attention)
 
 
 def cfg_projection(cond: Tensor, uncond: Tensor, eps: float = 1e-8, *, backend: str = "auto") -> Tensor:
     """s* = <cond, uncond> / (|uncond|^2 + eps) per sample, of predictions [B, ...]; [B] fp32."""
-    _check_backend(backend, "cfg_projection")
-    return launch_cfg_projection(cond, uncond, eps)
+    return guidance.cfg_projection(cond, uncond, eps, backend)
 
 
 def guided_prediction(
     cond: Tensor, uncond: Tensor, omega: float | Tensor, s_star: float | Tensor, *, backend: str = "auto"
 ) -> Tensor:
     """s* uncond + omega (cond - s* uncond) of predictions [B, ...]; omega, s_star numbers or [B]; in cond's dtype."""
-    _check_backend(backend, "guided_prediction")
-    return launch_guided_prediction(
-        cond, uncond, _per_sample("omega", omega, cond), _per_sample("s_star", s_star, cond)
-    )
+    scales = _per_sample("omega", omega, cond), _per_sample("s_star", s_star, cond)
+    return guidance.guided_prediction(cond, uncond, *scales, backend)
 
 
 def windowed_variance(history: Tensor, foreground: Tensor, *, backend: str = "auto") -> Tensor:
@@ -116,15 +105,22 @@ def windowed_variance(history: Tensor, foreground: Tensor, *, backend: str = "au
     history: [n, B, C, T, H, W], n >= 2 predicted clean latents; foreground: bool [B or 1, T, H, W], some True in each
     sample. Returns [B] fp32.
     """
-    _check_backend(backend, "windowed_variance")
-    return launch_windowed_variance(history, foreground)
+    return variance.windowed_variance(history, foreground, backend)
 
 
-def quantize_kv(x: Tensor, format: str = "fp8_e4m3", kind: str = "k", *, backend: str = "auto") -> QuantizedKV:
+def quantize_kv(
+    x: Tensor,
+    format: str = "fp8_e4m3",
+    kind: str = "k",
+    *,
+    tokens: Tensor | None = None,
+    tokens_per_scale: int = 1,
+    backend: str = "auto",
+) -> QuantizedKV:
     """Keys or values [B, S, H, D] packed in a format: native, bf16, fp8_e4m3, int8 or int4.
 
-    kind: "k" or "v" (int4 groups keys along the tokens, values along the channels). The result has `.dequantize(dtype)`
-    and `.nbytes`.
+    kind: "k" or "v" (int4 groups keys along the tokens, values along the channels). tokens: int64 [N] indices below S
+    (not checked on a GPU), to pack these tokens only, as [B, N, H, D], in the same pass. tokens_per_scale: 1, or 128
+    for fp8 with one scale a head and 128 tokens. The result has `.dequantize(dtype)` and `.nbytes`.
     """
-    _check_backend(backend, "quantize_kv")
-    return launch_quantize_kv(x, format, kind)
+    return quantize.quantize_kv(x, format, kind, tokens=tokens, tokens_per_scale=tokens_per_scale, backend=backend)

@@ -19,6 +19,8 @@ def pytest_configure(config):
         hypothesis.settings.register_profile(name, max_examples=examples, deadline=None)
     # One thread: the tests' tensors are tiny, and threads that wait for each other on a busy machine cost tenfold.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not _has_cuda():  # kernels run on CPU tensors then, in Triton's interpreter
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     hypothesis.settings.load_profile("all" if config.getoption("--all") else "default")
 
 

@@ -47,18 +47,10 @@ class LockState:
         if self.mode is Mode.CAPTURE:
             self.kept[key] = x if self.background is None else x.index_select(token_dim, self.background)
         elif self.mode is Mode.STORED:
-            self._blend_kept(key, x, token_dim)
+            blend_(x, self.kept[key], self.weight, token_dim, self.background)
         elif self.mode is Mode.IN_BATCH:
             blend_(x[1:], x[:1], self.weight, token_dim)
         return x
-
-    def _blend_kept(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
-        if self.background is None:
-            blend_(x, self.kept[key], self.weight, token_dim)
-            return
-        part = x.index_select(token_dim, self.background)
-        blend_(part, self.kept[key], self.weight.index_select(1, self.background), token_dim)
-        x.index_copy_(token_dim, self.background, part)
 
 
 class _LockHook(ModelHook):

@@ -1,0 +1,302 @@
+"""Everything that follows a step's forwards: guidance, the solver's step, and how much the next step locks.
+
+    s*     = <c, u> / (|u|^2 + 1e-8)          v = s* u + omega (c - s* u)
+    x0hat, x_{k+1} = the solver's row k of (x_k, v, history)       background from the source's path, if asked for
+    var    = mean over the foreground of the variance of the last W x0hat
+    alpha, omega of step k + 1 from clamp(var / tau)
+
+Layout [B, C, T, H, W]; see step_state.py for the state and the table. fp32 inside. Three launches at most, two without
+s*; no host reads; fixed order, so the same bits every run: (1) partial sums of s*; (2) s* again in every program, the
+update, its entry in the window, partial sums of the variance; (3) the variance, alpha, omega, the trace, the step's
+number. A call after the last step does nothing (the reference raises IndexError on the CPU). Bytes moved per element
+with bf16 predictions: 8 (twice two predictions), 12 (latents in, latents and x0hat out), 4 n in blocks that hold
+foreground, 4 for the source's path. Source: KV-Lock (arXiv 2603.09657).
+"""
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.kernels.epilogue_reference import EPS, LEAST_TAU, step_epilogue_reference
+from kvlock_fast.kernels.guard import require_package_name
+from kvlock_fast.kernels.guidance import guided, launch_projection_partials, projection
+from kvlock_fast.kernels.language import tl, triton
+from kvlock_fast.kernels.launch import launch, runs_triton
+from kvlock_fast.kernels.partials import SUM_BLOCK, alignment, sum_partials, volumes
+from kvlock_fast.kernels.step_state import Schedule, StepState, check_step, new_step_state
+from kvlock_fast.kernels.variance import unbiased_variance
+
+require_package_name(__name__)
+
+# Not swept yet: as the variance's kernel.
+BLOCK, NUM_WARPS, UNROLL = 1024, 4, 3
+
+
+@triton.jit
+def _term(row, i, x):
+    """Weight i of a table's row times x; 0 where the weight is 0, whatever x holds."""
+    w = tl.load(row + i)
+    return tl.where(w == 0, 0.0, w * x)
+
+
+@triton.jit
+def _clamp(x, low, high):
+    """As torch.clamp: NaN stays NaN."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@triton.jit
+def _update_kernel(
+    cond, uncond, foreground, source_path, projections, table, omega0, omega, step,  # read; those absent are None
+    latents, corrected, window,                                                      # read and written
+    s_star, partials, now,                                                           # written; now: the step's number
+    steps, B, C, V, R, W, zero_init_steps, programs, eps,                            # sizes; programs of launch 1
+    c_b, c_c, u_b, u_c, m_b, x_r,                                                    # strides; x_r: the window's
+    HISTORY: tl.constexpr, EVERYWHERE: tl.constexpr,                                 # J; the variance's region
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Grid (ceil(V / BLOCK), C, B): a block of one channel. partials [3, B, C * ceil(V / BLOCK)]: sum, count, bad."""
+    i_c, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    leads = (tl.program_id(0) == 0) & (i_c == 0)
+    k = tl.load(step)
+    # Launch 3 counts the step while some of its programs may not have begun: they read the number here.
+    tl.store(now, k, mask=leads & (i_b == 0))
+    if k >= steps:
+        return
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    o = tl.arange(0, BLOCK)
+    inside = o < tl.multiple_of(V - first, ALIGN)
+    o_x = tl.multiple_of((i_b * C + i_c) * V + first, ALIGN) + o
+    x = tl.load(latents + o_x, mask=inside, other=0.0)
+    v = tl.load(cond + tl.multiple_of(i_b * c_b + i_c * c_c + first, ALIGN) + o, mask=inside, other=0.0).to(tl.float32)
+    s = 1.0
+    if uncond is not None:
+        u = tl.load(uncond + tl.multiple_of(i_b * u_b + i_c * u_c + first, ALIGN) + o, mask=inside, other=0.0)
+        if projections is not None:
+            s = projection(projections, i_b, B, programs, eps, SUM_BLOCK)
+            s = tl.where((tl.load(omega0 + k) > 1) & (k >= zero_init_steps), s, 1.0)
+        v = guided(v, u.to(tl.float32), tl.load(omega + i_b), s)
+    tl.store(s_star + i_b, s, mask=leads)
+    v = tl.where(k < zero_init_steps, 0.0, v)
+
+    to_x0hat = table + k * (3 * (3 + HISTORY))
+    to_next, to_corrected = to_x0hat + (3 + HISTORY), to_x0hat + 2 * (3 + HISTORY)
+    x0hat = _term(to_x0hat, 0, x) + _term(to_x0hat, 1, v)
+    after = _term(to_next, 0, x) + _term(to_next, 1, v)
+    if corrected is not None:
+        old = tl.load(corrected + o_x, mask=inside, other=0.0)
+        after += _term(to_next, 2, old)
+        new = _term(to_corrected, 0, x) + _term(to_corrected, 1, v) + _term(to_corrected, 2, old)
+    for j in tl.static_range(1, HISTORY + 1):
+        m = tl.load(window + ((k - j + R) % R).to(tl.int64) * x_r + o_x, mask=inside, other=0.0)
+        after += _term(to_next, 2 + j, m)
+        if corrected is not None:
+            new += _term(to_corrected, 2 + j, m)
+    if corrected is not None:
+        tl.store(corrected + o_x, new, mask=inside)
+    counts = inside
+    if foreground is not None:
+        marked = tl.load(foreground + tl.multiple_of(i_b * m_b + first, ALIGN) + o, mask=inside, other=0).to(tl.int1)
+        if source_path is not None:
+            o_s = tl.multiple_of(((k + 1).to(tl.int64) * C + i_c) * V + first, ALIGN) + o
+            after = tl.where(marked, after, tl.load(source_path + o_s, mask=inside, other=0.0))
+        if not EVERYWHERE:
+            counts = marked
+    tl.store(latents + o_x, after, mask=inside)
+    tl.store(window + (k % R).to(tl.int64) * x_r + o_x, x0hat, mask=inside)
+
+    n, count = tl.minimum(k + 1 - zero_init_steps, W), tl.sum(counts.to(tl.int32))
+    total = 0.0
+    if (n >= 2) & (count > 0):
+        variance = unbiased_variance(x0hat, window + o_x, inside, k, n, R, x_r, UNROLL)
+        total = tl.sum(tl.where(counts, variance, 0.0))
+    bad = tl.sum((inside & ~(tl.abs(after) < float("inf"))).to(tl.int32))
+    blocks = tl.num_programs(0) * C
+    at = partials + i_b * blocks + i_c * tl.num_programs(0) + tl.program_id(0)
+    tl.store(at, total)
+    tl.store(at + B * blocks, count.to(tl.float32))
+    tl.store(at + 2 * B * blocks, bad.to(tl.float32))
+
+
+@triton.jit
+def _schedule_kernel(
+    partials, now, omega0, tau_at, s_star,                                           # read
+    alpha, omega, variance, trace, step,                                             # written; alpha, omega read first
+    steps, B, blocks, W, zero_init_steps, first_dynamic_step, t_b,
+    tau, b, warmup_alpha, alpha_floor, omega_floor, least_tau,
+    DYNAMIC_ALPHA: tl.constexpr, DYNAMIC_OMEGA: tl.constexpr, SUM_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid (B,)."""
+    i_b = tl.program_id(0).to(tl.int64)
+    k = tl.load(now)
+    if k >= steps:
+        return
+    at = partials + i_b * blocks
+    total = sum_partials(at, blocks, SUM_BLOCK)
+    elements = sum_partials(at + B * blocks, blocks, SUM_BLOCK)
+    bad = sum_partials(at + 2 * B * blocks, blocks, SUM_BLOCK)
+    exists = tl.minimum(k + 1 - zero_init_steps, W) >= 2
+    value = tl.where(exists, total / elements, float("nan"))
+    tl.store(variance + i_b, value)
+    row = trace + (k.to(tl.int64) * B + i_b) * 5
+    tl.store(row, value)
+    tl.store(row + 1, tl.load(alpha + i_b))
+    tl.store(row + 2, tl.load(omega + i_b))
+    tl.store(row + 3, tl.load(s_star + i_b))
+    tl.store(row + 4, (bad > 0).to(tl.float32))
+
+    if tau_at is not None:
+        tau = tl.load(tau_at + i_b * t_b)
+        tau = tl.where(tau < least_tau, least_tau, tau)
+    ratio = value / tau
+    dynamic = (k + 1 >= first_dynamic_step) & exists
+    if DYNAMIC_ALPHA:
+        tl.store(alpha + i_b, tl.where(dynamic, _clamp(ratio, alpha_floor, 1.0), warmup_alpha))
+    scale = tl.load(omega0 + tl.minimum(k + 1, steps - 1))
+    if DYNAMIC_OMEGA:
+        follows = dynamic & (scale > 1)
+        scale = tl.where(follows, _clamp(scale * _clamp(ratio, 0.0, b), omega_floor, float("inf")), scale)
+    tl.store(omega + i_b, scale)
+    tl.store(step, k + 1, mask=i_b == 0)
+
+
+def launch_step_epilogue(
+    state: StepState,
+    cond: Tensor,
+    uncond: Tensor | None,
+    foreground: Tensor,
+    schedule: Schedule,
+    source_path: Tensor | None = None,
+) -> None:
+    """Advance `state` by one step. Arguments as `step_epilogue`."""
+    (batch, channels), steps = cond.shape[:2], state.table.shape[0]
+    c, u = volumes(cond), None if uncond is None else volumes(uncond)
+    mask = foreground.view(foreground.shape[0], -1)
+    volume, m_b = c.shape[2], 0 if foreground.shape[0] == 1 else mask.stride(0)
+    projections = None
+    if u is not None and schedule.s_star:
+        projections = launch_projection_partials(c, u, mask if schedule.s_star_region == "foreground" else None)
+    grid = (triton.cdiv(volume, BLOCK), channels, batch)
+    blocks, everywhere = grid[0] * channels, schedule.detection == "all"
+    partials = torch.empty((3, batch, blocks), device=cond.device)
+    now = torch.empty(1, dtype=torch.int32, device=cond.device)
+    strides = (*c.stride()[:2], *((0, 0) if u is None else u.stride()[:2]), m_b, state.window.stride(0))
+    counting = (schedule.window, schedule.zero_init_steps)
+    launch(
+        _update_kernel, grid,
+        c, u, mask if source_path is not None or not everywhere else None, source_path, projections,
+        state.table, state.omega0, state.omega, state.step, state.latents, state.corrected, state.window,
+        state.s_star, partials, now,
+        steps, batch, channels, volume, state.window.shape[0], *counting,
+        0 if projections is None else projections.shape[2], EPS, *strides,
+        HISTORY=state.history, EVERYWHERE=everywhere,
+        ALIGN=alignment(volume, *strides), BLOCK=BLOCK, SUM_BLOCK=SUM_BLOCK, UNROLL=UNROLL, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    per_sample = isinstance(schedule.tau, Tensor)
+    launch(
+        _schedule_kernel, (batch,),
+        partials, now, state.omega0, schedule.tau if per_sample else None, state.s_star,
+        state.alpha, state.omega, state.variance, state.trace, state.step,
+        steps, batch, blocks, *counting, schedule.first_dynamic_step,
+        1 if per_sample and schedule.tau.numel() > 1 else 0, 1.0 if per_sample else schedule.tau,
+        schedule.b, schedule.warmup_alpha, schedule.alpha_floor, schedule.omega_floor, LEAST_TAU,
+        DYNAMIC_ALPHA=schedule.alpha is None, DYNAMIC_OMEGA=schedule.dynamic_omega and u is not None,
+        SUM_BLOCK=SUM_BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+STATE_WRITTEN = ("latents", "window", "step", "alpha", "omega", "s_star", "variance", "trace", "corrected")
+
+
+@torch.library.custom_op("kvlock_fast::step_epilogue", mutates_args=STATE_WRITTEN)
+def _step_epilogue_op(
+    latents: Tensor,
+    window: Tensor,
+    step: Tensor,
+    alpha: Tensor,
+    omega: Tensor,
+    s_star: Tensor,
+    variance: Tensor,
+    trace: Tensor,
+    table: Tensor,
+    omega0: Tensor,
+    corrected: Tensor | None,
+    cond: Tensor,
+    uncond: Tensor | None,
+    foreground: Tensor,
+    source_path: Tensor | None,
+    tau_at: Tensor | None,
+    window_size: int,
+    fixed_alpha: float | None,
+    dynamic_omega: bool,
+    tau: float,
+    b: float,
+    first_dynamic_step: int,
+    warmup_alpha: float,
+    alpha_floor: float,
+    omega_floor: float,
+    calibrated: bool,
+    s_star_region: str,
+    detection: str,
+    zero_init_steps: int,
+    backend: str,
+) -> None:
+    state = StepState(latents, window, step, alpha, omega, s_star, variance, trace, table, omega0, corrected)
+    schedule = Schedule(
+        window_size, fixed_alpha, dynamic_omega, tau if tau_at is None else tau_at, b, first_dynamic_step,
+        warmup_alpha, alpha_floor, omega_floor, calibrated, s_star_region, detection, zero_init_steps,
+    )  # fmt: skip
+    advance = launch_step_epilogue if runs_triton(backend, latents, cond, foreground) else step_epilogue_reference
+    advance(state, cond, uncond, foreground, schedule, source_path)
+
+
+@_step_epilogue_op.register_fake
+def _(*arguments):
+    return None
+
+
+def step_epilogue(
+    state: StepState,
+    cond: Tensor,
+    uncond: Tensor | None,
+    foreground: Tensor,
+    schedule: Schedule,
+    source_path: Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Advance `state` by one step, in place.
+
+    cond, uncond: the model's predictions [B, C, T, H, W] at state.latents, T, H, W contiguous (samples and channels of
+    any stride); uncond None without classifier-free guidance. foreground: bool [B or 1, T, H, W], some True in each
+    sample. source_path: fp32 [steps + 1, 1, C, T, H, W], whose entry k + 1 replaces the background after step k; None
+    leaves it. Raises ValueError where shapes, dtypes or layouts do not fit.
+    """
+    check_step(state, cond, uncond, foreground, schedule, source_path)
+    tau_at = schedule.tau if isinstance(schedule.tau, Tensor) else None
+    _step_epilogue_op(
+        state.latents, state.window, state.step, state.alpha, state.omega, state.s_star, state.variance, state.trace,
+        state.table, state.omega0, state.corrected, cond, uncond, foreground, source_path,
+        tau_at, schedule.window, schedule.alpha, schedule.dynamic_omega, 1.0 if tau_at is not None else schedule.tau,
+        schedule.b, schedule.first_dynamic_step, schedule.warmup_alpha, schedule.alpha_floor, schedule.omega_floor,
+        schedule.s_star, schedule.s_star_region, schedule.detection, schedule.zero_init_steps, backend,
+    )  # fmt: skip
+
+
+def launch_shipped(architecture: int) -> None:
+    """A launch of every configuration that ships, for the compiler's report: latents of Wan 480p and CogVideoX.
+
+    A one-step solver, DPM++ 2M and UniPC; with all that can be there, and without.
+    """
+    wan, cogvideox, on_foreground = (21, 60, 104), (13, 60, 90), Schedule(s_star_region="foreground")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for volume, history, corrects in ((wan, 0, False), (wan, 1, False), (wan, 2, True), (cogvideox, 0, False)):
+            cond, uncond = torch.empty(2, 2, 16, *volume, dtype=dtype, device="meta")
+            foreground = torch.empty(1, *volume, dtype=torch.bool, device="meta")
+            table = torch.zeros(50, 3, 3 + history)
+            table[:, 1, 2] = corrects
+            state = new_step_state(cond, table, 5.0, on_foreground)
+            path = torch.empty(51, 1, 16, *volume, device="meta")
+            launch_step_epilogue(state, cond, uncond, foreground, on_foreground, path)
+            plain = Schedule(tau=state.variance, alpha=1.0, dynamic_omega=False, s_star=False, detection="all")
+            launch_step_epilogue(state, cond, None, foreground, plain)
+            launch_step_epilogue(state, cond, uncond, foreground, Schedule())

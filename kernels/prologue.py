@@ -1,0 +1,350 @@
+"""The prologue: everything between the projections and the attention, in one pass.
+
+    q <- rotate(norm(q))
+    k <- rotate(norm(k)), v <- v                                     on the foreground
+    k <- rotate((1 - alpha) norm(k) + alpha k_src), v likewise       on the background
+
+Tokens lie foreground first (text counts as foreground): F of them, then the background; no mask anywhere. q, k, v are
+projections [B, S, H*D]; what comes out is [B, S, H, D] for any attention, or e4m3 codes for an fp8 one. alpha = 0 never
+reads the source's K/V, alpha = 1 never reads the new ones: exact at both ends, whatever the other side holds. The source's
+keys come raw, normed or rotated; RoPE is linear, so that blending before or after it is the same. fp32 inside, one
+rounding at the end.
+
+Bytes moved a token and layer, d = H*D, background share f, b bytes a cached element: (12 + 2 f b) d with 16-bit outputs
+(1 launch), (9 + 2 f b) d with fp8 (2 launches, 1 without a norm); cos and sin come on top, 4 D, or 4 d where heads differ.
+
+fp8 scales are one per head and 128 tokens. Values take their amax, normed queries and keys a bound: no channel exceeds
+sqrt(width) max |weight| (+ max |bias|). e4m3 has 15 binades of normal numbers: the three or four that a loose
+scale gives away cost no accuracy, while the amax of 128 rows normalised over all heads would take a second read of q, k.
+
+Sources: KV-Lock (arXiv 2603.09657); norms and rotations as in diffusers' Wan, LTX, HunyuanVideo and CogVideoX.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.kernels.dequantize import dequantize_kv_reference
+from kvlock_fast.kernels.guard import require_package_name
+from kvlock_fast.kernels.launch import architecture, runs_triton
+from kvlock_fast.kernels.packed import meta_codes, packed_arguments, packed_layout
+from kvlock_fast.kernels.prologue_kernels import launch_prologue
+from kvlock_fast.kernels.prologue_reference import (
+    FP8_ALIGN,
+    FP8_BLOCK,
+    LAYOUTS,
+    NORMS,
+    OUTPUTS,
+    STAGES,
+    Capture,
+    Lock,
+    PrologueOutput,
+    QKNorm,
+    RoPE,
+    prologue_reference,
+)
+from kvlock_fast.kernels.quantize import FORMATS, QuantizedKV, quantize_kv
+
+require_package_name(__name__)
+
+__all__ = ["Capture", "Lock", "PrologueOutput", "QKNorm", "RoPE", "prologue"]
+
+
+@torch.library.custom_op("kvlock_fast::prologue", mutates_args=())
+def _prologue_op(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    norm: str,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_bias: Tensor | None,
+    k_bias: Tensor | None,
+    eps: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    layout: str,
+    foreground: int,
+    alpha: Tensor | None,
+    first_row: int,
+    stage: str,
+    k_source: list[Tensor],
+    k_format: str,
+    k_per_scale: int,
+    v_source: list[Tensor],
+    v_format: str,
+    v_per_scale: int,
+    output: str,
+    capture: str | None,
+    capture_stage: str,
+    backend: str,
+) -> list[Tensor]:
+    """k_source, v_source: codes [B or 1, R, H, D or D/2] and their scales; empty without a lock. alpha None: 1."""
+    by = QKNorm(norm, q_weight, k_weight, q_bias, k_bias, eps)
+    rope = None if cos is None else RoPE(cos, sin, layout)
+    kept = None if capture is None else Capture(capture, capture_stage)
+    if runs_triton(backend, q, k, v):
+        source = None
+        if k_source:
+            arch = architecture(q)
+            source = (
+                packed_arguments(k_source[0], k_source[1:], k_format, "k", k_per_scale, arch),
+                packed_arguments(v_source[0], v_source[1:], v_format, "v", v_per_scale, arch),
+            )
+        outputs = _allocate(q, k, heads, foreground, k_source, output, capture)
+        launch_prologue(q, k, v, outputs, heads, by, rope, foreground, source, alpha, stage, first_row, kept)
+        return outputs
+    lock = None
+    if k_source:
+        dim = q.shape[2] // heads
+        k_ref = dequantize_kv_reference(k_source[0], k_source[1:], k_format, "k", dim, k_per_scale)
+        v_ref = dequantize_kv_reference(v_source[0], v_source[1:], v_format, "v", dim, v_per_scale)
+        lock = Lock(alpha, k_ref, v_ref, stage, first_row)
+    return prologue_reference(q, k, v, heads, by, rope, foreground, lock, output, kept)
+
+
+@_prologue_op.register_fake
+def _(q, k, v, heads, norm, q_weight, k_weight, q_bias, k_bias, eps, cos, sin, layout, foreground, alpha, first_row,
+      stage, k_source, k_format, k_per_scale, v_source, v_format, v_per_scale, output, capture, capture_stage, backend):
+    return _allocate(q, k, heads, foreground, k_source, output, capture)
+
+
+def _allocate(
+    q: Tensor, k: Tensor, heads: int, foreground: int, k_source: list[Tensor], output: str, capture: str | None
+) -> list[Tensor]:
+    """The outputs, uninitialised: q, k, v; their fp8 scales; codes and scale of the captured k and v."""
+    batch, dim = q.shape[0], q.shape[2] // heads
+    tokens = foreground + k_source[0].shape[1] if k_source else k.shape[1]
+    lengths = (q.shape[1], tokens, tokens)
+    layout = [((batch, n, heads, dim), q.dtype) for n in lengths]
+    if output == "fp8":
+        padded = -(-tokens // FP8_ALIGN) * FP8_ALIGN
+        layout[2] = (batch, heads, dim, padded), q.dtype
+        layout = [(shape, torch.float8_e4m3fn) for shape, _ in layout]
+        layout += [((batch, heads, -(-n // FP8_BLOCK)), torch.float32) for n in lengths]
+    if capture is not None:
+        shape = (1, tokens - foreground, heads, dim)
+        for kind in ("k", "v"):
+            layout += [(shape, q.dtype)] if capture == "native" else packed_layout(shape, capture, kind)
+    return [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in layout]
+
+
+def prologue(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    *,
+    norm: QKNorm | None = None,
+    rope: RoPE | None = None,
+    foreground: int | None = None,
+    lock: Lock | None = None,
+    output: str = "native",
+    capture: Capture | None = None,
+    backend: str = "auto",
+) -> PrologueOutput:
+    """Normalise, rotate and lock the projections of a self-attention; see `PrologueOutput` for what comes out.
+
+    q [B, Sq, H*D], k, v [B, S, H*D]: fp16, bf16 or fp32 of one dtype, contiguous channels, any other strides; tokens
+    foreground first. Sq may be less than S: the first Sq tokens' queries. foreground: how many tokens are; default all.
+    With a lock that brings its own k and v, the new k and v may hold the foreground only: the background then is the
+    source's (alpha counts as 1). output: "native", or "fp8" for an fp8 attention. Raises ValueError on what does not fit.
+    """
+    norm = norm or QKNorm()
+    dim = _check_projections(q, k, v, heads)
+    _check_names(norm, rope, output, capture)
+    _check_norm(norm, heads, dim)
+    foreground = k.shape[1] if foreground is None else foreground
+    if not 0 <= foreground <= k.shape[1]:
+        raise ValueError(f"foreground must be a number of tokens from 0 to {k.shape[1]}, got {foreground}")
+    tokens, alpha = k.shape[1], None
+    if lock is not None:
+        lock = _placed(lock, k, v, heads, foreground)
+        tokens = foreground + lock.k.shape[1]
+        alpha = _alpha(lock, k) if k.shape[1] == tokens else None
+    if capture is not None and (k.shape[1] != tokens or (lock is not None and lock.first_row == 0)):
+        raise ValueError("capture takes the new keys and values of row 0: they may not be locked to others as well")
+    if q.shape[1] > tokens:
+        raise ValueError(f"q must have at most k's {tokens} tokens, got {q.shape[1]}")
+    _check_rope(rope, tokens, heads, dim)
+
+    outputs = _prologue_op(
+        q, k, v, heads,
+        norm.kind, norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias, norm.eps,
+        *((rope.cos, rope.sin, rope.layout) if rope else (None, None, "")),
+        foreground, alpha, *((lock.first_row, lock.stage) if lock else (0, "")),
+        *_packed(lock and lock.k), *_packed(lock and lock.v),
+        output, *(("native" if capture.format == "int4" else capture.format, capture.stage) if capture else (None, "")),
+        backend,
+    )  # fmt: skip
+    count = 6 if output == "fp8" else 3
+    kept = _captured(outputs[count:], capture, q.dtype, backend) if capture else ()
+    scales = outputs[3:count] or [None] * 3
+    return PrologueOutput(*outputs[:3], *scales, *kept)
+
+
+def _packed(x: Tensor | QuantizedKV | None) -> tuple[list[Tensor], str, int]:
+    """Codes and scales, format and tokens a scale, as the operator takes them."""
+    if x is None:
+        return [], "", 1
+    if isinstance(x, QuantizedKV):
+        return [x.codes, *x.scales], x.format, x.tokens_per_scale
+    return [x], "native", 1
+
+
+def _captured(
+    kept: list[Tensor], capture: Capture, dtype: torch.dtype, backend: str
+) -> tuple[QuantizedKV, QuantizedKV]:
+    half = len(kept) // 2
+    pairs = zip((kept[:half], kept[half:]), ("k", "v"), strict=True)
+    if capture.format == "int4":
+        return tuple(quantize_kv(x, "int4", kind, backend=backend) for (x,), kind in pairs)
+    return tuple(QuantizedKV(capture.format, kind, codes[0].shape, dtype, *codes) for codes, kind in pairs)
+
+
+def _check_projections(q: Tensor, k: Tensor, v: Tensor, heads: int) -> int:
+    """Channels a head."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3 or not x.is_floating_point() or x.shape[2] % heads or x.shape[2] == 0:
+            raise ValueError(f"{name} must be a float [B, S, {heads} * D], got {x.dtype} {tuple(x.shape)}")
+        if x.stride(2) != 1:
+            raise ValueError(f"{name}'s channels must be contiguous, got strides {x.stride()}")
+    if k.shape != v.shape or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
+        shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
+        raise ValueError("q, k and v must agree in batch and channels, k and v in tokens: got {}, {}, {}".format(*shapes))
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    return q.shape[2] // heads
+
+
+def _check_names(norm: QKNorm, rope: RoPE | None, output: str, capture: Capture | None) -> None:
+    given = [("norm", norm.kind, NORMS), ("output", output, OUTPUTS)]
+    if rope is not None:
+        given.append(("RoPE layout", rope.layout, LAYOUTS))
+    if capture is not None:
+        given += [("capture format", capture.format, FORMATS), ("capture stage", capture.stage, STAGES[1:])]
+    for what, name, known in given:
+        if name not in known:
+            raise ValueError(f"unknown {what} {name!r}: one of {', '.join(known)}")
+
+
+def _check_norm(norm: QKNorm, heads: int, dim: int) -> None:
+    size = heads * dim if norm.kind == "rms_across_heads" else dim
+    for name in ("q_weight", "k_weight", "q_bias", "k_bias"):
+        x = getattr(norm, name)
+        if x is None:
+            continue
+        if norm.kind == "none" or (name.endswith("bias") and norm.kind != "layer"):
+            raise ValueError(f"the norm {norm.kind!r} has no {name}")
+        if x.shape != (size,) or not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous [{size}] for {norm.kind!r}, got {tuple(x.shape)}")
+
+
+def _check_rope(rope: RoPE | None, tokens: int, heads: int, dim: int) -> None:
+    if rope is None:
+        return
+    if dim % 2:
+        raise ValueError(f"RoPE rotates pairs of channels: D must be even, got {dim}")
+    for name, x in (("cos", rope.cos), ("sin", rope.sin)):
+        if x.shape not in ((tokens, 1, dim // 2), (tokens, heads, dim // 2)) or x.dtype != torch.float32:
+            shape = f"[{tokens}, 1 or {heads}, {dim // 2}]"
+            raise ValueError(f"{name} must be fp32 {shape}, got {x.dtype} {tuple(x.shape)}")
+        if x.numel() and (x.stride() != rope.cos.stride() or not x[0].is_contiguous()):
+            raise ValueError("cos and sin must have the same strides and contiguous rows")
+
+
+def _placed(lock: Lock, k: Tensor, v: Tensor, heads: int, foreground: int) -> Lock:
+    """The lock with its keys and values as [B or 1, R, H, D] or QuantizedKV; those of row 0 if it has none."""
+    if (lock.k is None) != (lock.v is None):
+        raise ValueError("a lock has both k and v or neither")
+    if lock.k is None:
+        lock = replace(lock, k=k[:1, foreground:], v=v[:1, foreground:], stage="raw", first_row=1)
+    if lock.stage not in STAGES:
+        raise ValueError(f"unknown lock stage {lock.stage!r}: one of {', '.join(STAGES)}")
+    placed = {}
+    for kind in ("k", "v"):
+        x = getattr(lock, kind)
+        rows = x.shape[1]
+        fits = rows == k.shape[1] - foreground or k.shape[1] == foreground
+        if isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] == k.shape[2]:
+            x = x.unflatten(2, (heads, -1))
+        want = rows, heads, k.shape[2] // heads
+        if not fits or x.shape[0] not in (1, k.shape[0]) or tuple(x.shape[1:]) != want or rows != lock.k.shape[1]:
+            shape = f"[1 or {k.shape[0]}, {k.shape[1] - foreground}, {heads}, {want[2]}]"
+            raise ValueError(f"the lock's {kind} must be {shape}, got {tuple(getattr(lock, kind).shape)}")
+        if isinstance(x, QuantizedKV) and x.kind != kind:
+            raise ValueError(f"the lock's {kind} was quantised as {x.kind!r}")
+        if isinstance(x, Tensor) and x.stride(3) != 1:
+            raise ValueError(f"the channels of the lock's {kind} must be contiguous, got strides {x.stride()}")
+        placed[kind] = x
+    return replace(lock, **placed)
+
+
+def _alpha(lock: Lock, k: Tensor) -> Tensor:
+    count = k.shape[0] - lock.first_row
+    if isinstance(lock.alpha, Tensor):
+        if lock.alpha.shape != (count,) or lock.alpha.dtype != torch.float32:
+            raise ValueError(f"alpha must be fp32 [{count}], got {lock.alpha.dtype} {tuple(lock.alpha.shape)}")
+        return lock.alpha
+    if not 0.0 <= lock.alpha <= 1.0:
+        raise ValueError(f"alpha must be a number between 0 and 1 or a tensor, got {lock.alpha!r}")
+    return torch.full((count,), float(lock.alpha), device=k.device)
+
+
+def launch_shipped(architecture: int) -> None:
+    """A launch of every configuration that ships, for the compiler's report: the known models' norms and rotations."""
+    across, layer = "rms_across_heads", "layer"
+    wan, wan_14b, hunyuan = (12, 128, across, 1, 32760), (40, 128, across, 1, 32760), (24, 128, "rms", 1, 32760)
+    cogvideox_2b, cogvideox_5b, ltx = (30, 64, layer, 0, 17776), (48, 64, layer, 1, 17776), (32, 64, across, 32, 4992)
+    for output in OUTPUTS:
+        for model in (wan, wan_14b, hunyuan, cogvideox_2b, cogvideox_5b, ltx):
+            _ship(*model, torch.bfloat16, output, None)
+            _ship(*model, torch.bfloat16, output, "fp8_e4m3")
+            _ship(*model, torch.bfloat16, output, "in_batch")
+        for source in ("native", "int8", "int4"):
+            _ship(*wan, torch.bfloat16, output, source)
+        _ship(*wan, torch.float16, output, "fp8_e4m3")
+        _ship(*wan, torch.bfloat16, output, None, capture=Capture("fp8_e4m3"))
+        _ship(*wan, torch.bfloat16, output, None, capture=Capture("int8", "normed"))
+        _ship(32, 96, "none", 1, 32760, torch.bfloat16, output, "fp8_e4m3", layout="split_half")
+    _ship(*wan, torch.float32, "native", "fp8_e4m3")
+
+
+def _ship(
+    heads: int,
+    dim: int,
+    norm: str,
+    angle_heads: int,
+    tokens: int,
+    dtype: torch.dtype,
+    output: str,
+    source: str | None,
+    capture: Capture | None = None,
+    layout: str = "interleaved",
+) -> None:
+    """One dry launch: q, k, v as slices of a fused projection, 20 % foreground, a source in a format or in the batch."""
+    foreground = tokens // 5
+    q, k, v = torch.empty(2, tokens, 3 * heads * dim, dtype=dtype, device="meta").chunk(3, 2)
+    weight = torch.empty(heads * dim if norm == "rms_across_heads" else dim, dtype=dtype, device="meta")
+    weights = [None if norm == "none" else weight] * 2 + [weight if norm == "layer" else None] * 2
+    rope = None
+    if angle_heads:
+        angle = torch.empty(tokens, angle_heads, dim // 2, device="meta")
+        rope = RoPE(angle, angle, layout)
+    packed = {"k": [], "v": []}
+    if source == "in_batch":
+        packed = {kind: [x[:1, foreground:].unflatten(2, (heads, dim))] for kind, x in (("k", k), ("v", v))}
+    elif source == "native":
+        packed = {kind: [torch.empty(1, tokens - foreground, heads, dim, dtype=dtype, device="meta")] for kind in "kv"}
+    elif source:
+        packed = {kind: meta_codes(1, tokens - foreground, heads, dim, source, kind) for kind in "kv"}
+    format, stage, first_row = ("native", "raw", 1) if source == "in_batch" else (source, "rotated", 0)
+    arguments = [packed_arguments(x[0], x[1:], format, kind, 1, 90) for kind, x in packed.items() if x]
+    alpha = torch.empty(2 - first_row, device="meta") if source else None
+    outputs = _allocate(q, k, heads, foreground, packed["k"], output, capture and capture.format)
+    launch_prologue(
+        q, k, v, outputs, heads, QKNorm(norm, *weights), rope, foreground,
+        tuple(arguments) or None, alpha, stage, first_row, capture,
+    )  # fmt: skip

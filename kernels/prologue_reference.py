@@ -1,0 +1,211 @@
+"""What the prologue computes: its words, and the plain-torch reference. See prologue.py for the formula."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvlock_fast.kernels.guard import require_package_name
+from kvlock_fast.kernels.quantize import PER_FP8, TINY, QuantizedKV, quantize_kv_reference
+
+require_package_name(__name__)
+
+NORMS = ("none", "rms", "layer", "rms_across_heads")
+LAYOUTS = ("interleaved", "split_half")
+STAGES = ("raw", "normed", "rotated")
+OUTPUTS = ("native", "fp8")
+FP8_BLOCK = 128  # tokens that share an fp8 scale
+FP8_ALIGN = 16  # the transposed values' rows are padded to a multiple of it
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """How queries and keys are normalised.
+
+    kind: "rms_across_heads" (over all H*D channels; weights [H*D]), "rms" or "layer" (per head; weights [D], biases [D]
+    with "layer" only), "none". A weight that is None counts as 1, a bias that is None as 0.
+    """
+
+    kind: str = "none"
+    q_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+    q_bias: Tensor | None = None
+    k_bias: Tensor | None = None
+    eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class RoPE:
+    """Rotary embedding: cos, sin [S, 1 or H, D/2] fp32, a row for every token of the output keys.
+
+    layout: "interleaved" rotates channels (2i, 2i+1) together, "split_half" channels (i, i + D/2).
+    """
+
+    cos: Tensor
+    sin: Tensor
+    layout: str = "interleaved"
+
+
+@dataclass(frozen=True)
+class Lock:
+    """How the background's keys and values are locked to the source's.
+
+    alpha: weight of the source, a number in [0, 1] or fp32 [B - first_row] on the device (range unchecked).
+    k, v: the source's background tokens, [B or 1, R, H, D], [B or 1, R, H*D] or QuantizedKV; None for both: the source
+    rides along as row 0 of the batch (then stage is "raw" and first_row is 1).
+    stage: what was done to `k` already: "raw" nothing, "normed" the norm, "rotated" norm and RoPE.
+    first_row: samples before it are not blended.
+    """
+
+    alpha: Tensor | float
+    k: Tensor | QuantizedKV | None = None
+    v: Tensor | QuantizedKV | None = None
+    stage: str = "rotated"
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Keep the new background K/V of the batch's row 0, before any blend, in a format of `quantize_kv`.
+
+    stage: "normed" or "rotated" keys. int4 is quantised from native by two more launches.
+    """
+
+    format: str = "fp8_e4m3"
+    stage: str = "rotated"
+
+
+@dataclass(frozen=True)
+class PrologueOutput:
+    """q, k, v [B, S, H, D] in the inputs' dtype; or e4m3 codes with fp32 scales [B, H, ceil(S / 128)].
+
+    With codes, v is [B, H, D, S rounded up to 16], 0 beyond S. captured_k, captured_v: what `Capture` asked for.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    q_scale: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    captured_k: QuantizedKV | None = None
+    captured_v: QuantizedKV | None = None
+
+
+def normalised(x: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """x [B, S, H, D] normalised, in x's dtype."""
+    weight, bias = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+    if kind == "none":
+        return x
+    if kind == "layer":
+        return F.layer_norm(x, x.shape[3:], weight, bias, eps)
+    rows = x.flatten(2) if kind == "rms_across_heads" else x
+    rows = rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
+    return (rows if weight is None else rows * weight).view_as(x)
+
+
+def rotated(x: Tensor, rope: RoPE | None) -> Tensor:
+    """x [B, S, H, D] rotated by the first S rows of cos and sin."""
+    if rope is None:
+        return x
+    cos, sin = (t[: x.shape[1]].to(x.dtype) for t in (rope.cos, rope.sin))
+    if rope.layout == "interleaved":
+        a, b = x.unflatten(3, (-1, 2)).unbind(4)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), 4).flatten(3)
+    a, b = x.chunk(2, 3)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), 3)
+
+
+def blended(x: Tensor, ref: Tensor, weight: Tensor, foreground: int) -> Tensor:
+    """x [B, S or foreground, H, D] whose background is blended with ref by weight [B]: [B, S, H, D]."""
+    w = weight.to(x.dtype)[:, None, None, None]
+    ref = ref.to(x.dtype).expand(x.shape[0], -1, -1, -1)
+    new = x[:, foreground:] if x.shape[1] > foreground else torch.zeros_like(ref)
+    mixed = torch.where(w == 0, new, torch.where(w == 1, ref, torch.lerp(new, ref, w)))
+    return torch.cat((x[:, :foreground], mixed), 1)
+
+
+def prologue_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: int,
+    norm: QKNorm,
+    rope: RoPE | None,
+    foreground: int,
+    lock: Lock | None,
+    output: str,
+    capture: Capture | None,
+) -> list[Tensor]:
+    """q, k, v; their scales if output is "fp8"; then codes and scale of captured k and v. Lock holds plain tensors."""
+    dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (x.to(wide).unflatten(2, (heads, -1)) for x in (q, k, v))
+    q = rotated(normalised(q, norm.kind, norm.q_weight, norm.q_bias, norm.eps), rope)
+    by_k = norm.kind, norm.k_weight, norm.k_bias, norm.eps
+    k = normalised(k, *by_k)
+    captured = () if capture is None else (k if capture.stage == "normed" else rotated(k, rope), v)
+
+    if lock is None:
+        k = rotated(k, rope)
+    else:
+        weight = F.pad(lock.alpha, (lock.first_row, 0)) if k.shape[1] > foreground else torch.ones(k.shape[0]).to(k)
+        k_ref = lock.k.to(wide)
+        k_ref = normalised(k_ref, *by_k) if lock.stage == "raw" else k_ref
+        if lock.stage == "rotated":
+            k = blended(rotated(k, rope), k_ref, weight, foreground)
+        else:
+            k = rotated(blended(k, k_ref, weight, foreground), rope)
+        v = blended(v, lock.v, weight, foreground)
+
+    outputs = [q, k, v]
+    outputs = _fp8_outputs(q, k, v, norm) if output == "fp8" else [_own(x.to(dtype)) for x in outputs]
+    for x, kind in zip(captured, ("k", "v"), strict=False):
+        x = x[:1, foreground:]
+        outputs += quantize_kv_reference(x.to(dtype) if capture.format == "native" else x, capture.format, kind)
+    return outputs
+
+
+def _own(x: Tensor) -> Tensor:
+    """x contiguous, with memory of its own: an operator may not return a view of its input."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _fp8_outputs(q: Tensor, k: Tensor, v: Tensor, norm: QKNorm) -> list[Tensor]:
+    scales = _scales(q, norm, norm.q_weight, norm.q_bias), _scales(k, norm, norm.k_weight, norm.k_bias)
+    codes = [_fp8_codes(x, scale) for x, scale in zip((q, k), scales, strict=True)]
+    v_scale = _block_scales(v)
+    v_codes = _fp8_codes(v, v_scale).permute(0, 2, 3, 1)
+    padded = F.pad(v_codes.view(torch.uint8), (0, -v.shape[1] % FP8_ALIGN)).view(torch.float8_e4m3fn)
+    return [*codes, padded, *scales, v_scale]
+
+
+def _scales(x: Tensor, norm: QKNorm, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """fp8 scales [B, H, ceil(S / 128)]: by the weights' bound on what the norm can give, else by the block's amax."""
+    batch, tokens, heads, dim = x.shape
+    if norm.kind == "none":
+        return _block_scales(x)
+    width = heads * dim if norm.kind == "rms_across_heads" else dim
+    weight = torch.ones(dim, device=x.device) if weight is None else weight
+    bound = weight.float().abs().view(-1, dim).amax(1) * math.sqrt(width)
+    if bias is not None:
+        bound = bound + bias.float().abs().amax()
+    return _scale_of(bound)[:, None].expand(batch, heads, -(-tokens // FP8_BLOCK)).contiguous()
+
+
+def _block_scales(x: Tensor) -> Tensor:
+    batch, tokens, heads, dim = x.shape
+    if x.numel() == 0:
+        return x.new_empty((batch, heads, -(-tokens // FP8_BLOCK)), dtype=torch.float32)
+    blocks = F.pad(x.float(), (0, 0, 0, 0, 0, -tokens % FP8_BLOCK)).unflatten(1, (-1, FP8_BLOCK))
+    return _scale_of(blocks.abs().amax((2, 4))).transpose(1, 2).contiguous()
+
+
+def _scale_of(amax: Tensor) -> Tensor:
+    return torch.where(amax == 0, 1.0, (amax * PER_FP8).clamp_min(TINY))
+
+
+def _fp8_codes(x: Tensor, scale: Tensor) -> Tensor:
+    by_token = (1 / scale).repeat_interleave(FP8_BLOCK, 2)[..., : x.shape[1]].transpose(1, 2)[..., None]
+    return (x.float() * by_token).clamp(-448, 448).to(torch.float8_e4m3fn)

@@ -1,0 +1,115 @@
+"""Solvers as tables: every deterministic scheduler step is linear in the sample and the outputs so far.
+
+Entry k of a table [steps, 3, 3 + J] weighs (x, v, corrected, m_1, ..., m_J), m_j the predicted clean latent of step
+k - j, for three results: the predicted clean latent, the next sample, the next corrected one (kernels/step_state.py).
+Flow Euler and DDIM have closed forms; a multistep scheduler is asked: given unit vectors in place of tensors, its own
+step returns the weights.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.errors import InputError
+
+X, V, CORRECTED, PAST = 0, 1, 2, 3
+CLEAN, NEXT, KEPT = 0, 1, 2
+
+
+def solver_table(scheduler: Any) -> Tensor:
+    """The table of a diffusers scheduler whose timesteps are set and no step taken: fp32, on the CPU.
+
+    Raises InputError for a scheduler without a table: an unknown one, one that is not linear, one on its way.
+    """
+    name = type(scheduler).__name__
+    if name not in TABLES:
+        raise InputError(f"scheduler {name} has no table: one of {', '.join(TABLES)}")
+    if getattr(scheduler, "_step_index", None) is not None:
+        raise InputError(f"scheduler {name} has taken a step already: set its timesteps again")
+    for setting, allowed in LINEAR.items():
+        value = scheduler.config.get(setting, allowed[0])
+        if value not in allowed:
+            raise InputError(f"scheduler {name} with {setting}={value!r} has no table: not linear in predicted latents")
+    table = TABLES[name](scheduler)
+    if not table.isfinite().all():
+        raise InputError(f"scheduler {name} has no table: its steps are not finite in fp64")
+    return table.float()
+
+
+def _flow_euler(scheduler: Any) -> Tensor:
+    """x0hat = x - sigma v;  x' = x + (sigma' - sigma) v."""
+    sigma, after = (s.double().cpu() for s in (scheduler.sigmas[:-1], scheduler.sigmas[1:]))
+    ones = torch.ones_like(sigma)
+    return _one_step(clean=(ones, -sigma), next=(ones, after - sigma))
+
+
+def _ddim(scheduler: Any) -> Tensor:
+    """x' = sqrt(a') x0hat + sqrt(1 - a') eps, with x0hat and eps as the prediction type has them (DDIM, eq. 12)."""
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    timesteps = scheduler.timesteps.cpu()
+    a = scheduler.alphas_cumprod.double()[timesteps]
+    before = timesteps - stride
+    after = torch.where(before >= 0, scheduler.alphas_cumprod.double()[before], scheduler.final_alpha_cumprod.double())
+    signal, noise = a.sqrt(), (1 - a).sqrt()
+    zeros, ones = torch.zeros_like(a), torch.ones_like(a)
+    clean, eps = {
+        "epsilon": lambda: ((1 / signal, -noise / signal), (zeros, ones)),
+        "v_prediction": lambda: ((signal, -noise), (noise, signal)),
+        "sample": lambda: ((zeros, ones), (1 / noise, -signal / noise)),
+    }[scheduler.config.prediction_type]()
+    both = (after.sqrt() * c + (1 - after).sqrt() * e for c, e in zip(clean, eps, strict=True))
+    return _one_step(clean, next=tuple(both))
+
+
+def _one_step(clean: tuple[Tensor, Tensor], next: tuple[Tensor, Tensor]) -> Tensor:
+    """A table of weights of x and v alone."""
+    table = torch.zeros(len(clean[0]), 3, PAST, dtype=torch.float64)
+    for row, weights in ((CLEAN, clean), (NEXT, next)):
+        table[:, row, X], table[:, row, V] = weights
+    return table
+
+
+def _multistep(scheduler: Any) -> Tensor:
+    """UniPC and DPM-Solver++, by their own steps on unit vectors, in fp64 as far as they let us."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.sigmas = scheduler.sigmas.double()
+    scheduler.set_begin_index(0)
+    order = scheduler.config.solver_order
+    # [1, 1, n]: the schedulers' sums over stages want a batch and a channel.
+    unit = torch.eye(PAST + order, dtype=torch.float64)[:, None, None]
+    corrects = hasattr(scheduler, "last_sample")
+    rows = []
+    for k, timestep in enumerate(scheduler.timesteps):
+        scheduler.model_outputs = [unit[PAST + j] for j in reversed(range(order))]
+        if corrects and k > 0:
+            scheduler.last_sample = unit[CORRECTED]
+        after = scheduler.step(unit[V], timestep, unit[X], return_dict=False)[0]
+        kept = scheduler.last_sample if corrects else torch.zeros_like(after)
+        rows.append(torch.stack([scheduler.model_outputs[-1], after, kept]).view(3, -1).double())
+    table = torch.stack(rows)
+    if not table[:, NEXT, CORRECTED].any():
+        table[:, KEPT] = 0
+    used = table[:, :, PAST:].any(dim=0).any(dim=0).nonzero()
+    return table[:, :, : PAST + (int(used[-1]) + 1 if len(used) else 0)].contiguous()
+
+
+# What a setting may be, where a scheduler has it; the first stands for those that do not.
+LINEAR = {
+    "stochastic_sampling": (False, None),
+    "algorithm_type": ("dpmsolver++",),
+    "predict_x0": (True,),
+    "thresholding": (False,),
+    "clip_sample": (False,),
+    "solver_p": (None,),
+}
+
+TABLES: dict[str, Callable[[Any], Tensor]] = {
+    "FlowMatchEulerDiscreteScheduler": _flow_euler,
+    "DDIMScheduler": _ddim,
+    "CogVideoXDDIMScheduler": _ddim,
+    "UniPCMultistepScheduler": _multistep,
+    "DPMSolverMultistepScheduler": _multistep,
+}
