@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvlock_fast.kernels import attention_backends
 from kvlock_fast.kernels.guard import require_package_name
 from kvlock_fast.kernels.language import TensorDescriptor, tl, triton
-from kvlock_fast.kernels.launch import architecture, launch, processors
+from kvlock_fast.kernels.launch import architecture, launch, processors, runs_triton
 from kvlock_fast.kernels.tiles import dot, narrow
 
 require_package_name(__name__)
@@ -53,7 +54,7 @@ TILES = {
 }
 PADDED_TILES = Tiles(64, 32, 8, 2)  # before sm_90, masks along the channels cost registers
 # fp32 operands: no matrix unit multiplies them exactly, and a thread holds whole rows of them.
-IEEE_TILES = {32: Tiles(32, 32, 8, 1), 64: Tiles(32, 32, 8, 1), 128: Tiles(16, 16, 8, 1)}
+IEEE_TILES = {32: Tiles(32, 32, 8, 1), 64: Tiles(32, 16, 8, 1), 128: Tiles(16, 16, 8, 1)}
 INTERPRETER_TILES = Tiles(64, 64, 4, 1)
 TMA_FROM = 90
 
@@ -253,6 +254,90 @@ def launch_merge(partial: Tensor, lse: Tensor, out: Tensor) -> None:
         partial, lse, out, queries, heads, dim, partial.shape[0], *out.stride()[:3],
         D_PAD=padded(dim), BLOCK_M=rows, num_warps=4,
     )  # fmt: skip
+
+
+def choose_attention(q: Tensor, only_ours: bool) -> str:
+    """Whose attention serves q [B, Sq, H, D]: "triton", "cudnn" or "sdpa"; `only_ours`: Triton's or none.
+
+    On sm_90 cuDNN, whose speed there is published (620 TFLOP/s at D = 128 on an H200), until ours is measured beside
+    it. Raises ValueError where only ours may serve and cannot.
+    """
+    if q.shape[3] > MOST_CHANNELS:
+        if only_ours:
+            raise ValueError(f"backend='triton' takes head dims up to {MOST_CHANNELS}, got {q.shape[3]}")
+        return "sdpa"
+    if not only_ours and architecture(q) // 10 == 9 and attention_backends.available("cudnn", q) is None:
+        return "cudnn"
+    return "triton"
+
+
+def run_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, route: str) -> Tensor:
+    """Attention by "triton" or one of attention_backends.BACKENDS, [B, Sq, H, D] contiguous in q's dtype.
+
+    Tensors with strided channels are copied for ours.
+    """
+    if route != "triton":
+        return attention_backends.BACKENDS[route](q, k, v, scale).contiguous()
+    return launch_attention(*(x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v)), scale)
+
+
+@torch.library.custom_op("kvlock_fast::attention", mutates_args=())
+def _attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, route: str) -> Tensor:
+    if not runs_triton(backend, q, k, v):
+        return attention_reference(q, k, v, scale).to(q.dtype).contiguous()
+    if route == "auto":
+        route = choose_attention(q, only_ours=backend == "triton")
+    return run_attention(q, k, v, scale, route)
+
+
+@_attention_op.register_fake
+def _(q, k, v, scale, backend, route):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless q [B, Sq, H, D], k, v [B, S, H, D] fit, S >= 1."""
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"q and k must be [B, S, H, D], got {tuple(q.shape)} and {tuple(k.shape)}")
+    batch, tokens, heads, dim = k.shape
+    if (q.shape[0], q.shape[2], q.shape[3]) != (batch, heads, dim):
+        raise ValueError(f"q must be [{batch}, Sq, {heads}, {dim}] to fit k {tuple(k.shape)}, got {tuple(q.shape)}")
+    if v.shape != k.shape:
+        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
+    if tokens == 0:
+        raise ValueError(f"k holds no tokens: {tuple(k.shape)}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not x.is_floating_point():
+            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+
+
+def check_route(route: str, routes: tuple[str, ...], backend: str, q: Tensor) -> None:
+    """Raise ValueError unless `route` is one of `routes` and can serve q."""
+    if route not in routes:
+        raise ValueError(f"unknown attention {route!r}: one of {', '.join(routes)}")
+    if route in ("fused", "triton") and q.shape[3] > MOST_CHANNELS:
+        raise ValueError(f"attention={route!r} takes head dims up to {MOST_CHANNELS}, got {q.shape[3]}")
+    if route in attention_backends.BACKENDS and backend != "reference":
+        reason = attention_backends.available(route, q)
+        if reason is not None:
+            raise ValueError(f"attention={route!r} cannot be used: {reason}")
+
+
+ROUTES = ("auto", "triton", *attention_backends.BACKENDS)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, backend: str = "auto", attention: str = "auto"
+) -> Tensor:
+    """softmax(scale Q K^T) V of q [B, Sq, H, D], k, v [B, S, H, D] in q's dtype; scale defaults to D ** -0.5.
+
+    attention: "triton" (ours), "cudnn", "flash", "sdpa", or "auto". Raises ValueError on what does not fit.
+    """
+    check_qkv(q, k, v)
+    check_route(attention, ROUTES, backend, q)
+    return _attention_op(q, k, v, q.shape[3] ** -0.5 if scale is None else float(scale), backend, attention)
 
 
 def launch_shipped(architecture: int) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from kvlock_fast.kernels.attention import (
     INTERPRETER_TILES,
     LOG2_E,
+    MOST_CHANNELS,
     TMA_FROM,
     Tiles,
     attention_reference,
@@ -27,7 +28,7 @@ from kvlock_fast.kernels.attention import (
 )
 from kvlock_fast.kernels.guard import require_package_name
 from kvlock_fast.kernels.language import tl, triton
-from kvlock_fast.kernels.launch import architecture, launch
+from kvlock_fast.kernels.launch import architecture, launch, runs_triton
 from kvlock_fast.kernels.tiles import INTERPRETED, from_fp8, narrow, to_fp8
 
 require_package_name(__name__)
@@ -79,7 +80,7 @@ def _load(x, i_b, i_h, n, N, D, x_b, x_n, x_h, BLOCK: tl.constexpr, D_PAD: tl.co
     else:
         o_n, o_d = n + tl.arange(0, BLOCK), tl.arange(0, D_PAD)
         p_x = x + i_b.to(tl.int64) * x_b + i_h.to(tl.int64) * x_h + o_n.to(tl.int64)[:, None] * x_n + o_d[None, :]
-        b_x = tl.load(p_x, mask=(o_n[:, None] < N) & (o_d[None, :] < D), other=0)
+        b_x = tl.load(p_x, mask=(o_n[:, None] < N) & (o_d[None, :] < D), other=0.0)
     return b_x
 
 
@@ -91,7 +92,7 @@ def _load_transposed(x, i_b, i_h, n, N, D, x_b, x_h, x_d, BLOCK: tl.constexpr, D
     else:
         o_n, o_d = n + tl.arange(0, BLOCK), tl.arange(0, D_PAD)
         p_x = x + i_b.to(tl.int64) * x_b + i_h.to(tl.int64) * x_h + o_d.to(tl.int64)[:, None] * x_d + o_n[None, :]
-        b_x = tl.load(p_x, mask=(o_d[:, None] < D) & (o_n[None, :] < N), other=0)
+        b_x = tl.load(p_x, mask=(o_d[:, None] < D) & (o_n[None, :] < N), other=0.0)
     return b_x
 
 
@@ -204,6 +205,69 @@ def launch_attention_fp8(
     return out
 
 
+@torch.library.custom_op("kvlock_fast::attention_fp8", mutates_args=())
+def _attention_fp8_op(
+    q: Tensor,
+    q_scale: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    v_t: Tensor,
+    v_scale: Tensor,
+    scale: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> Tensor:
+    operands = (q, q_scale, k, k_scale, v_t, v_scale)
+    # A GPU that multiplies no fp8 decodes it: right, and no faster than 16 bits.
+    if not runs_triton(backend, *operands) or 0 < architecture(q) < FP8_MATRIX_FROM:
+        return attention_fp8_reference(*operands, scale).to(dtype).contiguous()
+    return launch_attention_fp8(*operands, scale, dtype)
+
+
+@_attention_fp8_op.register_fake
+def _(q, q_scale, k, k_scale, v_t, v_scale, scale, dtype, backend):
+    return torch.empty(q.shape, dtype=dtype, device=q.device)
+
+
+def attention_fp8(
+    q: Tensor,
+    q_scale: Tensor,
+    k: Tensor,
+    k_scale: Tensor,
+    v_t: Tensor,
+    v_scale: Tensor,
+    scale: float | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(scale Q K^T) V of e4m3 operands, [B, Sq, H, D] in `dtype`; scale defaults to D ** -0.5.
+
+    q [B, Sq, H, D], k [B, S, H, D], v_t [B, H, D, S padded to 16]: float8_e4m3fn; q_scale [B, H, ceil(Sq / 128)],
+    k_scale, v_scale [B, H, ceil(S / 128)] fp32: as `prologue` gives them with output="fp8". D up to 128. Raises
+    ValueError on what does not fit.
+    """
+    if q.ndim != 4 or k.ndim != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or k.shape[1] == 0:
+        raise ValueError(f"q and k must be [B, Sq or S, H, D], S >= 1, got {tuple(q.shape)} and {tuple(k.shape)}")
+    batch, tokens, heads, dim = k.shape
+    if dim > MOST_CHANNELS:
+        raise ValueError(f"attention_fp8 takes head dims up to {MOST_CHANNELS}, got {dim}")
+    if v_t.ndim != 4 or v_t.shape[:3] != (batch, heads, dim) or v_t.shape[3] < tokens or v_t.shape[3] % 16:
+        raise ValueError(f"v_t must be [{batch}, {heads}, {dim}, {tokens} padded to 16], got {tuple(v_t.shape)}")
+    for name, x in (("q", q), ("k", k), ("v_t", v_t)):
+        if x.dtype != torch.float8_e4m3fn or x.stride(3) != 1:
+            raise ValueError(f"{name} must be float8_e4m3fn with a contiguous last dimension, got {x.dtype}")
+    for name, x, length in (
+        ("q_scale", q_scale, q.shape[1]),
+        ("k_scale", k_scale, tokens),
+        ("v_scale", v_scale, tokens),
+    ):
+        want = (batch, heads, -(-length // TOKENS_PER_SCALE))
+        if x.shape != want or x.dtype != torch.float32 or not x.is_contiguous():
+            raise ValueError(f"{name} must be contiguous fp32 {want}, got {x.dtype} {tuple(x.shape)}")
+    scale = dim**-0.5 if scale is None else float(scale)
+    return _attention_fp8_op(q, q_scale, k, k_scale, v_t, v_scale, scale, dtype, backend)
+
+
 def launch_shipped(architecture: int) -> None:
     """A launch of every configuration that ships, for the compiler's report."""
     if architecture < FP8_MATRIX_FROM:
@@ -213,4 +277,5 @@ def launch_shipped(architecture: int) -> None:
         q, v_t = torch.empty(2, 32760, 12, dim, **fp8), torch.empty(2, 12, dim, 32768, **fp8)
         scales = torch.empty(2, 12, 256, device="meta")
         launch_attention_fp8(q, scales, q, scales, v_t, scales, 1.0, torch.bfloat16)
+        launch_attention_fp8(q, scales, q, scales, v_t, scales, 1.0, torch.bfloat16, tma=False)
         launch_attention_fp8(q[:, :985], scales[..., :8], q, scales, v_t, scales, 1.0, torch.bfloat16, splits=4)

@@ -121,7 +121,8 @@ def _blend_op(
         return
     ref = codes
     if format != "native":
-        ref = dequantize_kv_reference(codes, scales, format, kind, _rows(x, token_dim, codes.shape[2]).shape[3])
+        channels = _rows(x, token_dim, codes.shape[2]).shape[3]
+        ref = dequantize_kv_reference(codes, scales, format, kind, channels, tokens_per_scale)
         ref = (ref.flatten(2) if x.ndim == 3 else ref).movedim(1, token_dim)
     if index is None:
         x.copy_(blend_reference(x, ref, weight, token_dim))
@@ -149,28 +150,32 @@ def blend_(
     [0, 1]. ref: as x or with batch 1, or a QuantizedKV; with `index` (int64 [N], no token twice) it holds these tokens
     only, and others stay as they are. Raises ValueError on shapes that do not fit.
     """
-    tokens = x.shape[token_dim]
-    if index is not None and (index.ndim != 1 or index.dtype != torch.int64):
-        raise ValueError(f"index must be int64 [N], got {index.dtype} {tuple(index.shape)}")
-    rows = tokens if index is None else index.shape[0]
-    if weight.ndim != 2 or weight.shape[0] not in (1, x.shape[0]) or weight.shape[1] != tokens:
-        raise ValueError(f"weight must be [{x.shape[0]} or 1, {tokens}], got {tuple(weight.shape)}")
-    want = list(x.shape)
-    want[token_dim] = rows
+    _check(x, ref, weight, token_dim, index)
+    if isinstance(ref, QuantizedKV) and ref.format == "native":
+        ref = (ref.codes.flatten(2) if x.ndim == 3 else ref.codes).movedim(1, token_dim)
     if isinstance(ref, QuantizedKV):
-        shape = list(ref.shape)
-        want = [want[0], rows, *(n for i, n in enumerate(want) if i not in (0, token_dim))]
-        fits = shape[:2] == [shape[0], rows] and torch.Size(shape[2:]).numel() == torch.Size(want[2:]).numel()
-        fits &= x.ndim == 3 or shape[2:] == want[2:]
         packed = (ref.codes, ref.scales, weight, index, token_dim, ref.format, ref.kind, ref.tokens_per_scale)
     else:
-        shape = list(ref.shape)
-        fits = shape[1:] == want[1:]
         packed = (ref, [], weight, index, token_dim, "native", "k", 1)
-    if not fits or shape[0] not in (1, x.shape[0]):
-        raise ValueError(f"ref must be {tuple(want)} or have batch 1, got {tuple(shape)}")
     _blend_op(x, *packed, backend)
     return x
+
+
+def _check(x: Tensor, ref: Tensor | QuantizedKV, weight: Tensor, token_dim: int, index: Tensor | None) -> None:
+    if x.ndim not in (3, 4) or not 1 <= token_dim < x.ndim - 1:
+        raise ValueError(f"x must be [B, S, H*D], [B, S, H, D] or [B, H, S, D], got {tuple(x.shape)}, {token_dim=}")
+    if weight.ndim != 2 or weight.shape[0] not in (1, x.shape[0]) or weight.shape[1] != x.shape[token_dim]:
+        raise ValueError(f"weight must be [{x.shape[0]} or 1, {x.shape[token_dim]}], got {tuple(weight.shape)}")
+    want, got = list(x.shape), list(ref.shape)
+    if index is not None:
+        if index.ndim != 1 or index.dtype != torch.int64:
+            raise ValueError(f"index must be int64 [N], got {index.dtype} {tuple(index.shape)}")
+        want[token_dim] = index.shape[0]
+    if isinstance(ref, QuantizedKV):  # [B, N, H, D] whatever x is
+        want.insert(1, want.pop(token_dim))
+        got[x.ndim - 1 :] = [torch.Size(got[x.ndim - 1 :]).numel()]
+    if got[1:] != want[1:] or got[0] not in (1, x.shape[0]):
+        raise ValueError(f"ref must be {tuple(want)} or have batch 1, got {tuple(ref.shape)}")
 
 
 def launch_shipped(architecture: int) -> None:

@@ -11,6 +11,7 @@ Source: KV-Lock (arXiv 2603.09657).
 import torch
 from torch import Tensor
 
+from kvlock_fast.kernels.attention import padded
 from kvlock_fast.kernels.fused_attention import _load_blended, reference_meta
 from kvlock_fast.kernels.guard import require_package_name
 from kvlock_fast.kernels.language import tl, triton
@@ -75,7 +76,7 @@ def launch_blend_kv(
         *k.stride(), *v.stride(), *k_ref.strides, k_ref.scale_stride, *v_ref.strides, v_ref.scale_stride,
         foreground.stride(0) if foreground.shape[0] > 1 else 0, foreground.stride(1), *k_out.stride()[:3],
         **reference_meta(k_ref, v_ref),
-        D_PAD=triton.next_power_of_2(dim), BLOCK_N=TOKENS_PER_PROGRAM, num_warps=NUM_WARPS,
+        D_PAD=padded(dim), BLOCK_N=TOKENS_PER_PROGRAM, num_warps=NUM_WARPS,
     )  # fmt: skip
     return k_out, v_out
 

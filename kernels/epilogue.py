@@ -9,7 +9,7 @@ Layout [B, C, T, H, W]; see step_state.py for the state and the table. fp32 insi
 s*; no host reads; fixed order, so the same bits every run: (1) partial sums of s*; (2) s* again in every program, the
 update, its entry in the window, partial sums of the variance; (3) the variance, alpha, omega, the trace, the step's
 number. A call after the last step does nothing (the reference raises IndexError on the CPU). Bytes moved per element
-with bf16 predictions: 8 (twice two predictions), 12 (latents in, latents and x0hat out), 4 n in blocks that hold
+with bf16 predictions: 8 (two predictions, twice), 12 (latents in, latents and x0hat out), 4 (n - 1) in blocks that hold
 foreground, 4 for the source's path. Source: KV-Lock (arXiv 2603.09657).
 """
 
@@ -27,8 +27,8 @@ from kvlock_fast.kernels.variance import unbiased_variance
 
 require_package_name(__name__)
 
-# Not swept yet: as the variance's kernel.
-BLOCK, NUM_WARPS, UNROLL = 1024, 4, 3
+# Not swept yet: 4 elements a thread, so that fp32 moves in 16 bytes; with 8, ptxas of Triton 3.6 spills.
+BLOCK, NUM_WARPS, UNROLL = 1024, 8, 3
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def launch_step_epilogue(
     if u is not None and schedule.s_star:
         projections = launch_projection_partials(c, u, mask if schedule.s_star_region == "foreground" else None)
     grid = (triton.cdiv(volume, BLOCK), channels, batch)
-    blocks, everywhere = grid[0] * channels, schedule.detection == "all"
+    blocks, everywhere = grid[0] * channels, schedule.detection == "global"
     partials = torch.empty((3, batch, blocks), device=cond.device)
     now = torch.empty(1, dtype=torch.int32, device=cond.device)
     strides = (*c.stride()[:2], *((0, 0) if u is None else u.stride()[:2]), m_b, state.window.stride(0))
@@ -297,6 +297,6 @@ def launch_shipped(architecture: int) -> None:
             state = new_step_state(cond, table, 5.0, on_foreground)
             path = torch.empty(51, 1, 16, *volume, device="meta")
             launch_step_epilogue(state, cond, uncond, foreground, on_foreground, path)
-            plain = Schedule(tau=state.variance, alpha=1.0, dynamic_omega=False, s_star=False, detection="all")
+            plain = Schedule(tau=state.variance, alpha=1.0, dynamic_omega=False, s_star=False, detection="global")
             launch_step_epilogue(state, cond, None, foreground, plain)
             launch_step_epilogue(state, cond, uncond, foreground, Schedule())

@@ -75,7 +75,7 @@ def _predictions(k: Tensor, schedule: Schedule) -> Tensor:
 
 def _variance(state: StepState, inside: Tensor, schedule: Schedule, k: Tensor) -> Tensor:
     """[B]; NaN while there are fewer than two predictions."""
-    if schedule.detection == "all":
+    if schedule.detection == "global":
         inside = torch.ones_like(inside)
     entries, n = state.window.shape[0], _predictions(k, schedule)
     age = (k - torch.arange(entries, device=k.device)) % entries

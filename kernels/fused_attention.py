@@ -29,15 +29,21 @@ from kvlock_fast.kernels.tiles import dot, narrow
 
 require_package_name(__name__)
 
-# By padded head dim, for 16-bit tensors: no spill in the compiler's report. Not swept on a GPU.
-TILES = {32: Tiles(64, 64, 4, 2), 64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 2)}
+# By padded head dim, for 16-bit tensors; the second for sm_90 and sm_100. No spill in the compiler's report, not swept.
+TILES = {32: Tiles(64, 32, 4, 2), 64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 2)}
+WARP_GROUP_TILES = {32: Tiles(64, 64, 4, 2), 64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 2)}
+
+FULL_PRECISION_TILES = IEEE_TILES | {128: Tiles(16, 16, 4, 1)}
 
 
 def tiles_for(q: Tensor) -> Tiles:
     """The tiles for q [B, Sq, H, D]."""
-    if architecture(q) == 0:
+    arch = architecture(q)
+    if arch == 0:
         return INTERPRETER_TILES
-    return (IEEE_TILES if q.dtype == torch.float32 else TILES)[padded(q.shape[3], 32)]
+    if q.dtype == torch.float32:
+        return FULL_PRECISION_TILES[padded(q.shape[3], 32)]
+    return (WARP_GROUP_TILES if arch // 10 in (9, 10) else TILES)[padded(q.shape[3], 32)]
 
 
 @triton.jit
@@ -52,7 +58,9 @@ def _load_blended(
     b_ref = load_packed(
         codes, scale, minimum, i_h, o_n, o_d, mask & (b_w != 0), H, D, ref_n, ref_d, FORMAT, KIND, PER_SCALE, FP8
     )
-    b_x = tl.where(b_w == 1, b_ref, b_new + b_w * (b_ref - b_new))
+    b_mixed = b_new + b_w * (b_ref - b_new)
+    # Not by the formula, which makes NaN of inf and 0.0 of -0.0.
+    b_x = tl.where(b_w == 0, b_new, tl.where(b_w == 1, b_ref, b_mixed))
     return narrow(b_x, new.dtype.element_ty)
 
 

@@ -7,12 +7,14 @@ Layout [B, S, H, D], fp32 inside, output in q's dtype. Two routes lead there: on
 flash-attn's. `choose_route` says which one a shape takes. Source: KV-Lock (arXiv 2603.09657).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvlock_fast.kernels import attention_backends
-from kvlock_fast.kernels.attention import MOST_CHANNELS, launch_attention
+from kvlock_fast.kernels.attention import MOST_CHANNELS, check_qkv, check_route, choose_attention, run_attention
 from kvlock_fast.kernels.blend import blend_reference
 from kvlock_fast.kernels.blend_kv import launch_blend_kv
 from kvlock_fast.kernels.dequantize import dequantize_kv_reference
@@ -46,18 +48,11 @@ def locked_attention_reference(
 def choose_route(q: Tensor, k: Tensor, only_ours: bool) -> str:
     """The route for q [B, Sq, H, D], k [B, S, H, D]; `only_ours`: among Triton's.
 
-    Long sequences go to cuDNN on sm_90, whose speed there is published (620 TFLOP/s at D = 128 on an H200, against
-    ours unmeasured), else to our kernel.
+    Raises ValueError where only Triton may serve and cannot.
     """
-    if q.shape[3] > MOST_CHANNELS:
-        if only_ours:
-            raise ValueError(f"backend='triton' takes head dims up to {MOST_CHANNELS}, got {q.shape[3]}")
-        return "sdpa"
-    if q.shape[1] <= FUSED_QUERIES or k.shape[1] <= FUSED_TOKENS:
+    if q.shape[3] <= MOST_CHANNELS and (q.shape[1] <= FUSED_QUERIES or k.shape[1] <= FUSED_TOKENS):
         return "fused"
-    if not only_ours and architecture(q) // 10 == 9 and attention_backends.available("cudnn", q) is None:
-        return "cudnn"
-    return "triton"
+    return choose_attention(q, only_ours)
 
 
 @torch.library.custom_op("kvlock_fast::locked_attention", mutates_args=())
@@ -92,9 +87,7 @@ def _locked_attention_op(
     if route == "fused":
         return launch_fused_attention(q, k, v, *refs, foreground, alpha, scale)
     k, v = launch_blend_kv(k, v, *refs, foreground, alpha)
-    if route == "triton":
-        return launch_attention(_with_channels_together(q), k, v, scale)
-    return attention_backends.BACKENDS[route](q, k, v, scale).contiguous()
+    return run_attention(q, k, v, scale, route)
 
 
 @_locked_attention_op.register_fake
@@ -103,46 +96,20 @@ def _(q, k, v, k_codes, k_scales, k_format, k_kind, k_per_scale, v_codes, v_scal
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-def _with_channels_together(q: Tensor) -> Tensor:
-    """q itself, or a copy where its channels are strided; only an odd caller pays for one."""
-    return q if q.stride(3) == 1 else q.contiguous()
-
-
 def _check(
     q: Tensor, k: Tensor, v: Tensor, k_ref: Tensor | QuantizedKV, v_ref: Tensor | QuantizedKV, foreground: Tensor
 ) -> None:
-    if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(f"q and k must be [B, S, H, D], got {tuple(q.shape)} and {tuple(k.shape)}")
-    batch, tokens, heads, dim = k.shape
-    if (q.shape[0], q.shape[2], q.shape[3]) != (batch, heads, dim):
-        raise ValueError(f"q must be [{batch}, Sq, {heads}, {dim}] to fit k {tuple(k.shape)}, got {tuple(q.shape)}")
-    if v.shape != k.shape:
-        raise ValueError(f"v must have k's shape {tuple(k.shape)}, got {tuple(v.shape)}")
-    if tokens == 0:
-        raise ValueError(f"k holds no tokens: {tuple(k.shape)}")
+    check_qkv(q, k, v)
+    batch, tokens = k.shape[:2]
     for name, ref in (("k_ref", k_ref), ("v_ref", v_ref)):
         if ref.shape[1:] != k.shape[1:] or ref.shape[0] not in (1, batch):
             raise ValueError(f"{name} must be {tuple(k.shape)} or have batch 1, got {tuple(ref.shape)}")
-    for name, x in (("q", q), ("k", k), ("v", v), ("k_ref", k_ref), ("v_ref", v_ref)):
-        if not x.dtype.is_floating_point:
-            raise ValueError(f"{name} must be a floating-point tensor, got {x.dtype}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+        if not ref.dtype.is_floating_point:
+            raise ValueError(f"{name} must be a floating-point tensor, got {ref.dtype}")
     if foreground.dtype != torch.bool:
         raise ValueError(f"foreground must be bool, got {foreground.dtype}")
     if foreground.ndim != 2 or foreground.shape[0] not in (1, batch) or foreground.shape[1] != tokens:
         raise ValueError(f"foreground must be [{batch} or 1, {tokens}], got {tuple(foreground.shape)}")
-
-
-def _check_route(route: str, backend: str, q: Tensor) -> None:
-    if route not in ROUTES:
-        raise ValueError(f"unknown attention {route!r}: one of {', '.join(ROUTES)}")
-    if route in ("fused", "triton") and q.shape[3] > MOST_CHANNELS:
-        raise ValueError(f"attention={route!r} takes head dims up to {MOST_CHANNELS}, got {q.shape[3]}")
-    if route in attention_backends.BACKENDS and backend != "reference":
-        reason = attention_backends.available(route, q)
-        if reason is not None:
-            raise ValueError(f"attention={route!r} cannot be used: {reason}")
 
 
 def locked_attention(
@@ -159,11 +126,13 @@ def locked_attention(
 ) -> Tensor:
     """Check the arguments, then attend; as `kvlock_fast.ops.locked_attention`, with alpha [B] fp32."""
     _check(q, k, v, k_ref, v_ref, foreground)
-    _check_route(attention, backend, q)
+    check_route(attention, ROUTES, backend, q)
     if alpha.shape != (q.shape[0],):
         raise ValueError(f"alpha must be a number or [{q.shape[0]}], got {tuple(alpha.shape)}")
     if scale is None:
         scale = q.shape[-1] ** -0.5
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale must be a positive finite number, got {scale!r}")
     packed = []
     for ref in (k_ref, v_ref):
         if isinstance(ref, QuantizedKV):

@@ -6,16 +6,17 @@
 
 Tokens lie foreground first (text counts as foreground): F of them, then the background; no mask anywhere. q, k, v are
 projections [B, S, H*D]; what comes out is [B, S, H, D] for any attention, or e4m3 codes for an fp8 one. alpha = 0 never
-reads the source's K/V, alpha = 1 never reads the new ones: exact at both ends, whatever the other side holds. The source's
+reads the source's K/V and alpha = 1 never the new ones: exact at both ends, whatever the other side holds. The source's
 keys come raw, normed or rotated; RoPE is linear, so that blending before or after it is the same. fp32 inside, one
 rounding at the end.
 
-Bytes moved a token and layer, d = H*D, background share f, b bytes a cached element: (12 + 2 f b) d with 16-bit outputs
-(1 launch), (9 + 2 f b) d with fp8 (2 launches, 1 without a norm); cos and sin come on top, 4 D, or 4 d where heads differ.
+Bytes moved a token and layer (d = H*D, background share f, b bytes a cached element): (12 + 2 f b) d with 16-bit
+outputs, in 1 launch; (9 + 2 f b) d with fp8, in 2 launches, or 1 without a norm. cos and sin come on top: 4 D, or 4 d
+where heads differ.
 
 fp8 scales are one per head and 128 tokens. Values take their amax, normed queries and keys a bound: no channel exceeds
-sqrt(width) max |weight| (+ max |bias|). e4m3 has 15 binades of normal numbers: the three or four that a loose
-scale gives away cost no accuracy, while the amax of 128 rows normalised over all heads would take a second read of q, k.
+sqrt(width) max |weight| (+ max |bias|). e4m3 has 15 binades of normal numbers: the three or four that a loose scale
+gives away cost no accuracy, while the amax of rows normalised over all heads would take a second read of q and k.
 
 Sources: KV-Lock (arXiv 2603.09657); norms and rotations as in diffusers' Wan, LTX, HunyuanVideo and CogVideoX.
 """
@@ -106,8 +107,10 @@ def _prologue_op(
 
 
 @_prologue_op.register_fake
-def _(q, k, v, heads, norm, q_weight, k_weight, q_bias, k_bias, eps, cos, sin, layout, foreground, alpha, first_row,
-      stage, k_source, k_format, k_per_scale, v_source, v_format, v_per_scale, output, capture, capture_stage, backend):
+def _(
+    q, k, v, heads, norm, q_weight, k_weight, q_bias, k_bias, eps, cos, sin, layout, foreground, alpha, first_row,
+    stage, k_source, k_format, k_per_scale, v_source, v_format, v_per_scale, output, capture, capture_stage, backend,
+):  # fmt: skip
     return _allocate(q, k, heads, foreground, k_source, output, capture)
 
 
@@ -150,7 +153,8 @@ def prologue(
     q [B, Sq, H*D], k, v [B, S, H*D]: fp16, bf16 or fp32 of one dtype, contiguous channels, any other strides; tokens
     foreground first. Sq may be less than S: the first Sq tokens' queries. foreground: how many tokens are; default all.
     With a lock that brings its own k and v, the new k and v may hold the foreground only: the background then is the
-    source's (alpha counts as 1). output: "native", or "fp8" for an fp8 attention. Raises ValueError on what does not fit.
+    source's (alpha counts as 1). output: "native", or "fp8" for an fp8 attention. Raises ValueError on what does not
+    fit.
     """
     norm = norm or QKNorm()
     dim = _check_projections(q, k, v, heads)
@@ -212,8 +216,8 @@ def _check_projections(q: Tensor, k: Tensor, v: Tensor, heads: int) -> int:
         if x.stride(2) != 1:
             raise ValueError(f"{name}'s channels must be contiguous, got strides {x.stride()}")
     if k.shape != v.shape or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
-        shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-        raise ValueError("q, k and v must agree in batch and channels, k and v in tokens: got {}, {}, {}".format(*shapes))
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"q, k and v must agree in batch and channels, k and v in tokens: got {shapes}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     return q.shape[2] // heads
@@ -324,7 +328,7 @@ def _ship(
     capture: Capture | None = None,
     layout: str = "interleaved",
 ) -> None:
-    """One dry launch: q, k, v as slices of a fused projection, 20 % foreground, a source in a format or in the batch."""
+    """One dry launch: q, k, v slices of a fused projection, 20 % foreground, a source in a format or in the batch."""
     foreground = tokens // 5
     q, k, v = torch.empty(2, tokens, 3 * heads * dim, dtype=dtype, device="meta").chunk(3, 2)
     weight = torch.empty(heads * dim if norm == "rms_across_heads" else dim, dtype=dtype, device="meta")

@@ -34,7 +34,6 @@ _FP8_BLOCK = tl.constexpr(FP8_BLOCK)
 
 @triton.jit
 def _prepare(
-    # fmt: off
     x, out, out_scale, weight, bias, cos, sin, codes, scale, minimum, kept, kept_scale,      # at their sample
     first_token, first_head, w, keeps, S, F, PADDED, eps,                                    # S: tokens there are
     x_n, c_n, r_n, r_h,                                                                      # strides
@@ -43,8 +42,7 @@ def _prepare(
     NORM: tl.constexpr, ROPE: tl.constexpr, ANGLE_HEADS: tl.constexpr, STAGE: tl.constexpr,
     FORMAT: tl.constexpr, KIND: tl.constexpr, PER_SCALE: tl.constexpr,
     CAPTURE: tl.constexpr, CAPTURE_STAGE: tl.constexpr, OUT: tl.constexpr, FP8: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     """TOKENS tokens of q, k or v, HEADS heads in each of CHUNKS tiles, from load to store.
 
     w: the source's weight on the background; keeps: whether this sample is captured.
@@ -61,13 +59,13 @@ def _prepare(
     for c in tl.static_range(CHUNKS):
         i_h, m_r = o_h + c * HEADS, m_t & (o_h + c * HEADS < H)
         m_new = m_r if STAGE == "none" else m_r & (w != 1)
-        xs = xs + (load_rows(x + token * x_n + i_h * D, m_new, D, BLOCK_D, HALVES),)
+        xs += (load_rows(x + token * x_n + i_h * D, m_new, D, BLOCK_D, HALVES),)
         if STAGE != "none":
             b_ref = load_source(
                 codes, scale, minimum, i_h, o_t - F, m_r & (w != 0), H, r_n, r_h, D, BLOCK_D, HALVES,
                 FORMAT, KIND, PER_SCALE, FP8,
             )  # fmt: skip
-            refs = refs + (b_ref,)
+            refs += (b_ref,)
     if ACROSS:
         inverse = inverse_rms(xs, eps, WIDTH, CHUNKS, HEADS)
         if STAGE == "raw":
@@ -110,7 +108,6 @@ def _prepare(
 
 @triton.jit(do_not_specialize=["B", "SQ", "S", "F"])  # lengths change with every video; nothing is aligned by them
 def _prologue_kernel(
-    # fmt: off
     q, k, v, q_out, k_out, v_out, q_scale, k_scale, v_scale,
     q_weight, k_weight, q_bias, k_bias, cos, sin, alpha,
     k_codes, k_steps, k_lows, v_codes, v_steps, v_lows,                          # the source's: codes, scales, minima
@@ -123,15 +120,14 @@ def _prologue_kernel(
     NORM: tl.constexpr, ROPE: tl.constexpr, ANGLE_HEADS: tl.constexpr, STAGE: tl.constexpr, FIRST: tl.constexpr,
     K_FORMAT: tl.constexpr, K_PER_SCALE: tl.constexpr, V_FORMAT: tl.constexpr, V_PER_SCALE: tl.constexpr,
     CAPTURE: tl.constexpr, CAPTURE_STAGE: tl.constexpr, OUT: tl.constexpr, V_OUT: tl.constexpr, FP8: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     """Grid (ceil(S / TOKENS) * B * ceil(H / (HEADS * CHUNKS)) * len(PARTS),): TOKENS tokens of one of q, k, v each.
 
     Parts, heads and samples of the same tokens run side by side: they share cos and sin, and the source's K/V, in L2.
     """
     COUNT: tl.constexpr = 3 if PARTS == "qkv" else (2 if PARTS == "qk" else 1)
     GROUPS: tl.constexpr = (H + HEADS * CHUNKS - 1) // (HEADS * CHUNKS)
-    part, rest = tl.program_id(0) % COUNT, tl.program_id(0) // COUNT
+    part, rest = 2 if PARTS == "v" else tl.program_id(0) % COUNT, tl.program_id(0) // COUNT
     first_head, rest = (rest % GROUPS) * HEADS * CHUNKS, rest // GROUPS
     i_b, first_token = (rest % B).to(tl.int64), (rest // B) * TOKENS
     w, keeps = source_weight(alpha, i_b, a_b, FIRST), i_b == 0
@@ -150,33 +146,32 @@ def _prologue_kernel(
         v_steps += i_b * vs_b
     if v_lows is not None:
         v_lows += i_b * vs_b
-    if PARTS != "v":
-        if part == 0:
-            _prepare(
-                q + i_b * q_b, q_out + i_b * SQ * H * D, q_scale, q_weight, q_bias, cos, sin,
-                None, None, None, None, None,
-                first_token, first_head, w, keeps, SQ, F, PADDED, eps, q_n, c_n, 0, 0,
-                H, D, BLOCK_D, TOKENS, HEADS, CHUNKS, NORM, ROPE, ANGLE_HEADS, "none",
-                "native", "k", 1, "none", "none", OUT, FP8,
-            )  # fmt: skip
-        elif part == 1:
-            _prepare(
-                k + i_b * k_b, k_out + i_b * S * H * D, k_scale, k_weight, k_bias, cos, sin,
-                k_codes, k_steps, k_lows, kept_k, kept_k_scale,
-                first_token, first_head, w, keeps, S, F, PADDED, eps, k_n, c_n, kc_n, kc_h,
-                H, D, BLOCK_D, TOKENS, HEADS, CHUNKS, NORM, ROPE, ANGLE_HEADS, STAGE,
-                K_FORMAT, "k", K_PER_SCALE, CAPTURE, CAPTURE_STAGE, OUT, FP8,
-            )  # fmt: skip
-    if PARTS != "qk":
-        if PARTS == "v" or part == 2:
-            # Values have neither norm nor RoPE: every stage is the last.
-            _prepare(
-                v + i_b * v_b, v_out + i_b * (S if V_OUT == "native" else PADDED) * H * D, v_scale, None, None, None, None,
-                v_codes, v_steps, v_lows, kept_v, kept_v_scale,
-                first_token, first_head, w, keeps, S, F, PADDED, eps, v_n, 0, vc_n, vc_h,
-                H, D, BLOCK_D, TOKENS, HEADS, CHUNKS, "none", "none", 1, "none" if STAGE == "none" else "rotated",
-                V_FORMAT, "v", V_PER_SCALE, CAPTURE, "rotated", V_OUT, FP8,
-            )  # fmt: skip
+    if part == 0:
+        _prepare(
+            q + i_b * q_b, q_out + i_b * SQ * H * D, q_scale, q_weight, q_bias, cos, sin,
+            None, None, None, None, None,
+            first_token, first_head, w, keeps, SQ, F, PADDED, eps, q_n, c_n, 0, 0,
+            H, D, BLOCK_D, TOKENS, HEADS, CHUNKS, NORM, ROPE, ANGLE_HEADS, "none",
+            "native", "k", 1, "none", "none", OUT, FP8,
+        )  # fmt: skip
+    elif part == 1:
+        _prepare(
+            k + i_b * k_b, k_out + i_b * S * H * D, k_scale, k_weight, k_bias, cos, sin,
+            k_codes, k_steps, k_lows, kept_k, kept_k_scale,
+            first_token, first_head, w, keeps, S, F, PADDED, eps, k_n, c_n, kc_n, kc_h,
+            H, D, BLOCK_D, TOKENS, HEADS, CHUNKS, NORM, ROPE, ANGLE_HEADS, STAGE,
+            K_FORMAT, "k", K_PER_SCALE, CAPTURE, CAPTURE_STAGE, OUT, FP8,
+        )  # fmt: skip
+    elif PARTS != "qk":
+        # Values have neither norm nor RoPE: every stage is the last.
+        rows = S if V_OUT == "native" else PADDED
+        _prepare(
+            v + i_b * v_b, v_out + i_b * rows * H * D, v_scale, None, None, None, None,
+            v_codes, v_steps, v_lows, kept_v, kept_v_scale,
+            first_token, first_head, w, keeps, S, F, PADDED, eps, v_n, 0, vc_n, vc_h,
+            H, D, BLOCK_D, TOKENS, HEADS, CHUNKS, "none", "none", 1, "none" if STAGE == "none" else "rotated",
+            V_FORMAT, "v", V_PER_SCALE, CAPTURE, "rotated", V_OUT, FP8,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -238,8 +233,8 @@ def launch_prologue(
 ) -> None:
     """Fill `outputs`: q, k, v; for fp8 also their scales; with `capture` codes (and scale) of k and of v.
 
-    q, k, v [B, S, H*D] with contiguous channels; source: the locked background's keys and values, at `stage`; alpha None
-    for weight 1. The background of k and v may be missing then.
+    q, k, v [B, S, H*D] with contiguous channels; source: the locked background's keys and values, at `stage`; alpha
+    None for weight 1. The background of k and v may be missing then.
     """
     batch, dim = q.shape[0], q.shape[2] // heads
     fp8 = outputs[0].dtype == torch.float8_e4m3fn

@@ -195,7 +195,7 @@ def _scales(x: Tensor, norm: QKNorm, weight: Tensor | None, bias: Tensor | None)
 
 
 def _block_scales(x: Tensor) -> Tensor:
-    batch, tokens, heads, dim = x.shape
+    batch, tokens, heads, _ = x.shape
     if x.numel() == 0:
         return x.new_empty((batch, heads, -(-tokens // FP8_BLOCK)), dtype=torch.float32)
     blocks = F.pad(x.float(), (0, 0, 0, 0, 0, -tokens % FP8_BLOCK)).unflatten(1, (-1, FP8_BLOCK))

@@ -48,14 +48,12 @@ def store_rows(p, x, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, HALVES: tl.co
 
 @triton.jit
 def load_source(
-    # fmt: off
     codes, scale, minimum,                                                    # at their sample
     i_h, o_n, mask,                                                           # [R, 1]: heads, rows, what to read
     H: tl.constexpr, stride_n, stride_h,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HALVES: tl.constexpr,
     FORMAT: tl.constexpr, KIND: tl.constexpr, PER_SCALE: tl.constexpr, FP8: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     """fp32 tile of the source's cached rows."""
     codes += i_h.to(tl.int64) * stride_h
     o_d = tl.arange(0, BLOCK_D)[None, :]
@@ -64,8 +62,9 @@ def load_source(
         first = load_packed(
             codes, scale, minimum, i_h, o_n, o_half, mask, H, D // 2, stride_n, 1, FORMAT, KIND, PER_SCALE, FP8,
         )  # fmt: skip
+        codes += D // 2
         second = load_packed(
-            codes + D // 2, scale, minimum, i_h, o_n, o_half, mask, H, D // 2, stride_n, 1, FORMAT, KIND, PER_SCALE, FP8,
+            codes, scale, minimum, i_h, o_n, o_half, mask, H, D // 2, stride_n, 1, FORMAT, KIND, PER_SCALE, FP8,
         )  # fmt: skip
         x = tl.join(first, second).reshape(first.shape[0], BLOCK_D)
     else:
@@ -141,11 +140,9 @@ def bound_codes(x, weight, bias, WIDTH: tl.constexpr, FP8: tl.constexpr):
 
 @triton.jit
 def capture_rows(
-    # fmt: off
     kept, kept_scale, x, row, mask, D: tl.constexpr, BLOCK_D: tl.constexpr, HALVES: tl.constexpr,
     FORMAT: tl.constexpr, FP8: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     """Store the tile in a cache's format; row [R, 1]: which rows of `kept` it is."""
     p = kept + row * D
     if FORMAT == "fp8_e4m3" or FORMAT == "int8":
@@ -158,12 +155,10 @@ def capture_rows(
 
 @triton.jit
 def store_output(
-    # fmt: off
     out, out_scale, x, weight, bias, i_h, o_t, mask, starts_block, S, PADDED,
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr, HALVES: tl.constexpr,
     OUT: tl.constexpr, FP8: tl.constexpr,
-    # fmt: on
-):
+):  # fmt: skip
     """Store the tile as OUT says: native; bounded or amax (e4m3, a scale by bound or by amax); transposed (by amax).
 
     The scale by amax is that of the whole tile, 128 tokens of one head. starts_block: whether a block of 128 tokens

@@ -19,7 +19,7 @@ from kvlock_fast.kernels.guard import require_package_name
 require_package_name(__name__)
 
 TRACE_COLUMNS = ("variance", "alpha", "omega", "s_star", "non_finite")
-REGIONS = ("all", "foreground")
+REGIONS = {"s_star_region": ("all", "foreground"), "detection": ("foreground", "global")}
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,9 @@ class Schedule:
     whether omega follows the variance. tau: a number, or fp32 [1 or B] (the source's own variance, then at least
     1e-12). b: the largest factor on omega0. first_dynamic_step: where the variance begins to decide; before it, and
     until two predictions exist, alpha = warmup_alpha and omega = omega0. alpha_floor, omega_floor: their least values
-    from then on. s_star: whether guidance is calibrated by s*; s_star_region, detection: the elements that s* and the
-    variance are taken over. zero_init_steps: first steps whose prediction is taken as 0 and does not count.
+    from then on. s_star: whether guidance is calibrated by s*. s_star_region ("all", "foreground") and detection
+    ("foreground", "global"): the elements that s* and the variance are taken over. zero_init_steps: first steps whose
+    prediction is taken as 0 and does not count.
     """
 
     window: int = 10
@@ -80,9 +81,9 @@ class Schedule:
     def __post_init__(self):
         if self.window < 2:
             raise ValueError(f"window must be at least 2, got {self.window}")
-        for name in ("s_star_region", "detection"):
-            if getattr(self, name) not in REGIONS:
-                raise ValueError(f"{name} must be one of {', '.join(REGIONS)}, got {getattr(self, name)!r}")
+        for name, allowed in REGIONS.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
 
 def new_step_state(latents: Tensor, table: Tensor, omega0: float | Sequence[float], schedule: Schedule) -> StepState:
@@ -124,6 +125,7 @@ def check_step(
 ) -> None:
     """Raise ValueError, saying what was given, unless everything fits together."""
     _check_state(state, schedule)
+    _check_devices(state.latents.device, cond=cond, uncond=uncond, foreground=foreground, source_path=source_path)
     shape = tuple(state.latents.shape)
     for name, x in (("cond", cond), ("uncond", uncond)):
         if x is None:
@@ -169,6 +171,12 @@ def _check_state(state: StepState, schedule: Schedule) -> None:
     needed = max(2, min(schedule.window, steps), state.history + 1)
     if entries < needed:
         raise ValueError(f"window must hold at least {needed} predictions, got {entries}")
+
+
+def _check_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if x is not None and x.device != device:
+            raise ValueError(f"{name} must be on {device} as the latents are, got {x.device}")
 
 
 def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:

@@ -26,11 +26,17 @@ def capabilities() -> dict[str, Any]:
 
     packages = ("torch", "triton", "diffusers", "transformers", "numpy", "av")
     cuda = torch.cuda.is_available()
+    triton = ["triton"] if installed_version("triton") else []
     return {
         "versions": {"kvlock_fast": __version__, **{name: installed_version(name) for name in packages}},
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "families": list(FAMILIES),
-        "backends": ["reference", "sdpa", *(name for name, dist in BACKENDS.items() if installed_version(dist))],
+        "backends": [
+            "reference",
+            *triton,
+            "sdpa",
+            *(name for name, dist in BACKENDS.items() if installed_version(dist)),
+        ],
         "formats": list(FORMATS),
         "tiers": ["lockstep"],
         "presets": list(PRESETS),

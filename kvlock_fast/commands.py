@@ -142,7 +142,7 @@ def kernels(arch: str, only: list[str], json_file: str | None, quiet: bool) -> i
     check_json(json_file)
     with progress_bar(quiet) as progress, compiled.compiler_processes() as pool:
         report = partial(progress, "compiling")
-        rows = list(compiled.compile_kernels(pool, architectures, modules or None, report))
+        rows = list(compiled.compile_kernels(pool, architectures, modules, report))
     if json_file != "-":
         print(compiled.table(rows))
     figures = [compiled.as_json(row) for row in rows]

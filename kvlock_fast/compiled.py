@@ -14,6 +14,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,12 @@ def kernel_modules() -> list[str]:
 
 
 def parse_modules(names: Iterable[str]) -> list[str]:
-    """The modules named, each once. Raises InputError for one that ships no kernel."""
+    """The kernel files of these names, or all, as modules to import. Raises InputError for one that ships no kernel."""
     known = kernel_modules()
     for name in names:
         if name not in known:
             raise InputError(f"--only must be one of {', '.join(known)}, got '{name}'")
-    return list(dict.fromkeys(names))
+    return [f"kvlock_fast.kernels.{name}" for name in dict.fromkeys(names or known)]
 
 
 @contextmanager
@@ -68,15 +69,14 @@ def compiler_processes(count: int | None = None) -> Iterator[ProcessPoolExecutor
 def compile_kernels(
     pool: ProcessPoolExecutor,
     architectures: Iterable[int],
-    modules: Iterable[str] | None = None,
+    modules: Iterable[str],
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Row]:
-    """A row for every kernel variant that ships for each architecture, in order.
+    """A row for every kernel variant that the modules ship for each architecture, in order, each once.
 
-    modules: kernel files by name (a dotted name for one outside the package); default all. report: told how many are
-    done, of how many.
+    `report` is told how many are done, of how many.
     """
-    tasks = [(arch, module) for arch in architectures for module in modules or kernel_modules()]
+    tasks = list(product(architectures, modules))
     listings = [pool.submit(keys, *task) for task in tasks]
     jobs: dict[tuple[int, str], tuple[str, Future]] = {}
     for (arch, module), listing in zip(tasks, listings, strict=True):
@@ -198,6 +198,6 @@ def _assembler_log(ptx: str, arch: int) -> str:
 
 if __name__ == "__main__":
     with compiler_processes() as pool:
-        for row in compile_kernels(pool, parse_architectures(sys.argv[1]), sys.argv[2:] or None):
+        for row in compile_kernels(pool, parse_architectures(sys.argv[1]), parse_modules(sys.argv[2:])):
             print(f"{row.arch} {row.kernel} [{row.variant}] {row.registers} regs, {row.spills} B spilt,", end=" ")
             print(f"{row.shared_memory} B shared, {row.mma or '-'} {row.warnings} {row.problems or 'ok'}", flush=True)

@@ -107,7 +107,7 @@ def _variants(arch: int, module: str) -> dict[str, _Variant]:
         return True  # and Triton does not compile
 
     with recorded_launches(dry_run_for=arch) as launches:
-        import_module(module if "." in module else f"kvlock_fast.kernels.{module}").launch_shipped(arch)
+        import_module(module).launch_shipped(arch)
     driver.set_active(_OfflineDriver(arch))
     knobs.runtime.jit_cache_hook = note
     try:

@@ -4,6 +4,11 @@ Every function takes `backend="auto" | "reference" | "triton"`. "reference" is p
 specification and the CPU implementation. "auto" takes the fastest implementation there is for the tensor's device.
 Wrong shapes, dtypes or names raise ValueError saying what was given. All but `token_mask` are custom operators
 (`torch.ops.kvlock_fast.*`), opaque to torch.compile. No gradients: editing is inference.
+
+By themselves: token_mask, locked_attention, cfg_projection, guided_prediction, windowed_variance, quantize_kv. For the
+fast path of a loop of one's own: `prologue` (norm, RoPE and blend in one pass) in front of `attention` or
+`attention_fp8`, and `step_epilogue` (all that follows a step's forwards). "triton" also takes CPU tensors while
+Triton's interpreter is on (TRITON_INTERPRET=1 before the first import), so that anyone can check a kernel.
 """
 
 import math
@@ -12,17 +17,34 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.kernels import guidance, quantize, variance
-from kvlock_fast.kernels import locked_attention as attention_op
+from kvlock_fast.kernels import locked_attention as locked
+from kvlock_fast.kernels.attention import attention
+from kvlock_fast.kernels.attention_fp8 import attention_fp8
+from kvlock_fast.kernels.epilogue import step_epilogue
 from kvlock_fast.kernels.launch import BACKENDS
+from kvlock_fast.kernels.prologue import Capture, Lock, PrologueOutput, QKNorm, RoPE, prologue
 from kvlock_fast.kernels.quantize import QuantizedKV
+from kvlock_fast.kernels.step_state import Schedule, StepState, new_step_state
 from kvlock_fast.masks import Geometry, project_mask
 
 __all__ = [
+    "Capture",
+    "Lock",
+    "PrologueOutput",
+    "QKNorm",
     "QuantizedKV",
+    "RoPE",
+    "Schedule",
+    "StepState",
+    "attention",
+    "attention_fp8",
     "cfg_projection",
     "guided_prediction",
     "locked_attention",
+    "new_step_state",
+    "prologue",
     "quantize_kv",
+    "step_epilogue",
     "token_mask",
     "windowed_variance",
 ]
@@ -83,7 +105,7 @@ def locked_attention(
     if not isinstance(alpha, Tensor) and not (isinstance(alpha, (int, float)) and 0.0 <= alpha <= 1.0):
         raise ValueError(f"alpha must be a number between 0 and 1 or a tensor, got {alpha!r}")
     per_sample = _per_sample("alpha", alpha, q)
-    return attention_op.locked_attention(q, k, v, k_ref, v_ref, foreground, per_sample, scale, backend, attention)
+    return locked.locked_attention(q, k, v, k_ref, v_ref, foreground, per_sample, scale, backend, attention)
 
 
 def cfg_projection(cond: Tensor, uncond: Tensor, eps: float = 1e-8, *, backend: str = "auto") -> Tensor:

@@ -56,25 +56,40 @@ def blended(new, ref, foreground, alpha):
 
 
 def locked_attention(q, k, v, k_ref, v_ref, foreground, alpha, scale=None):
-    """softmax(q K^T scale) V with blended K and V, one (sample, head) at a time."""
-    q, keys, values = f64(q), blended(k, k_ref, foreground, alpha), blended(v, v_ref, foreground, alpha)
+    """Attention with blended K and V."""
+    return attention(q, blended(k, k_ref, foreground, alpha), blended(v, v_ref, foreground, alpha), scale)
+
+
+def attention(q, k, v, scale=None):
+    """softmax(q K^T scale) V, one (sample, head) at a time."""
+    q, k, v = (x if isinstance(x, np.ndarray) else f64(x) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = np.empty(q.shape)
     for b in range(q.shape[0]):
         for h in range(q.shape[2]):
-            logits = q[b, :, h] @ keys[b, :, h].T * scale
+            logits = q[b, :, h] @ k[b, :, h].T * scale
             weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-            out[b, :, h] = weights / weights.sum(axis=-1, keepdims=True) @ values[b, :, h]
+            out[b, :, h] = weights / weights.sum(axis=-1, keepdims=True) @ v[b, :, h]
     return out
 
 
-def eager_locked_attention(q, k, v, k_ref, v_ref, foreground, alpha):
+def eager_locked_attention(q, k, v, k_ref, v_ref, foreground, alpha, scale=None):
     """What a user would write in q's own dtype: the yardstick for half-precision accuracy."""
+    q, k, v, k_ref, v_ref, foreground = (x.cpu() for x in (q, k, v, k_ref, v_ref, foreground))
+    if isinstance(alpha, torch.Tensor):
+        alpha = alpha.cpu().to(k.dtype)[:, None, None, None]
     fg = foreground[:, :, None, None]
-    keys = torch.where(fg, k, alpha * k_ref + (1 - alpha) * k).transpose(1, 2)
-    values = torch.where(fg, v, alpha * v_ref + (1 - alpha) * v).transpose(1, 2)
-    weights = torch.softmax(q.transpose(1, 2) @ keys.mT * q.shape[-1] ** -0.5, dim=-1)
-    return (weights @ values).transpose(1, 2)
+    keys, values = (
+        torch.where(fg, x, alpha * ref.to(x.dtype) + (1 - alpha) * x) for x, ref in ((k, k_ref), (v, v_ref))
+    )
+    return eager_attention(q, keys, values, scale)
+
+
+def eager_attention(q, k, v, scale=None):
+    """softmax(q K^T scale) V in q's own dtype."""
+    q, k, v = (x.cpu().transpose(1, 2) for x in (q, k, v))
+    weights = torch.softmax(q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale), dim=-1)
+    return (weights @ v).transpose(1, 2)
 
 
 def cfg_projection(cond, uncond, eps=1e-8):
@@ -109,3 +124,10 @@ def sqnr_db(x, decoded):
     """Signal power over error power; infinite where nothing was lost."""
     signal, error = np.square(f64(x)).sum(), np.square(f64(x) - f64(decoded)).sum()
     return math.inf if error == 0 else 10 * math.log10(signal / error)
+
+
+def check_as_good_as_eager(got, eager, truth):
+    """No further from fp64 than same-dtype eager, plus one rounding to the output's dtype."""
+    rounding = torch.finfo(got.dtype).eps / 2 * abs(truth).max(initial=0) + 1e-6
+    error, allowed = (abs(f64(x) - truth).max(initial=0) for x in (got, eager))
+    assert error <= allowed + rounding, f"error {error:.3e}, eager's {allowed:.3e} plus one rounding {rounding:.3e}"

@@ -16,7 +16,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 class Case:
     """One call. source: None, a format of the cache, or "in_batch"; angles: 1 or "heads"; missing: background rows."""
 
-    batch: int = 2
+    batch: int = 1
     tokens: int = 7
     heads: int = 3
     dim: int = 8

@@ -341,6 +341,17 @@ def test_triton_and_reference_agree(op, arguments):
 
 
 @every_op
+def test_many_blocks_and_partial_sums_add_up(op, arguments, monkeypatch):
+    """As with large tensors: every program has several blocks, every sum several turns."""
+    want = op(*arguments, backend="reference")
+    for module in (guidance, variance):
+        monkeypatch.setattr(module, "BLOCK", 8)
+        monkeypatch.setattr(module, "SUM_BLOCK", 2)
+    monkeypatch.setattr(guidance, "MOST_PROGRAMS", 3)
+    torch.testing.assert_close(op(*arguments, backend="triton"), want, rtol=1e-5, atol=1e-6)
+
+
+@every_op
 def test_the_same_bits_every_run(op, arguments):
     assert torch.equal(op(*arguments, backend="triton"), op(*arguments, backend="triton"))
 

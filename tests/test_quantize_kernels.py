@@ -31,6 +31,7 @@ SQNR_DB = {"bf16": 48.0, "fp8_e4m3": 29.0, "int8": 36.0, "int4": 15.0}
 formats = pytest.mark.parametrize(("format", "kind", "per_scale"), FORMATS.values(), ids=FORMATS)
 lossy = pytest.mark.parametrize(("format", "kind", "per_scale"), list(FORMATS.values())[1:], ids=list(FORMATS)[1:])
 dtypes = pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+two_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 SHAPES = {
     "aligned": (1, 128, 2, 64),
@@ -99,7 +100,7 @@ def test_kernel_and_reference_give_the_same_bits(shape, dtype, format, kind, per
 
 
 @formats
-@pytest.mark.parametrize("shape", [(2, 131, 2, 32), (1, 70, 2, 33)], ids=["prime", "odd-dim"])
+@pytest.mark.parametrize("shape", [(1, 131, 2, 32), (2, 70, 1, 33)], ids=["prime", "odd-dim"])
 @pytest.mark.parametrize("chosen", ["permuted", "few", "repeated", "one", "none", "strided"])
 def test_chosen_tokens_are_packed_in_the_same_pass(chosen, shape, format, kind, per_scale):
     x, count = normal(*shape, dtype=torch.bfloat16), shape[1]
@@ -134,7 +135,7 @@ LAYOUTS = {
 @formats
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_any_strides_are_read_in_place(layout, format, kind, per_scale):
-    x = normal(1, 66, 2, 40, dtype=torch.float16).repeat(2, 1, 1, 1)
+    x = normal(1, 37, 2, 40, dtype=torch.float16).repeat(2, 1, 1, 1)
     strided = layout(x)
     assert not strided.is_contiguous()
     check_same(quantize(strided, format, kind, per_scale), quantize(x, format, kind, per_scale, "reference"))
@@ -185,32 +186,29 @@ def groups(x, dim, size, fill):
 
 
 @formats
-@dtypes
-@pytest.mark.parametrize("shape", [(2, 131, 2, 64), (1, 70, 3, 96)], ids=["dim-64", "dim-96"])
+@two_dtypes
+@pytest.mark.parametrize("shape", [(1, 131, 2, 64), (1, 70, 1, 96)], ids=["dim-64", "dim-96"])
 def test_values_come_back_within_half_a_step_of_fp64(shape, dtype, format, kind, per_scale):
     x = normal(*shape, dtype=dtype)
     x[:, :, :, 5] *= 20
     cache = quantize(x, format, kind, per_scale)
     error = (cache.dequantize(torch.float32, backend="triton").double() - x.double()).abs()
     assert (error <= largest_error(x, format, kind, per_scale)).all()
-    if shape[3] == 64 and (format, kind) != ("int4", "v"):
-        x = normal(*shape, dtype=dtype)
-        got = quantize(x, format, kind, per_scale).dequantize(torch.float32, backend="triton")
-        assert oracles.sqnr_db(x, got) >= SQNR_DB[format]
 
 
 @lossy
-def test_normal_data_keeps_its_signal(format, kind, per_scale):
-    x = normal(2, 128, 2, 64, seed=7)
+@dtypes
+def test_normal_data_keeps_its_signal(dtype, format, kind, per_scale):
+    x = normal(1, 128, 2, 64, seed=7, dtype=dtype)
     got = quantize(x, format, kind, per_scale).dequantize(torch.float32, backend="triton")
     assert oracles.sqnr_db(x, got) >= SQNR_DB[format]
 
 
 @lossy
-@dtypes
+@two_dtypes
 @pytest.mark.parametrize("bad", [NAN, INF, -INF], ids=str)
 def test_a_bad_value_stays_visible_and_in_its_group(bad, dtype, format, kind, per_scale):
-    x = normal(1, 200, 2, 64, dtype=dtype)
+    x = normal(1, 200, 2, 32, dtype=dtype)
     x[0, 131, 1, 5] = bad
     cache = quantize(x, format, kind, per_scale)
     values, want = (cache.dequantize(torch.float32, backend=b) for b in ("triton", "reference"))
@@ -252,7 +250,7 @@ def test_nbytes_stay_under_their_share_of_bf16(shape, format, kind, per_scale):
 
 @formats
 @dtypes
-@pytest.mark.parametrize("shape", [(2, 131, 2, 32), (1, 9, 2, 33), (1, 65, 1, 128), (2, 0, 3, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 131, 2, 32), (2, 9, 2, 33), (1, 65, 1, 128), (2, 0, 3, 40)], ids=str)
 def test_values_have_the_references_bits(shape, dtype, format, kind, per_scale):
     cache = quantize(normal(*shape, dtype=dtype), format, kind, per_scale, "reference")
     with recorded_launches() as launches:
@@ -276,7 +274,7 @@ def test_strided_codes_are_read_in_place(format, kind, per_scale):
 
 @formats
 def test_one_sample_of_a_batch_is_read_in_place(format, kind, per_scale):
-    cache = quantize(normal(3, 130, 2, 32), format, kind, per_scale)
+    cache = quantize(normal(3, 130, 1, 32), format, kind, per_scale)
     scales = [s[1:2] for s in cache.scales]
     got = launch_dequantize_kv(cache.codes[1:2], scales, format, kind, 32, per_scale, torch.float32)
     assert torch.equal(got, cache.dequantize(torch.float32, backend="triton")[1:2])
@@ -287,7 +285,7 @@ def test_one_sample_of_a_batch_is_read_in_place(format, kind, per_scale):
 
 @formats
 def test_one_launch_each_way(format, kind, per_scale):
-    x = normal(2, 130, 3, 32)
+    x = normal(1, 130, 2, 32)
     with recorded_launches() as launches:
         quantize(x, format, kind, per_scale).dequantize(torch.float16, backend="triton")
     assert [launch.name for launch in launches] == ["_quantize_kernel", "_dequantize_kernel"]
@@ -324,7 +322,7 @@ def test_operators_pass_opcheck(backend, format, kind, per_scale):
 
 
 @all_formats
-@pytest.mark.parametrize("shape", [(2, 130, 3, 33), (0, 4, 3, 8), (2, 0, 3, 8)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 130, 2, 33), (0, 4, 3, 8), (2, 0, 3, 8)], ids=str)
 @backends
 def test_fake_tensors_predict_every_output(backend, shape, format, kind, per_scale):
     x = normal(*shape).transpose(1, 2).contiguous().transpose(1, 2)
