@@ -201,14 +201,17 @@ def plan_splits(q: Tensor, queries: int, keys: int, tokens: int, wanted: int | N
 
 def descriptor(x: Tensor, block: list[int]) -> Any:
     """A tensor descriptor of x [., ., ., channels] for tiles of `block`."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
+    # The stride of a dimension of one entry means nothing, and may be one that descriptors refuse.
+    strides = [x.stride(i) if x.shape[i] > 1 else 16 for i in range(3)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], block)
 
 
 def fits_tma(*tensors: Tensor) -> bool:
-    """Whether tensor descriptors can be made: channels contiguous, all else in steps of 16 bytes."""
-    size = tensors[0].element_size()
+    """Whether tensor descriptors can be made: channels contiguous, all else in (true) steps of 16 bytes."""
     return all(
-        x.stride(3) == 1 and all(x.stride(i) * size % 16 == 0 for i in range(3)) and x.data_ptr() % 16 == 0
+        x.stride(3) == 1
+        and x.data_ptr() % 16 == 0
+        and all(x.shape[i] <= 1 or (x.stride(i) > 0 and x.stride(i) * x.element_size() % 16 == 0) for i in range(3))
         for x in tensors
     )
 

@@ -128,7 +128,7 @@ def _allocate(
         layout = [(shape, torch.float8_e4m3fn) for shape, _ in layout]
         layout += [((batch, heads, -(-n // FP8_BLOCK)), torch.float32) for n in lengths]
     if capture is not None:
-        shape = (1, tokens - foreground, heads, dim)
+        shape = (min(batch, 1), tokens - foreground, heads, dim)
         for kind in ("k", "v"):
             layout += [(shape, q.dtype)] if capture == "native" else packed_layout(shape, capture, kind)
     return [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in layout]
@@ -211,7 +211,7 @@ def _captured(
 def _check_projections(q: Tensor, k: Tensor, v: Tensor, heads: int) -> int:
     """Channels a head."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 3 or not x.is_floating_point() or x.shape[2] % heads or x.shape[2] == 0:
+        if heads < 1 or x.ndim != 3 or not x.is_floating_point() or x.shape[2] == 0 or x.shape[2] % heads:
             raise ValueError(f"{name} must be a float [B, S, {heads} * D], got {x.dtype} {tuple(x.shape)}")
         if x.stride(2) != 1:
             raise ValueError(f"{name}'s channels must be contiguous, got strides {x.stride()}")

@@ -150,7 +150,7 @@ def prologue_reference(
     if lock is None:
         k = rotated(k, rope)
     else:
-        weight = F.pad(lock.alpha, (lock.first_row, 0)) if k.shape[1] > foreground else torch.ones(k.shape[0]).to(k)
+        weight = F.pad(lock.alpha, (lock.first_row, 0)) if k.shape[1] > foreground else k.new_ones(k.shape[0])
         k_ref = lock.k.to(wide)
         k_ref = normalised(k_ref, *by_k) if lock.stage == "raw" else k_ref
         if lock.stage == "rotated":

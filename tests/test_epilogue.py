@@ -117,7 +117,9 @@ def make_run(
         table=table,
         path=normal(steps + 1, 1, *shape[1:]).to(DEVICE) if path else None,
         omega0=omega0 if isinstance(omega0, list) else [omega0] * steps,
-        schedule=Schedule(**{"tau": 0.4, **schedule}),
+        schedule=Schedule(
+            **{"tau": 0.4, **{n: x.to(DEVICE) if torch.is_tensor(x) else x for n, x in schedule.items()}}
+        ),
     )
 
 
@@ -268,7 +270,6 @@ SHAPES = {
 @both
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_every_mode_follows_the_loop(mode, backend):
-    mode = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in mode.items()}
     check(make_run(**mode), backend)
 
 
@@ -429,7 +430,7 @@ def test_the_same_bits_every_run(solver, backend):
 @both
 def test_a_still_sample_of_a_still_source_is_calm(backend):
     """0 / 0 would be NaN: neither has moved, so nothing needs to be locked."""
-    run = make_run(tau=torch.zeros(1, device=DEVICE), guided=False)
+    run = make_run(tau=torch.zeros(1), guided=False)
     run.cond.zero_()
     _, state = result(run, backend)
     assert (state.variance < 1e-13).all() and (state.alpha < 0.1).all()
@@ -444,6 +445,23 @@ def test_many_blocks_and_partial_sums_add_up(mode, monkeypatch):
     monkeypatch.setattr(guidance, "BLOCK", 8)
     monkeypatch.setattr(guidance, "MOST_PROGRAMS", 3)
     check(make_run(**MODES[mode] | {"shape": (2, 2, 2, 3, 7), "steps": 3}), "triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["paper", "corrector", "unguided"])
+def test_one_captured_graph_serves_every_step(mode):
+    run = make_run(**MODES[mode])
+    want, _ = result(run, "triton")
+    cond, uncond = run.cond[0].clone(), None if run.uncond is None else run.uncond[0].clone()
+    state, graph = start(run), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step_epilogue(state, cond, uncond, run.foreground, run.schedule, run.path)
+    for k in range(run.steps):
+        cond.copy_(run.cond[k])
+        if uncond is not None:
+            uncond.copy_(run.uncond[k])
+        graph.replay()
+        assert torch.equal(state.latents, want[k])
 
 
 LAUNCHES = {
@@ -539,7 +557,7 @@ def test_zero_init_reads_no_prediction(backend):
 
 @both
 def test_inputs_are_left_alone(backend):
-    run = make_run(path=True, solver="corrected", tau=torch.tensor([0.3], device=DEVICE))
+    run = make_run(path=True, solver="corrected", tau=torch.tensor([0.3]))
     kept = [run.cond, run.uncond, run.foreground, run.path, run.schedule.tau]
     before = [x.clone() for x in kept]
     state = start(run)

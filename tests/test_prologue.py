@@ -292,6 +292,18 @@ def test_alpha_is_per_sample(stage, backend):
     check_exact(got.v, want.v, case)
 
 
+@backends
+def test_rows_before_the_first_are_left_as_they_are(backend):
+    positional, named = inputs(Case(batch=3, source="native"))
+    lock = named["lock"]
+    rows = torch.tensor([0.0, 0.6, 0.2], device=DEVICE)
+    got, want = (
+        prologue(*positional, **named | {"lock": replace(lock, alpha=alpha, first_row=first)}, backend=backend)
+        for alpha, first in ((rows[1:], 1), (rows, 0))
+    )
+    assert same_bits(got.k, want.k) and same_bits(got.v, want.v)
+
+
 @bad_values
 @backends
 @layouts
