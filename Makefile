@@ -6,8 +6,10 @@ STAMP  := $(VENV)/.kvlock-installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --no-input install --quiet --progress-bar off
 # A folder of real clips for the tests that want one: make test CLIPS=DIR
 CLIPS  ?=
+# How many tests run at once.
+JOBS   ?= 2
 # With "=": after a space pytest would take the folder for a place of tests, before it has read our options.
-PYTEST := $(BIN)/python -m pytest -q $(if $(CLIPS),--clips="$(CLIPS)")
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) $(if $(CLIPS),--clips="$(CLIPS)")
 
 .PHONY: demo test test-all lint clean install
 .DEFAULT_GOAL := demo

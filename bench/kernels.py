@@ -39,7 +39,8 @@ PARTS: dict[str, Callable[..., Case]] = {
     "epilogue": memory_cases.epilogue_case,
     "guidance": memory_cases.guidance_case,
 }
-FIGURES = ("ms", "ms_low", "ms_high", "host_us", "samples", "tflops", "gbps", "percent_of_ceiling", "launches", "error")
+TIMES = ("ms", "ms_low", "ms_high", "host_us", "samples", "waited")
+FIGURES = (*TIMES, "tflops", "gbps", "percent_of_ceiling", "launches", "error")
 EMPTY = dict.fromkeys((*FIGURES, "problem"))
 
 

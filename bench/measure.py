@@ -20,6 +20,7 @@ SAMPLE_SECONDS, MOST_CALLS = 1e-3, 16
 LEAST_SAMPLES, MOST_SAMPLES = 10, 60
 SECONDS_PER_CONTENDER = 0.4
 WARM_UP_CALLS = 3
+LEAST_SPIN, MOST_SPIN = 1 << 20, 1 << 25  # cycles: about 0.5 and 17 ms
 
 
 @dataclass(frozen=True)
@@ -83,12 +84,12 @@ class CudaClock:
     """Times calls on the current device by events."""
 
     def __init__(self):
-        self.spin = 1_000_000  # cycles
+        self.spin = LEAST_SPIN
 
-    def sample(self, contender: Contender, calls: int, first: int, sets: int) -> tuple[float, float]:
-        """Seconds a call, on the device and on the host."""
+    def sample(self, contender: Contender, calls: int, first: int, sets: int) -> tuple[float, float, bool]:
+        """Seconds a call, on the device and on the host; whether the device had to wait for the host."""
         contender.before()
-        for _ in range(8):
+        while True:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             torch.cuda._sleep(self.spin)
@@ -98,19 +99,21 @@ class CudaClock:
                 contender.run(i % sets)
             host = time.perf_counter() - begun
             end.record()
-            queued_in_time = not start.query()
+            waited = start.query()  # the spinning was over before everything was queued
             end.synchronize()
-            if queued_in_time:
-                break
+            if not waited or self.spin >= MOST_SPIN:
+                return start.elapsed_time(end) / 1e3 / calls, host / calls, waited
             self.spin *= 2
-        return start.elapsed_time(end) / 1e3 / calls, host / calls
 
     def wait(self) -> None:
         torch.cuda.synchronize()
 
 
 def time_case(case: Case, names: list[str], clock: Any, seconds: float = SECONDS_PER_CONTENDER) -> dict[str, dict]:
-    """ms (median), ms_low, ms_high (10th and 90th percentile), host_us and samples of the contenders named."""
+    """ms (median), ms_low, ms_high (10th and 90th percentile), host_us, samples and waited of the contenders named.
+
+    waited: whether in any sample the device waited for the host, whose time then counts too.
+    """
     calls, samples = {}, {}
     for name in names:
         contender = case.contenders[name]
@@ -121,7 +124,7 @@ def time_case(case: Case, names: list[str], clock: Any, seconds: float = SECONDS
         guess = max(clock.sample(contender, 1, 0, case.sets)[0], 1e-7)
         calls[name] = max(1, min(MOST_CALLS, round(SAMPLE_SECONDS / guess)))
         samples[name] = max(LEAST_SAMPLES, min(MOST_SAMPLES, round(seconds / (guess * calls[name]))))
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    times: dict[str, list[tuple[float, float, bool]]] = {name: [] for name in names}
     shuffle, first = random.Random(0), 0
     for turn in range(max(samples.values(), default=0)):
         due = [name for name in names if turn < samples[name]]
@@ -132,8 +135,8 @@ def time_case(case: Case, names: list[str], clock: Any, seconds: float = SECONDS
     return {name: _summary(found) for name, found in times.items()}
 
 
-def _summary(times: list[tuple[float, float]]) -> dict[str, float]:
-    device, host = (sorted(column) for column in zip(*times, strict=True))
+def _summary(times: list[tuple[float, float, bool]]) -> dict[str, float]:
+    device, host, waited = (sorted(column) for column in zip(*times, strict=True))
     tenth = len(device) // 10
     return {
         "ms": 1e3 * statistics.median(device),
@@ -141,6 +144,7 @@ def _summary(times: list[tuple[float, float]]) -> dict[str, float]:
         "ms_high": 1e3 * device[-1 - tenth],
         "host_us": 1e6 * statistics.median(host),
         "samples": len(device),
+        "waited": waited[-1],
     }
 
 

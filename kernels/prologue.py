@@ -310,6 +310,7 @@ def launch_shipped(architecture: int) -> None:
         for source in ("native", "int8", "int4"):
             _ship(*wan, torch.bfloat16, output, source)
         _ship(*wan, torch.float16, output, "fp8_e4m3")
+        _ship(*wan, torch.bfloat16, output, "fp8_e4m3", foreground_only=True)
         _ship(*wan, torch.bfloat16, output, None, capture=Capture("fp8_e4m3"))
         _ship(*wan, torch.bfloat16, output, None, capture=Capture("int8", "normed"))
         _ship(32, 96, "none", 1, 32760, torch.bfloat16, output, "fp8_e4m3", layout="split_half")
@@ -327,6 +328,8 @@ def _ship(
     source: str | None,
     capture: Capture | None = None,
     layout: str = "interleaved",
+    stage: str = "rotated",
+    foreground_only: bool = False,
 ) -> None:
     """One dry launch: q, k, v slices of a fused projection, 20 % foreground, a source in a format or in the batch."""
     foreground = tokens // 5
@@ -344,9 +347,11 @@ def _ship(
         packed = {kind: [torch.empty(1, tokens - foreground, heads, dim, dtype=dtype, device="meta")] for kind in "kv"}
     elif source:
         packed = {kind: meta_codes(1, tokens - foreground, heads, dim, source, kind) for kind in "kv"}
-    format, stage, first_row = ("native", "raw", 1) if source == "in_batch" else (source, "rotated", 0)
+    format, stage, first_row = ("native", "raw", 1) if source == "in_batch" else (source, stage, 0)
     arguments = [packed_arguments(x[0], x[1:], format, kind, 1, 90) for kind, x in packed.items() if x]
-    alpha = torch.empty(2 - first_row, device="meta") if source else None
+    alpha = torch.empty(2 - first_row, device="meta") if source and not foreground_only else None
+    if foreground_only:
+        q, k, v = (x[:, :foreground] for x in (q, k, v))
     outputs = _allocate(q, k, heads, foreground, packed["k"], output, capture and capture.format)
     launch_prologue(
         q, k, v, outputs, heads, QKNorm(norm, *weights), rope, foreground,

@@ -193,7 +193,7 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^\t")]
-    told = [line for line in lines if re.search(r"\b(error|fatal)\b", line)] or lines[-1:]
+    told = [line for line in lines if re.match(r"ptxas .*\b(error|fatal)\b", line)] or lines[-1:]
     return f"{type(error).__name__}: {told[0] if told else ''}"[:300]
 
 

@@ -21,6 +21,15 @@ def _product_kernel(x, out, N: tl.constexpr):
 
 
 @triton.jit
+def _greedy_kernel(x, out, N: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    b_sum = tl.zeros([N, N], tl.float32)
+    for i in range(64):
+        b_sum = tl.dot(tl.load(x + i * N * N + at), tl.load(out + i * N * N + at), b_sum)
+    tl.store(out + at, b_sum.to(tl.float16))
+
+
+@triton.jit
 def _halved(x):
     return x.no_such_method()
 
@@ -42,7 +51,7 @@ def launch_shipped(architecture: int) -> None:
     half = torch.empty(256, 256, dtype=torch.float16, device="meta")
     launch(_spilling_kernel, (1,), half.float(), half.float(), N=128, num_warps=1)
     launch(_product_kernel, (1,), half, half, N=64, num_warps=2)  # no warp group, so no HGMMA
-    launch(_product_kernel, (1,), half, half, N=512, num_warps=16)  # two operands of 512 KiB
+    launch(_greedy_kernel, (1,), half, half, N=128, num_warps=8, num_stages=9)  # 8 times two operands of 32 KiB
     launch(_broken_kernel, (1,), half, half, N=16)
     for _ in range(2):
         launch(_sound_kernel, (1,), half, half, N=128)

@@ -79,10 +79,11 @@ def eager_locked_attention(q, k, v, k_ref, v_ref, foreground, alpha, scale=None)
     if isinstance(alpha, torch.Tensor):
         alpha = alpha.cpu().to(k.dtype)[:, None, None, None]
     fg = foreground[:, :, None, None]
-    keys, values = (
-        torch.where(fg, x, alpha * ref.to(x.dtype) + (1 - alpha) * x) for x, ref in ((k, k_ref), (v, v_ref))
-    )
-    return eager_attention(q, keys, values, scale)
+
+    def blend(new, ref):
+        return torch.where(fg, new, alpha * ref.to(new.dtype) + (1 - alpha) * new)
+
+    return eager_attention(q, blend(k, k_ref), blend(v, v_ref), scale)
 
 
 def eager_attention(q, k, v, scale=None):

@@ -141,13 +141,15 @@ def test_attention_of_samples_that_share_keys(tma):
 
 @splits_
 @dtypes
-def test_very_large_scores_pick_the_best_key(dtype, splits):
-    """Sums over whole numbers are exact, so that which key wins is no matter of rounding."""
+def test_very_large_scores_lose_only_their_own_rounding(dtype, splits):
+    """Whole numbers, whose sums are exact: what is left is fp32's rounding of a score times log2(e)."""
     q, k, v = qkv(queries=7, keys=307, dim=32, dtype=dtype)
     q, k = (100 * q).round(), k.round()
     got = launch_attention(q, k, v, 1.0, splits=splits)
-    truth = oracles.attention(q, k, v, 1.0)
-    np.testing.assert_allclose(oracles.f64(got), truth, atol=2 * torch.finfo(dtype).eps * abs(truth).max())
+    truth, largest = oracles.attention(q, k, v, 1.0), abs(oracles.f64(q)[0, :, 0] @ oracles.f64(k)[0, :, 0].T).max()
+    assert largest > 1000
+    tolerance = torch.finfo(dtype).eps + 2 * largest * 2**-23
+    np.testing.assert_allclose(oracles.f64(got), truth, rtol=0, atol=tolerance * abs(truth).max())
 
 
 @splits_
@@ -195,16 +197,16 @@ def test_attention_matches_fp64_on_any_shape(shape, dtype, splits, scale):
     check_attention(launch_attention(q, k, v, scale, splits=splits), q, k, v, scale)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 7, 33])
+@pytest.mark.parametrize("parts", [1, 7, 33])
 @pytest.mark.parametrize("spread", [1.0, 1e4], ids=str)
-@dtypes
+@two_dtypes
 def test_merge_weighs_the_parts_by_their_sums(dtype, spread, parts):
-    partial, lse = normal(parts, 6, 19, 40), normal(parts, 6, 19, seed=1) * spread
-    out = torch.empty(2, 19, 3, 40, dtype=dtype, device=DEVICE)
+    partial, lse = normal(parts, 4, 19, 40), normal(parts, 4, 19, seed=1) * spread
+    out = torch.empty(2, 19, 2, 40, dtype=dtype, device=DEVICE)
     launch_merge(partial, lse, out)
     weights = np.exp2(oracles.f64(lse) - oracles.f64(lse).max(0))
     merged = (weights[..., None] * oracles.f64(partial)).sum(0) / weights.sum(0)[..., None]
-    want = merged.reshape(2, 3, 19, 40).transpose(0, 2, 1, 3)
+    want = merged.reshape(2, 2, 19, 40).transpose(0, 2, 1, 3)
     np.testing.assert_allclose(oracles.f64(out), want, rtol=torch.finfo(dtype).eps / 2, atol=2e-6)
 
 
@@ -229,9 +231,9 @@ def dry(arch, launcher, *arguments, **options):
 
 
 def test_few_queries_are_split_over_the_gpu():
-    q, k = torch.empty(1, 985, 9, 128, dtype=BF16), torch.empty(1, 62_000, 9, 128, dtype=BF16, device="meta")
-    first, merge = dry(90, launch_attention, q.to("meta"), k, k, 1.0)
-    assert first.grid[2] > 1 and 66 <= math.prod(first.grid) <= 132 and merge.name == "_merge_kernel"
+    k = torch.empty(1, 62_000, 9, 128, dtype=BF16, device="meta")
+    first, merge = dry(90, launch_attention, k[:, :200], k, k, 1.0)
+    assert first.grid[:2] == (2, 9) and 100 <= math.prod(first.grid) <= 264 and merge.name == "_merge_kernel"
     (whole,) = dry(90, launch_attention, k, k, k, 1.0)
     assert whole.grid[2] == 1
 
@@ -313,33 +315,37 @@ def decoded(operands):
     return decode(q, q_scale), decode(k, k_scale), decode(v, v_scale)
 
 
-def check_fp8(got, operands, scale, exact=None):
+def check_fp8(got, operands, scale):
     q, k, v = decoded(operands)
     truth = torch.from_numpy(oracles.attention(q, k, v, scale))
     assert oracles.sqnr_db(truth, got) >= 30
     assert oracles.sqnr_db(truth, attention_fp8_reference(*operands, scale)) >= 100
-    if exact is not None:
-        assert oracles.sqnr_db(exact, got) >= 25
 
 
 @dims
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 129), (64, 128), (131, 67)], ids=str)
-def test_fp8_attention_keeps_its_signal(queries, keys, dim):
-    q, k, v = qkv(queries=queries, keys=keys, dim=dim)
-    operands = fp8_operands(q, k, v)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (5, 129), (131, 67)], ids=str)
+def test_fp8_attention_matches_fp64_of_its_operands(queries, keys, dim):
+    operands = fp8_operands(*qkv(queries=queries, keys=keys, dim=dim))
     got = launch_attention_fp8(*operands, dim**-0.5, FP16)
-    assert got.dtype == FP16 and got.shape == q.shape and got.is_contiguous()
-    check_fp8(got, operands, dim**-0.5, torch.from_numpy(oracles.attention(q, k, v)))
+    assert got.dtype == FP16 and got.shape == (1, queries, 1, dim) and got.is_contiguous()
+    check_fp8(got, operands, dim**-0.5)
+
+
+@dims
+def test_fp8_attention_keeps_the_signal_of_normal_data(dim):
+    q, k, v = qkv(queries=64, keys=256, heads=2, dim=dim)
+    got = launch_attention_fp8(*fp8_operands(q, k, v), dim**-0.5, FP32)
+    # A score of 8 products keeps more of their rounding.
+    assert oracles.sqnr_db(torch.from_numpy(oracles.attention(q, k, v)), got) >= (25 if dim > 8 else 20)
 
 
 @splits_
 @pointers_or_tma
-@dtypes
-def test_fp8_attention_with_split_keys(dtype, tma, splits):
+def test_fp8_attention_with_split_keys(tma, splits):
     operands = fp8_operands(*qkv(queries=5, keys=307, heads=2, dim=32))
     with recorded_launches() as launches:
-        got = launch_attention_fp8(*operands, 0.25, dtype, splits=splits, tma=tma)
-    assert got.dtype == dtype and len(launches) == (2 if splits in (2, 5) else 1)
+        got = launch_attention_fp8(*operands, 0.25, BF16, splits=splits, tma=tma)
+    assert got.dtype == BF16 and len(launches) == (2 if splits in (2, 5) else 1)
     check_fp8(got, operands, 0.25)
 
 
@@ -355,9 +361,9 @@ def test_fp8_attention_reads_views_in_place(layout, tma):
 
 
 @pytest.mark.parametrize("slack", [1.0, 8.0], ids=["tight-scales", "loose-scales"])
-@splits_
+@pytest.mark.parametrize("splits", [1, 5])
 def test_every_block_has_its_own_fp8_scale(splits, slack):
-    q, k, v = qkv(queries=131, keys=307, dim=32)
+    q, k, v = qkv(queries=131, keys=270, dim=32)
     q[:, 128:], k[:, :128], k[:, 256:], v[:, 128:256], v[:, 256:] = 9 * q[:, 128:], 7, 0.01, 1000 * v[:, 128:256], 30
     k[:, :128] += normal(1, 128, 1, 32, seed=5)
     operands = fp8_operands(q / 10, k, v, slack)
@@ -368,7 +374,7 @@ def test_a_score_of_many_equal_keys_does_not_underflow():
     """One key ahead of 4000 others, which together weigh as much: each probability is 2^-12 of the largest."""
     q, k, v = torch.zeros(3, 1, 4001, 1, 32, device=DEVICE)
     q, k[:, 17], v[:] = torch.ones_like(q[:, :2]), 12 * math.log(2) / 32, 1
-    v[:, 17] = -1
+    v[:, 17] = 3
     operands = fp8_operands(q, k, v)
     check_fp8(launch_attention_fp8(*operands, 1.0, FP32), operands, 1.0)
 
@@ -444,27 +450,21 @@ def check_blend(got, new, ref, foreground, alpha):
     assert got.dtype == new.dtype and got.shape == new.shape and got.is_contiguous()
     alpha = per_sample(alpha, len(new))
     weight = torch.where(foreground, 0.0, alpha[:, None])[..., None, None].expand_as(new)
-    ref = ref.expand_as(new).to(new.dtype)
-    assert torch.equal(bits(got[weight == 0]), bits(new[weight == 0]))
-    assert torch.equal(bits(got[weight == 1]), bits(ref[weight == 1]))
-
-
-def check_mixed(got, new, ref, foreground, alpha):
-    truth = oracles.blended(new, ref, foreground, per_sample(alpha, len(new)))
-    eps = torch.finfo(got.dtype).eps
+    exact = torch.where(weight == 0, new, ref.to(new.dtype))
+    assert torch.equal(bits(got[(weight == 0) | (weight == 1)]), bits(exact[(weight == 0) | (weight == 1)]))
+    truth, eps = oracles.blended(new, ref, foreground, alpha), torch.finfo(got.dtype).eps
     np.testing.assert_allclose(oracles.f64(got), truth, rtol=eps / 2 * (1 + 1e-3), atol=1e-6)
 
 
 @caches
-@alphas
+@pytest.mark.parametrize("alpha", [ALPHAS["alpha-per-sample"], 0.3], ids=["per-sample", "shared"])
 @two_dtypes
 def test_blended_keys_and_values_match_fp64(dtype, alpha, cache):
-    _, k, v, k_ref, v_ref, foreground = locked_inputs(batch=2, keys=33, dim=40, dtype=dtype)
+    _, k, v, k_ref, v_ref, foreground = locked_inputs(batch=3, keys=19, dim=40, dtype=dtype)
     (k_packed, k_ref), (v_packed, v_ref) = cached(k_ref, cache, "k"), cached(v_ref, cache, "v")
     got = blend_kv(k, v, k_packed, v_packed, foreground, alpha)
     for x, new, ref in zip(got, (k, v), (k_ref, v_ref), strict=True):
         check_blend(x, new, ref, foreground, alpha)
-        check_mixed(x, new, ref, foreground, alpha)
 
 
 @masks
@@ -474,17 +474,16 @@ def test_blend_of_any_width_and_mask(dim, mask):
     foreground = mask_of(mask, 1, 18)
     for x, new, ref in zip(blend_kv(k, v, k_ref, v_ref, foreground, 0.3), (k, v), (k_ref, v_ref), strict=True):
         check_blend(x, new, ref, foreground, 0.3)
-        check_mixed(x, new, ref, foreground, 0.3)
 
 
 @caches
-@pytest.mark.parametrize("dim", [1, 2, 3, 7, 33, 65])
+@pytest.mark.parametrize("dim", [1, 2, 7, 33, 65])
 def test_blend_of_odd_widths(dim, cache):
-    _, k, v, k_ref, v_ref, foreground = locked_inputs(keys=70, dim=dim)
+    _, k, v, k_ref, v_ref, foreground = locked_inputs(keys=20, dim=dim)
     (k_packed, k_ref), (v_packed, v_ref) = cached(k_ref, cache, "k"), cached(v_ref, cache, "v")
     got = blend_kv(k, v, k_packed, v_packed, foreground, 0.6)
     for x, new, ref in zip(got, (k, v), (k_ref, v_ref), strict=True):
-        check_mixed(x, new, ref, foreground, 0.6)
+        check_blend(x, new, ref, foreground, 0.6)
 
 
 SPECIALS = [INF, -INF, NAN, -0.0, 1e-40, -6e-8, 65504.0]
@@ -540,8 +539,8 @@ def test_locked_attention_matches_fp64(queries, keys, dim, locked):
 @alphas
 @masks
 def test_locked_attention_under_any_mask_and_weight(mask, alpha, locked):
-    *tensors, _ = locked_inputs(batch=2, keys=67, dtype=FP16)
-    foreground = mask_of(mask, 2, 67)
+    *tensors, _ = locked_inputs(batch=2, keys=35, dtype=FP16)
+    foreground = mask_of(mask, 2, 35)
     alpha = per_sample(alpha, 2)
     check_locked(locked(*tensors, foreground, alpha), *tensors, foreground, alpha)
 
@@ -550,7 +549,7 @@ def test_locked_attention_under_any_mask_and_weight(mask, alpha, locked):
 @pytest.mark.parametrize(("ref_batch", "fg_batch"), [(1, 3), (3, 1), (1, 1)], ids=str)
 @pytest.mark.parametrize("alpha", [ALPHAS["alpha-per-sample"], 0.5], ids=["per-sample", "shared"])
 def test_references_and_masks_may_be_shared(alpha, ref_batch, fg_batch, locked):
-    tensors = locked_inputs(batch=3, keys=19, heads=2, ref_batch=ref_batch, fg_batch=fg_batch)
+    tensors = locked_inputs(batch=3, keys=19, ref_batch=ref_batch, fg_batch=fg_batch)
     alpha = per_sample(alpha, 3)
     check_locked(locked(*tensors, alpha), *tensors, alpha)
 
@@ -562,23 +561,25 @@ def test_keys_may_be_shared_where_values_are_not(locked):
     check_locked(locked(*tensors, 0.5), *tensors, 0.5)
 
 
-PAIRS = [("native", "fp8"), ("bf16", "int8"), ("int8", "int4"), ("int4", "fp8-by-128"), ("fp8-by-128", "native")]
+SAME = [(cache, cache, FP16) for cache in CACHES]
+MIXED = [("native", "fp8"), ("bf16", "int8"), ("int8", "int4"), ("int4", "fp8-by-128"), ("fp8-by-128", "native")]
+PAIRS = {f"{k}-{v}": (k, v, dtype) for k, v, dtype in (*SAME, *((*pair, FP32) for pair in MIXED))}
 
 
 @routes
-@two_dtypes
-@pytest.mark.parametrize(("k_cache", "v_cache"), [(c, c) for c in CACHES] + PAIRS, ids="-".join)
+@pytest.mark.parametrize(("k_cache", "v_cache", "dtype"), PAIRS.values(), ids=PAIRS)
 def test_any_cache_gives_what_it_decodes_to(k_cache, v_cache, dtype, locked):
-    q, k, v, k_ref, v_ref, foreground = locked_inputs(batch=2, keys=131, dim=40, ref_batch=1, dtype=dtype)
+    q, k, v, k_ref, v_ref, foreground = locked_inputs(keys=131, dim=72, dtype=dtype)
     (k_packed, k_ref), (v_packed, v_ref) = cached(k_ref, k_cache, "k"), cached(v_ref, v_cache, "v")
     got = locked(q, k, v, k_packed, v_packed, foreground, 0.7)
     check_locked(got, q, k, v, k_ref, v_ref, foreground, 0.7)
 
 
 @routes
+@pytest.mark.parametrize("ref_batch", [1, 2], ids=["shared", "own"])
 @caches
-def test_a_cache_of_one_sample_of_a_batch(cache, locked):
-    q, k, v, k_ref, v_ref, foreground = locked_inputs(batch=2, keys=70, heads=2)
+def test_caches_of_a_batch(cache, ref_batch, locked):
+    q, k, v, k_ref, v_ref, foreground = locked_inputs(batch=2, keys=20, ref_batch=ref_batch)
     (k_packed, k_ref), (v_packed, v_ref) = cached(k_ref, cache, "k"), cached(v_ref, cache, "v")
     check_locked(locked(q, k, v, k_packed, v_packed, foreground, 0.7), q, k, v, k_ref, v_ref, foreground, 0.7)
 
@@ -630,22 +631,21 @@ def planted(packed, rows, bad):
 
 @routes
 @caches
-@bad_values
-def test_the_cache_of_the_foreground_is_never_read(bad, cache, locked):
-    q, k, v, k_ref, v_ref, foreground = locked_inputs(keys=70, ref_batch=1)
-    for alpha in (0.4, 1.0):
-        (k_packed, k_plain), (v_packed, v_plain) = cached(k_ref, cache, "k"), cached(v_ref, cache, "v")
-        k_packed, v_packed = (planted(x, foreground[0], bad) for x in (k_packed, v_packed))
-        got = locked(q, k, v, k_packed, v_packed, foreground, alpha)
-        check_locked(got, q, k, v, k_plain, v_plain, foreground, alpha)
+@pytest.mark.parametrize(("bad", "alpha"), [(NAN, 0.4), (INF, 1.0), (-INF, 0.4)], ids=str)
+def test_the_cache_of_the_foreground_is_never_read(bad, alpha, cache, locked):
+    q, k, v, k_ref, v_ref, foreground = locked_inputs(keys=35)
+    (k_packed, k_plain), (v_packed, v_plain) = cached(k_ref, cache, "k"), cached(v_ref, cache, "v")
+    k_packed, v_packed = (planted(x, foreground[0], bad) for x in (k_packed, v_packed))
+    got = locked(q, k, v, k_packed, v_packed, foreground, alpha)
+    check_locked(got, q, k, v, k_plain, v_plain, foreground, alpha)
 
 
 @routes
 @caches
 def test_nothing_of_the_cache_is_read_without_weight(cache, locked):
-    q, k, v, k_ref, v_ref, foreground = locked_inputs(batch=2, keys=70)
+    q, k, v, k_ref, v_ref, foreground = locked_inputs(keys=35)
     (k_packed, k_plain), (v_packed, v_plain) = cached(k_ref, cache, "k"), cached(v_ref, cache, "v")
-    everything = torch.ones(70, dtype=torch.bool, device=DEVICE)
+    everything = torch.ones(35, dtype=torch.bool, device=DEVICE)
     k_packed, v_packed = (planted(x, everything, NAN) for x in (k_packed, v_packed))
     for x in (*k_packed.scales, *v_packed.scales):
         x.fill_(NAN)
@@ -686,10 +686,10 @@ def test_an_infinite_value_is_infinite(locked):
 @two_dtypes
 @pytest.mark.parametrize("cache", ["native", "int4"])
 def test_the_fused_kernel_with_split_keys(cache, dtype, splits):
-    q, k, v, k_ref, v_ref, foreground = locked_inputs(batch=2, keys=307, dim=32, ref_batch=1, dtype=dtype)
+    q, k, v, k_ref, v_ref, foreground = locked_inputs(keys=307, dim=32, dtype=dtype)
     (k_packed, k_ref), (v_packed, v_ref) = cached(k_ref, cache, "k"), cached(v_ref, cache, "v")
     with recorded_launches() as launches:
-        arguments = packed(k_packed), packed(v_packed), foreground, per_sample(0.3, 2)
+        arguments = packed(k_packed), packed(v_packed), foreground, per_sample(0.3, 1)
         got = launch_fused_attention(q, k, v, *arguments, 0.2, splits=splits)
     assert len(launches) == (2 if splits in (2, 5) else 1)
     check_locked(got, q, k, v, k_ref, v_ref, foreground, 0.3, 0.2)
@@ -708,8 +708,8 @@ def test_very_large_scores_do_not_overflow(dtype, locked):
 def locked_calls(draw):
     shape = {
         "batch": (batch := draw(st.integers(1, 2))),
-        "queries": draw(st.integers(1, 70)),
-        "keys": draw(st.integers(1, 140)),
+        "queries": draw(st.integers(1, 20)),
+        "keys": draw(st.integers(1, 70)),
         "heads": draw(st.integers(1, 2)),
         "dim": draw(st.integers(1, 128)),
         "ref_batch": draw(st.sampled_from([1, batch])),
@@ -772,7 +772,7 @@ def test_an_empty_call_gives_an_empty_result(shape, route):
 @pytest.mark.parametrize("route", ["fused", "triton"])
 @pytest.mark.parametrize("cache", ["native", "fp8", "int4"])
 def test_the_same_bits_twice_and_inputs_as_they_were(cache, route):
-    q, k, v, k_ref, v_ref, foreground = locked_inputs(batch=2, queries=66, keys=70, dtype=FP16)
+    q, k, v, k_ref, v_ref, foreground = locked_inputs(batch=2, queries=9, keys=35, dtype=FP16)
     (k_ref, _), (v_ref, _) = cached(k_ref, cache, "k"), cached(v_ref, cache, "v")
     given = [q, k, v, foreground, k_ref.codes, v_ref.codes, *k_ref.scales, *v_ref.scales]
     before = [bits(x).clone() for x in given]
@@ -816,16 +816,19 @@ def test_the_operator_passes_opcheck(backend, route, cache):
     torch.library.opcheck(operator, operator_arguments(backend, route, cache), test_utils=checks)
 
 
-@pytest.mark.parametrize("cache", ["native", "fp8"])
-@pytest.mark.parametrize("backend", ["triton", "auto"])
-@pytest.mark.parametrize("route", ["fused", "triton", "auto"])
-def test_compiled_equals_eager(route, backend, cache):
+COMPILED = [
+    ("triton", "fused", "native"),
+    ("triton", "triton", "fp8"),
+    ("triton", "auto", "int4"),
+    ("auto", "auto", "fp8"),
+]
+
+
+@pytest.mark.parametrize(("backend", "route", "cache"), COMPILED, ids="-".join)
+def test_compiled_equals_eager(backend, route, cache):
     def doubled(q, k, v, k_ref, v_ref, foreground, alpha):
-        k_ref, v_ref = (
-            ops.quantize_kv(x, *CACHES[cache][:1], kind, backend="reference")
-            for x, kind in ((k_ref, "k"), (v_ref, "v"))
-        )
-        return 2 * ops.locked_attention(q, k, v, k_ref, v_ref, foreground, alpha, backend=backend, attention=route)
+        refs = (ops.quantize_kv(x, CACHES[cache][0], kind, backend=backend) for x, kind in ((k_ref, "k"), (v_ref, "v")))
+        return 2 * ops.locked_attention(q, k, v, *refs, foreground, alpha, backend=backend, attention=route)
 
     torch.compiler.reset()
     compiled = torch.compile(doubled, fullgraph=True, backend="aot_eager")
@@ -844,7 +847,7 @@ def untouched_memory():
 
 @pytest.fixture(scope="module")
 def vast():
-    """Bytes for offsets of 2^31 elements of 2 bytes, up or (where an offset wraps around) down."""
+    """Room for offsets of 2^31 elements of 2 bytes, up or (where an offset wraps around) down."""
     with untouched_memory():
         try:
             memory = torch.empty(2**33 + 2**24, dtype=torch.uint8, device=DEVICE)
@@ -898,9 +901,10 @@ def test_offsets_beyond_32_bits_in_fp8(dim, vast):
     shape = [1, 20, 1, 32]
     shape[dim] = 3
     q, q_scale, k, k_scale, v_t, v_scale = fp8_operands(*(normal(*shape, seed=i) for i in range(3)))
-    q_, k_ = (far_apart(vast, x.view(torch.int16), dim, i).view(torch.float8_e4m3fn) for i, x in enumerate((q, k)))
-    v_dim = (0, 3, 1)[dim]
-    v_ = v_t if v_dim == 3 else far_apart(vast, v_t.view(torch.int16), v_dim, 2).view(torch.float8_e4m3fn)
+    q_, k_ = (far_apart(vast, x.view(torch.uint8), dim, i).view(torch.float8_e4m3fn) for i, x in enumerate((q, k)))
+    v_dim = (0, 2, 1)[dim]  # the channels of v_t, in place of its tokens
+    v_ = far_apart(vast, v_t.view(torch.uint8)[:, :, :3], v_dim, 2).view(torch.float8_e4m3fn)
+    q, k, q_, k_, v_t = (*(x[..., :3] for x in (q, k, q_, k_)), v_t[:, :, :3])
     far, near = (
         launch_attention_fp8(*x, 0.2, FP32, splits=1, tma=False)
         for x in ((q_, q_scale, k_, k_scale, v_, v_scale), (q, q_scale, k, k_scale, v_t, v_scale))
