@@ -28,7 +28,7 @@ from kvlock_fast.kernels.variance import unbiased_variance
 require_package_name(__name__)
 
 # Not swept yet: 4 elements a thread, so that fp32 moves in 16 bytes; with 8, ptxas of Triton 3.6 spills.
-BLOCK, NUM_WARPS, UNROLL = 1024, 8, 3
+BLOCK, NUM_WARPS, UNROLL = 1024, 8, 2
 
 
 @triton.jit

@@ -103,7 +103,7 @@ def processors(x: Tensor) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **named: Any) -> None:
-    """Start `kernel` on `grid`; an empty grid starts nothing. Arguments as the kernel's, then num_warps and the like."""
+    """Start `kernel` on `grid`, unless that is empty. Arguments as the kernel's; num_warps and the like by name."""
     if 0 in grid:
         return
     recording = _recording.get()
