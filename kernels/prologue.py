@@ -15,13 +15,11 @@ outputs, in 1 launch; (9 + 2 f b) d with fp8, in 2 launches, or 1 without a norm
 where heads differ.
 
 fp8 scales are one per head and 128 tokens. Values take their amax, normed queries and keys a bound: no channel exceeds
-sqrt(width) max |weight| (+ max |bias|). e4m3 has 15 binades of normal numbers: the three or four that a loose scale
-gives away cost no accuracy, while the amax of rows normalised over all heads would take a second read of q and k.
+sqrt(width) max |weight| (+ sqrt(2) max |bias|). e4m3 has 15 binades of normal numbers: the three or four that a loose
+scale gives away cost no accuracy, while the amax of rows normalised over all heads would take a second read of q and k.
 
 Sources: KV-Lock (arXiv 2603.09657); norms and rotations as in diffusers' Wan, LTX, HunyuanVideo and CogVideoX.
 """
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -30,14 +28,19 @@ from kvlock_fast.kernels.dequantize import dequantize_kv_reference
 from kvlock_fast.kernels.guard import require_package_name
 from kvlock_fast.kernels.launch import architecture, runs_triton
 from kvlock_fast.kernels.packed import meta_codes, packed_arguments, packed_layout
+from kvlock_fast.kernels.prologue_arguments import (
+    alpha_of,
+    check_names,
+    check_norm,
+    check_projections,
+    check_rope,
+    placed_lock,
+)
 from kvlock_fast.kernels.prologue_kernels import launch_prologue
 from kvlock_fast.kernels.prologue_reference import (
     FP8_ALIGN,
     FP8_BLOCK,
-    LAYOUTS,
-    NORMS,
     OUTPUTS,
-    STAGES,
     Capture,
     Lock,
     PrologueOutput,
@@ -45,7 +48,7 @@ from kvlock_fast.kernels.prologue_reference import (
     RoPE,
     prologue_reference,
 )
-from kvlock_fast.kernels.quantize import FORMATS, QuantizedKV, quantize_kv
+from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
 
 require_package_name(__name__)
 
@@ -157,22 +160,22 @@ def prologue(
     fit.
     """
     norm = norm or QKNorm()
-    dim = _check_projections(q, k, v, heads)
-    _check_names(norm, rope, output, capture)
-    _check_norm(norm, heads, dim)
+    dim = check_projections(q, k, v, heads)
+    check_names(norm, rope, output, capture)
+    check_norm(norm, heads, dim)
     foreground = k.shape[1] if foreground is None else foreground
     if not 0 <= foreground <= k.shape[1]:
         raise ValueError(f"foreground must be a number of tokens from 0 to {k.shape[1]}, got {foreground}")
     tokens, alpha = k.shape[1], None
     if lock is not None:
-        lock = _placed(lock, k, v, heads, foreground)
+        lock = placed_lock(lock, k, v, heads, foreground)
         tokens = foreground + lock.k.shape[1]
-        alpha = _alpha(lock, k) if k.shape[1] == tokens else None
+        alpha = alpha_of(lock, k) if k.shape[1] == tokens else None
     if capture is not None and (k.shape[1] != tokens or (lock is not None and lock.first_row == 0)):
         raise ValueError("capture takes the new keys and values of row 0: they may not be locked to others as well")
     if q.shape[1] > tokens:
         raise ValueError(f"q must have at most k's {tokens} tokens, got {q.shape[1]}")
-    _check_rope(rope, tokens, heads, dim)
+    check_rope(rope, tokens, heads, dim)
 
     outputs = _prologue_op(
         q, k, v, heads,
@@ -206,95 +209,6 @@ def _captured(
     if capture.format == "int4":
         return tuple(quantize_kv(x, "int4", kind, backend=backend) for (x,), kind in pairs)
     return tuple(QuantizedKV(capture.format, kind, codes[0].shape, dtype, *codes) for codes, kind in pairs)
-
-
-def _check_projections(q: Tensor, k: Tensor, v: Tensor, heads: int) -> int:
-    """Channels a head."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if heads < 1 or x.ndim != 3 or not x.is_floating_point() or x.shape[2] == 0 or x.shape[2] % heads:
-            raise ValueError(f"{name} must be a float [B, S, {heads} * D], got {x.dtype} {tuple(x.shape)}")
-        if x.stride(2) != 1:
-            raise ValueError(f"{name}'s channels must be contiguous, got strides {x.stride()}")
-    if k.shape != v.shape or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"q, k and v must agree in batch and channels, k and v in tokens: got {shapes}")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    return q.shape[2] // heads
-
-
-def _check_names(norm: QKNorm, rope: RoPE | None, output: str, capture: Capture | None) -> None:
-    given = [("norm", norm.kind, NORMS), ("output", output, OUTPUTS)]
-    if rope is not None:
-        given.append(("RoPE layout", rope.layout, LAYOUTS))
-    if capture is not None:
-        given += [("capture format", capture.format, FORMATS), ("capture stage", capture.stage, STAGES[1:])]
-    for what, name, known in given:
-        if name not in known:
-            raise ValueError(f"unknown {what} {name!r}: one of {', '.join(known)}")
-
-
-def _check_norm(norm: QKNorm, heads: int, dim: int) -> None:
-    size = heads * dim if norm.kind == "rms_across_heads" else dim
-    for name in ("q_weight", "k_weight", "q_bias", "k_bias"):
-        x = getattr(norm, name)
-        if x is None:
-            continue
-        if norm.kind == "none" or (name.endswith("bias") and norm.kind != "layer"):
-            raise ValueError(f"the norm {norm.kind!r} has no {name}")
-        if x.shape != (size,) or not x.is_contiguous():
-            raise ValueError(f"{name} must be contiguous [{size}] for {norm.kind!r}, got {tuple(x.shape)}")
-
-
-def _check_rope(rope: RoPE | None, tokens: int, heads: int, dim: int) -> None:
-    if rope is None:
-        return
-    if dim % 2:
-        raise ValueError(f"RoPE rotates pairs of channels: D must be even, got {dim}")
-    for name, x in (("cos", rope.cos), ("sin", rope.sin)):
-        if x.shape not in ((tokens, 1, dim // 2), (tokens, heads, dim // 2)) or x.dtype != torch.float32:
-            shape = f"[{tokens}, 1 or {heads}, {dim // 2}]"
-            raise ValueError(f"{name} must be fp32 {shape}, got {x.dtype} {tuple(x.shape)}")
-        if x.numel() and (x.stride() != rope.cos.stride() or not x[0].is_contiguous()):
-            raise ValueError("cos and sin must have the same strides and contiguous rows")
-
-
-def _placed(lock: Lock, k: Tensor, v: Tensor, heads: int, foreground: int) -> Lock:
-    """The lock with its keys and values as [B or 1, R, H, D] or QuantizedKV; those of row 0 if it has none."""
-    if (lock.k is None) != (lock.v is None):
-        raise ValueError("a lock has both k and v or neither")
-    if lock.k is None:
-        lock = replace(lock, k=k[:1, foreground:], v=v[:1, foreground:], stage="raw", first_row=1)
-    if lock.stage not in STAGES:
-        raise ValueError(f"unknown lock stage {lock.stage!r}: one of {', '.join(STAGES)}")
-    placed = {}
-    for kind in ("k", "v"):
-        x = getattr(lock, kind)
-        rows = x.shape[1]
-        fits = rows == k.shape[1] - foreground or k.shape[1] == foreground
-        if isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] == k.shape[2]:
-            x = x.unflatten(2, (heads, -1))
-        want = rows, heads, k.shape[2] // heads
-        if not fits or x.shape[0] not in (1, k.shape[0]) or tuple(x.shape[1:]) != want or rows != lock.k.shape[1]:
-            shape = f"[1 or {k.shape[0]}, {k.shape[1] - foreground}, {heads}, {want[2]}]"
-            raise ValueError(f"the lock's {kind} must be {shape}, got {tuple(getattr(lock, kind).shape)}")
-        if isinstance(x, QuantizedKV) and x.kind != kind:
-            raise ValueError(f"the lock's {kind} was quantised as {x.kind!r}")
-        if isinstance(x, Tensor) and x.stride(3) != 1:
-            raise ValueError(f"the channels of the lock's {kind} must be contiguous, got strides {x.stride()}")
-        placed[kind] = x
-    return replace(lock, **placed)
-
-
-def _alpha(lock: Lock, k: Tensor) -> Tensor:
-    count = k.shape[0] - lock.first_row
-    if isinstance(lock.alpha, Tensor):
-        if lock.alpha.shape != (count,) or lock.alpha.dtype != torch.float32:
-            raise ValueError(f"alpha must be fp32 [{count}], got {lock.alpha.dtype} {tuple(lock.alpha.shape)}")
-        return lock.alpha
-    if not 0.0 <= lock.alpha <= 1.0:
-        raise ValueError(f"alpha must be a number between 0 and 1 or a tensor, got {lock.alpha!r}")
-    return torch.full((count,), float(lock.alpha), device=k.device)
 
 
 def launch_shipped(architecture: int) -> None:

@@ -184,6 +184,11 @@ class Geometry:
     parts: str
     num_warps: int
 
+    @property
+    def registers(self) -> int:
+        """All a thread can have: left to itself the assembler spills a few for the sake of a fuller processor."""
+        return min(255, (1 << 16) // (32 * self.num_warps))
+
     def programs(self, batch: int, tokens: int, heads: int) -> int:
         groups = triton.cdiv(heads, self.heads * self.chunks)
         return triton.cdiv(tokens, self.tokens) * batch * groups * len(self.parts)
@@ -266,7 +271,7 @@ def launch_prologue(
             CAPTURE=capture.format if capture else "none", CAPTURE_STAGE=capture.stage if capture else "none",
             OUT=("amax" if norm.kind == "none" else "bounded") if fp8 else "native",
             V_OUT="transposed" if fp8 else "native", FP8=architecture(q) >= FP8_FROM,
-            num_warps=geometry.num_warps,
+            num_warps=geometry.num_warps, maxnreg=geometry.registers,
         )  # fmt: skip
 
 

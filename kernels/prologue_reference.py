@@ -190,7 +190,7 @@ def _scales(x: Tensor, norm: QKNorm, weight: Tensor | None, bias: Tensor | None)
     weight = torch.ones(dim, device=x.device) if weight is None else weight
     bound = weight.float().abs().view(-1, dim).amax(1) * math.sqrt(width)
     if bias is not None:
-        bound = bound + bias.float().abs().amax()
+        bound = bound + bias.float().abs().amax() * math.sqrt(2)
     return _scale_of(bound)[:, None].expand(batch, heads, -(-tokens // FP8_BLOCK)).contiguous()
 
 

@@ -5,6 +5,8 @@ the two channels that RoPE rotates together. For interleaved pairs that is the o
 as two tiles and joined, which moves no register. Rows and channels outside are 0 all the way.
 """
 
+import math
+
 from kvlock_fast.kernels.guard import require_package_name
 from kvlock_fast.kernels.language import tl, triton
 from kvlock_fast.kernels.packed import load_packed
@@ -14,7 +16,7 @@ from kvlock_fast.kernels.tiles import largest, narrow, to_fp8
 
 require_package_name(__name__)
 
-_FP8_BLOCK = tl.constexpr(FP8_BLOCK)
+_FP8_BLOCK, _SQRT_2 = tl.constexpr(FP8_BLOCK), tl.constexpr(math.sqrt(2))
 
 
 @triton.jit
@@ -126,13 +128,13 @@ def rotate(x, cos, sin):
 
 @triton.jit
 def bound_codes(x, weight, bias, WIDTH: tl.constexpr, FP8: tl.constexpr):
-    """fp8 codes and scales [R, 1] by what the norm can give at most: sqrt(WIDTH) max |weight| + max |bias|."""
-    # Cauchy and Schwarz: no channel of a row of rms 1 exceeds sqrt(WIDTH), and no rotation of two of them.
+    """fp8 codes and scales [R, 1] by the most that the norm can give: sqrt(WIDTH) max |weight| + sqrt(2) max |bias|."""
+    # Two channels of a row of rms 1 are a vector of at most sqrt(WIDTH), however it is rotated.
     bound = tl.sqrt_rn(tl.full([x.shape[0], 1], WIDTH, tl.float32))
     if weight is not None:
         bound *= largest(tl.abs(weight), 1)
     if bias is not None:
-        bound += largest(tl.abs(bias), 1)
+        bound += largest(tl.abs(bias), 1) * _SQRT_2
     scale = bound * _PER_FP8
     scale = tl.where(bound == 0, 1.0, tl.where(scale < _TINY, _TINY, scale))
     return to_fp8(x * (1.0 / scale), FP8), scale

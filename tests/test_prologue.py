@@ -377,7 +377,8 @@ def test_captured_bits_are_the_references(format, norm, output):
     for a, b in ((got.captured_k, want.captured_k), (got.captured_v, want.captured_v)):
         difference = a.dequantize(torch.float32) - b.dequantize(torch.float32)
         assert (difference.abs() > 1e-6 * b.dequantize(torch.float32).abs().max()).float().mean() < 0.01
-    assert same_bits(got.captured_v.codes, want.captured_v.codes)
+    if DEVICE == "cpu":  # a GPU fuses a product with the addition that rounds it: see quantize.py
+        assert same_bits(got.captured_v.codes, want.captured_v.codes)
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
@@ -481,6 +482,19 @@ def test_a_channel_can_reach_the_bound_and_does_not_saturate():
     x[..., 3] = 1e4  # all the row's size in one channel
     got = prologue(x, x, x, heads, norm=QKNorm("rms_across_heads"), output="fp8", backend="triton")
     np.testing.assert_allclose(decoded(got.q, got.q_scale)[0, :, 0, 3], (heads * dim) ** 0.5, rtol=1e-5)
+
+
+@backends
+def test_a_rotated_pair_with_biases_does_not_saturate(backend):
+    """The largest there can be: one channel has all the size, and its partner's bias turns into it."""
+    x = torch.zeros(1, 2, 8, device=DEVICE)
+    x[..., 2] = 1e4
+    bias = torch.full((8,), 5.0, device=DEVICE)
+    angle = torch.full((2, 1, 4), -torch.pi / 4, device=DEVICE)
+    norm, rope = QKNorm("layer", None, None, bias, bias), RoPE(angle.cos(), angle.sin())
+    got = prologue(x, x, x, 1, norm=norm, rope=rope, output="fp8", backend=backend)
+    exact = oracles.f64(prologue(x, x, x, 1, norm=norm, rope=rope, backend=backend).k)
+    np.testing.assert_allclose(decoded(got.k, got.k_scale), exact, rtol=2**-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("outlier", [1.0, 30.0], ids=["even-weights", "an-outlier"])
