@@ -94,8 +94,10 @@ def launch_blend_(
     )  # fmt: skip
 
 
-def _rows(x: Tensor, token_dim: int, heads: int) -> Tensor:
-    """A view [B, S, H, D] of x; without heads of its own, x's channels fall into `heads`."""
+def as_heads(x: Tensor, token_dim: int, heads: int) -> Tensor:
+    """A view [B, S, H, D] of x, which has its tokens along token_dim; without heads of its own, its channels fall into
+    `heads`.
+    """
     x = x.movedim(token_dim, 1)
     return x if x.ndim == 4 else x.unflatten(2, (heads, -1))
 
@@ -115,13 +117,13 @@ def _blend_op(
 ) -> None:
     if runs_triton(backend, x, codes, weight):
         if format == "native":
-            codes = _rows(codes, token_dim, 1)
-        rows = _rows(x, token_dim, codes.shape[2])
+            codes = as_heads(codes, token_dim, 1)
+        rows = as_heads(x, token_dim, codes.shape[2])
         launch_blend_(rows, codes, scales, weight, index, format, kind, tokens_per_scale)
         return
     ref = codes
     if format != "native":
-        channels = _rows(x, token_dim, codes.shape[2]).shape[3]
+        channels = as_heads(x, token_dim, codes.shape[2]).shape[3]
         ref = dequantize_kv_reference(codes, scales, format, kind, channels, tokens_per_scale)
         ref = (ref.flatten(2) if x.ndim == 3 else ref).movedim(1, token_dim)
     if index is None:

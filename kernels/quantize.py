@@ -80,6 +80,12 @@ class QuantizedKV:
         moved = {n: t.to(device) for n in ("codes", "scale", "minimum") if (t := getattr(self, n)) is not None}
         return replace(self, **moved)
 
+    def copy_(self, other: "QuantizedKV") -> "QuantizedKV":
+        """Take over another's values; of the same format and shape."""
+        for mine, its in zip((self.codes, *self.scales), (other.codes, *other.scales), strict=True):
+            mine.copy_(its)
+        return self
+
     def dequantize(self, dtype: torch.dtype | None = None, backend: str = "auto") -> Tensor:
         """[B, S, H, D] in `dtype` (default: the dtype it was made of)."""
         packed = (self.codes, self.scales, self.format, self.kind, self.shape[3], self.tokens_per_scale)

@@ -179,11 +179,86 @@ def kernels(
 
 
 @app.command()
+def plan(
+    config: Annotated[str | None, _option("A known size like wan-1.3b, or a config file or model folder.")] = None,
+    model: Annotated[str | None, _option("The same; demo is the bundled model.")] = None,
+    frames: Annotated[int | None, _option("Frames of the video; else the model's usual number.")] = None,
+    size: Annotated[str | None, _option("HEIGHTxWIDTH; else the model's usual size.")] = None,
+    mask_share: Annotated[float | None, _option("Share of the video that may change; else 0.2.")] = None,
+    mask: Annotated[str | None, _option("A mask's file or folder, to count that share.")] = None,
+    steps: Annotated[int, _option("Denoising steps.")] = 50,
+    prompts: Annotated[int, _option("Edits of one source, made together.")] = 1,
+    edits: Annotated[int, _option("How often, with the same cache.")] = 1,
+    guidance: Annotated[float, _option("The guidance scale; 1 or less: no guidance.")] = 5.0,
+    preset: Annotated[str, _option("The lock's preset.")] = "kvlock",
+    alpha: Annotated[str | None, _option("'dynamic' or a fixed ratio, 0 to 1.")] = None,
+    kappa: Annotated[int | None, _option("How many last steps follow the variance.")] = None,
+    warmup_alpha: Annotated[float | None, _option("Alpha before them; 0 stores the last kappa steps only.")] = None,
+    layers: Annotated[str | None, _option("Locked self-attention layers, like 0-11,15.")] = None,
+    step_stride: Annotated[int, _option("Of so many locked steps in a row one is stored.")] = 1,
+    cache_steps: Annotated[str, _option("'all' locked steps, or those of the 'window': the last kappa.")] = "all",
+    dtype: Annotated[str, _option("bf16, fp16, fp32, or auto (the model's own).")] = "auto",
+    format: Annotated[list[str] | None, _option("Only this format; can be given several times.")] = None,
+    gpu_memory: Annotated[str | None, _option("Of the machine to plan for, like 24GB; else this one's.")] = None,
+    host_memory: Annotated[str | None, _option("Likewise.")] = None,
+    disk: Annotated[str | None, _option("Likewise, the free space.")] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """What an edit needs in memory and time, and how the source's keys and values are best kept."""
+    from kvlock_fast import commands
+
+    if (config is None) == (model is None):
+        raise InputError(f"one of --config and --model must be given, not {'both' if config else 'neither'}")
+    overrides = {"alpha": number_or("dynamic", alpha, "--alpha"), "kappa": kappa, "warmup_alpha": warmup_alpha,
+                 "layers": parse_layers(layers)}  # fmt: skip
+    lock = commands.lock_config(preset, {name: value for name, value in overrides.items() if value is not None})
+    commands.plan(
+        json_file, model=config or model or "", frames=frames, size=parse_size(size), mask_share=mask_share, mask=mask,
+        steps=steps, lock=lock, prompts=prompts, edits=edits, guidance=guidance, step_stride=step_stride,
+        cache_steps=cache_steps, dtype=dtype, formats=tuple(format or ()), memory=(gpu_memory, host_memory, disk),
+    )  # fmt: skip
+
+
+@app.command()
 def doctor(json_file: JsonFile = None) -> None:
     """What is installed, what will be used, what is missing."""
     from kvlock_fast import commands
 
     commands.doctor(json_file)
+
+
+cache_app = typer.Typer(help="List, verify or prune stored caches of sources.", rich_markup_mode=None)
+app.add_typer(cache_app, name="cache")
+CacheFolder = Annotated[Path, typer.Argument(metavar="DIR", help="One cache, or a folder of several.")]
+
+
+@cache_app.command("ls")
+def cache_ls(folder: CacheFolder, json_file: JsonFile = None) -> None:
+    """Each cache: its size, when it was made and used, what it is of."""
+    from kvlock_fast.cache import maintain
+
+    maintain.list_entries(folder, json_file)
+
+
+@cache_app.command("verify")
+def cache_verify(folder: CacheFolder, json_file: JsonFile = None) -> int:
+    """Read every byte; exit status 1 if a cache is damaged."""
+    from kvlock_fast.cache import maintain
+
+    return maintain.verify_entries(folder, json_file)
+
+
+@cache_app.command("prune")
+def cache_prune(
+    folder: CacheFolder,
+    quota: Annotated[str | None, _option("Then the least recently used, down to a size like 10GB.")] = None,
+    everything: Annotated[bool, _option("Every cache that is not in use.", "--all")] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Remove what interrupted writes left, and damaged caches. Every byte is read."""
+    from kvlock_fast.cache import maintain
+
+    maintain.prune_entries(folder, quota, everything, json_file)
 
 
 def _version(wanted: bool) -> None:

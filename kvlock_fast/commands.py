@@ -134,6 +134,18 @@ def doctor(json_file: str | None) -> None:
     write_json(json_file, facts)
 
 
+def plan(json_file: str | None, **settings: Any) -> None:
+    """`kvlock-fast plan`: what an edit needs, and how the source is best kept; `settings`: of `PlanSettings`."""
+    from kvlock_fast.cache.plan_report import as_json, render
+    from kvlock_fast.planning import PlanSettings, make_plan
+
+    check_json(json_file)
+    made = make_plan(PlanSettings(**settings))
+    if json_file != "-":
+        print(render(made))
+    write_json(json_file, as_json(made))
+
+
 def kernels(arch: str, only: list[str], json_file: str | None, quiet: bool) -> int:
     """`kvlock-fast kernels`: compile what ships for each architecture; the exit status, 1 if anything may not ship."""
     from kvlock_fast import compiled

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, fields
+from os import PathLike
 from typing import Any
 
 Layers = tuple[int, ...] | None
@@ -119,14 +120,41 @@ class LockConfig:
 class CacheConfig:
     """Where the source's keys and values come from.
 
-    tier: "lockstep" (the source is run along with the edit; with guidance_batching="separate" the background's K and V
-    of one step are kept, all layers, in the model's dtype; batched, of one layer), or "auto", which is the same so far.
+    tier: "lockstep" (the source is run along with the edit, nothing stored), "resident" (a pass of the source first,
+    its K and V kept on the device), "host" (kept in host memory), "disk" (kept in `root`, or found there), or "auto"
+    (what serves the call best: see `kvlock-fast plan`).
+    format: how they are packed: native (the model's dtype), bf16, fp8_e4m3, int8, int4.
+    step_stride: of so many steps in a row one is stored, and stands for the others.
+    steps: "all" locked steps are stored, or those of the "window" (the last kappa) while the source is run along in
+    the warm-up.
+    path: the folder of a cache made by `KVLockPipeline.invert`: the source is not run. root: the folder of automatic
+    caches (None: the user's cache folder). quota: the most bytes kept in it, None for no limit.
+    prompts_at_once: the most prompts in one batch, None for all of them.
     """
 
     tier: str = "auto"
+    format: str = "fp8_e4m3"
+    step_stride: int = 1
+    steps: str = "all"
+    path: str | None = None
+    root: str | None = None
+    quota: int | None = None
+    prompts_at_once: int | None = None
 
     def __post_init__(self):
-        _choice(self, "tier", "auto", "lockstep")
+        _choice(self, "tier", "auto", "lockstep", "resident", "host", "disk")
+        _choice(self, "format", "native", "bf16", "fp8_e4m3", "int8", "int4")
+        _choice(self, "steps", "all", "window")
+        _whole(self, "step_stride", 1)
+        for name in ("path", "root"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (str, PathLike)) and str(value)):
+                raise ValueError(f"{name} must be a folder, got {value!r}")
+        for name, low in (("quota", 0), ("prompts_at_once", 1)):
+            if getattr(self, name) is not None:
+                _whole(self, name, low)
+        if self.path is not None and self.tier == "lockstep":
+            raise ValueError(f"tier must not be lockstep for the cache {str(self.path)!r}: it would not be read")
 
 
 UNLOCKED = {"alpha": 0.0, "omega": "constant", "s_star": False}

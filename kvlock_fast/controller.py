@@ -15,6 +15,23 @@ from kvlock_fast.config import LockConfig
 from kvlock_fast.kernels.variance import windowed_variance_reference
 
 
+def first_dynamic_step(lock: LockConfig, num_steps: int) -> int:
+    """The first of the last kappa steps, in which the variance decides."""
+    return max(0, num_steps - lock.kappa)
+
+
+def can_lock(lock: LockConfig, num_steps: int, step: int) -> bool:
+    """Whether alpha can exceed 0 at this step; known before the run (the variance exists from step 2 on)."""
+    if lock.alpha != "dynamic":
+        return lock.alpha > 0
+    return lock.warmup_alpha > 0 or step >= max(first_dynamic_step(lock, num_steps), 2)
+
+
+def compares_with_source(lock: LockConfig) -> bool:
+    """Whether the source's own predictions are watched, at every step."""
+    return lock.tau == "auto" and lock.follows_variance
+
+
 class VarianceWindow:
     """The last W predictions of B samples and the variance over them."""
 
@@ -42,31 +59,24 @@ class Controller:
     def __init__(self, lock: LockConfig, num_steps: int, batch: int, region: Tensor):
         """region: bool [1, T, H, W], the foreground in latents (all True for global detection)."""
         self.lock = lock
-        self.first_dynamic_step = max(0, num_steps - lock.kappa)
+        self.num_steps = num_steps
         if lock.detection == "global":
             region = torch.ones_like(region)
         size = max(2, min(lock.window, num_steps))
         self.window = VarianceWindow(size, region)
-        compares = lock.tau == "auto" and lock.follows_variance
-        self.source_window = VarianceWindow(size, region) if compares else None
+        self.source_window = VarianceWindow(size, region) if compares_with_source(lock) else None
         self.variance: Tensor | None = None
         self.ratio: Tensor | None = None
         self.ones = torch.ones(batch, device=region.device)
         self.no_variance = self.ones * float("nan")
 
-    def needs_source(self, step: int) -> bool:
-        """Whether the source must be run at this step: for its K and V, or for its own x0hat (tau="auto")."""
-        return self.can_lock(step) or self.source_window is not None
+    def can_lock(self, step: int) -> bool:
+        """Whether alpha can exceed 0 at this step."""
+        return can_lock(self.lock, self.num_steps, step)
 
     def is_dynamic(self, step: int) -> bool:
         """Whether the variance decides at this step."""
-        return step >= self.first_dynamic_step and self.ratio is not None
-
-    def can_lock(self, step: int) -> bool:
-        """Whether alpha can exceed 0 at this step; known before the run (the variance exists from step 2 on)."""
-        if self.lock.alpha != "dynamic":
-            return self.lock.alpha > 0
-        return self.lock.warmup_alpha > 0 or step >= max(self.first_dynamic_step, 2)
+        return step >= first_dynamic_step(self.lock, self.num_steps) and self.ratio is not None
 
     def alpha(self, step: int) -> Tensor:
         """How much of the source's K and V the background takes at this step."""

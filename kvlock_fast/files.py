@@ -81,6 +81,15 @@ def output_folder(path: str | os.PathLike) -> Path:
     return folder
 
 
+def user_cache_folder() -> Path:
+    """Where automatic caches are kept: $KVLOCK_FAST_CACHE, or kvlock_fast in the user's cache folder."""
+    named = os.environ.get("KVLOCK_FAST_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "kvlock_fast"
+
+
 def _refuse_folder(path: Path) -> None:
     try:
         if path.is_dir():

@@ -1,10 +1,9 @@
-"""KV-Lock as a pipeline: encode, source path, locked denoising, decode."""
+"""KV-Lock as a pipeline: encode, source pass, locked denoising, decode."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvlock_fast.cache.entry import EntryWriter
+from kvlock_fast.cache.saved import SavedSource
 from kvlock_fast.config import CacheConfig, LockConfig
-from kvlock_fast.denoise import Task, denoise
 from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.files import output_folder
+from kvlock_fast.forwards import Task
 from kvlock_fast.inputs import check_numbers, check_texts, fit_to_model
 from kvlock_fast.masks import ProjectedMask, project_mask
 from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.arch import select_layers
+from kvlock_fast.scene import Scene, decode, edit_prompts
 from kvlock_fast.solvers import FlowSolver, check_scheduler
 from kvlock_fast.trace import Recorder, Trace
 
@@ -97,46 +100,114 @@ class KVLockPipeline:
         the starting noise [1, C, T, h, w] instead of drawing it from `generator`; height, width: the size to work at
         (default: the video's; the nearest the model can take); frames_policy: what to do with a frame count that the
         model cannot take: "pad" (repeat the last frame, cut back afterwards), "trim" or "error"; guidance_scale_2: for
-        the low-noise transformer of a model with two; lock: default LockConfig.preset("kvlock"); output: "frames" or
-        "latent"; progress(stage, done, total) is called along the way.
+        the low-noise transformer of a model with two; lock: default LockConfig.preset("kvlock"); cache: where the
+        source's K and V come from (one made by `invert` brings its noise along: give no generator or latents, or the
+        same); output: "frames" or "latent"; progress(stage, done, total) is called along the way.
 
         Raises InputError (a ValueError) on bad input; warns where the input is changed to fit.
         """
-        lock, progress = _lock(lock), progress or (lambda stage, done, total: None)
-        if cache is not None and not isinstance(cache, CacheConfig):
-            raise InputError(f"cache must be a CacheConfig, got {cache!r}")
+        lock, cache, progress = _lock(lock), _cache(cache), progress or (lambda stage, done, total: None)
         prompts = check_texts(prompt, source_prompt, negative_prompt)
         check_numbers(num_inference_steps, guidance_scale, guidance_scale_2, self.model.two_stages)
         if output not in ("frames", "latent"):
             raise InputError(f"output must be frames or latent, got {output!r}")
-        for transformer in self.model.transformers:
-            select_layers(len(self.model.arch.attentions(transformer)), lock.layers)
-        frames, pixel_mask, count = fit_to_model(video, mask, self.model.geometry, height, width, frames_policy)
-        device = self.model.device
-        recorder = Recorder(device)
-        try:
-            with _stage(recorder, progress, "encode"):
-                clean = self.model.encode_video(frames)
-                projected = self._project(pixel_mask)
+        recorder = Recorder(self.model.device)
+        with self._scene(
+            (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
+            lock, cache, recorder, progress,
+        ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
                 texts = self._texts(prompts, negative_prompt, source_prompt, guidance_scale)
-            solver = FlowSolver(self.pipe.scheduler, num_inference_steps, device)
-            noise = _start_noise(latents, clean, generator)
             scales = (guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2)
-            task = Task(clean, noise, projected, *texts, guidance=scales, lock=lock)
+            task = Task(scene.mask, *texts, guidance=scales, lock=lock)
             with _stage(recorder, progress, "denoise"):
-                step_done = partial(_step_done, progress, solver.num_steps)
-                edited = denoise(task, self.model, solver, recorder, step_done)
+                edited = edit_prompts(task, scene, cache, recorder, progress)
             _refuse_nan(recorder, prompts, num_inference_steps)
             decoded: list[np.ndarray] = []
             if output == "frames":
                 with _stage(recorder, progress, "decode"):
-                    decoded = [edit[:count].numpy() for edit in self.model.decode(edited)]
+                    decoded = [edit[: scene.count].numpy() for edit in decode(self.model, edited)]
+        warmup, solver = max(0, num_inference_steps - lock.kappa), scene.solver
+        trace = recorder.finish(prompts, warmup, scene.mask.share, solver.timesteps, solver.sigmas)
+        return EditOutput(decoded, edited.float(), trace, scene.mask)
+
+    @torch.no_grad()
+    def invert(
+        self,
+        video: np.ndarray | Tensor | Sequence,
+        mask: np.ndarray | Tensor,
+        output: str | Path,
+        *,
+        source_prompt: str,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        frames_policy: str = "pad",
+        lock: LockConfig | None = None,
+        cache: CacheConfig | None = None,
+        notes: dict[str, Any] | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, Any]:
+        """Run the source once and keep its K and V in the folder `output`, for `CacheConfig(path=output)`.
+
+        The arguments are those of a call; of `lock` the layers, the source's path and what decides which steps lock
+        (alpha, warmup_alpha, kappa) count, of `cache` the format, step_stride and steps. notes: plain values to keep
+        in the manifest, such as {"seed": 3}. An earlier cache in the folder is replaced when the new one is whole;
+        other files stay. Returns the facts of the manifest.
+
+        Raises InputError on bad input, OutputError where the folder cannot be written.
+        """
+        lock, cache, progress = _lock(lock), _cache(cache), progress or (lambda stage, done, total: None)
+        check_texts("", source_prompt, None)
+        check_numbers(num_inference_steps, 1.0, None, self.model.two_stages)
+        if cache.path is not None:
+            raise InputError(f"cache must not have a path, got {str(cache.path)!r}: the output is where it is made")
+        if not lock.locks:
+            raise InputError("lock never locks (alpha is 0): there is nothing to keep of the source")
+        recorder = Recorder(self.model.device)
+        with self._scene(
+            (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
+            lock, cache, recorder, progress,
+        ) as scene:  # fmt: skip
+            with _stage(recorder, progress, "text"):
+                text = self.model.encode_prompts([source_prompt])
+            with EntryWriter(output_folder(output)) as writer, _stage(recorder, progress, "source pass"):
+                return scene.save(text, cache, writer, recorder, progress, notes or {})
+
+    @contextmanager
+    def _scene(
+        self,
+        clip: tuple[Any, Any, int | None, int | None, str],
+        source_prompt: str,
+        num_steps: int,
+        noise: tuple[Tensor | None, torch.Generator | None],
+        lock: LockConfig,
+        cache: CacheConfig,
+        recorder: Recorder,
+        progress: Progress,
+    ) -> Iterator[Scene]:
+        """The source, encoded or taken from the cache that `cache` names; its files are open meanwhile."""
+        for transformer in self.model.transformers:
+            select_layers(len(self.model.arch.attentions(transformer)), lock.layers)
+        saved = None if cache.path is None else SavedSource.open(cache.path)
+        try:
+            video, mask, height, width, policy = clip
+            if saved is not None and height is None and width is None:
+                height, width = saved.size
+            frames, pixel_mask, count = fit_to_model(video, mask, self.model.geometry, height, width, policy)
+            solver = FlowSolver(self.pipe.scheduler, num_steps, self.model.device)
+            with _stage(recorder, progress, "encode"):
+                mask = self._project(pixel_mask)
+                clean = None if saved is not None else self.model.encode_video(frames)
+            scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved)
+            scene.place(clean, *noise)
+            yield scene
         finally:
+            if saved is not None:
+                saved.entry.close()
             self.pipe.maybe_free_model_hooks()
-        warmup = max(0, num_inference_steps - lock.kappa)
-        trace = recorder.finish(prompts, warmup, projected.share, solver.timesteps, solver.sigmas)
-        return EditOutput(decoded, edited.float(), trace, projected)
 
     def _project(self, pixel_mask: Tensor) -> ProjectedMask:
         projected = project_mask(pixel_mask.to(self.model.device), self.model.geometry)
@@ -144,7 +215,7 @@ class KVLockPipeline:
             raise InputError("mask is empty: no pixel is marked as foreground")
         if projected.tokens.all():
             message = "mask covers every token: nothing is locked, the whole video is edited"
-            warnings.warn(message, InputWarning, stacklevel=4)
+            warnings.warn(message, InputWarning, stacklevel=5)
         return projected
 
     def _texts(self, prompts, negative_prompt, source_prompt, guidance_scale) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -161,12 +232,8 @@ def _stage(recorder: Recorder, progress: Progress, name: str) -> Iterator[None]:
     progress(name, 0, 1)
     with recorder.stage(name):
         yield
-    if name != "denoise":  # which reports its steps
+    if name not in ("denoise", "source pass"):  # which report their steps
         progress(name, 1, 1)
-
-
-def _step_done(progress: Progress, total: int, k: int) -> None:
-    progress("denoise", k + 1, total)
 
 
 def _lock(lock: Any) -> LockConfig:
@@ -177,20 +244,15 @@ def _lock(lock: Any) -> LockConfig:
     return lock
 
 
+def _cache(cache: Any) -> CacheConfig:
+    if cache is None:
+        return CacheConfig()
+    if not isinstance(cache, CacheConfig):
+        raise InputError(f"cache must be a CacheConfig, got {cache!r}")
+    return cache
+
+
 def _refuse_nan(recorder: Recorder, prompts: list[str], steps: int) -> None:
     bad = recorder.first_bad_step()
     if bad is not None:
         raise InputError(f"the latents became NaN or inf at step {bad[0]} of {steps}, prompt {prompts[bad[1]]!r}")
-
-
-def _start_noise(latents: Tensor | None, clean: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The noise the edit starts from, [1, C, T, h, w] fp32."""
-    if latents is None:
-        from diffusers.utils.torch_utils import randn_tensor
-
-        return randn_tensor(clean.shape, generator=generator, device=clean.device, dtype=torch.float32)
-    if not isinstance(latents, Tensor):
-        raise InputError(f"latents must be a torch.Tensor, got {type(latents).__name__}")
-    if latents.shape != clean.shape:
-        raise InputError(f"latents must be {tuple(clean.shape)}, got {tuple(latents.shape)}")
-    return latents.to(device=clean.device, dtype=torch.float32)

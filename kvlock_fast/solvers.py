@@ -21,8 +21,8 @@ class FlowSolver:
         """Raises InputError for a scheduler that is not flow matching or adds noise of its own."""
         check_scheduler(scheduler)
         self.scheduler = copy.deepcopy(scheduler)
-        self.scheduler.set_timesteps(num_steps, device=device)
-        self.scheduler.set_begin_index(0)
+        self._start = num_steps, device
+        self.restart()
         self.timesteps = self.scheduler.timesteps
         self.sigmas = self.scheduler.sigmas.to(device=device, dtype=torch.float32)
         if len(self.timesteps) != num_steps or len(self.sigmas) != num_steps + 1:
@@ -32,6 +32,12 @@ class FlowSolver:
     @property
     def num_steps(self) -> int:
         return len(self.timesteps)
+
+    def restart(self) -> None:
+        """Forget the steps taken: the next one is step 0."""
+        num_steps, device = self._start
+        self.scheduler.set_timesteps(num_steps, device=device)
+        self.scheduler.set_begin_index(0)
 
     def step(self, k: int, prediction: Tensor, sample: Tensor) -> Tensor:
         """x_{k+1} from the prediction at x_k; called once for each k, in order."""

@@ -26,19 +26,27 @@ class RenoisedSource:
 
 
 class InvertedSource:
-    """The ODE integrated from the clean source up to noise, with the source prompt; the edit starts at its end."""
+    """The ODE integrated from the clean source up to noise; the edit starts at its end."""
 
-    def __init__(self, clean: Tensor, solver: FlowSolver, velocity: Velocity, method: str = "euler"):
-        """velocity(x, k): the model's prediction [1, C, T, H, W] at sigma_k; method: "euler" or "heun"."""
-        path = [clean]
-        for k in reversed(range(solver.num_steps)):
-            path.append(_step_up(path[-1], k, solver, velocity, method))
-        self.path = torch.stack(path[::-1])
-        self.start = self.path[0]
+    def __init__(self, path: Tensor):
+        """path: [T + 1, 1, C, T, H, W] fp32, from noise to the clean source."""
+        self.path = path
+        self.start = path[0]
 
     def at(self, k: int) -> Tensor:
         """[1, C, T, H, W] fp32."""
         return self.path[k]
+
+
+SourcePath = RenoisedSource | InvertedSource
+
+
+def invert(clean: Tensor, solver: FlowSolver, velocity: Velocity, method: str = "euler") -> InvertedSource:
+    """velocity(x, k): the model's prediction [1, C, T, H, W] at sigma_k; method: "euler" or "heun"."""
+    path = [clean]
+    for k in reversed(range(solver.num_steps)):
+        path.append(_step_up(path[-1], k, solver, velocity, method))
+    return InvertedSource(torch.stack(path[::-1]))
 
 
 def _step_up(x: Tensor, k: int, solver: FlowSolver, velocity: Velocity, method: str) -> Tensor:

@@ -90,16 +90,25 @@ class Clock:
         return [a.elapsed_time(b) / 1000 if self.cuda else b - a for a, b in pairs]
 
 
+class Run:
+    """One run of the loop, over some of the prompts."""
+
+    def __init__(self, device: torch.device):
+        self.clock = Clock(device)
+        self.steps: list[tuple[Tensor, ...]] = []
+        self.finite: list[Tensor] = []
+
+    def columns(self) -> list[list[list[float]]]:
+        """variance, alpha, omega and s*, each by step and sample."""
+        return [torch.stack(column).tolist() for column in zip(*self.steps, strict=True)]
+
+
 @dataclass
 class Recorder:
     """Collects device tensors during the loop; reads them once, after it."""
 
     device: torch.device
-    variance: list[Tensor] = field(default_factory=list)
-    alpha: list[Tensor] = field(default_factory=list)
-    omega: list[Tensor] = field(default_factory=list)
-    s_star: list[Tensor] = field(default_factory=list)
-    finite: list[Tensor] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
     forwards: int = 0
 
@@ -112,42 +121,50 @@ class Recorder:
         start = time.perf_counter()
         yield
         self.clock.wait()
-        self.stages[name] = time.perf_counter() - start
+        self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
+
+    def start_over(self) -> None:
+        """Forget the runs so far."""
+        self.runs.clear()
 
     def begin(self) -> None:
-        """The first step begins now."""
-        self.clock.mark()
+        """A run's first step begins now."""
+        self.runs.append(Run(self.device))
+        self.runs[-1].clock.mark()
 
     def step(self, variance: Tensor, alpha: Tensor, omega: Tensor, s_star: Tensor, latents: Tensor) -> None:
         """One step's figures, each [B], and whether the latents [B, ...] after it are finite."""
-        for column, value in (("variance", variance), ("alpha", alpha), ("omega", omega), ("s_star", s_star)):
-            getattr(self, column).append(value)
-        self.finite.append(latents.isfinite().flatten(1).all(1))
-        self.clock.mark()
+        run = self.runs[-1]
+        run.steps.append((variance, alpha, omega, s_star))
+        run.finite.append(latents.isfinite().flatten(1).all(1))
+        run.clock.mark()
 
     def first_bad_step(self) -> tuple[int, int] | None:
         """(step, sample) where the latents first became NaN or inf."""
-        bad = (~torch.stack(self.finite)).nonzero().tolist()
+        bad = (~torch.cat([torch.stack(run.finite) for run in self.runs], dim=1)).nonzero().tolist()
         return tuple(bad[0]) if bad else None
 
     def finish(self, prompts: list[str], warmup_steps: int, share: float, timesteps: Tensor, sigmas: Tensor) -> Trace:
         """The whole trace."""
-        columns = [torch.stack(c).tolist() for c in (self.variance, self.alpha, self.omega, self.s_star)]
-        seconds = self.clock.intervals()
-        timesteps, sigmas = timesteps.tolist(), sigmas.tolist()
-        records = [
-            StepRecord(
-                step=k,
-                sample=i,
-                timestep=float(timesteps[k]),
-                sigma=sigmas[k],
-                variance=None if math.isnan(columns[0][k][i]) else columns[0][k][i],
-                alpha=columns[1][k][i],
-                omega=columns[2][k][i],
-                s_star=columns[3][k][i],
-                seconds=seconds[k],
-            )
-            for k in range(len(seconds))
-            for i in range(len(prompts))
-        ]
-        return Trace(prompts, len(seconds), warmup_steps, share, self.forwards, self.stages, records)
+        timesteps, sigmas, records, sample = timesteps.tolist(), sigmas.tolist(), [], 0
+        for run in self.runs:
+            (variance, alpha, omega, s_star), seconds = run.columns(), run.clock.intervals()
+            size = len(alpha[0])
+            records += [
+                StepRecord(
+                    step=k,
+                    sample=sample + i,
+                    timestep=float(timesteps[k]),
+                    sigma=sigmas[k],
+                    variance=None if math.isnan(variance[k][i]) else variance[k][i],
+                    alpha=alpha[k][i],
+                    omega=omega[k][i],
+                    s_star=s_star[k][i],
+                    seconds=seconds[k],
+                )
+                for k in range(len(seconds))
+                for i in range(size)
+            ]
+            sample += size
+        records.sort(key=lambda record: (record.step, record.sample))
+        return Trace(prompts, len(timesteps), warmup_steps, share, self.forwards, self.stages, records)

@@ -148,14 +148,15 @@ def test_foreground_keys_are_the_new_ones_bit_for_bit():
     lock = TransformerLock(transformer, WAN, layers=(0,))
     with torch.no_grad():
         for name, latents in (("new", new), ("source", source)):
-            with lock.forward(Mode.CAPTURE):
+            plain[name] = {}
+            with lock.forward(Mode.CAPTURE, kept=plain[name]):
                 transformer(latents, **inputs)
-            plain[name] = {key: value.clone() for key, value in lock.state.kept.items()}
         entering = {}
         attn = transformer.blocks[0].attn1
         handle = attn.norm_k.register_forward_hook(lambda m, i, o: entering.__setitem__("k", o.clone()))
         other = attn.to_v.register_forward_hook(lambda m, i, o: entering.__setitem__("v", o.clone()))
-        with lock.forward(Mode.STORED, blend_weight(torch.ones(1), foreground)):
+        weight = blend_weight(torch.ones(1), foreground)
+        with lock.forward(Mode.STORED, weight, {key: value.clone() for key, value in plain["source"].items()}):
             transformer(new, **inputs)
     handle.remove(), other.remove()
     for kind in ("k", "v"):
@@ -469,9 +470,10 @@ def test_kept_keys_are_the_backgrounds_alone():
     background = torch.tensor([1, 4, 5])
     lock = TransformerLock(transformer, WAN, background=background)
     inputs = {"timestep": torch.tensor([5.0]), "encoder_hidden_states": torch.zeros(1, 2, 16), "return_dict": False}
-    with torch.no_grad(), lock.forward(Mode.CAPTURE):
+    kept = {}
+    with torch.no_grad(), lock.forward(Mode.CAPTURE, kept=kept):
         transformer(torch.randn(1, 4, 1, 4, 6), **inputs)
-    assert {x.shape for x in lock.state.kept.values()} == {(1, 3, 24)} and len(lock.state.kept) == 6
+    assert {x.shape for x in kept.values()} == {(1, 3, 24)} and len(kept) == 6
     lock.detach()
 
 

@@ -11,7 +11,7 @@ from diffusers import (
 
 from kvlock_fast.errors import InputError
 from kvlock_fast.solvers import FlowSolver
-from kvlock_fast.source import InvertedSource, RenoisedSource
+from kvlock_fast.source import RenoisedSource, invert
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 SCHEDULERS = {
@@ -58,7 +58,7 @@ def test_inversion_converges_in_its_order():
         for steps in (100, 200):
             ode = FlowSolver(FlowMatchEulerDiscreteScheduler(), steps, torch.device("cpu"))
             ode.sigmas = ode.sigmas.double()
-            found = InvertedSource(clean, ode, lambda x, k: x.double(), method).start.item()
+            found = invert(clean, ode, lambda x, k: x.double(), method).start.item()
             errors[method, steps] = abs(found - torch.exp(ode.sigmas[0]).item())
     assert errors["euler", 100] / errors["euler", 200] == pytest.approx(2, rel=0.1)
     assert errors["heun", 100] / errors["heun", 200] == pytest.approx(4, rel=0.1)

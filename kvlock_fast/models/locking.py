@@ -1,9 +1,9 @@
 """Locking at one interception point: the outputs of every self-attention's K-norm and V projection.
 
 Two hooks a layer blend the source's keys and values into the new ones, in place. What they do in a forward is decided
-by the `LockState` they share: nothing, keep the source's K/V, blend with what was kept, or blend with the batch's
-first row (the source riding along, "lockstep"). Off means bit-identical to the stock model; after `detach` the model
-is as it was.
+by the `LockState` they share: nothing, keep the source's K/V, blend with what was kept (in this step or in a cache),
+or blend with the batch's first row (the source riding along, "lockstep"). Off means bit-identical to the stock model;
+after `detach` the model is as it was.
 """
 
 from collections.abc import Iterator
@@ -15,10 +15,14 @@ from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from kvlock_fast.errors import InputError
-from kvlock_fast.kernels.blend import blend_
+from kvlock_fast.kernels.blend import as_heads, blend_
+from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
 from kvlock_fast.models.arch import ArchSpec, first_submodule, refuse_wrapped, select_layers
 
 HOOK_NAME = "kvlock"
+
+KeptKV = dict[tuple[int, str], Tensor | QuantizedKV]
+"""By layer number and "k" or "v"."""
 
 
 class Mode(Enum):
@@ -26,7 +30,7 @@ class Mode(Enum):
 
     OFF = auto()
     CAPTURE = auto()  # keep this forward's K and V
-    STORED = auto()  # blend every row with the K and V kept last
+    STORED = auto()  # blend every row with K and V that were kept
     IN_BATCH = auto()  # blend rows 1.. with row 0
 
 
@@ -38,19 +42,28 @@ class LockState:
         self.mode = Mode.OFF
         self.weight: Tensor | None = None
         self.background = background
-        self.kept: dict[tuple[int, str], Tensor] = {}
+        self.kept: KeptKV = {}
         self.fired = 0
 
     def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> Tensor:
         """One hook's work on its module's output x."""
         self.fired += 1
         if self.mode is Mode.CAPTURE:
-            self.kept[key] = x if self.background is None else x.index_select(token_dim, self.background)
+            self._keep(key, x, token_dim)
         elif self.mode is Mode.STORED:
             blend_(x, self.kept[key], self.weight, token_dim, self.background)
         elif self.mode is Mode.IN_BATCH:
             blend_(x[1:], x[:1], self.weight, token_dim)
         return x
+
+    def _keep(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
+        """Pack x into what is there for this layer, or keep it as it is."""
+        place = self.kept.get(key)
+        if place is None:
+            self.kept[key] = x if self.background is None else x.index_select(token_dim, self.background)
+            return
+        packed = quantize_kv(as_heads(x, token_dim, place.shape[2]), place.format, place.kind, tokens=self.background)
+        place.copy_(packed)
 
 
 class _LockHook(ModelHook):
@@ -111,21 +124,22 @@ class TransformerLock:
             if getattr(vars(target).get("forward"), "__func__", None) is type(target).forward:
                 del target.forward
         self._targets = []
-        self.state.kept.clear()
         _forget_child_registries(self.transformer)
 
     @contextmanager
-    def forward(self, mode: Mode, weight: Tensor | None = None) -> Iterator[None]:
+    def forward(self, mode: Mode, weight: Tensor | None = None, kept: KeptKV | None = None) -> Iterator[None]:
         """One forward in `mode`; afterwards every hook must have fired once.
 
-        weight: [rows, S] fp32 (for IN_BATCH without the source's row), needed where the mode blends.
+        weight: [rows, S] fp32 (for IN_BATCH without the source's row), needed where the mode blends. kept: the
+        background's K and V to blend with (STORED), or the places to pack them into (CAPTURE; where there is none for
+        a layer, a tensor is added).
         """
         state = self.state
-        state.mode, state.weight, state.fired = mode, weight, 0
+        state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, 0
         try:
             yield
         finally:
-            state.mode, state.weight = Mode.OFF, None
+            state.mode, state.weight, state.kept = Mode.OFF, None, {}
         expected = 2 * len(self.layers)
         if state.fired != expected:
             raise RuntimeError(
@@ -133,16 +147,20 @@ class TransformerLock:
                 "layers were skipped, or projections replaced after the lock was attached"
             )
 
-    def forget(self) -> None:
-        """Let go of the kept K and V."""
-        self.state.kept.clear()
-
 
 def _forget_child_registries(transformer: nn.Module) -> None:
     """Have a registry at the root look for hooks anew; diffusers caches the list."""
     registry = getattr(transformer, "_diffusers_hook", None)
     if registry is not None:
         registry.invalidate_child_registries_cache()
+
+
+def kv_sizes(transformer: nn.Module, arch: ArchSpec) -> tuple[int, int]:
+    """Heads, and channels a head, of the self-attentions' keys and values. InputError where layers differ."""
+    sizes = {(a.heads, a.to_k.out_features // a.heads) for _, a in arch.attentions(transformer)}
+    if len(sizes) != 1:
+        raise InputError(f"the self-attentions of {type(transformer).__name__} are of different sizes: {sorted(sizes)}")
+    return sizes.pop()
 
 
 def blend_weight(alpha: Tensor, foreground: Tensor) -> Tensor:

@@ -1,0 +1,241 @@
+"""One cache entry on disk: a folder with a manifest and, in a folder of their own, shards of tensors.
+
+An entry is written beside the one that is there and takes its place by the rename of its manifest, so whoever opens it
+finds the old or the new one, whole, whatever else happens at the time. Nothing is locked.
+"""
+
+import contextlib
+import os
+import shutil
+import weakref
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from kvlock_fast.cache import manifest
+from kvlock_fast.cache.litter import PUBLISHED, Lease, is_entry, sweep
+from kvlock_fast.cache.manifest import SHARD_NAME, DamagedCache, Manifest, MissingCache, ShardRecord
+from kvlock_fast.cache.owner import owned_name
+from kvlock_fast.cache.shard import MappedShard, write_shard
+from kvlock_fast.errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DamagedCache", "Entry", "EntryWriter", "MissingCache"]
+
+_THREADS = min(8, os.cpu_count() or 1)
+
+
+class EntryWriter:
+    """Writes an entry into a folder, which may exist and hold other files:
+
+        with EntryWriter(folder) as writer:
+            writer.add_shard("step-000", tensors)
+            writer.publish({"steps": 50})
+
+    If the block ends without `publish`, all that was written is removed. Every method raises OutputError, naming the
+    folder, if it cannot be written: disk full, no permission, a file of that name.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self._shards: dict[str, ShardRecord] = {}
+        self._published = False
+
+    def __enter__(self) -> Self:
+        self._made = not self.folder.exists()
+        self._data = self.folder / owned_name("data")
+        self._temporary = self.folder / owned_name("manifest", ".json")
+        self._lease: Lease | None = None
+        try:
+            with _writing(self.folder):
+                self._lease = _lease_in_new_folder(self.folder)
+                sweep(self.folder)
+                _refuse_other_manifest(self.folder)
+                self._data.mkdir()
+        except BaseException:
+            self._clean_up()
+            raise
+        self._hashing = ThreadPoolExecutor(1)
+        return self
+
+    def add_shard(self, name: str, tensors: Mapping[str, "Tensor"]) -> None:
+        """Write `<name>.safetensors`; the tensors' bytes are hashed meanwhile.
+
+        Raises ValueError for a name that is not plain or is taken, and for a dtype that safetensors files do not hold.
+        """
+        if not SHARD_NAME.fullmatch(name):
+            raise ValueError(f"a shard's name has letters, digits, - and _ only, and at most 64, got '{name}'")
+        if name in self._shards:
+            raise ValueError(f"there is a shard '{name}' already")
+        with _writing(self.folder):
+            self._shards[name] = write_shard(_shard_path(self._data, name), tensors, self._hashing)
+
+    def publish(self, meta: Mapping[str, Any]) -> None:
+        """Make what was added the folder's entry, once it is on the disk for certain; meta: anything that is JSON."""
+        if self._published:
+            raise ValueError("the entry has been published already")
+        content = Manifest(meta=dict(meta), data=self._data.name, shards=self._shards).serialise()
+        with _writing(self.folder):
+            _sync_folder(self._data)
+            _write_and_sync(self._temporary, content)
+            self._temporary.replace(self.folder / manifest.NAME)
+            self._published = True
+            _sync_folder(self.folder)
+            _sync_folder(self.folder.parent)
+        # Without it the data stay when they are superseded, until this process ends.
+        with contextlib.suppress(OSError):
+            (self._data / PUBLISHED).touch()
+        sweep(self.folder)
+
+    def __exit__(self, *_: object) -> None:
+        self._hashing.shutdown()
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
+        # By the manifest, not by what `publish` got to say before it was interrupted.
+        if not _names(self.folder, self._data):
+            shutil.rmtree(self._data, ignore_errors=True)
+        if self._lease is not None:
+            self._lease.release()
+        if self._made and not self._published:
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+
+
+class Entry:
+    """An entry that was found whole, mapped into memory; from `Entry.open`. Can be used in a `with`.
+
+    Its tensors, and those taken from it after it is closed, stay readable whoever replaces or removes the files.
+    To write into them changes no file.
+    """
+
+    def __init__(self, folder: Path, content: Manifest, shards: dict[str, MappedShard], lease: Lease | None):
+        self.folder, self.meta = folder, content.meta
+        self._shards, self._lease = shards, lease
+        self.nbytes = sum(shard.nbytes for shard in shards.values())
+        """Bytes of the shards' files."""
+        if lease is not None:
+            weakref.finalize(self, lease.release)
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike, lease: Lease | None = None) -> Self:
+        """Map an entry after every byte of it was compared with what was written; `lease` is released by `close`.
+
+        Raises:
+            MissingCache: there is none.
+            DamagedCache: a file is not what was written; the message says which.
+            InputError: a file cannot be read.
+        """
+        folder = Path(folder)
+        content, digest, shards = _map(folder)
+        try:
+            with ThreadPoolExecutor(max(1, min(_THREADS, len(shards)))) as pool:
+                list(pool.map(MappedShard.verify, shards.values()))
+        except DamagedCache as error:
+            error.manifest = digest
+            raise
+        return cls(folder, content, shards, lease)
+
+    @staticmethod
+    def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
+        """What the writer said of an entry, without a look at its shards. Raises as `open` does."""
+        return manifest.read(Path(folder))[0].meta
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """Their names, sorted."""
+        return tuple(sorted(self._shards))
+
+    def tensors(self, shard: str) -> dict[str, "Tensor"]:
+        """The tensors of a shard, on the CPU, without a copy. Raises KeyError for no such shard."""
+        return self._shards[shard].tensors()
+
+    def close(self) -> None:
+        """Let the entry go: it can be evicted, and its memory is free when the last of its tensors is."""
+        self._shards = {}
+        if self._lease is not None:
+            self._lease.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _map(folder: Path) -> tuple[Manifest, str, dict[str, MappedShard]]:
+    """The manifest, its digest, and the shards that it names, of one and the same entry."""
+    while True:
+        content, digest = manifest.read(folder)
+        data = folder / content.data
+        path = data
+        try:
+            shards = {}
+            for name, records in content.shards.items():
+                path = _shard_path(data, name)
+                shards[name] = MappedShard(path, records)
+            return content, digest, shards
+        except DamagedCache as error:
+            error.manifest = digest
+            raise
+        except FileNotFoundError:
+            # Superseded or evicted a moment ago, unless the manifest is still the same.
+            if manifest.read(folder)[1] == digest:
+                raise DamagedCache(path, "it is missing", digest) from None
+        except OSError as error:
+            raise InputError(f"cannot read '{path}': {error.strerror or error}") from error
+
+
+def _shard_path(data: Path, name: str) -> Path:
+    return data / f"{name}.safetensors"
+
+
+def _lease_in_new_folder(folder: Path) -> Lease:
+    """Make the folder, unless it is there, and lease it before another process takes it for litter."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            return Lease(folder)
+
+
+def _refuse_other_manifest(folder: Path) -> None:
+    if (folder / manifest.NAME).exists() and not is_entry(folder):
+        raise OutputError(f"cannot write the cache '{folder}': its {manifest.NAME} is not a cache's, or is damaged")
+
+
+def _names(folder: Path, data: Path) -> bool:
+    """Whether the folder's manifest, even if damaged, names this data folder."""
+    try:
+        return data.name.encode() in manifest.read_bytes(folder)
+    except OSError:
+        return False
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot write the cache '{folder}': {error.strerror or error}") from error
+
+
+def _write_and_sync(path: Path, content: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    # Windows does not open folders; there a rename is as durable as it gets.
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

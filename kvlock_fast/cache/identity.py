@@ -1,0 +1,85 @@
+"""What a cache was made of: the facts that its manifest holds, and what they must have in common with an edit's.
+
+Facts are plain JSON values. `SOURCE_FACTS` must be equal for a cache to serve at all; the rest says what it contains,
+which may be more than an edit asks for.
+"""
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from kvlock_fast.errors import InputError
+
+SOURCE_FACTS = {
+    "model": "another model",
+    "scheduler": "another schedule",
+    "video": "another video, or other frames of it",
+    "size": "another working size",
+    "source_prompt": "another source prompt",
+    "source_path": "another way to the source's latents (source_path, inversion_solver)",
+    "noise": "other noise",
+}
+"""The facts that must be the same, each with what to say if it is not."""
+
+
+def digest(*tensors: Tensor) -> str:
+    """xxh3-128 of dtypes, shapes and bytes, as hex."""
+    state = xxhash.xxh3_128()
+    for tensor in tensors:
+        state.update(f"{tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        state.update(tensor_bytes(tensor))
+    return state.hexdigest()
+
+
+def tensor_bytes(tensor: Tensor) -> np.ndarray:
+    """The tensor's bytes in its logical order, without a copy where it is contiguous on the CPU."""
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
+
+
+def fingerprint(modules: list[nn.Module]) -> str:
+    """xxh3-128 of the modules' classes, configs and all weights, adapters and their scales included.
+
+    Raises InputError where weights are not in memory (sequential offloading).
+    """
+    state = xxhash.xxh3_128()
+    for module in modules:
+        config = {key: value for key, value in dict(module.config).items() if not key.startswith("_")}
+        state.update(json.dumps([type(module).__name__, config], sort_keys=True, default=str).encode())
+        for name, part in module.named_modules():
+            if isinstance(getattr(part, "scaling", None), dict):  # an adapter's, which is no parameter
+                facts = [name, part.scaling, getattr(part, "active_adapters", None)]
+                state.update(json.dumps(facts, sort_keys=True, default=str).encode())
+        for name, tensor in module.state_dict().items():
+            if tensor.is_meta:
+                raise InputError(f"the weights of {name} are not in memory: a cache cannot tell which model they make")
+            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            state.update(tensor_bytes(tensor))
+    return state.hexdigest()
+
+
+def key_of(facts: dict[str, Any]) -> str:
+    """A folder's name for these facts."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+
+
+def first_difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
+    """What is another in a cache's facts than in an edit's, in words; None if the cache can serve it."""
+    for name, words in SOURCE_FACTS.items():
+        mine, theirs = have.get(name), want[name]
+        if mine == theirs:
+            continue
+        if isinstance(mine, dict):
+            name = next(key for key in {**theirs, **mine} if mine.get(key) != theirs.get(key))
+            mine, theirs = f"{name} {_short(mine.get(name))}", _short(theirs.get(name))
+        hashed = name in ("video", "noise", "fingerprint")
+        return words if hashed else f"{words} ({_short(mine)}, not {_short(theirs)})"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

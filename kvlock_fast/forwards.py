@@ -1,0 +1,139 @@
+"""The transformer's forwards under the lock: who shares a batch, and where the source's K and V come from."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.config import LockConfig
+from kvlock_fast.masks import ProjectedMask
+from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock, blend_weight
+from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.trace import Recorder
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of the loop, on the device.
+
+    prompt, negative: [B, L, C]; source_prompt: [1, L, C]; negative is None without classifier-free guidance; guidance:
+    omega0 for each stage.
+    """
+
+    mask: ProjectedMask
+    prompt: Tensor
+    negative: Tensor | None
+    source_prompt: Tensor
+    guidance: tuple[float, ...]
+    lock: LockConfig
+
+    @property
+    def batch(self) -> int:
+        return self.prompt.shape[0]
+
+    def guided(self, omega0: float) -> bool:
+        """Whether guidance follows the lock's rules; a scale of 1 or less is left as it is."""
+        return self.negative is not None and omega0 > 1
+
+
+class Predictor:
+    """The model's transformers with the lock attached while the context is open."""
+
+    def __init__(self, model: Any, solver: FlowSolver, lock: LockConfig, background: Tensor, recorder: Recorder):
+        """background: indices [N] of the tokens whose K and V are kept apart from the batch."""
+        self.model, self.solver, self.lock, self.recorder = model, solver, lock, recorder
+        self.background = background
+        self.locks: list[TransformerLock] = []
+        self._exit = ExitStack()
+        train_steps = solver.scheduler.config.num_train_timesteps
+        self._stages = [model.stage_at(t, train_steps) for t in solver.timesteps.tolist()]
+        self._stages.append(self._stages[-1])
+
+    def __enter__(self) -> "Predictor":
+        with ExitStack() as attached:  # what is attached comes off again if one of two transformers is refused
+            for transformer in self.model.transformers if self.lock.locks else ():
+                lock = TransformerLock(transformer, self.model.arch, self.lock.layers, self.background)
+                attached.callback(lock.detach)
+                self.locks.append(lock)
+            self._exit = attached.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
+
+    def stage(self, k: int) -> int:
+        """0, or 1 in the low-noise steps of a model that has two stages; for k = T too."""
+        return self._stages[k]
+
+    def __call__(
+        self,
+        k: int,
+        latents: Tensor,
+        text: Tensor,
+        mode: Mode = Mode.OFF,
+        weight: Tensor | None = None,
+        kept: KeptKV | None = None,
+    ) -> Tensor:
+        """The velocity of latents [rows, C, T, H, W] under text [rows, L, C]; the rest as `TransformerLock.forward`."""
+        which, timestep = self.model.transformer_of(self.stage(k)), self.solver.timestep_at(k)
+        self.recorder.forwards += latents.shape[0]
+        if not self.locks:
+            return self.model.predict(which, latents, timestep, text)
+        with self.locks[which].forward(mode, weight, kept):
+            return self.model.predict(which, latents, timestep, text)
+
+
+class Forwards:
+    """The velocities of a step: of the source, where it is run along, and of the edit's branches."""
+
+    def __init__(self, task: Task, predict: Predictor):
+        self.task, self.predict = task, predict
+        batching = task.lock.guidance_batching
+        self.batched = batching == "batched" or (batching == "auto" and task.lock.locks)
+
+    def run_along(
+        self, k: int, latents: Tensor, source_latent: Tensor, alpha: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The source at [1, ...] with the edit: velocities of source, conditional and unconditional branch [B, ...]."""
+        task = self.task
+        if not self.batched:  # a forward for the source, which keeps its K and V, and one for each branch
+            kept: KeptKV = {}
+            source = self.predict(k, source_latent, task.source_prompt, self._locked(Mode.CAPTURE), kept=kept)
+            return source, *self._branches(k, latents, self._locked(Mode.STORED), alpha, kept)
+        branches = 1 if task.negative is None else 2
+        rows = torch.cat([source_latent, *[latents.float()] * branches])
+        texts = torch.cat([task.source_prompt, task.prompt, *([] if task.negative is None else [task.negative])])
+        weight = blend_weight(alpha.repeat(branches), task.mask.tokens)
+        out = self.predict(k, rows, texts, self._locked(Mode.IN_BATCH), weight)
+        return out[:1], *self._split(out[1:])
+
+    def from_kept(self, k: int, latents: Tensor, kept: KeptKV, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The edit alone, locked to K and V that were kept: conditional and unconditional [B, ...]."""
+        return self._branches(k, latents, self._locked(Mode.STORED), alpha, kept)
+
+    def unlocked(self, k: int, latents: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The edit alone, nothing locked: conditional and unconditional [B, ...]."""
+        return self._branches(k, latents, Mode.OFF)
+
+    def _locked(self, mode: Mode) -> Mode:
+        return mode if self.predict.locks else Mode.OFF
+
+    def _branches(
+        self, k: int, latents: Tensor, mode: Mode, alpha: Tensor | None = None, kept: KeptKV | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Both branches, in one forward or one after the other."""
+        task, branches = self.task, 1 if self.task.negative is None else 2
+        if self.batched:
+            texts = task.prompt if branches == 1 else torch.cat([task.prompt, task.negative])
+            weight = None if alpha is None else blend_weight(alpha.repeat(branches), task.mask.tokens)
+            rows = torch.cat([latents.float()] * branches)
+            return self._split(self.predict(k, rows, texts, mode, weight, kept))
+        weight = None if alpha is None else blend_weight(alpha, task.mask.tokens)
+        cond = self.predict(k, latents, task.prompt, mode, weight, kept)
+        return cond, None if branches == 1 else self.predict(k, latents, task.negative, mode, weight, kept)
+
+    def _split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        cond, uncond = (*out.split(self.task.batch), None)[:2]
+        return cond, uncond

@@ -1,0 +1,184 @@
+"""A source ready to be edited, and its edits: prompts in batches, the source's K and V from where they are kept."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.cache.entry import EntryWriter
+from kvlock_fast.cache.root import CacheRoot
+from kvlock_fast.cache.saved import SavedSource
+from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.denoise import denoise
+from kvlock_fast.errors import InputError, InputWarning, OutputError
+from kvlock_fast.files import user_cache_folder
+from kvlock_fast.forwards import Predictor, Task
+from kvlock_fast.masks import ProjectedMask
+from kvlock_fast.models.arch import select_layers
+from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.source import RenoisedSource, SourcePath, invert
+from kvlock_fast.source_pass import StoredSource
+from kvlock_fast.source_store import Source, SourceMaker, check_saved, read_saved, saved_path, source_facts
+from kvlock_fast.trace import Recorder
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Scene:
+    """A source as the model takes it.
+
+    frames: uint8 [F, H, W, 3]; count: how many of them to give back; saved: the cache that the user named. `place`
+    comes first.
+    """
+
+    model: Any
+    lock: LockConfig
+    solver: FlowSolver
+    frames: Tensor
+    count: int
+    mask: ProjectedMask
+    source_prompt: str
+    saved: SavedSource | None
+    clean: Tensor | None = None
+    noise: Tensor | None = None
+
+    def place(self, clean: Tensor | None, latents: Tensor | None, generator: torch.Generator | None) -> None:
+        """Fix the clean latent [1, C, T, h, w] and the starting noise, or take both from the saved source."""
+        if self.saved is None:
+            self.clean, self.noise = clean, start_noise(latents, clean, generator)
+            return
+        start = self.saved.start
+        given = None if latents is None and generator is None else start_noise(latents, start, generator).cpu()
+        if given is not None and not torch.equal(given, start):
+            raise InputError(f"cache '{self.saved.folder}' was made with other noise than generator or latents give")
+        layers = select_layers(len(self.model.arch.attentions(self.model.transformers[0])), self.lock.layers)
+        check_saved(self.saved, self.facts(start), layers, self.mask.tokens)
+
+    def facts(self, noise: Tensor) -> dict[str, Any]:
+        """What makes this source what it is, for a cache."""
+        return source_facts(self.model, self.solver, self.lock, self.frames, self.source_prompt, noise)
+
+    def background(self) -> Tensor:
+        """Indices [N] of the tokens whose K and V are kept: a saved source's may be more than the mask leaves."""
+        if self.saved is not None:
+            return self.saved.background.to(self.mask.tokens.device, copy=True)
+        return (~self.mask.tokens[0]).nonzero()[:, 0]
+
+    @contextmanager
+    def predictor(self, recorder: Recorder) -> Iterator[Predictor]:
+        """The model with the lock attached."""
+        with Predictor(self.model, self.solver, self.lock, self.background(), recorder) as predict:
+            yield predict
+
+    def path(self, predict: Predictor, text: Tensor, recorder: Recorder) -> SourcePath:
+        """Where the source is at each step."""
+        if self.saved is not None:
+            return saved_path(self.saved, self.solver, self.mask.tokens.device)
+        if self.lock.source_path == "renoise":
+            return RenoisedSource(self.clean, self.noise, self.solver)
+        with recorder.stage("inversion"):
+            velocity = partial(_own_velocity, predict, text)
+            return invert(self.clean, self.solver, velocity, self.lock.inversion_solver)
+
+    def save(
+        self,
+        text: Tensor,
+        cache: CacheConfig,
+        writer: EntryWriter,
+        recorder: Recorder,
+        progress: Progress,
+        notes: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Run the source into an entry; the facts of its manifest."""
+        with self.predictor(recorder) as predict:
+            source = Source(self.path(predict, text, recorder), text, self.background())
+            maker = SourceMaker(source, predict, cache, partial(progress, "source pass"))
+            return maker.write(writer, self.facts(self.noise), **notes)
+
+
+def edit_prompts(task: Task, scene: Scene, cache: CacheConfig, recorder: Recorder, progress: Progress) -> Tensor:
+    """The edits' clean latents [B, C, T, h, w], of as many prompts at once as the cache's config allows."""
+    with scene.predictor(recorder) as predict:
+        path = scene.path(predict, task.source_prompt, recorder)
+        source = Source(path, task.source_prompt, scene.background())
+        stored = _stored_source(source, scene, predict, cache, recorder, progress)
+        try:
+            done = _Steps(progress, task, cache, scene.solver.num_steps)
+            edits = [
+                denoise(part, predict, path, stored, scene.solver, recorder, done) for part in _batches(task, cache)
+            ]
+        finally:
+            if stored is not None:
+                stored.store.close()
+    return torch.cat(edits)
+
+
+def _stored_source(
+    source: Source, scene: Scene, predict: Predictor, cache: CacheConfig, recorder: Recorder, progress: Progress
+) -> StoredSource | None:
+    """The source's K and V by the config's tier; None where it is run along."""
+    tier = cache.tier
+    if scene.saved is not None:
+        return read_saved(scene.saved, "disk" if tier == "auto" else tier, source.background.device)
+    if tier in ("auto", "lockstep") or not scene.lock.locks:
+        return None
+    maker = SourceMaker(source, predict, cache, partial(progress, "source pass"))
+    with recorder.stage("source pass"):
+        if tier != "disk":
+            return maker.in_memory(tier)
+        root = Path(cache.root) if cache.root is not None else user_cache_folder()
+        try:
+            return maker.on_disk(CacheRoot(root, cache.quota), scene.facts(scene.noise))
+        except OutputError as error:
+            warnings.warn(f"{error}; the source is run along instead", InputWarning, stacklevel=2)
+            return None
+
+
+def _batches(task: Task, cache: CacheConfig) -> Iterator[Task]:
+    size = cache.prompts_at_once or task.batch
+    for first in range(0, task.batch, size):
+        part = slice(first, first + size)
+        negative = None if task.negative is None else task.negative[part]
+        yield replace(task, prompt=task.prompt[part], negative=negative)
+
+
+class _Steps:
+    """Counts the steps of all batches for the one who watches."""
+
+    def __init__(self, progress: Progress, task: Task, cache: CacheConfig, num_steps: int):
+        batches = -(-task.batch // (cache.prompts_at_once or task.batch))
+        self.progress, self.done, self.total = progress, 0, num_steps * batches
+
+    def __call__(self, k: int) -> None:
+        self.done += 1
+        self.progress("denoise", self.done, self.total)
+
+
+def _own_velocity(predict: Predictor, text: Tensor, latents: Tensor, k: int) -> Tensor:
+    """The source's own velocity [1, ...] at sigma_k, nothing locked."""
+    return predict(k, latents, text)
+
+
+def decode(model: Any, latents: Tensor) -> Tensor:
+    """Latents [B, C, T, h, w] to uint8 [B, F, H, W, 3] on the CPU."""
+    return model.decode(latents)
+
+
+def start_noise(latents: Tensor | None, clean: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The noise the edit starts from, [1, C, T, h, w] fp32."""
+    if latents is None:
+        from diffusers.utils.torch_utils import randn_tensor
+
+        return randn_tensor(clean.shape, generator=generator, device=clean.device, dtype=torch.float32)
+    if not isinstance(latents, Tensor):
+        raise InputError(f"latents must be a torch.Tensor, got {type(latents).__name__}")
+    if latents.shape != clean.shape:
+        raise InputError(f"latents must be {tuple(clean.shape)}, got {tuple(latents.shape)}")
+    return latents.to(device=clean.device, dtype=torch.float32)

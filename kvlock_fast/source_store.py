@@ -1,0 +1,216 @@
+"""Where the K and V of a source come from: made in memory, made and found on disk, or read from a folder by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.cache.entry import EntryWriter
+from kvlock_fast.cache.identity import digest, fingerprint, first_difference, key_of
+from kvlock_fast.cache.layout import KVShape, StepLayout
+from kvlock_fast.cache.root import CacheRoot
+from kvlock_fast.cache.saved import K_STAGE, SavedSource, save_source
+from kvlock_fast.cache.store import DiskStore, HostStore, KVStore, ResidentStore
+from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.controller import can_lock, compares_with_source, first_dynamic_step
+from kvlock_fast.errors import InputError, OutputError
+from kvlock_fast.forwards import Predictor
+from kvlock_fast.models.locking import kv_sizes
+from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.source import InvertedSource, RenoisedSource, SourcePath
+from kvlock_fast.source_pass import StoredSource, run_source, thinned_steps
+from kvlock_fast.version import __version__
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source as the model sees it, and all that makes its K and V what they are.
+
+    background: indices [N] of its tokens; prompt: [1, L, C].
+    """
+
+    path: SourcePath
+    prompt: Tensor
+    background: Tensor
+
+
+def source_facts(
+    model: Any, solver: FlowSolver, lock: LockConfig, frames: Tensor, source_prompt: str, noise: Tensor
+) -> dict[str, Any]:
+    """The facts that an edit and a cache must share; frames: uint8 [F, H, W, 3] as the model takes them."""
+    scheduler = solver.scheduler
+    inverts = lock.source_path == "invert"
+    return {
+        "model": {
+            "family": model.arch.family,
+            "class": type(model.transformers[0]).__name__,
+            "dtype": dtype_name(model.transformers[0].dtype),
+            "fingerprint": fingerprint(model.transformers),
+        },
+        "scheduler": {
+            "class": type(scheduler).__name__,
+            "steps": solver.num_steps,
+            "timesteps": [float(t) for t in solver.timesteps],
+            "sigmas": solver.sigmas.tolist(),
+        },
+        "video": digest(frames),
+        "size": list(frames.shape[:3]),
+        "source_prompt": source_prompt,
+        "source_path": f"invert {lock.inversion_solver}" if inverts else "renoise",
+        "noise": None if inverts else digest(noise),
+    }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """bfloat16, not torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def steps_to_store(lock: LockConfig, cache: CacheConfig, num_steps: int, stage: Callable[[int], int]) -> dict[int, int]:
+    """For each step whose K and V are stored, the stored step that stands for it."""
+    first = first_dynamic_step(lock, num_steps) if cache.steps == "window" else 0
+    return thinned_steps((k for k in range(first, num_steps) if can_lock(lock, num_steps, k)), cache.step_stride, stage)
+
+
+class SourceMaker:
+    """Runs a source's pass into a store, or finds what an earlier one has left."""
+
+    def __init__(self, source: Source, predict: Predictor, cache: CacheConfig, progress: Progress):
+        self.source, self.predict, self.cache, self.progress = source, predict, cache, progress
+        model, lock, solver = predict.model, predict.lock, predict.solver
+        self.device = source.background.device
+        self.slots = steps_to_store(lock, cache, solver.num_steps, predict.stage)
+        watches = compares_with_source(lock)
+        self.watched = frozenset(range(lock.zero_init_steps, solver.num_steps)) if watches else frozenset()
+        sizes = {kv_sizes(t, model.arch) for t in model.transformers}
+        if len(sizes) > 1:
+            raise InputError(f"the model's transformers have self-attentions of different sizes: {sorted(sizes)}")
+        shape = KVShape(predict.locks[0].layers, len(source.background), *sizes.pop())
+        self.layout = StepLayout(shape, cache.format, model.transformers[0].dtype)
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps that are stored."""
+        return tuple(sorted(set(self.slots.values())))
+
+    def in_memory(self, tier: str) -> StoredSource:
+        """Run the source into a resident or host store."""
+        kind = ResidentStore if tier == "resident" else HostStore
+        store = kind(self.layout, self.steps, self.device)
+        return self._stored(store, self._run(store))
+
+    def on_disk(self, root: CacheRoot, source_facts: dict[str, Any]) -> StoredSource:
+        """What the root holds of this source, or else a new entry. Raises OutputError where it cannot be written."""
+        key = key_of(self.facts(source_facts))
+        entry = root.find(key)
+        if entry is None:
+            root.make_room(self.layout.nbytes * len(self.steps))
+            with root.writer(key) as writer:
+                self.write(writer, source_facts)
+            entry = root.find(key)
+        if entry is None:
+            raise OutputError(f"the cache '{root.path / key}' was removed as soon as it was written")
+        return read_saved(SavedSource(entry, root.path / key), "disk", self.device)
+
+    def write(self, writer: EntryWriter, source_facts: dict[str, Any], **more: Any) -> dict[str, Any]:
+        """Run the source into an entry and publish it; its facts. more: such as nobody compares."""
+        store = DiskStore(self.layout, self.steps, self.device, writer)
+        try:
+            predictions = self._run(store)
+            background = self.source.background.cpu()
+            facts = self.facts(source_facts) | more
+            save_source(writer, facts, _path_tensors(self.source.path), background, predictions)
+            return facts
+        finally:
+            store.close()
+
+    def facts(self, source_facts: dict[str, Any]) -> dict[str, Any]:
+        """All the facts of an entry: of the source, and what is kept of it."""
+        shape = self.layout.shape
+        kv = {"tokens": shape.tokens, "heads": shape.heads, "dim": shape.dim, "dtype": dtype_name(self.layout.dtype)}
+        return {
+            **source_facts,
+            "format": self.layout.format,
+            "k_stage": K_STAGE,
+            "layers": list(shape.layers),
+            "slots": [list(pair) for pair in sorted(self.slots.items())],
+            "predictions": sorted(self.watched),
+            "kv": kv,
+            "mask": digest(self.source.background.cpu()),
+            "version": __version__,
+        }
+
+    def _run(self, store: KVStore) -> dict[int, Tensor]:
+        source = self.source
+        return run_source(self.predict, source.path, source.prompt, store, self.watched, self.progress)
+
+    def _stored(self, store: KVStore, predictions: dict[int, Tensor]) -> StoredSource:
+        return StoredSource(store, self.slots, self.source.background, predictions)
+
+
+def read_saved(saved: SavedSource, tier: str, device: torch.device) -> StoredSource:
+    """A saved source as a store of a tier; "resident" and "host" copy it into memory and close its files."""
+    predictions = {k: x.to(device, copy=True) for k, x in saved.predictions.items()}
+    background = saved.background.to(device, copy=True)
+    if tier == "disk":
+        store: KVStore = DiskStore(saved.layout, saved.steps, device).opened(saved.entry)
+    else:
+        kind = ResidentStore if tier == "resident" else HostStore
+        store = kind(saved.layout, saved.steps, device)
+        for step in saved.steps:
+            with store.write(step) as places:
+                for key, packed in saved.packed(step).items():
+                    places[key].copy_(packed)
+        store.written()
+        saved.entry.close()
+    return StoredSource(store, saved.slots, background, predictions)
+
+
+def saved_path(saved: SavedSource, solver: FlowSolver, device: torch.device) -> SourcePath:
+    """The source's path, as the pass that made the cache took it."""
+    latents = {name: x.to(device, copy=True) for name, x in saved.latents.items()}
+    if "path" in latents:
+        return InvertedSource(latents["path"])
+    return RenoisedSource(latents["clean"], latents["noise"], solver)
+
+
+def check_saved(saved: SavedSource, facts: dict[str, Any], layers: tuple[int, ...], mask_tokens: Tensor) -> None:
+    """Raise InputError naming the reason if the cache cannot serve the edit.
+
+    layers: the layers that the edit locks; mask_tokens: its foreground, bool [1, S].
+    """
+    name = f"cache '{saved.folder}'"
+    different = first_difference(saved.facts, facts)
+    if different is not None:
+        raise InputError(f"{name} was made with {different}")
+    held = saved.layout.shape.layers
+    if not set(layers) <= set(held):
+        raise InputError(f"{name} holds layers {_ranges(held)} only, and the edit locks {_ranges(layers)}")
+    stored = torch.zeros(mask_tokens.shape[1], dtype=torch.bool)
+    stored[saved.background] = True
+    grown = int((~mask_tokens[0].cpu() & ~stored).sum())
+    if grown:
+        raise InputError(
+            f"{name} does not hold {grown} of the background's tokens: the mask may grow beyond the one it was made "
+            "with, but not shrink"
+        )
+
+
+def _path_tensors(path: SourcePath) -> dict[str, Tensor]:
+    named = {"path": path.path} if isinstance(path, InvertedSource) else {"clean": path.clean, "noise": path.noise}
+    return {name: x.cpu() for name, x in named.items()}
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """0-3, 7."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
