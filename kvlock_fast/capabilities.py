@@ -20,7 +20,7 @@ def capabilities() -> dict[str, Any]:
     """versions, device, families, backends, formats, tiers, presets: names and versions as strings, lists of names."""
     import torch
 
-    from kvlock_fast.config import PRESETS
+    from kvlock_fast.config import PRESETS, TIERS
     from kvlock_fast.kernels.quantize import FORMATS
     from kvlock_fast.models import FAMILIES
 
@@ -38,6 +38,6 @@ def capabilities() -> dict[str, Any]:
             *(name for name, dist in BACKENDS.items() if installed_version(dist)),
         ],
         "formats": list(FORMATS),
-        "tiers": ["lockstep"],
+        "tiers": list(TIERS),
         "presets": list(PRESETS),
     }

@@ -29,6 +29,9 @@ class FramesPolicy(StrEnum):
 
 
 MOST_SEED = 2**63 - 1
+_FORMATS = "How the source's K and V are packed: native, bf16, fp8_e4m3, int8, int4."
+_STRIDE = "Of so many steps in a row one is stored, and stands for the others."
+_STEPS = "'all' locked steps are stored, or those of the 'window' (the last kappa)."
 JsonFile = Annotated[str | None, typer.Option("--json", help="Write the figures as JSON; - for stdout.")]
 
 
@@ -85,15 +88,17 @@ def number_or(word: str, text: str | None, option: str) -> float | str | None:
 def edit(
     source: Annotated[str, _option("The video: a file, or a folder of images.")],
     mask: Annotated[str, _option("Where it may change: video, image, folder, .npy, .npz, or box:x,y,w,h.")],
-    source_prompt: Annotated[str, _option("What the source shows.")],
     prompt: Annotated[list[str], _option("What the edit shall show; once for each edit of the same source.")],
     output: Annotated[Path, _option("The edit, .mp4 or .mkv (lossless); NAME-1, NAME-2, ... for several prompts.")],
+    source_prompt: Annotated[str | None, _option("What the source shows; with --cache, as it was made.")] = None,
     model: Annotated[str, _option("A folder, a hub id, or demo (the bundled model).")] = "demo",
     negative_prompt: Annotated[str | None, _option("What guidance shall lead away from.")] = None,
-    steps: Annotated[int, _option("Denoising steps.")] = 50,
+    steps: Annotated[int | None, _option("Denoising steps; 50, or with --cache as it was made.")] = None,
     guidance: Annotated[float, _option("The guidance scale (omega0); 1 or less: no guidance.")] = 5.0,
     guidance_2: Annotated[float | None, _option("For the low-noise transformer, where there are two.")] = None,
-    seed: Annotated[int, _option("Of the noise.", min=0, max=MOST_SEED)] = 0,
+    seed: Annotated[
+        int | None, _option("Of the noise; 0, or the cache's.", min=0, max=MOST_SEED)
+    ] = None,
     size: Annotated[str | None, _option("Work at HEIGHTxWIDTH; else the source's size (demo: small).")] = None,
     max_frames: Annotated[int | None, _option("Use only the first so many frames.", min=1)] = None,
     frames_policy: Annotated[FramesPolicy, _option("For a frame count the model cannot take.")] = FramesPolicy.pad,
@@ -116,6 +121,14 @@ def edit(
     inversion_solver: Annotated[str | None, _option("'euler' or 'heun'.")] = None,
     zero_init_steps: Annotated[int | None, _option("First steps with a prediction of 0.")] = None,
     guidance_batching: Annotated[str | None, _option("'separate' or 'batched' forwards, or 'auto'.")] = None,
+    cache: Annotated[str | None, _option("A folder made by invert: the source is not run again.")] = None,
+    cache_tier: Annotated[str, _option("Where its K and V are: auto, lockstep, resident, host, disk.")] = "auto",
+    cache_format: Annotated[str, _option(_FORMATS)] = "fp8_e4m3",
+    cache_stride: Annotated[int, _option(_STRIDE)] = 1,
+    cache_steps: Annotated[str, _option(_STEPS)] = "all",
+    cache_root: Annotated[str | None, _option("Where automatic caches of the disk tier are kept.")] = None,
+    cache_quota: Annotated[str | None, _option("The most they may take, like 200GB.")] = None,
+    prompts_at_once: Annotated[int | None, _option("The most prompts in one batch.")] = None,
     composite: Annotated[bool, _option("Paste the source's background back, at its size.")] = False,
     feather: Annotated[int, _option("Pixels outside the mask over which --composite mixes.", min=0, max=256)] = 8,
     trace: Annotated[Path | None, _option("Write what happened at each step, as JSON.")] = None,
@@ -137,12 +150,62 @@ def edit(
         "guidance_batching": guidance_batching,
     }  # fmt: skip
     lock = commands.lock_config(preset, {name: value for name, value in overrides.items() if value is not None})
-    settings = commands.EditSettings(
-        source_prompt, prompt, negative_prompt, steps, guidance, guidance_2, seed, parse_size(size),
-        frames_policy.value, lock, composite, feather,
+    kept = commands.cache_config(
+        tier=cache_tier, format=cache_format, step_stride=cache_stride, steps=cache_steps, path=cache, root=cache_root,
+        quota=cache_quota, prompts_at_once=prompts_at_once,
     )  # fmt: skip
+    made = commands.CacheNotes.of(kept)
+    settings = commands.EditSettings(
+        made.or_given("source_prompt", source_prompt, "--source-prompt"), prompt, negative_prompt,
+        made.or_given("num_inference_steps", steps, "--steps", 50), guidance, guidance_2,
+        made.or_given("seed", seed, "--seed", 0), parse_size(size) or made.size, frames_policy.value, lock, composite,
+        feather, kept,
+    )  # fmt: skip
+    max_frames = made.or_given("max_frames", max_frames, "--max-frames", None)
     files = commands.EditFiles(source, mask, output, trace, report, json_file, max_frames)
     commands.edit(files, settings, model, device, dtype, _command_line(), quiet)
+
+
+@app.command()
+def invert(
+    source: Annotated[str, _option("The video: a file, or a folder of images.")],
+    mask: Annotated[str, _option("Where it may change, as for edit. An edit's mask may be larger, not smaller.")],
+    source_prompt: Annotated[str, _option("What the source shows.")],
+    output: Annotated[Path, _option("The folder of the cache; other files in it stay.")],
+    model: Annotated[str, _option("A folder, a hub id, or demo (the bundled model).")] = "demo",
+    steps: Annotated[int, _option("Denoising steps.")] = 50,
+    seed: Annotated[int, _option("Of the noise.", min=0, max=MOST_SEED)] = 0,
+    size: Annotated[str | None, _option("Work at HEIGHTxWIDTH; else the source's size (demo: small).")] = None,
+    max_frames: Annotated[int | None, _option("Use only the first so many frames.", min=1)] = None,
+    frames_policy: Annotated[FramesPolicy, _option("For a frame count the model cannot take.")] = FramesPolicy.pad,
+    preset: Annotated[str, _option("Values for the lock parameters below; see the README.")] = "kvlock",
+    alpha: Annotated[str | None, _option("'dynamic' or a fixed ratio of the source's K and V, 0 to 1.")] = None,
+    kappa: Annotated[int | None, _option("How many last steps follow the variance.")] = None,
+    warmup_alpha: Annotated[float | None, _option("Alpha before them; with 0 they are not stored.")] = None,
+    layers: Annotated[str | None, _option("Self-attention layers to store, like 0-11,15; all if not given.")] = None,
+    source_path: Annotated[str | None, _option("'renoise' or 'invert'.")] = None,
+    inversion_solver: Annotated[str | None, _option("'euler' or 'heun'.")] = None,
+    format: Annotated[str, _option(_FORMATS, "--format", "--cache-format")] = "fp8_e4m3",
+    stride: Annotated[int, _option(_STRIDE, "--stride", "--cache-stride")] = 1,
+    store: Annotated[str, _option(_STEPS, "--store", "--cache-steps")] = "all",
+    json_file: JsonFile = None,
+    device: Annotated[str, _option("cuda, cpu, ... or auto.")] = "auto",
+    dtype: Annotated[str, _option("bf16, fp16, fp32, or auto (bf16 on a GPU).")] = "auto",
+    quiet: Annotated[bool, _option("No progress.", "--quiet", "-q")] = False,
+) -> None:
+    """Run a source through the model once and keep its K and V in a folder, for edit --cache."""
+    from kvlock_fast import commands
+
+    overrides = {
+        "alpha": number_or("dynamic", alpha, "--alpha"), "kappa": kappa, "warmup_alpha": warmup_alpha,
+        "layers": parse_layers(layers), "source_path": source_path, "inversion_solver": inversion_solver,
+    }  # fmt: skip
+    lock = commands.lock_config(preset, {name: value for name, value in overrides.items() if value is not None})
+    settings = commands.EditSettings(
+        source_prompt, [], steps=steps, seed=seed, size=parse_size(size), frames_policy=frames_policy.value, lock=lock,
+        cache=commands.cache_config(format=format, step_stride=stride, steps=store),
+    )  # fmt: skip
+    commands.invert(source, mask, output, settings, model, max_frames, device, dtype, json_file, quiet)
 
 
 @app.command()
@@ -195,13 +258,13 @@ def plan(
     kappa: Annotated[int | None, _option("How many last steps follow the variance.")] = None,
     warmup_alpha: Annotated[float | None, _option("Alpha before them; 0 stores the last kappa steps only.")] = None,
     layers: Annotated[str | None, _option("Locked self-attention layers, like 0-11,15.")] = None,
-    step_stride: Annotated[int, _option("Of so many locked steps in a row one is stored.")] = 1,
-    cache_steps: Annotated[str, _option("'all' locked steps, or those of the 'window': the last kappa.")] = "all",
+    step_stride: Annotated[int, _option(_STRIDE, "--step-stride", "--cache-stride")] = 1,
+    cache_steps: Annotated[str, _option(_STEPS)] = "all",
     dtype: Annotated[str, _option("bf16, fp16, fp32, or auto (the model's own).")] = "auto",
     format: Annotated[list[str] | None, _option("Only this format; can be given several times.")] = None,
     gpu_memory: Annotated[str | None, _option("Of the machine to plan for, like 24GB; else this one's.")] = None,
-    host_memory: Annotated[str | None, _option("Likewise.")] = None,
-    disk: Annotated[str | None, _option("Likewise, the free space.")] = None,
+    host_memory: Annotated[str | None, _option("Its host memory; else this one's.")] = None,
+    disk: Annotated[str | None, _option("Its free disk space; else this one's.")] = None,
     json_file: JsonFile = None,
 ) -> None:
     """What an edit needs in memory and time, and how the source's keys and values are best kept."""

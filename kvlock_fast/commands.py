@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from kvlock_fast.cache.units import text_bytes
 from kvlock_fast.config import LockConfig
 from kvlock_fast.edit import (
     Clip,
@@ -25,8 +26,24 @@ from kvlock_fast.edit import (
 )
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import check_writable, output_folder, write_text
+from kvlock_fast.invert import CacheNotes, cache_config, run_invert
 from kvlock_fast.media import check_video_output, write_video
 from kvlock_fast.progress import progress_bar
+
+__all__ = [
+    "CacheNotes",
+    "EditFiles",
+    "EditSettings",
+    "cache_config",
+    "demo",
+    "demo_world",
+    "doctor",
+    "edit",
+    "invert",
+    "kernels",
+    "lock_config",
+    "plan",
+]
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,38 @@ def edit(
     if files.json != "-":
         for path, prompt, metrics in zip(outputs, settings.prompts, result.metrics, strict=True):
             print(f"{path}: {prompt}{_metrics_text(metrics)}")
+
+
+def invert(
+    source: str,
+    mask: str,
+    output: Path,
+    settings: EditSettings,
+    model: str,
+    max_frames: int | None,
+    device: str,
+    dtype: str,
+    json_file: str | None,
+    quiet: bool,
+) -> None:
+    """`kvlock-fast invert`: run a source once, keep its K and V."""
+    _check_texts(settings)
+    folder = output_folder(output)
+    check_json(json_file)
+    find_device(device)
+    clip = read_clip(source, mask, max_frames)
+    settings = replace(settings, size=working_size(model, clip.video, settings.size))
+    with progress_bar(quiet) as progress:
+        progress("load", 0, 1)
+        pipe = load_pipeline(model, device, dtype)
+        progress("load", 1, 1)
+        made = run_invert(pipe, clip, folder, settings, max_frames, progress)
+    write_json(json_file, made)
+    if json_file != "-":
+        print(
+            f"{folder}: {made['steps_stored']} steps of {made['background_tokens']} background tokens in "
+            f"{made['format']}, {text_bytes(made['bytes'])}; edit it with: kvlock-fast edit --cache {folder} ..."
+        )
 
 
 def demo(

@@ -6,6 +6,8 @@ from os import PathLike
 from typing import Any
 
 Layers = tuple[int, ...] | None
+TIERS = ("lockstep", "resident", "host", "disk")
+FORMATS = ("native", "bf16", "fp8_e4m3", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -142,8 +144,8 @@ class CacheConfig:
     prompts_at_once: int | None = None
 
     def __post_init__(self):
-        _choice(self, "tier", "auto", "lockstep", "resident", "host", "disk")
-        _choice(self, "format", "native", "bf16", "fp8_e4m3", "int8", "int4")
+        _choice(self, "tier", "auto", *TIERS)
+        _choice(self, "format", *FORMATS)
         _choice(self, "steps", "all", "window")
         _whole(self, "step_stride", 1)
         for name in ("path", "root"):
@@ -155,6 +157,10 @@ class CacheConfig:
                 _whole(self, name, low)
         if self.path is not None and self.tier == "lockstep":
             raise ValueError(f"tier must not be lockstep for the cache {str(self.path)!r}: it would not be read")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for reports and manifests."""
+        return {name: str(value) if isinstance(value, PathLike) else value for name, value in vars(self).items()}
 
 
 UNLOCKED = {"alpha": 0.0, "omega": "constant", "s_star": False}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvlock_fast.composite import composite
-from kvlock_fast.config import LockConfig
+from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.files import output_folder, write_text
 from kvlock_fast.media import box_mask, fit_mask, read_mask, read_video, resize_mask, resize_video, write_video
@@ -32,7 +32,10 @@ class Clip:
 
 @dataclass(frozen=True)
 class EditSettings:
-    """How to edit. size: (height, width) to work at, None for the source's."""
+    """How to edit.
+
+    size: (height, width) to work at, None for the source's; seed: None for that of the cache, where it knows none.
+    """
 
     source_prompt: str
     prompts: list[str]
@@ -40,12 +43,13 @@ class EditSettings:
     steps: int = 50
     guidance: float = 5.0
     guidance_2: float | None = None
-    seed: int = 0
+    seed: int | None = 0
     size: tuple[int, int] | None = None
     frames_policy: str = "pad"
     lock: LockConfig = field(default_factory=lambda: LockConfig.preset("kvlock"))
     composite: bool = False
     feather: int = 8
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
 
 @dataclass(frozen=True)
@@ -157,9 +161,10 @@ def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress |
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance,
         guidance_scale_2=settings.guidance_2,
-        generator=torch.Generator().manual_seed(settings.seed),
+        generator=None if settings.seed is None else torch.Generator().manual_seed(settings.seed),
         frames_policy=settings.frames_policy,
         lock=settings.lock,
+        cache=settings.cache,
         progress=progress,
     )
     count = len(out.frames[0])
@@ -218,9 +223,10 @@ def write_page(path: Path, clip: Clip, result: EditResult, settings: EditSetting
 
 
 def settings_table(settings: EditSettings) -> dict[str, Any]:
-    """Every setting by name, the lock's beside the rest."""
-    table = {name: value for name, value in vars(settings).items() if name != "lock"}
-    return {**table, **settings.lock.as_dict()}
+    """Every setting by name, the lock's and the cache's beside the rest."""
+    table = {name: value for name, value in vars(settings).items() if name not in ("lock", "cache")}
+    cache = {f"cache_{name}": value for name, value in settings.cache.as_dict().items() if value is not None}
+    return {**table, **settings.lock.as_dict(), **cache}
 
 
 def figures(result: EditResult, settings: EditSettings) -> dict[str, Any]:

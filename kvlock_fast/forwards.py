@@ -47,8 +47,7 @@ class Predictor:
         self.background = background
         self.locks: list[TransformerLock] = []
         self._exit = ExitStack()
-        train_steps = solver.scheduler.config.num_train_timesteps
-        self._stages = [model.stage_at(t, train_steps) for t in solver.timesteps.tolist()]
+        self._stages = [model.stage_at(t, solver.num_train_timesteps) for t in solver.timesteps.tolist()]
         self._stages.append(self._stages[-1])
 
     def __enter__(self) -> "Predictor":

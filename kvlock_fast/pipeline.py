@@ -19,9 +19,10 @@ from kvlock_fast.files import output_folder
 from kvlock_fast.forwards import Task
 from kvlock_fast.inputs import check_numbers, check_texts, fit_to_model
 from kvlock_fast.masks import ProjectedMask, project_mask
+from kvlock_fast.memory import Way, run_with_memory
 from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.arch import select_layers
-from kvlock_fast.scene import Scene, decode, edit_prompts
+from kvlock_fast.scene import Scene, edit_prompts
 from kvlock_fast.solvers import FlowSolver, check_scheduler
 from kvlock_fast.trace import Recorder, Trace
 
@@ -120,13 +121,18 @@ class KVLockPipeline:
                 texts = self._texts(prompts, negative_prompt, source_prompt, guidance_scale)
             scales = (guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2)
             task = Task(scene.mask, *texts, guidance=scales, lock=lock)
-            with _stage(recorder, progress, "denoise"):
-                edited = edit_prompts(task, scene, cache, recorder, progress)
-            _refuse_nan(recorder, prompts, num_inference_steps)
-            decoded: list[np.ndarray] = []
-            if output == "frames":
+
+            def run(way: Way) -> tuple[Tensor, list[np.ndarray]]:
+                with _stage(recorder, progress, "denoise"):
+                    edited = edit_prompts(task, scene, way.cache, recorder, progress)
+                _refuse_nan(recorder, prompts, num_inference_steps)
+                if output == "latent":
+                    return edited, []
                 with _stage(recorder, progress, "decode"):
-                    decoded = [edit[: scene.count].numpy() for edit in decode(self.model, edited)]
+                    videos = self.model.decode(edited, tiled=way.tiled_decoding)
+                return edited, [video[: scene.count].numpy() for video in videos]
+
+            edited, decoded = run_with_memory(run, scene, task, cache, self.pipe)
         warmup, solver = max(0, num_inference_steps - lock.kappa), scene.solver
         trace = recorder.finish(prompts, warmup, scene.mask.share, solver.timesteps, solver.sigmas)
         return EditOutput(decoded, edited.float(), trace, scene.mask)

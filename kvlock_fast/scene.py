@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -71,11 +70,13 @@ class Scene:
             return self.saved.background.to(self.mask.tokens.device, copy=True)
         return (~self.mask.tokens[0]).nonzero()[:, 0]
 
-    @contextmanager
-    def predictor(self, recorder: Recorder) -> Iterator[Predictor]:
-        """The model with the lock attached."""
-        with Predictor(self.model, self.solver, self.lock, self.background(), recorder) as predict:
-            yield predict
+    def stage(self, k: int) -> int:
+        """0, or 1 in the low-noise steps of a model that has two stages."""
+        return self.model.stage_at(float(self.solver.timesteps[k]), self.solver.num_train_timesteps)
+
+    def predictor(self, recorder: Recorder) -> Predictor:
+        """The model, which has the lock attached while the context is open."""
+        return Predictor(self.model, self.solver, self.lock, self.background(), recorder)
 
     def path(self, predict: Predictor, text: Tensor, recorder: Recorder) -> SourcePath:
         """Where the source is at each step."""
@@ -104,7 +105,11 @@ class Scene:
 
 
 def edit_prompts(task: Task, scene: Scene, cache: CacheConfig, recorder: Recorder, progress: Progress) -> Tensor:
-    """The edits' clean latents [B, C, T, h, w], of as many prompts at once as the cache's config allows."""
+    """The edits' clean latents [B, C, T, h, w], of as many prompts at once as the cache's config allows.
+
+    cache: with its tier decided ("auto" is lockstep).
+    """
+    recorder.start_over()
     with scene.predictor(recorder) as predict:
         path = scene.path(predict, task.source_prompt, recorder)
         source = Source(path, task.source_prompt, scene.background())
@@ -126,7 +131,7 @@ def _stored_source(
     """The source's K and V by the config's tier; None where it is run along."""
     tier = cache.tier
     if scene.saved is not None:
-        return read_saved(scene.saved, "disk" if tier == "auto" else tier, source.background.device)
+        return read_saved(scene.saved, tier, source.background.device)
     if tier in ("auto", "lockstep") or not scene.lock.locks:
         return None
     maker = SourceMaker(source, predict, cache, partial(progress, "source pass"))
@@ -164,11 +169,6 @@ class _Steps:
 def _own_velocity(predict: Predictor, text: Tensor, latents: Tensor, k: int) -> Tensor:
     """The source's own velocity [1, ...] at sigma_k, nothing locked."""
     return predict(k, latents, text)
-
-
-def decode(model: Any, latents: Tensor) -> Tensor:
-    """Latents [B, C, T, h, w] to uint8 [B, F, H, W, 3] on the CPU."""
-    return model.decode(latents)
 
 
 def start_noise(latents: Tensor | None, clean: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -33,6 +33,11 @@ class FlowSolver:
     def num_steps(self) -> int:
         return len(self.timesteps)
 
+    @property
+    def num_train_timesteps(self) -> int:
+        """What a timestep counts to."""
+        return self.scheduler.config.num_train_timesteps
+
     def restart(self) -> None:
         """Forget the steps taken: the next one is step 0."""
         num_steps, device = self._start
@@ -56,7 +61,7 @@ class FlowSolver:
         """The timestep of sigma_k, for k = T too (where the scheduler has none)."""
         if k < self.num_steps:
             return self.timesteps[k]
-        return (self.sigmas[k] * self.scheduler.config.num_train_timesteps).to(self.timesteps.dtype)
+        return (self.sigmas[k] * self.num_train_timesteps).to(self.timesteps.dtype)
 
 
 def check_scheduler(scheduler: Any) -> None:

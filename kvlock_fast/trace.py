@@ -124,8 +124,9 @@ class Recorder:
         self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
 
     def start_over(self) -> None:
-        """Forget the runs so far."""
+        """Forget the runs so far, which came to nothing."""
         self.runs.clear()
+        self.forwards = 0
 
     def begin(self) -> None:
         """A run's first step begins now."""

@@ -48,7 +48,7 @@ def test_a_write_killed_before_each_of_its_operations_leaves_the_old_or_the_new_
 
 def test_writes_killed_at_any_time_leave_the_old_or_the_new_entry(run, tmp_path, times):
     found = run("killed_at_any_time", tmp_path / "root", 10 * times)
-    assert found["rounds"] == 10 * times and found["torn"] == found["litter"] == 0 and found["new"] > 0, found
+    assert found["rounds"] >= 10 * times and found["torn"] == found["litter"] == 0 and found["new"] > 0, found
 
 
 def test_many_processes_on_one_key_read_nothing_corrupt(run, tmp_path, request):

@@ -85,9 +85,6 @@ class EntryWriter:
             self._published = True
             _sync_folder(self.folder)
             _sync_folder(self.folder.parent)
-        # Without it the data stay when they are superseded, until this process ends.
-        with contextlib.suppress(OSError):
-            (self._data / PUBLISHED).touch()
         sweep(self.folder)
 
     def __exit__(self, *_: object) -> None:
@@ -98,7 +95,10 @@ class EntryWriter:
         with contextlib.suppress(OSError):
             self._temporary.unlink(missing_ok=True)
         # By the manifest, not by what `publish` got to say before it was interrupted.
-        if not _names(self.folder, self._data):
+        if _names(self.folder, self._data):
+            with contextlib.suppress(OSError):
+                (self._data / PUBLISHED).touch()
+        else:
             shutil.rmtree(self._data, ignore_errors=True)
         if self._lease is not None:
             self._lease.release()
@@ -114,17 +114,18 @@ class Entry:
     To write into them changes no file.
     """
 
-    def __init__(self, folder: Path, content: Manifest, shards: dict[str, MappedShard], lease: Lease | None):
-        self.folder, self.meta = folder, content.meta
-        self._shards, self._lease = shards, lease
+    def __init__(
+        self, folder: Path, meta: dict[str, Any], digest: str, shards: dict[str, MappedShard], lease: Lease | None
+    ):
+        self.folder, self.meta, self.digest = folder, meta, digest
+        self._shards = shards
         self.nbytes = sum(shard.nbytes for shard in shards.values())
         """Bytes of the shards' files."""
-        if lease is not None:
-            weakref.finalize(self, lease.release)
+        self._release = weakref.finalize(self, lease.release) if lease else None
 
     @classmethod
-    def open(cls, folder: str | os.PathLike, lease: Lease | None = None) -> Self:
-        """Map an entry after every byte of it was compared with what was written; `lease` is released by `close`.
+    def open(cls, folder: str | os.PathLike) -> Self:
+        """Map an entry after every byte of it was compared with what was written. It is not evicted until `close`.
 
         Raises:
             MissingCache: there is none.
@@ -132,14 +133,15 @@ class Entry:
             InputError: a file cannot be read.
         """
         folder = Path(folder)
-        content, digest, shards = _map(folder)
+        lease = _lease_of_entry(folder)
         try:
-            with ThreadPoolExecutor(max(1, min(_THREADS, len(shards)))) as pool:
-                list(pool.map(MappedShard.verify, shards.values()))
-        except DamagedCache as error:
-            error.manifest = digest
+            content, digest, shards = _map(folder)
+            _verify(shards, digest)
+        except BaseException:
+            if lease is not None:
+                lease.release()
             raise
-        return cls(folder, content, shards, lease)
+        return cls(folder, content.meta, digest, shards, lease)
 
     @staticmethod
     def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
@@ -158,8 +160,8 @@ class Entry:
     def close(self) -> None:
         """Let the entry go: it can be evicted, and its memory is free when the last of its tensors is."""
         self._shards = {}
-        if self._lease is not None:
-            self._lease.release()
+        if self._release is not None:
+            self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -191,8 +193,28 @@ def _map(folder: Path) -> tuple[Manifest, str, dict[str, MappedShard]]:
             raise InputError(f"cannot read '{path}': {error.strerror or error}") from error
 
 
+def _verify(shards: dict[str, MappedShard], digest: str) -> None:
+    """Several at once: hashing and the disk's reads run without the interpreter's lock."""
+    try:
+        with ThreadPoolExecutor(max(1, min(_THREADS, len(shards)))) as pool:
+            list(pool.map(MappedShard.verify, shards.values()))
+    except DamagedCache as error:
+        error.manifest = digest
+        raise
+
+
 def _shard_path(data: Path, name: str) -> Path:
     return data / f"{name}.safetensors"
+
+
+def _lease_of_entry(folder: Path) -> Lease | None:
+    """Also removes what dead processes left there. None where there is no entry, or where nothing can be written."""
+    with contextlib.suppress(OSError):
+        if (folder / manifest.NAME).exists():
+            lease = Lease(folder)
+            sweep(folder)
+            return lease
+    return None
 
 
 def _lease_in_new_folder(folder: Path) -> Lease:
@@ -209,11 +231,13 @@ def _refuse_other_manifest(folder: Path) -> None:
 
 
 def _names(folder: Path, data: Path) -> bool:
-    """Whether the folder's manifest, even if damaged, names this data folder."""
+    """Whether the folder's manifest, even if damaged, names this data folder, as far as can be seen."""
     try:
         return data.name.encode() in manifest.read_bytes(folder)
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:
+        return True
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """An edit to be planned, and the bytes it needs in each tier and format.
 
-Bytes of the cache are those of `StepLayout`: what is allocated. Activations are an estimate, by the formula there.
+Bytes of the cache are those of `StepLayout`: what is allocated. Activations are an estimate: what is alive in
+a block of diffusers' own, within 8 %.
 """
 
 from dataclasses import dataclass
@@ -107,14 +108,8 @@ class Job:
 
     @property
     def activation_bytes(self) -> int:
-        """The peak inside a block, of one row; attention without an S x S matrix.
-
-        Whichever is more of attention (x, norm(x), q, k, v, output: 6 d a token) and feed-forward (x, norm(x), both
-        sides of the activation: 2 d + 2 ffn), in the model's dtype; and a norm's input and output in fp32 (2 d).
-        """
-        dim, ffn = self.model.dim, self.model.feed_forward
-        width = max(6 * dim, 2 * dim + 2 * ffn)
-        return self.all_tokens * (width * self.dtype.itemsize + 2 * dim * 4)
+        """The peak inside a block, of one row."""
+        return self.all_tokens * self.model.activation_bytes(self.dtype)
 
     @property
     def video_latent_bytes(self) -> int:

@@ -77,15 +77,26 @@ def sweep(folder: Path) -> None:
         # In this order: data that are marked as published, or whose writer is dead, can no longer become the
         # entry's, so if a manifest read after that does not name them, none will.
         idle = [path for path in found if _is_done(path) or not owner_lives(path)]
-        current = _current(folder)
-        for path in idle:
-            if kind_of(path.name) != "data":
-                _remove(path)
-            elif path.name.encode() not in current:
-                discard(path)
+        data = [path for path in idle if kind_of(path.name) == "data"]
+        for path in _superseded(folder, data):
+            discard(path)
+        for path in set(idle) - set(data):
+            _remove(path)
+        current = manifest.digest_of(_current(folder))
         for mark in marks:
-            if _MARK.fullmatch(mark.name)[1] != manifest.digest_of(current):
+            if _MARK.fullmatch(mark.name)[1] != current:
                 mark.unlink(missing_ok=True)
+
+
+def _superseded(folder: Path, data: list[Path]) -> list[Path]:
+    """The data folders that the manifest does not name; none while it is damaged or another entry's."""
+    try:
+        named = folder / manifest.read(folder)[0].data
+    except manifest.MissingCache:
+        return data
+    except InputError:
+        return []
+    return [path for path in data if path != named] if named.is_dir() else []
 
 
 def _is_done(path: Path) -> bool:
@@ -138,8 +149,11 @@ def _remove_entry(folder: Path) -> int | None:
         freed = disk_bytes(folder)
         (folder / manifest.NAME).unlink(missing_ok=True)
         for path in owned(folder, "data"):
-            _to_trash(path)
-        for path in [*_marks(folder), *owned(folder, "manifest", "lease")]:
+            with contextlib.suppress(FileNotFoundError):
+                _to_trash(path)
+        # A lease may have come since: who took it waits, or finds no manifest.
+        dead = [path for path in owned(folder, "manifest", "lease") if not owner_lives(path)]
+        for path in [*_marks(folder), *dead]:
             path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         for path in owned(folder, "trash"):

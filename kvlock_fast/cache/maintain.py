@@ -1,7 +1,7 @@
 """`kvlock-fast cache`: list, verify and prune. The folder is one entry, or a root of several."""
 
+import contextlib
 import json
-import re
 import sys
 import time
 from pathlib import Path
@@ -9,18 +9,18 @@ from typing import Any
 
 from kvlock_fast.cache import litter, manifest
 from kvlock_fast.cache.entry import DamagedCache, Entry, MissingCache
-from kvlock_fast.cache.root import slot_of
+from kvlock_fast.cache.root import Slot, slot_of
+from kvlock_fast.cache.units import parse_bytes, text_bytes
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import check_writable, write_text
 
-_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _PROMPT_LENGTH = 40
 
 
 def list_entries(folder: Path, json_file: str | None) -> None:
     """`cache ls`: a line for each entry; what is damaged shows in its manifest only, shards are not read."""
     _check_json(json_file)
-    rows = [_row(entry) for entry in find_entries(folder)]
+    rows = [_row(slot) for slot in _slots(find_entries(folder))]
     if json_file != "-":
         print(_table(rows))
     _write_json(json_file, {"entries": rows, "bytes": sum(row["bytes"] for row in rows)})
@@ -30,31 +30,28 @@ def verify_entries(folder: Path, json_file: str | None) -> int:
     """`cache verify`: read every byte; the exit status, 1 if an entry is damaged."""
     _check_json(json_file)
     problems = {str(entry): problem(entry) for entry in find_entries(folder)}
-    for entry, what in problems.items() if json_file != "-" else ():
-        print(f"{entry}: {what or 'ok'}")
+    if json_file != "-":
+        print("\n".join(f"{entry}: {what or 'ok'}" for entry, what in problems.items()))
     _write_json(json_file, {"entries": [{"entry": entry, "problem": what} for entry, what in problems.items()]})
     damaged = {entry: what for entry, what in problems.items() if what is not None}
     for entry, what in damaged.items():
-        print(f"damaged: {entry}: {what}", file=sys.stderr)
+        print(f"{entry}: {what}", file=sys.stderr)
     return 1 if damaged else 0
 
 
 def prune_entries(folder: Path, quota: str | None, everything: bool, json_file: str | None) -> None:
     """`cache prune`: remove litter, then damaged entries, then the least recently used ones down to the quota."""
-    limit = 0 if everything else parse_bytes(quota)
+    limit = None if quota is None else parse_bytes(quota, "--quota")
     _check_json(json_file)
     entries = find_entries(folder)
-    before = sum(map(litter.disk_bytes, entries))
-    for entry in entries:
-        litter.sweep(entry)
-    swept = before - sum(map(litter.disk_bytes, entries))
+    swept = sum(map(_sweep, entries))
     removed = _remove(entries, limit, everything)
     freed = swept + sum(row["bytes"] or 0 for row in removed)
     if json_file != "-":
         for row in removed:
-            gone = "in use, kept" if row["bytes"] is None else f"removed, {bytes_text(row['bytes'])}"
+            gone = "in use, kept" if row["bytes"] is None else f"removed, {text_bytes(row['bytes'])}"
             print(f"{row['entry']}: {gone} ({row['reason']})")
-        print(f"freed {bytes_text(freed)}, of which {bytes_text(swept)} were left by interrupted or replaced writes")
+        print(f"freed {text_bytes(freed)}, of which {text_bytes(swept)} were left by interrupted or replaced writes")
     _write_json(json_file, {"removed": removed, "swept_bytes": swept, "freed_bytes": freed})
 
 
@@ -74,59 +71,69 @@ def find_entries(folder: Path) -> list[Path]:
 
 
 def problem(entry: Path) -> str | None:
-    """What is wrong with an entry; None if every byte of it is as it was written."""
+    """What is wrong with an entry; None if every byte of it is as it was written, or it is still being written."""
     try:
         Entry.open(entry).close()
+    except MissingCache as error:
+        return None if _in_use(entry) else str(error)
     except InputError as error:
         return str(error)
     return None
 
 
-def parse_bytes(text: str | None) -> int | None:
-    """A size like 10GB (10^9 bytes each) or 512MiB (2^20); a number alone is bytes."""
-    if text is None:
-        return None
-    match = _SIZE.fullmatch(text.strip())
-    if not match:
-        raise InputError(f"--quota must be a size like 10GB or 512MiB, got '{text[:80]}'")
-    number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
+def _in_use(entry: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return litter.any_live(entry, "lease")
+    return True  # evicted meanwhile
 
 
-def bytes_text(count: int) -> str:
-    """Like 1.2 GB."""
-    size, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while size >= 999.5 and len(units) > 1:
-        size, units = size / 1000, units[1:]
-    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+def _slots(entries: list[Path]) -> list[Slot]:
+    """Of those that were not evicted meanwhile."""
+    slots = []
+    for entry in entries:
+        with contextlib.suppress(FileNotFoundError):
+            slots.append(slot_of(entry))
+    return slots
 
 
-def _row(entry: Path) -> dict[str, Any]:
-    slot = slot_of(entry)
-    row = {"entry": entry.name or str(entry), "path": str(entry), "bytes": slot.nbytes, "created": None}
-    row |= {"used": slot.used or None, "in_use": slot.in_use, "problem": None, "meta": {}}
+def _sweep(entry: Path) -> int:
+    """The bytes freed."""
+    freed = 0
+    with contextlib.suppress(FileNotFoundError):
+        freed = litter.disk_bytes(entry)
+        litter.sweep(entry)
+        freed = max(0, freed - litter.disk_bytes(entry))
+    with contextlib.suppress(OSError):
+        entry.rmdir()
+    return freed
+
+
+def _row(slot: Slot) -> dict[str, Any]:
+    entry = slot.folder
+    row = dict(entry=entry.name or str(entry), path=str(entry), bytes=slot.nbytes, used=slot.used or None)
+    row |= dict(in_use=slot.in_use, created=None, problem=None, meta={})
     try:
         content, _ = manifest.read(entry)
         # The data folder was last changed when the manifest had named it.
-        return row | {"meta": content.meta, "created": (entry / content.data).stat().st_mtime,
-                      "problem": litter.why_aside(entry)}  # fmt: skip
+        created = (entry / content.data).stat().st_mtime
     except MissingCache:
-        return row | {"problem": "being written, or left by an interrupted write"}
+        return row | dict(problem="being written, or left by an interrupted write")
     except InputError as error:
-        return row | {"problem": str(error)}
+        return row | dict(problem=str(error))
     except OSError:
-        return row | {"problem": "its data are missing"}
+        return row | dict(problem="its data are missing")
+    return row | dict(created=created, problem=litter.why_aside(entry), meta=content.meta)
 
 
 def _remove(entries: list[Path], limit: int | None, everything: bool) -> list[dict[str, Any]]:
     """Damaged entries, then the least recently used ones until the rest takes `limit` bytes or less."""
     removed, intact = [], []
-    for entry in entries:
-        what = "--all" if everything else _damage(entry)
+    for slot in _slots(entries):
+        what = "--all" if everything else _damage(slot.folder)
         if what is None:
-            intact.append(slot_of(entry))
+            intact.append(slot)
         else:
-            removed.append({"entry": str(entry), "reason": what, "bytes": litter.remove_entry(entry)})
+            removed.append({"entry": str(slot.folder), "reason": what, "bytes": litter.remove_entry(slot.folder)})
     excess = sum(slot.nbytes for slot in intact) - (limit if limit is not None else sys.maxsize)
     for slot in sorted(intact, key=lambda slot: slot.used):
         if excess > 0:
@@ -165,7 +172,7 @@ def _line(row: dict[str, Any]) -> tuple[str, ...]:
     times = (_time(row["created"]), _time(row["used"]))
     state = row["problem"] or ("in use" if row["in_use"] else "")
     facts = (_plain(model), _plain(steps), _plain(meta.get("format")), prompt)
-    return _plain(row["entry"]), bytes_text(row["bytes"]), *times, *facts, state
+    return _plain(row["entry"]), text_bytes(row["bytes"]), *times, *facts, state
 
 
 def _plain(value: Any) -> str:

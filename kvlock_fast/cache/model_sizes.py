@@ -16,6 +16,16 @@ from kvlock_fast.masks import Geometry
 Config = Mapping[str, Any]
 CROSS_TOKENS = {"wan": 512, "ltx": 128}
 """Tokens that the family's pipeline pads a prompt to, where text is attended to by cross-attention."""
+PEAKS = {
+    "wan": ((4, 3.5, 0), (4, 0, 2)),
+    "cogvideox": ((4, 0.5, 2),),
+    "ltx": ((4, 2, 2),),
+    "hunyuan-video": ((2, 2, 3),),
+}
+"""What is alive of a token at a block's peak, in the phases that can be it (self-attention, feed-forward): vectors of
+the hidden size in the model's dtype, vectors of it in fp32 (rotary tables and products), vectors of the feed-forward
+size. Counted by tracing diffusers' blocks; attention itself takes no S x S matrix.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,12 @@ class ModelSize:
         (query and output), 2 d ffn. Keys and values of text are few tokens and left out, as in the formulas' source.
         """
         return (6 if self.cross_tokens else 4) * self.dim**2 + 2 * self.dim * self.feed_forward
+
+    def activation_bytes(self, dtype: torch.dtype) -> int:
+        """Of a token, at the peak inside a block; see PEAKS."""
+        dim, ffn = self.dim, self.feed_forward
+        phases = PEAKS[self.family]
+        return max(int(dtype.itemsize * (own * dim + wide * ffn) + 4 * fp32 * dim) for own, fp32, wide in phases)
 
     def weight_bytes(self, dtype: torch.dtype, encoders: bool = True) -> int:
         """Of the transformers in `dtype`; with `encoders` also the text encoders, and the autoencoder in fp32."""

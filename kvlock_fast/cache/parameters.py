@@ -52,7 +52,8 @@ def hunyuan_video(c: Config) -> int:
     feed_forward = _linear(d, ffn) + _linear(ffn, d)
     double = 2 * (_linear(d, 6 * d) + 4 * _linear(d, d) + 2 * head + feed_forward)
     single = _linear(d, 3 * d) + 3 * _linear(d, d) + 2 * head + _linear(d, ffn) + _linear(d + ffn, d)
-    refiner = c["num_refiner_layers"] * (4 * _linear(d, d) + feed_forward + 4 * d + _linear(d, 2 * d))
+    refined = 4 * _linear(d, d) + _linear(d, 4 * d) + _linear(4 * d, d) + 4 * d + _linear(d, 2 * d)
+    refiner = c["num_refiner_layers"] * refined
     text = _mlp(TIME_CHANNELS, d) + _mlp(c["text_embed_dim"], d) + _linear(c["text_embed_dim"], d) + refiner
     times = 2 if c["guidance_embeds"] else 1
     conditions = times * _mlp(TIME_CHANNELS, d) + _mlp(c["pooled_projection_dim"], d)

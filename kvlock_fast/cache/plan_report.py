@@ -50,14 +50,15 @@ def _formats(plan: Plan) -> str:
     if not figures:
         return ""
     job = plan.job
-    lines = [_cells("cache", "codes/step", "scales/step", "all steps", "below naive")]
+    lines = [_cells("cache", "codes/step", "scales/step", "all steps", "smaller than naive")]
     for name, f in figures.items():
         per_step, whole = f["ratio_to_naive_per_step"], f["ratio_to_naive"]
-        ratio = "-" if per_step is None else f"{per_step:.3g}x" + ("" if whole == per_step else f", {whole:.3g}x")
+        ratio = "-" if per_step is None else f"{per_step:.3g}x"
+        ratio += "" if whole == per_step else f"; {whole:.3g}x in all"
         sizes = (f["payload_bytes_per_step"], f["scale_bytes_per_step"], f["bytes"])
         lines.append(_cells(name, *map(_amount, sizes), ratio))
     naive = (job.naive_bytes_per_step, 0, job.naive_bytes_per_step * job.num_steps)
-    lines.append(_cells("naive", *map(_amount, naive), "bf16, all tokens, all steps"))
+    lines.append(_cells("naive", *map(_amount, naive), "(bf16, all tokens, all steps)"))
     return "\n".join(lines)
 
 

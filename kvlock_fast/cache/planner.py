@@ -158,6 +158,9 @@ def choose(job: Job, machine: Machine, rows: tuple[Row, ...]) -> Choice:
     if not fitting:
         return Choice(None, None, 0, _why_nothing(machine, rows))
     lockstep = next((row for row in fitting if row.tier == "lockstep"), None)
+    if lockstep is not None and (job.steps_locked == 0 or job.background_tokens == 0):
+        nothing = "step is locked" if job.steps_locked == 0 else "token is background"
+        return Choice("lockstep", None, lockstep.prompts, f"no {nothing}, so there is nothing to store")
     stored = [row for row in fitting if row.tier != "lockstep"]
     first = min((PREFERENCE.index(row.format) for row in stored), default=None)
     candidates = [row for row in stored if PREFERENCE.index(row.format) == first]
@@ -168,10 +171,6 @@ def choose(job: Job, machine: Machine, rows: tuple[Row, ...]) -> Choice:
 
 
 def _why_lockstep(job: Job, rows: tuple[Row, ...], lockstep: Row, best: Row | None) -> str:
-    if job.steps_locked == 0:
-        return "no step is locked, so there is nothing to store"
-    if job.background_tokens == 0:
-        return "no token is background, so there is nothing to store"
     if uses(job, lockstep.prompts) == 1:
         return "the source is needed once, so storing its keys and values would save no forward"
     if best is None:

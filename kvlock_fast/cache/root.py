@@ -9,13 +9,8 @@ from pathlib import Path
 
 from kvlock_fast.cache import litter, manifest
 from kvlock_fast.cache.entry import DamagedCache, Entry, EntryWriter, MissingCache
-from kvlock_fast.cache.litter import Lease
 from kvlock_fast.errors import InputError, InputWarning, OutputError
 
-TAG = "CACHEDIR.TAG"
-_TAG_TEXT = (
-    "Signature: 8a477f597d28d172789f06886806bc55\n# Backup programs leave this folder out: a kvlock_fast cache.\n"
-)
 _KEY = re.compile(r"[0-9a-z][0-9a-z-]{0,127}")
 
 
@@ -34,19 +29,19 @@ class CacheRoot:
     """The entries of a folder, each in a sub-folder named by its key (0-9, a-z and -).
 
     quota_bytes: what `make_room` keeps to; None for no limit. To make one removes what dead processes left in it.
-    Raises OutputError if the folder is not there and cannot be made.
+    Raises OutputError if the folder cannot be made or read.
     """
 
     def __init__(self, path: str | os.PathLike, quota_bytes: int | None = None):
         self.path, self.quota_bytes = Path(path), quota_bytes
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self.sweep()
         except OSError as error:
-            raise OutputError(f"cannot write the cache '{self.path}': {error.strerror or error}") from error
+            raise OutputError(f"cannot use the cache '{self.path}': {error.strerror or error}") from error
         if not litter.is_root(self.path):
             with contextlib.suppress(OSError):
                 (self.path / litter.TAG).write_text(litter.TAG_TEXT)
-        self.sweep()
 
     def sweep(self) -> None:
         """Remove what dead processes left."""
@@ -63,24 +58,26 @@ class CacheRoot:
         folder = self._folder(key)
         if not (folder / manifest.NAME).exists() or litter.why_aside(folder) is not None:
             return None
-        entry = lease = None
         try:
-            lease = _lease(folder)
-            entry = Entry.open(folder, lease)
-            with contextlib.suppress(OSError):
-                os.utime(folder / manifest.NAME)
-        except (FileNotFoundError, MissingCache):
-            pass  # evicted meanwhile
+            entry = Entry.open(folder)
+        except MissingCache:
+            return None  # evicted meanwhile
         except DamagedCache as error:
             if error.manifest is not None:
                 litter.set_aside(folder, error.manifest, str(error))
             warnings.warn(InputWarning(f"{error}; it is set aside"), stacklevel=2)
+            return None
         except InputError as error:
-            warnings.warn(InputWarning(f"{error}; the cache is not used"), stacklevel=2)
-        finally:
-            if entry is None and lease is not None:
-                lease.release()
+            warnings.warn(InputWarning(f"{error}; it is not used"), stacklevel=2)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(folder / manifest.NAME)
         return entry
+
+    def set_aside(self, entry: Entry, reason: str) -> None:
+        """With a warning, for an entry that was found whole but is not what its key says."""
+        litter.set_aside(entry.folder, entry.digest, reason)
+        warnings.warn(InputWarning(f"the cache '{entry.folder}' is set aside: {reason}"), stacklevel=2)
 
     def writer(self, key: str) -> EntryWriter:
         """To write the entry of a key; what is there already stays until the new one is published."""
@@ -89,24 +86,24 @@ class CacheRoot:
     def make_room(self, nbytes: int) -> None:
         """Evict until `nbytes` more fit the quota: what is set aside first, then what was least recently used.
 
-        What is in use stays. Processes that make room at once may overshoot together. Raises OutputError, with nothing
-        evicted, if so much cannot be freed.
+        What is in use stays. Processes that make room at once may overshoot together. Raises OutputError if so much
+        cannot be freed, as a rule with nothing evicted.
         """
         if self.quota_bytes is None:
             return
         slots = self.slots()
         excess = sum(slot.nbytes for slot in slots) + nbytes - self.quota_bytes
         idle = [slot for slot in slots if not slot.in_use]
-        if excess > sum(slot.nbytes for slot in idle):
-            kept = sum(slot.nbytes for slot in slots if slot.in_use)
+        if excess <= sum(slot.nbytes for slot in idle):
+            for slot in sorted(idle, key=lambda slot: (not slot.aside, slot.used)):
+                if excess > 0:
+                    excess -= litter.remove_entry(slot.folder) or 0
+        if excess > 0:
+            kept = sum(slot.nbytes for slot in self.slots())
             raise OutputError(
                 f"the cache '{self.path}' has no room for {nbytes} bytes: its quota is {self.quota_bytes} bytes, "
-                f"and {kept} bytes are in use"
+                f"and of the {kept} bytes in it too many are in use"
             )
-        for slot in sorted(idle, key=lambda slot: (not slot.aside, slot.used)):
-            if excess <= 0:
-                return
-            excess -= litter.remove_entry(slot.folder) or 0
 
     def slots(self) -> list[Slot]:
         """All entries, in the order of their keys."""
@@ -132,13 +129,3 @@ def slot_of(folder: Path) -> Slot:
         used = (folder / manifest.NAME).stat().st_mtime
     aside = litter.why_aside(folder) is not None
     return Slot(folder, litter.disk_bytes(folder), used, aside, litter.any_live(folder, "lease"))
-
-
-def _lease(folder: Path) -> Lease | None:
-    """None where nothing can be written, and so by this process nothing evicted."""
-    try:
-        return Lease(folder)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        return None

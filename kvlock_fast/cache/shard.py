@@ -70,7 +70,7 @@ def _record(name: str, tensor: "Tensor") -> TensorRecord:
 def _raw(tensor: "Tensor") -> memoryview:
     import torch
 
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return memoryview(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
 
 
 class MappedShard:

@@ -23,8 +23,6 @@ from kvlock_fast.kernels.quantize import QuantizedKV
 
 Packed = dict[Key, QuantizedKV]
 
-TIERS = ("lockstep", "resident", "host", "disk")
-
 
 def shard_name(step: int) -> str:
     """The shard of one stored step."""

@@ -5,6 +5,8 @@ transformer takes (latents, timestep, text) and predicts the flow's velocity; Wa
 at `boundary_ratio`; Wan 2.2 TI2V-5B takes one timestep a token (`expand_timesteps`).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,15 +67,19 @@ class WanModel:
         mean, std = self._latent_statistics(latents)
         return (latents - mean) / std
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents [B, C, T, h, w] to uint8 [B, F, H, W, 3] on the CPU, a video at a time."""
+    def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
+        """Normalised latents [B, C, T, h, w] to uint8 [B, F, H, W, 3] on the CPU, a video at a time.
+
+        tiled: in tiles that are blended where they overlap, which takes less memory.
+        """
         vae = self.pipe.vae
         mean, std = self._latent_statistics(latents)
         latents = (latents.float() * std + mean).to(vae.dtype)
         videos = []
-        for one in latents.split(1):
-            pixels = vae.decode(one, return_dict=False)[0].float()
-            videos.append(((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu())
+        with _tiling(vae) if tiled else nullcontext():
+            for one in latents.split(1):
+                pixels = vae.decode(one, return_dict=False)[0].float()
+                videos.append(((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu())
         return torch.cat(videos).permute(0, 2, 3, 4, 1)
 
     def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,3 +121,14 @@ class WanModel:
             encoder_hidden_states=text,
             return_dict=False,
         )[0]
+
+
+@contextmanager
+def _tiling(vae: Any) -> Iterator[None]:
+    """The autoencoder in tiles, and as it was afterwards."""
+    before = vae.use_tiling
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        vae.use_tiling = before

@@ -1,0 +1,147 @@
+"""Room for an edit: which tier a call takes, and what is tried when memory runs out in spite of the plan."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from kvlock_fast.cache.ladder import Rung, ladder
+from kvlock_fast.cache.machine import Machine
+from kvlock_fast.cache.model_sizes import from_pipeline
+from kvlock_fast.cache.plan_report import render
+from kvlock_fast.cache.planner import TIERS, Plan, plan
+from kvlock_fast.config import CacheConfig
+from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.files import user_cache_folder
+from kvlock_fast.forwards import Task
+from kvlock_fast.models.arch import select_layers
+from kvlock_fast.scene import Scene
+from kvlock_fast.source_store import steps_to_store
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to run a call: the cache's config with its tier decided, and whether to decode in tiles."""
+
+    cache: CacheConfig
+    tiled_decoding: bool = False
+
+
+def run_with_memory(
+    run: Callable[[Way], Result], scene: Scene, task: Task, cache: CacheConfig, pipe: Any
+) -> Result:
+    """`run` in the way that the planner chooses, and in smaller ones while memory runs out."""
+    planned = _plan(scene, task, cache, pipe)
+    way = _first_way(planned, scene, cache)
+
+    def rungs() -> list[Rung]:
+        named = scene.saved is not None
+        format = scene.saved.layout.format if named else way.cache.format
+        prompts = way.cache.prompts_at_once or task.batch
+        below = [] if planned is None else ladder(planned, way.cache.tier, format, prompts)
+        # A cache that is there has its format, and is to be read.
+        return [rung for rung in below if not named or (rung.format == format and rung.tier != "lockstep")]
+
+    return _downwards(way, rungs, run)
+
+
+def _plan(scene: Scene, task: Task, cache: CacheConfig, pipe: Any) -> Plan | None:
+    """The plan of a call on this machine, for the tier that was asked for, or for all; None for an unknown model."""
+    try:
+        model = from_pipeline(pipe)
+    except InputError:
+        return None
+    lock, steps, stage = scene.lock, scene.solver.num_steps, scene.stage
+    slots = steps_to_store(lock, cache, steps, stage)
+    locked = len(steps_to_store(lock, replace(cache, steps="all", step_stride=1), steps, stage))
+    tiers = TIERS if cache.tier == "auto" else tuple(dict.fromkeys(("lockstep", cache.tier)))
+    machine = Machine.here(scene.mask.tokens.device, cache.root or user_cache_folder())
+    if cache.tier == "disk":  # there may be an entry already; if not, a full disk shows when it is written
+        machine = replace(machine, disk_bytes=sys.maxsize)
+    format = cache.format
+    if scene.saved is not None:
+        slots, format = scene.saved.slots, scene.saved.layout.format
+        tiers = tuple(tier for tier in tiers if tier != "lockstep")
+    return plan(
+        model,
+        *scene.frames.shape[:3],
+        len(scene.background()),
+        len(set(slots.values())),
+        steps,
+        steps_locked=max(locked, len(slots)),
+        steps_along=max(0, locked - len(slots)),
+        machine=machine,
+        formats=(format,),
+        tiers=tiers,
+        prompts=min(task.batch, cache.prompts_at_once or task.batch),
+        guided=task.negative is not None,
+        layers=select_layers(model.layers, lock.layers),
+        window=max(2, min(lock.window, steps)),
+    )
+
+
+def _first_way(planned: Plan | None, scene: Scene, cache: CacheConfig) -> Way:
+    """The tier and the prompts at once that fit best.
+
+    Raises InputError with the plan's table where nothing fits the host's memory, which nobody can hand back; what
+    does not fit a GPU by the plan is tried all the same.
+    """
+    smallest = "disk" if scene.saved is not None else "lockstep"
+    if planned is None:
+        return Way(replace(cache, tier=smallest) if cache.tier == "auto" else cache)
+    choice = planned.choice
+    asked = next((row for row in planned.rows if row.tier == cache.tier and row.fits), None)
+    if asked is not None:
+        return Way(replace(cache, prompts_at_once=asked.prompts))
+    if choice.tier is not None:
+        tier = _tier_of_saved(planned, cache) if scene.saved is not None else choice.tier
+        if cache.tier not in ("auto", tier):
+            message = f"there is too little memory for the tier {cache.tier}: the source is run along instead"
+            warnings.warn(message, InputWarning, stacklevel=4)
+        return Way(replace(cache, tier=tier, prompts_at_once=choice.prompts))
+    if planned.machine.gpu_bytes is None and scene.saved is None:
+        table = render(planned)
+        raise InputError(f"there is too little memory:\n{table}\nthere is too little memory: {choice.reason}")
+    return Way(replace(cache, tier=smallest if cache.tier == "auto" else cache.tier, prompts_at_once=1))
+
+
+def _tier_of_saved(planned: Plan, cache: CacheConfig) -> str:
+    """Where a cache's files are read to: the fastest place with room, but no copy in memory where models run in it."""
+    if cache.tier != "auto":
+        return cache.tier
+    if planned.machine.gpu_bytes is None:
+        return "disk"
+    fitting = [row.tier for row in planned.rows if not set(row.short) - {"disk"}]
+    return next((tier for tier in ("resident", "host") if tier in fitting), "disk")
+
+
+def _downwards(way: Way, rungs: Callable[[], list[Rung]], run: Callable[[Way], Result]) -> Result:
+    """`run` by way, then by the ladder's rungs while memory runs out; each is said in a warning.
+
+    Raises InputError when the last one fails.
+    """
+    first = way.cache
+    try:
+        return run(way)
+    except torch.OutOfMemoryError:
+        pass  # what it held is free once the handler is left
+    for rung in rungs():
+        _free()
+        warnings.warn(f"memory ran out: {rung.reason}", InputWarning, stacklevel=2)
+        format = rung.format or way.cache.format
+        way = Way(replace(first, tier=rung.tier, format=format, prompts_at_once=rung.prompts), rung.tiled_decoding)
+        try:
+            return run(way)
+        except torch.OutOfMemoryError:
+            continue
+    raise InputError("there is too little memory on the device: use a smaller size or fewer frames")
+
+
+def _free() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
