@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ from bench.cache_speed import HIT_FORMATS, NATIVE_ERROR, measure_disk, measure_h
 from bench.cache_tables import text_of
 from bench.demo_quality import Rows, fingerprint
 
+PACKAGES = ("diffusers", "transformers", "safetensors", "xxhash")
 PARTS = ("errors", "edits", "packing", "hits", "disk")
-QUICK = Setting(steps=4, kappa=2)
+QUICK = Setting(steps=3, kappa=1)
 
 
 def load_editor() -> Any:
@@ -45,7 +47,7 @@ def measure_edits(edits: Edits, rows: list[Variant], cases: range, budget: float
     """The rows, as many as the budget in seconds allows; the others say that they are unmeasured."""
     begun, found = time.monotonic(), []
     for variant in rows:
-        if time.monotonic() - begun > budget:
+        if time.monotonic() - begun > budget and not edits.finished(variant, cases):
             found.append(unmeasured(variant, edits.setting, "no time was left"))
             continue
         found.append(edits.run(variant, cases))
@@ -130,7 +132,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds after which no row is begun")
     parser.add_argument("--work", type=Path, default=Path("out/bench/cache.jsonl"), help="finished edits")
     parser.add_argument("--commit", help="what is measured, where git cannot say")
-    parser.add_argument("--quick", action="store_true", help="one case of three rows, 4 steps, one round, 9 MB")
+    parser.add_argument("--quick", action="store_true", help="one case of three rows, 3 steps, one round, 9 MB")
     parser.add_argument("--dry-run", action="store_true", help="list the rows; only arithmetic has figures")
     options = parser.parse_args(arguments)
     if options.cases < 1 or options.rounds < 1 or options.megabytes < 1 or options.seed < 0:
@@ -148,7 +150,9 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {name: getattr(options, name) for name in ("cases", "seed", "rounds", "megabytes", "quick")}
     settings |= {"threads": torch.get_num_threads(), "cores": os.cpu_count(), "load": os.getloadavg()[0]}
     settings |= about(setting)
-    found = plain({"machine": machine.machine(options.commit), "settings": settings} | measure(options, setting))
+    there = machine.machine(options.commit)
+    there["versions"] |= {name: version(name) for name in PACKAGES}
+    found = plain({"machine": there, "settings": settings} | measure(options, setting))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     print(text_of(found))

@@ -13,6 +13,7 @@ from typing import Any
 COLOURS = {"native": "0.25", "bf16": "tab:brown", "fp8_e4m3": "tab:blue", "int8": "tab:green", "int4": "tab:red"}
 MARKERS = {1: "o", 2: "s", 4: "^"}
 PANELS = {"psnr_locked": "background PSNR, dB", "right": "edits judged right, %"}
+WAYS = ((0, 1), (0, -1), (1.6, 0.7), (-1.6, 0.7), (1.6, -0.7), (-1.6, -0.7))  # where a label may be
 TITLES = {"model": "background locked by K and V alone", "source": "background latents from the source (kvlock)"}
 
 
@@ -27,45 +28,58 @@ def draw(found: dict[str, Any], path: Path) -> bool:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(len(shown), 2, figsize=(11, 4.4 * len(shown) + 0.8), squeeze=False)
+    figure, panels = plt.subplots(len(shown), 2, figsize=(11, 4.4 * len(shown) + 0.6), squeeze=False)
+    drawn = []
     for latents, pair in zip(shown, panels, strict=True):
         rows = [row for row in measured if row["latents"] == latents]
         for figure_name, axes in zip(PANELS, pair, strict=True):
             _panel(axes, rows, figure_name)
             axes.set_title(TITLES[latents], fontsize=10)
+            drawn.append((axes, [row for row in rows if row["format"]], figure_name))
     _legend(figure, measured)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.9 / figure.get_figheight()))
-    for latents, pair in zip(shown, panels, strict=True):
-        for axes in pair:
-            _label(axes, [row for row in measured if row["latents"] == latents and row["format"]])
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / figure.get_figheight()))
+    figure.canvas.draw()  # places everything, so that labels can look where there is room
+    for axes, rows, figure_name in drawn:
+        _label(axes, rows, figure_name)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True
 
 
+def point(row: dict[str, Any], name: str) -> tuple[float, float]:
+    """MB, and dB or per cent."""
+    return row["bytes"]["mean"] / 1e6, row[name]["mean"] * (100 if name == "right" else 1)
+
+
 def _panel(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
     """The points with 95 % intervals (PSNR: of the change against lockstep), and lockstep as a line."""
+    from matplotlib.ticker import NullLocator
+
     scale = 100 if name == "right" else 1
     lockstep = next((row for row in rows if row["format"] is None), None)
     if lockstep is not None:
         axes.axhline(scale * lockstep[name]["mean"], color="0.6", linestyle="--", linewidth=1, zorder=1)
-    axes.points = {}
     for row in (row for row in rows if row["format"]):
-        x, y = row["bytes"]["mean"] / 1e6, scale * row[name]["mean"]
+        x, y = point(row, name)
         around = row[name] if name == "right" else row["change"][name]
         below, above = (scale * abs(around[end] - around["mean"]) for end in ("low", "high"))
         colour = COLOURS[row["format"]]
         axes.errorbar(x, y, [[below], [above]], color=colour, elinewidth=0.8, alpha=0.35, zorder=2)
         filled = colour if row["steps"] == "all" else "white"
         axes.plot(x, y, MARKERS[row["stride"]], color=colour, markerfacecolor=filled, markersize=6, zorder=3)
-        axes.points[row["name"]] = (x, y)
-    axes.set(xscale="log", xlabel="MB of cache an edit (log)", ylabel=PANELS[name])
+    axes.set(xscale="log", xlabel="MB of cache an edit", ylabel=PANELS[name])
     axes.margins(x=0.12, y=0.22)
-    axes.grid(alpha=0.25, which="both", linewidth=0.5)
+    axes.set_xticks([m * 10**p for p in (-2, -1, 0, 1, 2) for m in (1, 2, 5)])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    xs = [point(row, name)[0] for row in rows if row["format"]]
+    axes.set_xlim(min(xs) / 1.5, max(xs) * 1.5)
+    axes.grid(alpha=0.25, linewidth=0.5)
     if name == "right":
-        axes.set_ylim(min(60, *(y - 5 for _, y in axes.points.values())), 112)
-        axes.set_yticks(range(60, 101, 10))
+        low = min(point(row, name)[1] for row in rows if row["format"])
+        axes.set_ylim(min(65, low - 10), 118)
+        axes.set_yticks(range(10 * int(min(70, low) // 10), 101, 10))
 
 
 def _legend(figure: Any, rows: list[dict[str, Any]]) -> None:
@@ -74,13 +88,12 @@ def _legend(figure: Any, rows: list[dict[str, Any]]) -> None:
     formats = [format for format in COLOURS if any(row["format"] == format for row in rows)]
     handles = [Line2D([], [], color=COLOURS[format], marker="o", linestyle="", label=format) for format in formats]
     handles += [
-        Line2D([], [], color="0.25", marker=marker, linestyle="", label=f"of {stride} steps one stored")
+        Line2D([], [], color="0.25", marker=marker, linestyle="", label=f"of {stride} steps one stored (1/{stride})")
         for stride, marker in MARKERS.items()
         if stride > 1
     ]
-    handles.append(
-        Line2D([], [], color="0.25", marker="o", markerfacecolor="white", linestyle="", label="last 8 of 20 steps")
-    )
+    hollow = dict(color="0.25", marker="o", markerfacecolor="white", linestyle="")
+    handles.append(Line2D([], [], **hollow, label="of the last 8 of 20 steps (w)"))
     handles.append(Line2D([], [], color="0.6", linestyle="--", label="lockstep, nothing stored"))
     figure.legend(handles=handles, loc="upper center", ncols=5, fontsize=9, frameon=False)
 
@@ -91,37 +104,33 @@ def short(row: dict[str, Any]) -> str:
     return row["format"].removesuffix("_e4m3") + stride + window
 
 
-def _label(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """A label beside each point, where it covers neither another label nor a point."""
-    renderer = axes.figure.canvas.get_renderer()
-    points = axes.transData.transform(list(axes.points.values()))
-    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points]
-    frame = axes.get_window_extent(renderer)
+def _label(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
+    """A label beside each point, as near as it covers neither another label nor a point."""
+    points = axes.transData.transform([point(row, name) for row in rows])
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    places = [(distance * a, distance * b) for distance in range(11, 140, 5) for a, b in WAYS]
     for row in sorted(rows, key=lambda row: row["bytes"]["mean"]):
-        best = None
-        for distance in range(10, 130, 6):
-            for way in ((0, 1), (0, -1), (0.7, 0.7), (-0.7, 0.7), (0.7, -0.7), (-0.7, -0.7)):
-                best = _try(axes, row, [distance * w for w in way], taken, frame, renderer)
-                if best:
-                    break
-            if best:
-                break
+        next((place for place in places if _fits(axes, row, name, place, taken)), None)
 
 
-def _try(axes: Any, row: dict, offset: list[float], taken: list[tuple], frame: Any, renderer: Any) -> Any:
-    """The label so many points away, if there is room; its box is taken then."""
+def _fits(axes: Any, row: dict, name: str, place: tuple[float, float], taken: list[tuple]) -> bool:
+    """Put the label so many points away if there is room; its box is taken then."""
+    from matplotlib.patheffects import withStroke
+    from matplotlib.text import Text
+
     text = axes.annotate(
-        short(row), axes.points[row["name"]], offset, textcoords="offset points", ha="center", va="center", fontsize=7.5,
+        short(row), point(row, name), place, textcoords="offset points", ha="center", va="center", fontsize=8,
         color=COLOURS[row["format"]], arrowprops=dict(arrowstyle="-", color="0.7", linewidth=0.5, shrinkA=1, shrinkB=3),
     )  # fmt: skip
-    box = text.get_window_extent(renderer)
+    text.set_path_effects([withStroke(linewidth=2, foreground="white")])
+    text.update_positions(axes.figure.canvas.get_renderer())
+    frame, box = axes.get_window_extent(), Text.get_window_extent(text)
     inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
-    free = all(box.x1 < x0 or x1 < box.x0 or box.y1 < y0 or y1 < box.y0 for x0, y0, x1, y1 in taken)
-    if not (inside and free):
-        text.remove()
-        return None
-    taken.append((box.x0 - 1, box.y0 - 1, box.x1 + 1, box.y1 + 1))
-    return text
+    if inside and all(box.x1 < x0 or x1 < box.x0 or box.y1 < y0 or y1 < box.y0 for x0, y0, x1, y1 in taken):
+        taken.append((box.x0 - 2, box.y0 - 2, box.x1 + 2, box.y1 + 2))
+        return True
+    text.remove()
+    return False
 
 
 def main(arguments: list[str] | None = None) -> int:

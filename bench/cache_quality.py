@@ -93,18 +93,15 @@ class Variant:
 
 def variants(quick: bool = False) -> list[Variant]:
     """The rows, what matters most first; locked by K/V alone ("model") is where an error of the cache shows."""
-    model, source = "model", "source"
+    model, source, fp8 = "model", "source", "fp8_e4m3"
     if quick:
         return [Variant(model), Variant(model, "int4", 4, "window"), Variant(source)]
     rows = [Variant(model), *(Variant(model, format) for format in FORMATS)]
-    rows += [Variant(model, format, stride) for stride, format in product((2, 4), ("fp8_e4m3", "native", "int4"))]
-    rows += [Variant(model, format, 1, "window") for format in ("fp8_e4m3", "int4", "native")]
-    rows += [
-        Variant(source),
-        *(Variant(source, format, stride) for stride in (1, 4) for format in ("fp8_e4m3", "int4")),
-    ]
-    rows += [Variant(model, "native", 4, "all", i) for i in (0, 2, 3)] + [Variant(model, "native", 2, "all", 1)]
-    rows += [Variant(model, format, stride, "window") for stride, format in product((2, 4), SMALL)]
+    rows += [Variant(model, format, stride) for stride, format in product((2, 4), SMALL)]
+    rows += [Variant(model, format, 1, "window") for format in SMALL]
+    rows += [Variant(source), *(Variant(source, format, stride) for stride, format in product((1, 4), SMALL))]
+    rows += [Variant(model, fp8, 4, "all", i) for i in (0, 3, 2)] + [Variant(model, fp8, 2, "all", 1)]
+    rows += [Variant(model, format, stride, "window") for stride, format in product((4, 2), SMALL)]
     everything = (Variant(*v) for v in product((model, source), FORMATS, STRIDES, ("all", "window")))
     return rows + [variant for variant in everything if variant not in rows]
 
@@ -227,6 +224,10 @@ class Edits:
         stored = variant.stored_steps(self.setting)
         about = {"name": variant.name, **vars(variant), "stored_steps": stored, "cases": len(cases)}
         return about | means | {"change": self.changes(variant, cases)}
+
+    def finished(self, variant: Variant, cases: range) -> bool:
+        """Whether `run` has nothing left to do."""
+        return all(f"{variant.name}/{i}" in self.rows.rows for i in cases)
 
     def one(self, variant: Variant, i: int) -> dict[str, Any]:
         case, seed = case_of(i)

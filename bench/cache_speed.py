@@ -81,16 +81,17 @@ def interleaved(
     rounds: int,
     before: Callable[[], None] = lambda: None,
     after: Callable[[], None] = lambda: None,
+    warm_up: int = 1,
 ) -> dict[str, dict[str, float]]:
-    """Every piece of work `rounds` times in mixed order, after one round that does not count; `before` and `after` each
-    are not timed.
+    """Every piece of work `rounds` times in mixed order, after the rounds of `warm_up`, which do not count; nor do
+    `before` and `after` each piece.
 
     seconds: the median on the wall, low and high the extremes; cpu_seconds: the process's own median, which other
     programs on the machine disturb less.
     """
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
     names, mixed = list(work), random.Random(0)
-    for turn in range(rounds + 1):
+    for turn in range(-warm_up, rounds):
         mixed.shuffle(names)
         for name in names:
             before()
@@ -98,7 +99,7 @@ def interleaved(
             work[name]()
             taken = time.perf_counter() - wall, time.process_time() - cpu
             after()
-            if turn:
+            if turn >= 0:
                 times[name].append(taken)
     return {name: _summary(found) for name, found in times.items()}
 
@@ -128,7 +129,7 @@ def measure_hits(editor: Any, rounds: int, setting: Setting, formats: tuple[str,
             caches |= {f"{tier} {format}": CacheConfig(tier=tier, format=format, path=str(folder)) for tier in TIERS}
         runs = {name: partial(edit, editor, case, seed, lock, cache, setting) for name, cache in caches.items()}
         outs = {name: run() for name, run in runs.items()}
-        timed = interleaved(runs, rounds)
+        timed = interleaved(runs, rounds, warm_up=0)
     for name, out in outs.items():
         timed[name]["forwards"] = out.trace.as_dict()["forwards"]
         timed[name]["error"] = relative_error(out.latents, outs["lockstep"].latents)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -57,8 +58,12 @@ def errors(rows: list[dict[str, Any]]) -> str:
         lines.append([f"{stage}, {format}", *(number(fmean(values), 1) for values in by)])
     lines.sort(key=lambda line: line[0].partition(",")[0])
     head = ["SQNR, dB", *(f"layer {layer}" for layer in layers), *(f"step {step}" for step in steps)]
-    note = "The bundled demo model's real weights, and no other model's; background tokens of held-out clips."
-    return f"{columns(head, lines)}\n{note}"
+    return f"{columns(head, lines)}\n{ERROR_NOTE}"
+
+
+ERROR_NOTE = """Keys and values of background tokens of held-out clips, in the demo model: the only real weights
+measured. By layer over all steps, by step over all layers. RoPE turns vectors and keeps their
+lengths, so errors before and after it weigh the same in attention."""
 
 
 def on_front(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
@@ -99,28 +104,31 @@ def edits(rows: list[dict[str, Any]], latents: str) -> str:
         ])  # fmt: skip
     head = ["", "MB/edit", "x naive", "PSNR", "clear", "change", "right %", "to lockstep"]
     cases = measured[0]["cases"] if measured else 0
-    left = [row["name"] for row in rows if row["latents"] == latents and "unmeasured" in row]
+    others = [row for row in rows if row["latents"] == latents and "unmeasured" in row]
+    left = [row["name"].removeprefix(f"{latents}/") for row in others]
     words = {"model": "locked by K and V alone", "source": "with the source's background latents (preset kvlock)"}
-    notes = [f"Edits {words[latents]}: {cases} held-out cases a row", columns(head, lines)]
+    notes = [f"Edits {words[latents]}; held-out cases a row: {cases}"]
+    notes += [columns(head, lines)] if lines else []
     if left:
-        notes.append(f"unmeasured ({rows[-1].get('unmeasured')}): {len(left)} rows")
+        notes.append(textwrap.fill(f"unmeasured ({others[0]['unmeasured']}): {', '.join(left)}", 100))
     return "\n".join(notes)
 
 
 EDIT_NOTES = """PSNR: background against the source, dB; clear: where no pixel of the mask is under a latent;
 change: of clear against lockstep, case by case, with 95 % interval; to lockstep: whole video, dB;
 x naive: times fewer bytes than bf16 of all tokens and steps; * no other row has fewer bytes and
-at least its PSNR (clear) and share of right edits. native is fp32 here: the demo model runs in it."""
+at least its PSNR (clear) and share of right edits; differences within the intervals are noise.
+native is fp32 here: the demo model runs in it."""
 
 
 def neighbours(rows: list[dict[str, Any]]) -> str:
-    """Which step of a run stands for it: clear PSNR and its change, natively stored."""
+    """Which step of a run stands for it: clear PSNR and its change, in fp8."""
     from kvlock_fast.source_pass import thinned_steps
 
     lines = []
     for row in rows:
-        native = (row["latents"], row["format"], row["steps"]) == ("model", "native", "all")
-        if not native or row["stride"] == 1 or "unmeasured" in row:
+        counts = (row["latents"], row["format"], row["steps"]) == ("model", "fp8_e4m3", "all")
+        if not counts or row["stride"] == 1 or "unmeasured" in row:
             continue
         own = row["stands"] is None
         stands = thinned_steps(range(row["stride"]), row["stride"], lambda k: 0)[0] if own else row["stands"]
@@ -129,7 +137,7 @@ def neighbours(rows: list[dict[str, Any]]) -> str:
         figures += [f"{100 * row['right']['mean']:.0f}", number(row["psnr_to_lockstep"]["mean"], 1)]
         lines.append([f"{stands + 1} of {row['stride']}{' (the default)' if own else ''}", *figures])
     lines.sort(key=lambda line: (line[0].split()[2], line[0]))
-    return columns(["stored of a run", "clear", "change", "right %", "to lockstep"], lines)
+    return columns(["fp8, stored of a run", "clear", "change", "right %", "to lockstep"], lines)
 
 
 def packing(rows: list[dict[str, Any]]) -> str:
@@ -182,7 +190,7 @@ def targets(found: Found) -> str:
     lines = [_ratio_target(found["packing"], *target) for target in RATIOS]
     cpu = {name: f["ratio"] for name, f in (found["hits"] or {}).items() if name != "lockstep"}
     aside = f"; on this CPU {min(cpu.values()):.2f} to {max(cpu.values()):.2f}x" if cpu else ""
-    lines.append(f"unmeasured (GPU)  must 1.4x, record 1.48x: cached edit vs source re-run each step{aside}")
+    lines.append(f"unmeasured (GPU)  must 1.4x, record 1.48x: cached edit vs source re-run{aside}")
     lines.append("unmeasured (GPU)  must 5 %, record 1 %: host streaming exposed, of a step")
     return "\n".join(["Targets", *lines])
 
@@ -204,7 +212,8 @@ def heading(found: Found) -> str:
     where = machine["gpu"] or "no GPU: all seconds are a CPU's"
     versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items() if value)
     threads = f"{settings['threads']} thread{'s' * (settings['threads'] != 1)} of {settings['cores']} cores"
-    return f"{where}; {threads}, load {settings['load']:.1f}; {versions};\ncommit {machine['commit'] or 'unknown'}"
+    lines = [f"{where}; {threads}, load {settings['load']:.1f}", versions, f"commit {machine['commit'] or 'unknown'}"]
+    return "\n".join(line for text in lines for line in textwrap.wrap(text, 100))
 
 
 def text_of(found: Found) -> str:

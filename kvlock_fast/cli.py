@@ -96,9 +96,7 @@ def edit(
     steps: Annotated[int | None, _option("Denoising steps; 50, or with --cache as it was made.")] = None,
     guidance: Annotated[float, _option("The guidance scale (omega0); 1 or less: no guidance.")] = 5.0,
     guidance_2: Annotated[float | None, _option("For the low-noise transformer, where there are two.")] = None,
-    seed: Annotated[
-        int | None, _option("Of the noise; 0, or the cache's.", min=0, max=MOST_SEED)
-    ] = None,
+    seed: Annotated[int | None, _option("Of the noise; 0, or the cache's.", min=0, max=MOST_SEED)] = None,
     size: Annotated[str | None, _option("Work at HEIGHTxWIDTH; else the source's size (demo: small).")] = None,
     max_frames: Annotated[int | None, _option("Use only the first so many frames.", min=1)] = None,
     frames_policy: Annotated[FramesPolicy, _option("For a frame count the model cannot take.")] = FramesPolicy.pad,

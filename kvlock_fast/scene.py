@@ -114,6 +114,7 @@ def edit_prompts(task: Task, scene: Scene, cache: CacheConfig, recorder: Recorde
         path = scene.path(predict, task.source_prompt, recorder)
         source = Source(path, task.source_prompt, scene.background())
         stored = _stored_source(source, scene, predict, cache, recorder, progress)
+        recorder.cache = _facts(cache.tier, stored)
         try:
             done = _Steps(progress, task, cache, scene.solver.num_steps)
             edits = [
@@ -144,6 +145,13 @@ def _stored_source(
         except OutputError as error:
             warnings.warn(f"{error}; the source is run along instead", InputWarning, stacklevel=2)
             return None
+
+
+def _facts(tier: str, stored: StoredSource | None) -> dict[str, Any]:
+    if stored is None:
+        return {"tier": "lockstep"}
+    store = stored.store
+    return {"tier": tier, "format": store.layout.format, "steps": len(store.steps), "bytes": store.nbytes}
 
 
 def _batches(task: Task, cache: CacheConfig) -> Iterator[Task]:

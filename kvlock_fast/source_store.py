@@ -102,20 +102,25 @@ class SourceMaker:
         """Run the source into a resident or host store."""
         kind = ResidentStore if tier == "resident" else HostStore
         store = kind(self.layout, self.steps, self.device)
-        return self._stored(store, self._run(store))
+        try:
+            return StoredSource(store, self.slots, self.source.background, self._run(store))
+        except BaseException:
+            store.close()
+            raise
 
     def on_disk(self, root: CacheRoot, source_facts: dict[str, Any]) -> StoredSource:
         """What the root holds of this source, or else a new entry. Raises OutputError where it cannot be written."""
-        key = key_of(self.facts(source_facts))
-        entry = root.find(key)
-        if entry is None:
+        facts = self.facts(source_facts)
+        key = key_of(facts)
+        saved = _found(root, key, facts)
+        if saved is None:
             root.make_room(self.layout.nbytes * len(self.steps))
             with root.writer(key) as writer:
                 self.write(writer, source_facts)
-            entry = root.find(key)
-        if entry is None:
-            raise OutputError(f"the cache '{root.path / key}' was removed as soon as it was written")
-        return read_saved(SavedSource(entry, root.path / key), "disk", self.device)
+                saved = _found(root, key, facts)  # inside, where nobody can evict it
+        if saved is None:
+            raise OutputError(f"the cache '{root.path / key}' was gone as soon as it was written")
+        return read_saved(saved, "disk", self.device, owned=True)
 
     def write(self, writer: EntryWriter, source_facts: dict[str, Any], **more: Any) -> dict[str, Any]:
         """Run the source into an entry and publish it; its facts. more: such as nobody compares."""
@@ -149,26 +154,46 @@ class SourceMaker:
         source = self.source
         return run_source(self.predict, source.path, source.prompt, store, self.watched, self.progress)
 
-    def _stored(self, store: KVStore, predictions: dict[int, Tensor]) -> StoredSource:
-        return StoredSource(store, self.slots, self.source.background, predictions)
+
+def _found(root: CacheRoot, key: str, facts: dict[str, Any]) -> SavedSource | None:
+    """The root's entry of a key; one that is of something else is set aside."""
+    entry = root.find(key)
+    if entry is None:
+        return None
+    try:
+        if {name: entry.meta.get(name) for name in facts} != facts:
+            other = first_difference(entry.meta, facts) or "other layers, steps or tokens"
+            raise InputError(f"cache '{entry.folder}' was made with {other}")
+        return SavedSource(entry, entry.folder)
+    except InputError as error:
+        root.set_aside(entry, str(error))
+        entry.close()
+        return None
 
 
-def read_saved(saved: SavedSource, tier: str, device: torch.device) -> StoredSource:
-    """A saved source as a store of a tier; "resident" and "host" copy it into memory and close its files."""
+def read_saved(saved: SavedSource, tier: str, device: torch.device, owned: bool = False) -> StoredSource:
+    """A saved source as a store of a tier, copied into memory but for "disk"; owned: close it with the store."""
     predictions = {k: x.to(device, copy=True) for k, x in saved.predictions.items()}
     background = saved.background.to(device, copy=True)
     if tier == "disk":
-        store: KVStore = DiskStore(saved.layout, saved.steps, device).opened(saved.entry)
+        store: KVStore = DiskStore(saved.layout, saved.steps, device).opened(saved.entry, owned)
     else:
-        kind = ResidentStore if tier == "resident" else HostStore
-        store = kind(saved.layout, saved.steps, device)
+        store = _copied(saved, tier, device)
+    return StoredSource(store, saved.slots, background, predictions)
+
+
+def _copied(saved: SavedSource, tier: str, device: torch.device) -> KVStore:
+    store = (ResidentStore if tier == "resident" else HostStore)(saved.layout, saved.steps, device)
+    try:
         for step in saved.steps:
             with store.write(step) as places:
                 for key, packed in saved.packed(step).items():
                     places[key].copy_(packed)
         store.written()
-        saved.entry.close()
-    return StoredSource(store, saved.slots, background, predictions)
+    except BaseException:
+        store.close()
+        raise
+    return store
 
 
 def saved_path(saved: SavedSource, solver: FlowSolver, device: torch.device) -> SourcePath:

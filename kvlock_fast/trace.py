@@ -30,7 +30,8 @@ class StepRecord:
 class Trace:
     """The schedule as it ran, and how long each stage took.
 
-    forwards: rows that went through a transformer (a batch of 3 counts 3); foreground_share: of the tokens.
+    forwards: rows that went through a transformer (a batch of 3 counts 3); foreground_share: of the tokens; cache:
+    where the source's K and V were (tier, and where they were stored format, steps and bytes).
     """
 
     prompts: list[str]
@@ -40,6 +41,7 @@ class Trace:
     forwards: int
     stage_seconds: dict[str, float]
     records: list[StepRecord]
+    cache: dict[str, Any] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[StepRecord]:
         return iter(self.records)
@@ -57,6 +59,7 @@ class Trace:
             "foreground_share": self.foreground_share,
             "forwards": self.forwards,
             "stage_seconds": self.stage_seconds,
+            "cache": self.cache,
             "records": [vars(record) for record in self.records],
         }
 
@@ -111,6 +114,7 @@ class Recorder:
     runs: list[Run] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
     forwards: int = 0
+    cache: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         self.clock = Clock(self.device)
@@ -168,4 +172,4 @@ class Recorder:
             ]
             sample += size
         records.sort(key=lambda record: (record.step, record.sample))
-        return Trace(prompts, len(timesteps), warmup_steps, share, self.forwards, self.stages, records)
+        return Trace(prompts, len(timesteps), warmup_steps, share, self.forwards, self.stages, records, self.cache)

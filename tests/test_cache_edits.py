@@ -1,4 +1,4 @@
-"""Edits whose cache goes wrong, or for which memory runs out: the edit is made all the same, or refused in a sentence."""
+"""Edits whose cache goes wrong, or for which memory runs out: made all the same, or refused in a sentence."""
 
 import gc
 import os
@@ -51,6 +51,21 @@ def test_a_smaller_way_is_taken_when_memory_runs_out(tmp_path, monkeypatch, tier
     assert (out.latents - expected).abs().max() < 0.5
 
 
+def test_a_cache_that_is_there_is_read_in_a_lower_tier(tmp_path, monkeypatch):
+    pipe = tiny_wan()
+    kvf.KVLockPipeline(pipe).invert(
+        a_video(), a_mask(), tmp_path / "c", source_prompt="a red circle", num_inference_steps=5,
+        generator=torch.Generator().manual_seed(1),
+    )  # fmt: skip
+    cache = CacheConfig(path=tmp_path / "c", tier="resident")
+    expected = call(pipe, cache=cache).latents
+    run_out_of_memory(pipe, monkeypatch, times=2)
+    with pytest.warns(InputWarning, match="memory ran out") as records:
+        out = call(pipe, cache=cache)
+    assert len(warned(records)) == 2 and torch.equal(out.latents, expected) and out.trace.forwards == 10
+    assert out.trace.cache["format"] == "fp8_e4m3" and out.trace.cache["tier"] == "disk"
+
+
 def test_more_memory_than_there_ever_is_ends_in_one_sentence(monkeypatch):
     pipe = tiny_wan()
     run_out_of_memory(pipe, monkeypatch, times=10**9)
@@ -94,7 +109,7 @@ def test_tiles_decode_what_memory_does_not(monkeypatch):
 
 def test_a_plan_that_fits_nowhere_shows_its_table(monkeypatch):
     monkeypatch.setattr(machine.Machine, "here", classmethod(lambda cls, *_: cls(None, 1000, 1000)))
-    with pytest.raises(kvf.InputError, match="(?s)there is too little memory.*lockstep.*there is too little memory: "):
+    with pytest.raises(kvf.InputError, match=r"(?s)too little memory.*lockstep.*too little memory: "):
         call(tiny_wan())
 
 

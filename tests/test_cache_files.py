@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from kvlock_fast.cache import entry as entry_module
 from kvlock_fast.cache import litter, manifest
 from kvlock_fast.cache.entry import DamagedCache, Entry, EntryWriter, MissingCache
 from kvlock_fast.cache.manifest import DTYPES
@@ -516,6 +517,27 @@ class TestLitter:
         Entry.open(folder).close()
         assert not left.exists()
 
+    def test_what_a_dead_process_left_goes_before_an_entry_is_written(self, tmp_path):
+        mine = owned_name("data")
+        left = tmp_path / mine.replace(mine.split("-")[1].split(".")[1], "3ffffff")
+        left.mkdir()
+        with EntryWriter(tmp_path):
+            assert not left.exists()
+
+    @pytest.mark.parametrize("moment", ["leased", "looked for"])
+    def test_an_entry_that_is_replaced_as_it_is_leased_is_not_read_without_a_lease(self, tmp_path, monkeypatch, moment):
+        folder = write(EntryWriter(tmp_path / "e"))
+        if moment == "looked for":
+            (folder / "manifest.json").unlink()
+
+        def gone(where):
+            raise FileNotFoundError
+
+        monkeypatch.setattr(entry_module, "Lease", gone)
+        monkeypatch.setattr(entry_module, "_map", pytest.fail)
+        with pytest.raises(MissingCache):
+            Entry.open(folder)
+
     def test_what_a_living_process_writes_is_never_touched(self, tmp_path):
         root = CacheRoot(tmp_path)
         write(root.writer("key"), meta={"seed": 1})
@@ -550,15 +572,14 @@ class TestLitter:
 
     def test_data_that_vanish_because_a_new_entry_came_are_no_damage(self, tmp_path, monkeypatch):
         folder = write(EntryWriter(tmp_path / "e"), meta={"seed": 1})
-        read = manifest.read
+        mapped = entry_module.MappedShard
 
-        def then_replace(where):
-            found = read(where)
-            monkeypatch.setattr(manifest, "read", read)
+        def replace_first(*arguments):
+            monkeypatch.setattr(entry_module, "MappedShard", mapped)
             write(EntryWriter(folder), meta={"seed": 2})
-            return found
+            return mapped(*arguments)
 
-        monkeypatch.setattr(manifest, "read", then_replace)
+        monkeypatch.setattr(entry_module, "MappedShard", replace_first)
         with Entry.open(folder) as entry:
             assert entry.meta == {"seed": 2}
 

@@ -480,6 +480,7 @@ def test_a_disk_slower_than_the_source_itself_is_not_used():
     made = planned(MODELS["wan-1.3b"], 17, 0.2, on=there, edits=5)
     disk = made.row("disk", "fp8_e4m3")
     assert disk.fits and disk.exposed_seconds > made.job.forward_seconds
+    assert disk.source_seconds == pytest.approx(50 * disk.transfer_seconds)  # the write is the longer, too
     assert made.choice.tier == "lockstep" and "running the source along takes" in made.choice.reason
 
 

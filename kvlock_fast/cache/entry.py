@@ -208,13 +208,20 @@ def _shard_path(data: Path, name: str) -> Path:
 
 
 def _lease_of_entry(folder: Path) -> Lease | None:
-    """Also removes what dead processes left there. None where there is no entry, or where nothing can be written."""
-    with contextlib.suppress(OSError):
-        if (folder / manifest.NAME).exists():
-            lease = Lease(folder)
-            sweep(folder)
-            return lease
-    return None
+    """Also removes what dead processes left there. None where nothing can be written. Raises MissingCache.
+
+    What is not there is missing, even if another process writes it the next moment: it would be read without a lease.
+    """
+    try:
+        lease = Lease(folder) if (folder / manifest.NAME).exists() else None
+    except FileNotFoundError:
+        lease = None
+    except OSError:
+        return None
+    if lease is None:
+        raise manifest.missing(folder)
+    sweep(folder)
+    return lease
 
 
 def _lease_in_new_folder(folder: Path) -> Lease:

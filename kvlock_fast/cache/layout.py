@@ -102,9 +102,9 @@ class StepLayout:
         """Of the scales and minima."""
         return sum(part.nbytes for part in self.parts if part.role != "codes")
 
-    def new_arena(self, device: torch.device | str, pinned: bool = False) -> Tensor:
+    def new_arena(self, device: torch.device | str) -> Tensor:
         """uint8 [nbytes], what it holds is undefined."""
-        return torch.empty(self.nbytes, dtype=torch.uint8, device=device, pin_memory=pinned)
+        return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
 
     def tensors(self, arena: Tensor) -> dict[str, Tensor]:
         """Views of an arena by part name."""

@@ -43,6 +43,10 @@ class MissingCache(InputError):
     """There is no cache entry in a folder."""
 
 
+def missing(folder: Path) -> MissingCache:
+    return MissingCache(f"no cache in '{folder}': it has no {NAME}")
+
+
 class DamagedCache(InputError):
     """A cache entry is not what was written. manifest: the digest of the manifest it was opened by, if there is one."""
 
@@ -99,7 +103,7 @@ def read(folder: Path) -> tuple[Manifest, str]:
     try:
         data = read_bytes(folder)
     except (FileNotFoundError, NotADirectoryError):
-        raise MissingCache(f"no cache in '{folder}': it has no {NAME}") from None
+        raise missing(folder) from None
     except OSError as error:
         raise InputError(f"cannot read '{path}': {error.strerror or error}") from error
     digest = digest_of(data)

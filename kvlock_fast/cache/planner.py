@@ -16,9 +16,9 @@ from kvlock_fast.cache.job import Bytes, Job
 from kvlock_fast.cache.machine import Machine
 from kvlock_fast.cache.model_sizes import ModelSize
 from kvlock_fast.cache.units import text_bytes, text_seconds
+from kvlock_fast.config import TIERS
 from kvlock_fast.kernels.quantize import FORMATS
 
-TIERS = ("lockstep", "resident", "host", "disk")
 PREFERENCE = ("fp8_e4m3", "int8", "int4", "native", "bf16")
 """Formats in the order they are considered: the smaller ones of fp8 before the larger."""
 WORTH = 1.01

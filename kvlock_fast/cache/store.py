@@ -24,6 +24,22 @@ from kvlock_fast.kernels.quantize import QuantizedKV
 Packed = dict[Key, QuantizedKV]
 
 
+def page_lock(arena: Tensor) -> None:
+    """Let the GPU copy to and from this host memory by itself.
+
+    Not `pin_memory`: torch's allocator rounds pinned blocks up to a power of two. Raises RuntimeError where the system
+    refuses so much.
+    """
+    if arena.numel():
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), arena.nbytes, 0))
+
+
+def page_unlock(arena: Tensor) -> None:
+    """The end of `page_lock`, before the memory is given back."""
+    if arena.numel():
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(arena.data_ptr()))
+
+
 def shard_name(step: int) -> str:
     """The shard of one stored step."""
     return f"step-{step:05d}"
@@ -161,7 +177,16 @@ class HostStore(SlottedStore):
 
     def __init__(self, layout: StepLayout, steps: tuple[int, ...], device: torch.device):
         super().__init__(layout, steps, device)
-        self._arenas = {step: layout.new_arena("cpu", pinned=device.type == "cuda") for step in steps}
+        self._arenas: dict[int, Tensor] = {}
+        try:
+            for step in steps:
+                arena = layout.new_arena("cpu")
+                if self._stream is not None:
+                    page_lock(arena)
+                self._arenas[step] = arena
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def nbytes(self) -> int:
@@ -176,6 +201,9 @@ class HostStore(SlottedStore):
 
     def close(self) -> None:
         super().close()
+        if self._stream is not None:
+            for arena in self._arenas.values():
+                page_unlock(arena)
         self._arenas.clear()
 
 
@@ -188,10 +216,11 @@ class DiskStore(SlottedStore):
         super().__init__(layout, steps, device)
         self.writer = writer
         self.entry: Entry | None = None
-        # Pinned memory between file and device; without a device of its own a slot is as good.
-        cuda = device.type == "cuda"
-        self._staging = layout.new_arena("cpu", pinned=True) if cuda else None
-        self._unloaded = torch.cuda.Event() if cuda else None
+        # Page-locked memory between file and device; without a device of its own a slot is as good.
+        self._staging = self._unloaded = None
+        if self._stream is not None:
+            self._staging, self._unloaded = layout.new_arena("cpu"), torch.cuda.Event()
+            page_lock(self._staging)
 
     @property
     def nbytes(self) -> int:
@@ -199,9 +228,9 @@ class DiskStore(SlottedStore):
         memory = [*self._slots, *([] if self._staging is None else [self._staging])]
         return sum(arena.nbytes for arena in memory) + (0 if self.entry is None else self.entry.nbytes)
 
-    def opened(self, entry: Entry) -> "DiskStore":
-        """Read from this entry from now on."""
-        self.entry = entry
+    def opened(self, entry: Entry, owned: bool) -> "DiskStore":
+        """Read from this entry from now on; owned: close it with the store."""
+        self.entry, self._owned = entry, owned
         return self
 
     def _save(self, step: int, slot: Tensor) -> None:
@@ -225,8 +254,10 @@ class DiskStore(SlottedStore):
 
     def close(self) -> None:
         super().close()
-        self._staging = None
-        if self.entry is not None:
+        if self._staging is not None:
+            page_unlock(self._staging)
+            self._staging = None
+        if self.entry is not None and self._owned:
             self.entry.close()
 
 
