@@ -55,7 +55,7 @@ class Variant:
     """One way to edit.
 
     latents: the lock's background_latents; format: None in lockstep, where nothing is stored; stands: which of a run
-    of steps is stored for it, by index, None for the code's own choice.
+    of steps is stored for it, by index, None for the code's own choice; last: which of the last run, None for the same.
     """
 
     latents: str
@@ -63,14 +63,15 @@ class Variant:
     stride: int = 1
     steps: str = "all"
     stands: int | None = None
+    last: int | None = None
 
     @property
     def name(self) -> str:
         """Like "model/fp8_e4m3/2/all"."""
         if self.format is None:
             return f"{self.latents}/lockstep"
-        which = "" if self.stands is None else f"/{self.stands}"
-        return f"{self.latents}/{self.format}/{self.stride}/{self.steps}{which}"
+        which = [str(i) for i in (self.stands, self.last) if i is not None]
+        return "/".join([self.latents, self.format, str(self.stride), self.steps, *which])
 
     def lock(self, setting: Setting) -> LockConfig:
         """The preset kvlock, its background as `latents` says."""
@@ -86,7 +87,7 @@ class Variant:
         """The steps whose K and V are kept."""
         if self.format is None:
             return []
-        with neighbour(self.stands):
+        with neighbour(self.stands, self.last):
             slots = steps_to_store(self.lock(setting), self.cache, setting.steps, lambda k: 0)
         return sorted(set(slots.values()))
 
@@ -101,6 +102,12 @@ def variants(quick: bool = False) -> list[Variant]:
     rows += [Variant(model, format, 1, "window") for format in SMALL]
     rows += [Variant(source), *(Variant(source, format, stride) for stride, format in product((1, 4), SMALL))]
     rows += [Variant(model, fp8, 4, "all", i) for i in (0, 3, 2)] + [Variant(model, fp8, 2, "all", 1)]
+    rows += [
+        Variant(model, fp8, 2, "all", 1, 0),
+        Variant(model, fp8, 4, "all", 1, 2),
+        Variant(model, fp8, 4, "all", 3, 2),
+    ]
+    rows += [Variant(model, fp8, 4, "all", 2, 1), Variant(model, "int4", 4, "all", 2)]
     rows += [Variant(model, format, stride, "window") for stride, format in product((4, 2), SMALL)]
     everything = (Variant(*v) for v in product((model, source), FORMATS, STRIDES, ("all", "window")))
     return rows + [variant for variant in everything if variant not in rows]
@@ -113,14 +120,19 @@ def case_of(i: int) -> tuple[EditCase, int]:
 
 
 @contextmanager
-def neighbour(index: int | None) -> Iterator[None]:
-    """Of every run of steps the `index`-th (or its last) is stored for it; None: as the code chooses."""
+def neighbour(index: int | None, last: int | None = None) -> Iterator[None]:
+    """Of every run of steps the `index`-th is stored for it, of the last run the `last`-th; of shorter runs the last.
+
+    index None: as the code chooses; last None: as of the others.
+    """
 
     def chosen(*arguments: Any) -> dict[int, int]:
         runs = defaultdict(list)
         for k, stored in thinned_steps(*arguments).items():
             runs[stored].append(k)
-        return {k: run[min(index, len(run) - 1)] for run in runs.values() for k in run}
+        slots = {k: run[min(index, len(run) - 1)] for run in runs.values() for k in run}
+        final = list(runs.values())[-1]
+        return slots if last is None else slots | dict.fromkeys(final, final[min(last, len(final) - 1)])
 
     if index is None:
         yield
@@ -231,7 +243,7 @@ class Edits:
 
     def one(self, variant: Variant, i: int) -> dict[str, Any]:
         case, seed = case_of(i)
-        with neighbour(variant.stands):
+        with neighbour(variant.stands, variant.last):
             out = edit(self.editor, case, seed, variant.lock(self.setting), variant.cache, self.setting)
         video, tokens = np.asarray(out.frames[0]), out.mask.tokens[0]
         scores, right = background_scores(video, case.source.video, case.mask), edit_is_right(case, video)

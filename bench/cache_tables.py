@@ -135,8 +135,9 @@ def neighbours(rows: list[dict[str, Any]]) -> str:
         change = row["change"]["psnr_locked"]
         figures = [number(row["psnr_locked"]["mean"]), f"{change['mean']:+.2f} ±{half(change):.2f}"]
         figures += [f"{100 * row['right']['mean']:.0f}", number(row["psnr_to_lockstep"]["mean"], 1)]
-        lines.append([f"{stands + 1} of {row['stride']}{' (the default)' if own else ''}", *figures])
-    lines.sort(key=lambda line: (line[0].split()[2], line[0]))
+        more = " (the default)" if own else "" if row["last"] is None else f", of the last run {row['last'] + 1}"
+        lines.append([f"{stands + 1} of {row['stride']}{more}", *figures])
+    lines.sort(key=lambda line: (line[0][5], line[0]))
     return columns(["fp8, stored of a run", "clear", "change", "right %", "to lockstep"], lines)
 
 

@@ -17,6 +17,7 @@ from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.files import output_folder, write_text
 from kvlock_fast.media import box_mask, fit_mask, read_mask, read_video, resize_mask, resize_video, write_video
 from kvlock_fast.metrics import measure_edit
+from kvlock_fast.nvtx import span
 
 Progress = Callable[[str, int, int], None]
 
@@ -171,7 +172,8 @@ def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress |
     videos = out.frames
     source, shown_mask = clip.video[:count], clip.mask[:count]
     if settings.composite:
-        videos = [composite(source, edited, shown_mask, settings.feather) for edited in videos]
+        with span("composite"):
+            videos = [composite(source, edited, shown_mask, settings.feather) for edited in videos]
     else:
         size = videos[0].shape[1:3]
         source, shown_mask = resize_video(source, *size), resize_mask(shown_mask, *size)

@@ -10,6 +10,8 @@ from torch import Tensor
 from kvlock_fast.config import LockConfig
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock, blend_weight
+from kvlock_fast.models.ranges import layer_ranges
+from kvlock_fast.nvtx import span
 from kvlock_fast.solvers import FlowSolver
 from kvlock_fast.trace import Recorder
 
@@ -56,6 +58,8 @@ class Predictor:
                 lock = TransformerLock(transformer, self.model.arch, self.lock.layers, self.background)
                 attached.callback(lock.detach)
                 self.locks.append(lock)
+            for transformer in self.model.transformers:
+                attached.enter_context(layer_ranges(transformer, self.model.arch))
             self._exit = attached.pop_all()
         return self
 
@@ -99,13 +103,15 @@ class Forwards:
         task = self.task
         if not self.batched:  # a forward for the source, which keeps its K and V, and one for each branch
             kept: KeptKV = {}
-            source = self.predict(k, source_latent, task.source_prompt, self._locked(Mode.CAPTURE), kept=kept)
+            with span("forward source"):
+                source = self.predict(k, source_latent, task.source_prompt, self._locked(Mode.CAPTURE), kept=kept)
             return source, *self._branches(k, latents, self._locked(Mode.STORED), alpha, kept)
         branches = 1 if task.negative is None else 2
         rows = torch.cat([source_latent, *[latents.float()] * branches])
         texts = torch.cat([task.source_prompt, task.prompt, *([] if task.negative is None else [task.negative])])
         weight = blend_weight(alpha.repeat(branches), task.mask.tokens)
-        out = self.predict(k, rows, texts, self._locked(Mode.IN_BATCH), weight)
+        with span("forward all"):
+            out = self.predict(k, rows, texts, self._locked(Mode.IN_BATCH), weight)
         return out[:1], *self._split(out[1:])
 
     def from_kept(self, k: int, latents: Tensor, kept: KeptKV, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -128,10 +134,15 @@ class Forwards:
             texts = task.prompt if branches == 1 else torch.cat([task.prompt, task.negative])
             weight = None if alpha is None else blend_weight(alpha.repeat(branches), task.mask.tokens)
             rows = torch.cat([latents.float()] * branches)
-            return self._split(self.predict(k, rows, texts, mode, weight, kept))
+            with span("forward edit"):
+                return self._split(self.predict(k, rows, texts, mode, weight, kept))
         weight = None if alpha is None else blend_weight(alpha, task.mask.tokens)
-        cond = self.predict(k, latents, task.prompt, mode, weight, kept)
-        return cond, None if branches == 1 else self.predict(k, latents, task.negative, mode, weight, kept)
+        with span("forward edit"):
+            cond = self.predict(k, latents, task.prompt, mode, weight, kept)
+        if branches == 1:
+            return cond, None
+        with span("forward edit"):
+            return cond, self.predict(k, latents, task.negative, mode, weight, kept)
 
     def _split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
         cond, uncond = (*out.split(self.task.batch), None)[:2]

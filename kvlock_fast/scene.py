@@ -20,8 +20,9 @@ from kvlock_fast.files import user_cache_folder
 from kvlock_fast.forwards import Predictor, Task
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.models.arch import select_layers
+from kvlock_fast.nvtx import span
 from kvlock_fast.solvers import FlowSolver
-from kvlock_fast.source import RenoisedSource, SourcePath, invert
+from kvlock_fast.source import SourcePath, invert, renoise
 from kvlock_fast.source_pass import StoredSource
 from kvlock_fast.source_store import Source, SourceMaker, check_saved, read_saved, saved_path, source_facts
 from kvlock_fast.trace import Recorder
@@ -83,7 +84,7 @@ class Scene:
         if self.saved is not None:
             return saved_path(self.saved, self.solver, self.mask.tokens.device)
         if self.lock.source_path == "renoise":
-            return RenoisedSource(self.clean, self.noise, self.solver)
+            return renoise(self.clean, self.noise, self.solver)
         with recorder.stage("inversion"):
             velocity = partial(_own_velocity, predict, text)
             return invert(self.clean, self.solver, velocity, self.lock.inversion_solver)
@@ -176,7 +177,8 @@ class _Steps:
 
 def _own_velocity(predict: Predictor, text: Tensor, latents: Tensor, k: int) -> Tensor:
     """The source's own velocity [1, ...] at sigma_k, nothing locked."""
-    return predict(k, latents, text)
+    with span("forward source"):
+        return predict(k, latents, text)
 
 
 def start_noise(latents: Tensor | None, clean: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.errors import InputError
+from kvlock_fast.tables import solver_table
 
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
 
@@ -25,6 +26,7 @@ class FlowSolver:
         self.restart()
         self.timesteps = self.scheduler.timesteps
         self.sigmas = self.scheduler.sigmas.to(device=device, dtype=torch.float32)
+        self.table = _table(scheduler, num_steps)
         if len(self.timesteps) != num_steps or len(self.sigmas) != num_steps + 1:
             name = type(scheduler).__name__
             raise InputError(f"scheduler {name} made {len(self.timesteps)} timesteps for {num_steps} steps")
@@ -62,6 +64,16 @@ class FlowSolver:
         if k < self.num_steps:
             return self.timesteps[k]
         return (self.sigmas[k] * self.num_train_timesteps).to(self.timesteps.dtype)
+
+
+def _table(scheduler: Any, num_steps: int) -> Tensor | None:
+    """The solver's coefficients [T, 3, 3 + J] (tables.py); None for a scheduler that has to be called itself."""
+    fresh = copy.deepcopy(scheduler)
+    fresh.set_timesteps(num_steps)
+    try:
+        return solver_table(fresh)
+    except InputError:
+        return None
 
 
 def check_scheduler(scheduler: Any) -> None:

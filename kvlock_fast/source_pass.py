@@ -9,6 +9,7 @@ from torch import Tensor
 from kvlock_fast.cache.store import KVStore
 from kvlock_fast.forwards import Predictor
 from kvlock_fast.models.locking import Mode
+from kvlock_fast.nvtx import span
 from kvlock_fast.source import SourcePath
 
 
@@ -56,7 +57,8 @@ def run_source(
     for done, k in enumerate(steps, start=1):
         with store.write(k) if k in store.steps else nullcontext() as places:
             mode = Mode.OFF if places is None else Mode.CAPTURE
-            velocity = predict(k, source.at(k), source_prompt, mode, kept=places)
+            with span("forward source"):
+                velocity = predict(k, source.at(k), source_prompt, mode, kept=places)
         if k in watched:
             predictions[k] = velocity
         progress(done, len(steps))

@@ -19,7 +19,7 @@ from kvlock_fast.errors import InputError, OutputError
 from kvlock_fast.forwards import Predictor
 from kvlock_fast.models.locking import kv_sizes
 from kvlock_fast.solvers import FlowSolver
-from kvlock_fast.source import InvertedSource, RenoisedSource, SourcePath
+from kvlock_fast.source import SourcePath, renoise
 from kvlock_fast.source_pass import StoredSource, run_source, thinned_steps
 from kvlock_fast.version import __version__
 
@@ -129,7 +129,8 @@ class SourceMaker:
             predictions = self._run(store)
             background = self.source.background.cpu()
             facts = self.facts(source_facts) | more
-            save_source(writer, facts, _path_tensors(self.source.path), background, predictions)
+            latents = _path_tensors(self.source.path, self.predict.lock.source_path == "invert")
+            save_source(writer, facts, latents, background, predictions)
             return facts
         finally:
             store.close()
@@ -200,8 +201,8 @@ def saved_path(saved: SavedSource, solver: FlowSolver, device: torch.device) -> 
     """The source's path, as the pass that made the cache took it."""
     latents = {name: x.to(device, copy=True) for name, x in saved.latents.items()}
     if "path" in latents:
-        return InvertedSource(latents["path"])
-    return RenoisedSource(latents["clean"], latents["noise"], solver)
+        return SourcePath(latents["path"], latents["path"][0])
+    return renoise(latents["clean"], latents["noise"], solver)
 
 
 def check_saved(saved: SavedSource, facts: dict[str, Any], layers: tuple[int, ...], mask_tokens: Tensor) -> None:
@@ -226,8 +227,9 @@ def check_saved(saved: SavedSource, facts: dict[str, Any], layers: tuple[int, ..
         )
 
 
-def _path_tensors(path: SourcePath) -> dict[str, Tensor]:
-    named = {"path": path.path} if isinstance(path, InvertedSource) else {"clean": path.clean, "noise": path.noise}
+def _path_tensors(path: SourcePath, inverted: bool) -> dict[str, Tensor]:
+    """All that is needed to have the path again."""
+    named = {"path": path.path} if inverted else {"clean": path.path[-1], "noise": path.start}
     return {name: x.cpu() for name, x in named.items()}
 
 

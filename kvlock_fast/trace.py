@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvlock_fast.nvtx import span
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -98,12 +100,7 @@ class Run:
 
     def __init__(self, device: torch.device):
         self.clock = Clock(device)
-        self.steps: list[tuple[Tensor, ...]] = []
-        self.finite: list[Tensor] = []
-
-    def columns(self) -> list[list[list[float]]]:
-        """variance, alpha, omega and s*, each by step and sample."""
-        return [torch.stack(column).tolist() for column in zip(*self.steps, strict=True)]
+        self.steps: Tensor | None = None
 
 
 @dataclass
@@ -123,8 +120,9 @@ class Recorder:
     def stage(self, name: str) -> Iterator[None]:
         """Count the seconds of a stage, the device's work included."""
         start = time.perf_counter()
-        yield
-        self.clock.wait()
+        with span(name):
+            yield
+            self.clock.wait()
         self.stages[name] = self.stages.get(name, 0.0) + time.perf_counter() - start
 
     def start_over(self) -> None:
@@ -137,24 +135,25 @@ class Recorder:
         self.runs.append(Run(self.device))
         self.runs[-1].clock.mark()
 
-    def step(self, variance: Tensor, alpha: Tensor, omega: Tensor, s_star: Tensor, latents: Tensor) -> None:
-        """One step's figures, each [B], and whether the latents [B, ...] after it are finite."""
-        run = self.runs[-1]
-        run.steps.append((variance, alpha, omega, s_star))
-        run.finite.append(latents.isfinite().flatten(1).all(1))
-        run.clock.mark()
+    def mark(self) -> None:
+        """A step has been given to the device."""
+        self.runs[-1].clock.mark()
+
+    def end(self, steps: Tensor) -> None:
+        """The run's figures, [steps, B, 5]: variance, alpha, omega, s* and whether the latents hold NaN or inf."""
+        self.runs[-1].steps = steps
 
     def first_bad_step(self) -> tuple[int, int] | None:
         """(step, sample) where the latents first became NaN or inf."""
-        bad = (~torch.cat([torch.stack(run.finite) for run in self.runs], dim=1)).nonzero().tolist()
+        bad = torch.cat([run.steps[..., 4] for run in self.runs], dim=1).nonzero().tolist()
         return tuple(bad[0]) if bad else None
 
     def finish(self, prompts: list[str], warmup_steps: int, share: float, timesteps: Tensor, sigmas: Tensor) -> Trace:
         """The whole trace."""
         timesteps, sigmas, records, sample = timesteps.tolist(), sigmas.tolist(), [], 0
         for run in self.runs:
-            (variance, alpha, omega, s_star), seconds = run.columns(), run.clock.intervals()
-            size = len(alpha[0])
+            variance, alpha, omega, s_star = (run.steps[..., i].tolist() for i in range(4))
+            seconds, size = run.clock.intervals(), run.steps.shape[1]
             records += [
                 StepRecord(
                     step=k,

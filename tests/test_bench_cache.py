@@ -85,7 +85,7 @@ def test_rotation_keeps_lengths():
 
 def test_every_variant_is_there_once_and_the_important_are_first():
     rows = variants()
-    assert len({row.name for row in rows}) == len(rows) == 2 * (1 + 5 * 3 * 2) + 4
+    assert len({row.name for row in rows}) == len(rows) == 2 * (1 + 5 * 3 * 2) + 8
     assert rows[0].format is None and set(variants(quick=True)) <= set(rows)
     names = [row.name for row in rows]
     for latents in ("model", "source"):  # lockstep is compared with, so it comes before
@@ -101,6 +101,7 @@ def test_every_variant_is_there_once_and_the_important_are_first():
         (Variant("model", "int8", 4, "window"), [13, 17]),
         (Variant("source", "int8", 4, "all", 0), [0, 4, 8, 12, 16]),
         (Variant("source", "int8", 4, "all", 3), [3, 7, 11, 15, 19]),
+        (Variant("source", "int8", 4, "all", 3, 0), [3, 7, 11, 15, 16]),
     ],
     ids=lambda value: value.name if isinstance(value, Variant) else "",
 )
@@ -114,6 +115,8 @@ def test_a_neighbour_stands_for_its_own_run_only():
     with neighbour(2):
         slots = source_store.thinned_steps([0, 1, 2, 3, 4, 5], 4, lambda k: 0)
     assert slots == {0: 2, 1: 2, 2: 2, 3: 2, 4: 5, 5: 5}
+    with neighbour(0, last=1):
+        assert source_store.thinned_steps([0, 1, 3, 4, 5], 2, lambda k: 0) == {0: 0, 1: 0, 3: 3, 4: 3, 5: 5}
     assert source_store.thinned_steps is thinned_steps
 
 

@@ -11,7 +11,7 @@ from diffusers import (
 
 from kvlock_fast.errors import InputError
 from kvlock_fast.solvers import FlowSolver
-from kvlock_fast.source import RenoisedSource, invert
+from kvlock_fast.source import invert, renoise
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 SCHEDULERS = {
@@ -30,7 +30,7 @@ def test_a_straight_path_is_followed_exactly(name):
     """With the true velocity n - x0 at every step, every solver goes down the line between n and x0."""
     clean, noise = torch.randn(2, 1, 4, 3, 5, 6).unbind(0)
     ode = solver(name)
-    source = RenoisedSource(clean, noise, ode)
+    source = renoise(clean, noise, ode)
     x = source.at(0)
     for k in range(ode.num_steps):
         torch.testing.assert_close(x, source.at(k), rtol=1e-4, atol=1e-4)
@@ -47,7 +47,7 @@ def test_renoising_is_the_schedulers_own():
     ode = solver("euler", 10)
     for k in range(10):
         theirs = scheduler.scale_noise(clean, scheduler.timesteps[k : k + 1], noise)
-        torch.testing.assert_close(RenoisedSource(clean, noise, ode).at(k), theirs)
+        torch.testing.assert_close(renoise(clean, noise, ode).at(k), theirs)
 
 
 def test_inversion_converges_in_its_order():

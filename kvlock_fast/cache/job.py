@@ -118,9 +118,9 @@ class Job:
 
     def latent_bytes(self, prompts: int) -> int:
         """In fp32: of each prompt the latents, the next, the guided prediction, the clean one and the window; of the
-        source the clean latents, the noise, its latent of the step.
+        source the clean latents, the noise, and its path through all steps.
         """
-        return self.video_latent_bytes * (prompts * (self.window + 4) + 3)
+        return self.video_latent_bytes * (prompts * (self.window + 4) + self.num_steps + 3)
 
     def needed(self, tier: str, format: str | None, prompts: int, gpu: bool) -> Bytes:
         """With so many prompts in a forward; without a GPU all memory is the host's."""

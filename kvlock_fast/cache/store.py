@@ -20,6 +20,7 @@ from torch import Tensor
 from kvlock_fast.cache.entry import Entry, EntryWriter
 from kvlock_fast.cache.layout import Key, StepLayout
 from kvlock_fast.kernels.quantize import QuantizedKV
+from kvlock_fast.nvtx import span
 
 Packed = dict[Key, QuantizedKV]
 
@@ -150,7 +151,8 @@ class SlottedStore:
         if pending is None:
             return
         try:
-            pending.result()
+            with span("transfer wait"):
+                pending.result()
         except BaseException:
             self._holds[i] = None
             raise
@@ -164,7 +166,7 @@ class SlottedStore:
 
     def _copy(self, work: Any, step: int, i: int) -> None:
         on_stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        with torch.inference_mode(), on_stream:
+        with torch.inference_mode(), on_stream, span("transfers"):
             if self._stream is not None:
                 self._stream.wait_event(self._used[i])
             work(step, self._slots[i])

@@ -18,6 +18,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.blend import as_heads, blend_
 from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
 from kvlock_fast.models.arch import ArchSpec, first_submodule, refuse_wrapped, select_layers
+from kvlock_fast.nvtx import span
 
 HOOK_NAME = "kvlock"
 
@@ -49,11 +50,14 @@ class LockState:
         """One hook's work on its module's output x."""
         self.fired += 1
         if self.mode is Mode.CAPTURE:
-            self._keep(key, x, token_dim)
+            with span("capture"):
+                self._keep(key, x, token_dim)
         elif self.mode is Mode.STORED:
-            blend_(x, self.kept[key], self.weight, token_dim, self.background)
+            with span("lock"):
+                blend_(x, self.kept[key], self.weight, token_dim, self.background)
         elif self.mode is Mode.IN_BATCH:
-            blend_(x[1:], x[:1], self.weight, token_dim)
+            with span("lock"):
+                blend_(x[1:], x[:1], self.weight, token_dim)
         return x
 
     def _keep(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:

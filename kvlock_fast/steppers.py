@@ -1,0 +1,156 @@
+"""What follows a step's forwards: guidance, the solver's step, the variance, and the next alpha and omega.
+
+`DeviceStepper` does it in one operation on state that stays on the device (kernels/epilogue.py), by the solver's table.
+`SchedulerStepper` asks diffusers' scheduler, as diffusers does: for unlocked edits, whose bits are then diffusers' own,
+and for schedulers that have no table.
+"""
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.controller import Controller, VarianceWindow, compares_with_source, first_dynamic_step
+from kvlock_fast.forwards import Task
+from kvlock_fast.kernels.epilogue import step_epilogue
+from kvlock_fast.kernels.guidance import cfg_projection_reference, guided_prediction_reference
+from kvlock_fast.kernels.step_state import Schedule, new_step_state
+from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.source import SourcePath
+
+LEAST_VARIANCE = 1e-12
+"""Of the source, where tau follows it: one that does not move at all would divide by zero."""
+
+
+class DeviceStepper:
+    """No host reads: the step's number, alpha, omega, the window and the solver's coefficients are device tensors."""
+
+    def __init__(self, task: Task, solver: FlowSolver, source: SourcePath, omega0: list[float]):
+        """omega0: the guidance scale of each step."""
+        lock, steps = task.lock, solver.num_steps
+        self.solver = solver
+        self.foreground = task.mask.token_latents.contiguous()
+        self.path = source.path if lock.background_latents == "source" else None
+        window = max(2, min(lock.window, steps))
+        self.source_window, self.tau = None, lock.tau
+        if lock.tau == "auto":
+            self.tau = torch.ones(1, device=solver.sigmas.device)
+            if compares_with_source(lock):
+                region = torch.ones_like(self.foreground) if lock.detection == "global" else self.foreground
+                self.source_window = VarianceWindow(window, region)
+        self.schedule = Schedule(
+            window=window,
+            alpha=None if lock.alpha == "dynamic" else lock.alpha,
+            dynamic_omega=lock.omega == "dynamic",
+            tau=self.tau,
+            b=lock.b,
+            first_dynamic_step=first_dynamic_step(lock, steps),
+            warmup_alpha=lock.warmup_alpha,
+            alpha_floor=lock.alpha_floor,
+            omega_floor=lock.omega_floor,
+            s_star=lock.s_star,
+            s_star_region=lock.s_star_region,
+            detection=lock.detection,
+            zero_init_steps=lock.zero_init_steps,
+        )
+        self.state = new_step_state(_start(task, source), solver.table, omega0, self.schedule)
+
+    @property
+    def latents(self) -> Tensor:
+        """[B, C, T, H, W] fp32, at the step that comes next."""
+        return self.state.latents
+
+    @property
+    def alpha(self) -> Tensor:
+        """[B] fp32, of the step that comes next."""
+        return self.state.alpha
+
+    def advance(
+        self, k: int, source: Tensor | None, source_latent: Tensor, cond: Tensor | None, uncond: Tensor | None
+    ) -> None:
+        """Take step k by the velocities of the source [1, ...] (where tau follows it) and of both branches [B, ...].
+
+        cond is None in the steps whose prediction is taken as 0.
+        """
+        if self.source_window is not None and source is not None:
+            variance = self.source_window.push(self.solver.predict_clean(k, source, source_latent))
+            if variance is not None:
+                self.tau.copy_(variance.clamp_min(LEAST_VARIANCE))
+        cond = torch.zeros_like(self.latents) if cond is None else cond
+        step_epilogue(self.state, cond, uncond, self.foreground, self.schedule, self.path)
+
+    def trace(self) -> Tensor:
+        """[steps, B, 5]: variance, alpha, omega, s* and whether the latents hold NaN or inf, of each step."""
+        return self.state.trace
+
+
+class SchedulerStepper:
+    """By diffusers' scheduler, a step at a time."""
+
+    def __init__(self, task: Task, solver: FlowSolver, source: SourcePath, omega0: list[float]):
+        """omega0: the guidance scale of each step."""
+        solver.restart()
+        self.task, self.solver, self.source, self.omega0 = task, solver, source, omega0
+        self.controller = Controller(task.lock, solver.num_steps, task.batch, task.mask.token_latents)
+        self.latents = _start(task, source)
+        self.alpha = self.controller.alpha(0)
+        self._trace: list[Tensor] = []
+
+    def advance(
+        self, k: int, source: Tensor | None, source_latent: Tensor, cond: Tensor | None, uncond: Tensor | None
+    ) -> None:
+        """As DeviceStepper's."""
+        task, controller, solver = self.task, self.controller, self.solver
+        omega = controller.omega(k, self.omega0[k], task.guided(self.omega0[k]))
+        if cond is None:
+            prediction, s_star, variance = torch.zeros_like(self.latents), controller.ones, controller.no_variance
+        else:
+            prediction, s_star = guide(task, cond, uncond, omega, self.omega0[k])
+            clean = solver.predict_clean(k, prediction, self.latents)
+            source_clean = None if source is None else solver.predict_clean(k, source, source_latent)
+            variance = controller.observe(clean, source_clean)
+        latents = solver.step(k, prediction, self.latents)
+        self.latents = keep_background(task, latents, self.source.at(k + 1))
+        bad = (~self.latents.isfinite()).flatten(1).any(1).float()
+        self._trace.append(torch.stack([variance, self.alpha, omega, s_star, bad], dim=-1))
+        self.alpha = controller.alpha(k + 1)
+
+    def trace(self) -> Tensor:
+        """[steps, B, 5], as DeviceStepper's."""
+        return torch.stack(self._trace)
+
+
+Stepper = DeviceStepper | SchedulerStepper
+
+
+def new_stepper(task: Task, solver: FlowSolver, source: SourcePath, omega0: list[float]) -> Stepper:
+    """On the device, unless diffusers' own bits are wanted or its scheduler has no table."""
+    kind = SchedulerStepper if task.lock.stock or solver.table is None else DeviceStepper
+    return kind(task, solver, source, omega0)
+
+
+def _start(task: Task, source: SourcePath) -> Tensor:
+    """The latents before step 0."""
+    return keep_background(task, source.start.expand(task.batch, -1, -1, -1, -1), source.at(0))
+
+
+def keep_background(task: Task, latents: Tensor, source_latent: Tensor) -> Tensor:
+    """Under background_latents="source", the background of the source's path; else the latents as they are."""
+    if task.lock.background_latents == "model":
+        return latents
+    return torch.where(task.mask.token_latents[:, None], latents, source_latent.to(latents.dtype))
+
+
+def guide(task: Task, cond: Tensor, uncond: Tensor | None, omega: Tensor, omega0: float) -> tuple[Tensor, Tensor]:
+    """The guided prediction and s*: eps = s* eps_u + omega (eps_c - s* eps_u)."""
+    lock, ones = task.lock, torch.ones_like(omega)
+    if not lock.stock:  # in fp32, or the scheduler would round the latents to the model's dtype
+        cond, uncond = cond.float(), None if uncond is None else uncond.float()
+    if uncond is None:
+        return cond, ones
+    if lock.stock_guidance or not task.guided(omega0):  # in the order of diffusers, whose bits they then are
+        return uncond + omega0 * (cond - uncond), ones
+    s_star = ones
+    if lock.s_star:
+        where = task.mask.token_latents[:, None] if lock.s_star_region == "foreground" else None
+        c, u = (x if where is None else torch.where(where, x, 0.0) for x in (cond, uncond))
+        s_star = cfg_projection_reference(c, u)
+    return guided_prediction_reference(cond, uncond, omega, s_star), s_star
