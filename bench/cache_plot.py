@@ -6,6 +6,7 @@ python -m bench.cache_plot bench/results/cache.json     # writes bench/results/c
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,10 @@ def draw(found: dict[str, Any], path: Path) -> bool:
             axes.set_title(TITLES[latents], fontsize=10)
             drawn.append((axes, [row for row in rows if row["format"]], figure_name))
     _legend(figure, measured)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.55 / figure.get_figheight()))
+    cases = max(row["cases"] for row in measured)
+    note = f"Held-out cases a point: {cases}. Bars: 95 % intervals; those of PSNR are of the change against lockstep."
+    figure.text(0.5, 0.006, note, ha="center", fontsize=9)
+    figure.tight_layout(rect=(0, 0.02, 1, 1 - 0.55 / figure.get_figheight()))
     figure.canvas.draw()  # places everything, so that labels can look where there is room
     for axes, rows, figure_name in drawn:
         _label(axes, rows, figure_name)
@@ -77,9 +81,13 @@ def _panel(axes: Any, rows: list[dict[str, Any]], name: str) -> None:
     axes.set_xlim(min(xs) / 1.5, max(xs) * 1.5)
     axes.grid(alpha=0.25, linewidth=0.5)
     if name == "right":
-        low = min(point(row, name)[1] for row in rows if row["format"])
-        axes.set_ylim(min(65, low - 10), 118)
-        axes.set_yticks(range(10 * int(min(70, low) // 10), 101, 10))
+        low = 100 * min(row["right"]["low"] for row in rows) - 4
+        axes.set_ylim(low, 110)
+        axes.set_yticks(range(10 * math.ceil(low / 10), 101, 10))
+    else:  # no less than 1 dB, so that noise looks like noise
+        low, high = axes.get_ylim()
+        more = max(0.0, 1 - (high - low)) / 2
+        axes.set_ylim(low - more, high + more)
 
 
 def _legend(figure: Any, rows: list[dict[str, Any]]) -> None:

@@ -127,6 +127,7 @@ def edit(
     cache_root: Annotated[str | None, _option("Where automatic caches of the disk tier are kept.")] = None,
     cache_quota: Annotated[str | None, _option("The most they may take, like 200GB.")] = None,
     prompts_at_once: Annotated[int | None, _option("The most prompts in one batch.")] = None,
+    graph: Annotated[str, _option("Capture the steps in CUDA graphs: 'off', 'on', or 'auto' where it can.")] = "off",
     composite: Annotated[bool, _option("Paste the source's background back, at its size.")] = False,
     feather: Annotated[int, _option("Pixels outside the mask over which --composite mixes.", min=0, max=256)] = 8,
     trace: Annotated[Path | None, _option("Write what happened at each step, as JSON.")] = None,
@@ -157,7 +158,7 @@ def edit(
         made.or_given("source_prompt", source_prompt, "--source-prompt"), prompt, negative_prompt,
         made.or_given("num_inference_steps", steps, "--steps", 50), guidance, guidance_2,
         made.or_given("seed", seed, "--seed", 0), parse_size(size) or made.size, frames_policy.value, lock, composite,
-        feather, kept,
+        feather, kept, graph,
     )  # fmt: skip
     max_frames = made.or_given("max_frames", max_frames, "--max-frames", None)
     files = commands.EditFiles(source, mask, output, trace, report, json_file, max_frames)
@@ -277,6 +278,39 @@ def plan(
         json_file, model=config or model or "", frames=frames, size=parse_size(size), mask_share=mask_share, mask=mask,
         steps=steps, lock=lock, prompts=prompts, edits=edits, guidance=guidance, step_stride=step_stride,
         cache_steps=cache_steps, dtype=dtype, formats=tuple(format or ()), memory=(gpu_memory, host_memory, disk),
+    )  # fmt: skip
+
+
+@app.command()
+def profile(
+    output: Annotated[Path, _option("The folder for the results; files in it stay.")] = Path("out/profile"),
+    config: Annotated[str | None, _option("A known size like wan-1.3b, or a config file: random weights.")] = None,
+    model: Annotated[str | None, _option("A folder, a hub id, or demo (the bundled model): its own weights.")] = None,
+    frames: Annotated[int | None, _option("Frames of the video; else the model's usual number.")] = None,
+    size: Annotated[str | None, _option("HEIGHTxWIDTH; else the model's usual size.")] = None,
+    steps: Annotated[int, _option("Denoising steps.")] = 4,
+    layers: Annotated[int | None, _option("Only the first so many layers; else all.")] = None,
+    preset: Annotated[str, _option("The lock's preset.")] = "kvlock",
+    cache_tier: Annotated[str, _option("Where the source's K and V are: lockstep, resident, host, disk.")] = "lockstep",
+    cache_format: Annotated[str, _option(_FORMATS)] = "fp8_e4m3",
+    nsys: Annotated[bool, _option("Also run it under Nsight Systems.", "--nsys")] = False,
+    ncu: Annotated[bool, _option("Also run it under Nsight Compute.", "--ncu")] = False,
+    ranges_only: Annotated[bool, _option("Only run, for a profiler that looks on; no files.", "--ranges-only")] = False,
+    force: Annotated[bool, _option("Run what looks too large as well.", "--force")] = False,
+    json_file: JsonFile = None,
+    device: Annotated[str, _option("cuda, cpu, ... or auto.")] = "auto",
+    dtype: Annotated[str, _option("bf16, fp16, fp32, or auto (bf16 on a GPU).")] = "auto",
+    quiet: Annotated[bool, _option("No progress.", "--quiet", "-q")] = False,
+) -> int:
+    """Where the time of a locked edit goes: a table by range, a trace, and the commands for Nsight."""
+    from kvlock_fast import commands
+
+    if (config is None) == (model is None):
+        raise InputError(f"one of --config and --model must be given, not {'both' if config else 'neither'}")
+    return commands.profile(
+        output, steps, device, [name for name, asked in (("nsys", nsys), ("ncu", ncu)) if asked], ranges_only,
+        json_file, quiet, config=config, model=model, frames=frames, size=parse_size(size), layers=layers,
+        tier=cache_tier, format=cache_format, preset=preset, dtype=dtype, force=force,
     )  # fmt: skip
 
 

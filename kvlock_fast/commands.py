@@ -28,6 +28,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.files import check_writable, output_folder, write_text
 from kvlock_fast.invert import CacheNotes, cache_config, run_invert
 from kvlock_fast.media import check_video_output, write_video
+from kvlock_fast.nvtx import span
 from kvlock_fast.progress import progress_bar
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "kernels",
     "lock_config",
     "plan",
+    "profile",
 ]
 
 
@@ -83,8 +85,9 @@ def edit(
         progress("load", 1, 1)
         result = run_edit(pipe, clip, settings, progress)
         progress("write", 0, 1)
-        for path, video in zip(outputs, result.videos, strict=True):
-            write_video(path, video, clip.fps)
+        with span("write"):
+            for path, video in zip(outputs, result.videos, strict=True):
+                write_video(path, video, clip.fps)
         if files.trace is not None:
             write_text(files.trace, trace_json(result, settings))
         if files.report is not None:
@@ -163,7 +166,8 @@ def demo(
         progress("load", 1, 1)
         result = run_edit(pipe, clip, settings, progress)
         progress("write", 0, 1)
-        written = write_demo_files(folder, clip, result, settings, command)
+        with span("write"):
+            written = write_demo_files(folder, clip, result, settings, command)
         write_json(json_file, {"outputs": [str(path) for path in written], **figures(result, settings)})
         progress("write", 1, 1)
     if json_file != "-":
@@ -193,6 +197,40 @@ def plan(json_file: str | None, **settings: Any) -> None:
     if json_file != "-":
         print(render(made))
     write_json(json_file, as_json(made))
+
+
+def profile(
+    output: Path,
+    steps: int,
+    device: str,
+    tools: list[str],
+    ranges_only: bool,
+    json_file: str | None,
+    quiet: bool,
+    **wanted: Any,
+) -> int:
+    """`kvlock-fast profile`: the table, the files, Nsight where asked for; `wanted`: of `profile_subjects.Wanted`.
+
+    The exit status: 1 if one of the tools is missing or failed.
+    """
+    from kvlock_fast import profiling
+
+    settings = profiling.ProfileSettings(profiling.checked(**wanted), steps, output, device)
+    check_json(json_file)
+    if ranges_only:
+        with progress_bar(quiet) as progress:
+            profiling.ranges_only(settings, progress)
+        return 0
+    with progress_bar(quiet) as progress:
+        made, data = profiling.profile(settings, progress)
+    if json_file != "-":
+        print(profiling.render(data, made))
+        print(f"open {output / 'profile.png'} to see it, {output / 'trace.json'} in https://ui.perfetto.dev")
+    write_json(json_file, data)
+    problems = profiling.run_tools(tools, data)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
 
 
 def kernels(arch: str, only: list[str], json_file: str | None, quiet: bool) -> int:

@@ -4,17 +4,22 @@ One screen: where the source is (source.py), the forwards under the lock (forwar
 (steppers.py): guidance, the ODE's step, and how much to lock in the next. Nothing in it waits for the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
+from kvlock_fast.cache.store import Packed
 from kvlock_fast.controller import can_lock, compares_with_source
 from kvlock_fast.forwards import Forwards, Predictor, Task
+from kvlock_fast.graph import StepGraphs, choose_capture
 from kvlock_fast.nvtx import span
 from kvlock_fast.solvers import FlowSolver
 from kvlock_fast.source import SourcePath
 from kvlock_fast.source_pass import StoredSource
-from kvlock_fast.steppers import new_stepper
+from kvlock_fast.steppers import DeviceStepper, Stepper, new_stepper
 from kvlock_fast.trace import Recorder
 
 
@@ -31,39 +36,88 @@ def denoise(
 
     source: where the source is at each step; stored: its keys and values, for the steps that they cover.
     """
-    forwards, lock, steps = Forwards(task, predict), task.lock, solver.num_steps
+    steps = solver.num_steps
     stepper = new_stepper(task, solver, source, [task.guidance[predict.stage(k)] for k in range(steps)])
+    device = stepper.latents.device
+    graphs = StepGraphs(choose_capture(task.graph, device, _why_not_captured(task, predict, stepper)))
+    if graphs.active and stored is not None:
+        stored.store.fix_addresses()
+    run = _Steps(task, predict, source, stored, stepper)
+    rows: dict[Hashable, int] = {}
     recorder.begin()
     for k in range(steps):
-        with span("step", k):
-            velocities = None, None, None  # of the source, conditional, unconditional
-            if k >= lock.zero_init_steps:  # CFG-Zero*: before, predictions are 0, and say nothing of x0
-                needs = can_lock(lock, steps, k), compares_with_source(lock)
-                velocities = _velocities(k, stepper.latents, stepper.alpha, forwards, source, stored, *needs)
-            with span("epilogue"):
-                stepper.advance(k, velocities[0], source.at(k), *velocities[1:])
+        with span("step", k), run.inputs(k) as kind:
+            before = recorder.forwards
+            graphs.run(kind, partial(run.step, k))
+            recorder.forwards = before + rows.setdefault(kind, recorder.forwards - before)
         recorder.mark()
         progress(k)
     recorder.end(stepper.trace())
     return stepper.latents
 
 
-def _velocities(
-    k: int,
-    latents: Tensor,
-    alpha: Tensor,
-    forwards: Forwards,
-    source: SourcePath,
-    stored: StoredSource | None,
-    locks: bool,
-    compares: bool,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Of the source (None where nobody asks), conditional, unconditional (None without guidance)."""
-    if not (locks or compares):
-        return None, *forwards.unlocked(k, latents)
-    if stored is None or not stored.covers(k, locks, compares):
-        return forwards.run_along(k, latents, source.at(k), alpha)
-    if not locks:
-        return stored.predictions[k], *forwards.unlocked(k, latents)
-    with stored.store.read(stored.slots[k]) as kept:
-        return stored.predictions.get(k), *forwards.from_kept(k, latents, kept, alpha)
+class _Steps:
+    """The work of a step, which finds all that changes from step to step at addresses that do not."""
+
+    def __init__(
+        self, task: Task, predict: Predictor, source: SourcePath, stored: StoredSource | None, stepper: Stepper
+    ):
+        self.task, self.predict, self.source, self.stored, self.stepper = task, predict, source, stored, stepper
+        self.source_latent, self.timestep = source.at(0).clone(), predict.solver.timestep_at(0).clone()
+        self.forwards = Forwards(task, predict, self.timestep)
+        self.kept: Packed | None = None
+
+    @contextmanager
+    def inputs(self, k: int) -> Iterator[Hashable]:
+        """Step k's inputs, in place while the context is open; the kind of step it is, by which kernels it takes."""
+        self.source_latent.copy_(self.source.at(k))
+        self.timestep.copy_(self.predict.solver.timestep_at(k))
+        at = self.predict.stage(k)
+        if k < self.task.lock.zero_init_steps:
+            yield "zero", at
+        elif not (self._locks(k) or self._compares):
+            yield "unlocked", at
+        elif self.stored is None or not self.stored.covers(k, self._locks(k), self._compares):
+            yield "along", at
+        elif not self._locks(k):
+            yield "compared", at
+        else:
+            with self.stored.store.read(self.stored.slots[k]) as self.kept:
+                yield "kept", at, next(iter(self.kept.values())).codes.data_ptr()
+
+    def step(self, k: int) -> None:
+        """The forwards, and what follows them."""
+        velocities = None, None, None  # of the source, conditional, unconditional
+        if k >= self.task.lock.zero_init_steps:  # CFG-Zero*: before, predictions are 0, and say nothing of x0
+            velocities = self._velocities(k)
+        with span("epilogue"):
+            self.stepper.advance(k, velocities[0], self.source_latent, *velocities[1:])
+
+    def _velocities(self, k: int) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Of the source (None where nobody asks), conditional, unconditional (None without guidance)."""
+        locks, latents, alpha, stored = self._locks(k), self.stepper.latents, self.stepper.alpha, self.stored
+        if not (locks or self._compares):
+            return None, *self.forwards.unlocked(k, latents)
+        if stored is None or not stored.covers(k, locks, self._compares):
+            return self.forwards.run_along(k, latents, self.source_latent, alpha)
+        if not locks:
+            return stored.predictions[k], *self.forwards.unlocked(k, latents)
+        return stored.predictions.get(k), *self.forwards.from_kept(k, latents, self.kept, alpha)
+
+    def _locks(self, k: int) -> bool:
+        return can_lock(self.task.lock, self.predict.solver.num_steps, k)
+
+    @property
+    def _compares(self) -> bool:
+        return compares_with_source(self.task.lock)
+
+
+def _why_not_captured(task: Task, predict: Predictor, stepper: Any) -> str | None:
+    """What in this run a replay would miss; None if nothing."""
+    if not isinstance(stepper, DeviceStepper):
+        return "it takes the scheduler's own steps"
+    if compares_with_source(task.lock):
+        return "tau='auto' counts the source's predictions on the host"
+    if any(hasattr(transformer, "_hf_hook") for transformer in predict.model.transformers):
+        return "the model is offloaded: its weights move between steps"
+    return None

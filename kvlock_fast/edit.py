@@ -51,6 +51,7 @@ class EditSettings:
     composite: bool = False
     feather: int = 8
     cache: CacheConfig = field(default_factory=CacheConfig)
+    graph: str = "off"
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress |
         frames_policy=settings.frames_policy,
         lock=settings.lock,
         cache=settings.cache,
+        graph=settings.graph,
         progress=progress,
     )
     count = len(out.frames[0])

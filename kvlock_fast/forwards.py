@@ -21,7 +21,7 @@ class Task:
     """What is asked of the loop, on the device.
 
     prompt, negative: [B, L, C]; source_prompt: [1, L, C]; negative is None without classifier-free guidance; guidance:
-    omega0 for each stage.
+    omega0 for each stage; graph: whether steps are captured in CUDA graphs ("off", "auto", "on").
     """
 
     mask: ProjectedMask
@@ -30,6 +30,7 @@ class Task:
     source_prompt: Tensor
     guidance: tuple[float, ...]
     lock: LockConfig
+    graph: str = "off"
 
     @property
     def batch(self) -> int:
@@ -78,9 +79,11 @@ class Predictor:
         mode: Mode = Mode.OFF,
         weight: Tensor | None = None,
         kept: KeptKV | None = None,
+        timestep: Tensor | None = None,
     ) -> Tensor:
         """The velocity of latents [rows, C, T, H, W] under text [rows, L, C]; the rest as `TransformerLock.forward`."""
-        which, timestep = self.model.transformer_of(self.stage(k)), self.solver.timestep_at(k)
+        which = self.model.transformer_of(self.stage(k))
+        timestep = self.solver.timestep_at(k) if timestep is None else timestep
         self.recorder.forwards += latents.shape[0]
         if not self.locks:
             return self.model.predict(which, latents, timestep, text)
@@ -91,8 +94,9 @@ class Predictor:
 class Forwards:
     """The velocities of a step: of the source, where it is run along, and of the edit's branches."""
 
-    def __init__(self, task: Task, predict: Predictor):
-        self.task, self.predict = task, predict
+    def __init__(self, task: Task, predict: Predictor, timestep: Tensor | None = None):
+        """timestep: where each step's timestep is read from [], None for the solver's table."""
+        self.task, self.predict, self.timestep = task, predict, timestep
         batching = task.lock.guidance_batching
         self.batched = batching == "batched" or (batching == "auto" and task.lock.locks)
 
@@ -104,14 +108,14 @@ class Forwards:
         if not self.batched:  # a forward for the source, which keeps its K and V, and one for each branch
             kept: KeptKV = {}
             with span("forward source"):
-                source = self.predict(k, source_latent, task.source_prompt, self._locked(Mode.CAPTURE), kept=kept)
+                source = self._predict(k, source_latent, task.source_prompt, self._locked(Mode.CAPTURE), kept=kept)
             return source, *self._branches(k, latents, self._locked(Mode.STORED), alpha, kept)
         branches = 1 if task.negative is None else 2
         rows = torch.cat([source_latent, *[latents.float()] * branches])
         texts = torch.cat([task.source_prompt, task.prompt, *([] if task.negative is None else [task.negative])])
         weight = blend_weight(alpha.repeat(branches), task.mask.tokens)
         with span("forward all"):
-            out = self.predict(k, rows, texts, self._locked(Mode.IN_BATCH), weight)
+            out = self._predict(k, rows, texts, self._locked(Mode.IN_BATCH), weight)
         return out[:1], *self._split(out[1:])
 
     def from_kept(self, k: int, latents: Tensor, kept: KeptKV, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -121,6 +125,9 @@ class Forwards:
     def unlocked(self, k: int, latents: Tensor) -> tuple[Tensor, Tensor | None]:
         """The edit alone, nothing locked: conditional and unconditional [B, ...]."""
         return self._branches(k, latents, Mode.OFF)
+
+    def _predict(self, k: int, *args: Any, **kwargs: Any) -> Tensor:
+        return self.predict(k, *args, **kwargs, timestep=self.timestep)
 
     def _locked(self, mode: Mode) -> Mode:
         return mode if self.predict.locks else Mode.OFF
@@ -135,14 +142,14 @@ class Forwards:
             weight = None if alpha is None else blend_weight(alpha.repeat(branches), task.mask.tokens)
             rows = torch.cat([latents.float()] * branches)
             with span("forward edit"):
-                return self._split(self.predict(k, rows, texts, mode, weight, kept))
+                return self._split(self._predict(k, rows, texts, mode, weight, kept))
         weight = None if alpha is None else blend_weight(alpha, task.mask.tokens)
         with span("forward edit"):
-            cond = self.predict(k, latents, task.prompt, mode, weight, kept)
+            cond = self._predict(k, latents, task.prompt, mode, weight, kept)
         if branches == 1:
             return cond, None
         with span("forward edit"):
-            return cond, self.predict(k, latents, task.negative, mode, weight, kept)
+            return cond, self._predict(k, latents, task.negative, mode, weight, kept)
 
     def _split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
         cond, uncond = (*out.split(self.task.batch), None)[:2]

@@ -17,6 +17,7 @@ from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.files import output_folder
 from kvlock_fast.forwards import Task
+from kvlock_fast.graph import GRAPH
 from kvlock_fast.inputs import check_numbers, check_texts, fit_to_model
 from kvlock_fast.masks import ProjectedMask, project_mask
 from kvlock_fast.memory import Way, run_with_memory
@@ -91,6 +92,7 @@ class KVLockPipeline:
         frames_policy: str = "pad",
         lock: LockConfig | None = None,
         cache: CacheConfig | None = None,
+        graph: str = "off",
         output: str = "frames",
         progress: Progress | None = None,
     ) -> EditOutput:
@@ -103,13 +105,16 @@ class KVLockPipeline:
         model cannot take: "pad" (repeat the last frame, cut back afterwards), "trim" or "error"; guidance_scale_2: for
         the low-noise transformer of a model with two; lock: default LockConfig.preset("kvlock"); cache: where the
         source's K and V come from (one made by `invert` brings its noise along: give no generator or latents, or the
-        same); output: "frames" or "latent"; progress(stage, done, total) is called along the way.
+        same); graph: whether the steps are captured in CUDA graphs, "off", "on", or "auto" (where they can be; a
+        warning says why not); output: "frames" or "latent"; progress(stage, done, total) is called along the way.
 
         Raises InputError (a ValueError) on bad input; warns where the input is changed to fit.
         """
         lock, cache, progress = _lock(lock), _cache(cache), progress or (lambda stage, done, total: None)
         prompts = check_texts(prompt, source_prompt, negative_prompt)
         check_numbers(num_inference_steps, guidance_scale, guidance_scale_2, self.model.two_stages)
+        if graph not in GRAPH:
+            raise InputError(f"graph must be one of {', '.join(GRAPH)}, got {graph!r}")
         if output not in ("frames", "latent"):
             raise InputError(f"output must be frames or latent, got {output!r}")
         recorder = Recorder(self.model.device)
@@ -120,7 +125,7 @@ class KVLockPipeline:
             with _stage(recorder, progress, "text"):
                 texts = self._texts(prompts, negative_prompt, source_prompt, guidance_scale)
             scales = (guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2)
-            task = Task(scene.mask, *texts, guidance=scales, lock=lock)
+            task = Task(scene.mask, *texts, guidance=scales, lock=lock, graph=graph)
 
             def run(way: Way) -> tuple[Tensor, list[np.ndarray]]:
                 with _stage(recorder, progress, "denoise"):

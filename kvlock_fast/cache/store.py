@@ -51,8 +51,9 @@ class ResidentStore:
 
     def __init__(self, layout: StepLayout, steps: tuple[int, ...], device: torch.device):
         """Takes the memory of all steps at once: if there is too little, that shows before any work is done."""
-        self.layout, self.steps = layout, steps
+        self.layout, self.steps, self.device = layout, steps, device
         self._arenas = {step: layout.new_arena(device) for step in steps}
+        self._slot: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -67,13 +68,23 @@ class ResidentStore:
     def written(self) -> None:
         """All steps have been written."""
 
+    def fix_addresses(self) -> None:
+        """From now on have every step read at one address, for graphs: a copy on the device each."""
+        if self._slot is None:
+            self._slot = self.layout.new_arena(self.device)
+
     @contextmanager
     def read(self, step: int) -> Iterator[Packed]:
         """The keys and values of a step, while the context is open."""
-        yield self.layout.packed(self._arenas[step])
+        if self._slot is None:
+            yield self.layout.packed(self._arenas[step])
+            return
+        self._slot.copy_(self._arenas[step])
+        yield self.layout.packed(self._slot)
 
     def close(self) -> None:
         self._arenas.clear()
+        self._slot = None
 
 
 class SlottedStore:
@@ -101,6 +112,9 @@ class SlottedStore:
 
     def _load(self, step: int, slot: Tensor) -> None:
         raise NotImplementedError
+
+    def fix_addresses(self) -> None:
+        """The slots' are fixed."""
 
     @contextmanager
     def write(self, step: int) -> Iterator[Packed]:

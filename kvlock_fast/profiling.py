@@ -1,0 +1,232 @@
+"""`kvlock-fast profile`: a locked edit under torch.profiler and NVTX, and the commands for Nsight.
+
+The table, the picture and trace.json come from one run under torch.profiler. Nsight's tools are given the same run
+without it (`--ranges-only`): two users of the GPU's tracing interface exclude each other. Only the denoising stage lies
+between cudaProfilerStart and cudaProfilerStop.
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvlock_fast import timeline
+from kvlock_fast.config import FORMATS, TIERS, LockConfig
+from kvlock_fast.edit import find_device
+from kvlock_fast.errors import InputError
+from kvlock_fast.files import atomic_path, output_folder, write_text
+from kvlock_fast.inputs import MOST_STEPS
+from kvlock_fast.nvtx import DOMAIN, span, switched_on
+from kvlock_fast.profile_subjects import Subject, Wanted, make_subject, temporary_folder
+from kvlock_fast.timeline import Timeline
+from kvlock_fast.version import __version__
+
+Progress = Callable[[str, int, int], None]
+KERNELS_OF_NCU = 64
+"""Kernels that the printed ncu command looks at: each is run again some 40 times."""
+
+
+@dataclass(frozen=True)
+class ProfileSettings:
+    """What to run, for how many steps, and where the files go."""
+
+    wanted: Wanted
+    steps: int
+    output: Path
+    device: str = "auto"
+
+
+class ProfilerSwitch:
+    """cudaProfilerStart and cudaProfilerStop around the denoising stage, told from a run's progress; nothing on a CPU."""
+
+    def __init__(self, device: torch.device, progress: Progress):
+        self.device, self.progress, self.running = device, progress, False
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage == "denoise" and done == 0:
+            self._switch(True)
+        elif stage == "decode" and done == 0:
+            self._switch(False)
+        self.progress(stage, done, total)
+
+    def close(self) -> None:
+        """Stop, unless that is done."""
+        self._switch(False)
+
+    def _switch(self, on: bool) -> None:
+        if self.device.type != "cuda" or self.running == on:
+            return
+        self.running = on
+        torch.cuda.synchronize(self.device)
+        cudart = torch.cuda.cudart()
+        torch.cuda.check_error(cudart.cudaProfilerStart() if on else cudart.cudaProfilerStop())
+
+
+def profile(settings: ProfileSettings, progress: Progress) -> tuple[Timeline, dict[str, Any]]:
+    """Run, and write profile.json, profile.txt, profile.png and trace.json; the figures are profile.json's."""
+    folder = output_folder(settings.output)
+    subject = prepare(settings, progress)
+    with atomic_path(folder / "trace.json") as path:
+        trace = traced(subject, settings.steps, path, progress)
+    made = timeline.read_trace(trace)
+    data = figures(settings, subject, made)
+    write_text(folder / "profile.json", json.dumps(data, indent=1))
+    write_text(folder / "profile.txt", render(data, made))
+    from kvlock_fast.profile_picture import draw
+
+    draw(data, folder / "profile.png")
+    return made, data
+
+
+def ranges_only(settings: ProfileSettings, progress: Progress) -> str:
+    """Run for a tool that looks on: ranges, and the denoising stage between start and stop; what was run."""
+    subject = prepare(settings, progress)
+    with switched_on():
+        _run(subject, settings.steps, progress)
+    return subject.extent.text
+
+
+def prepare(settings: ProfileSettings, progress: Progress) -> Subject:
+    """The model in place, its kernels compiled and chosen. Raises InputError naming what is wrong."""
+    if not 1 <= settings.steps <= MOST_STEPS:
+        raise InputError(f"--steps must be a whole number from 1 to {MOST_STEPS}, got {settings.steps}")
+    device = find_device(settings.device)
+    progress("load", 0, 1)
+    subject = make_subject(settings.wanted, settings.steps, device)
+    if device.type == "cuda":
+        with temporary_folder() as folder:  # two steps: the second has the kernels that the variance needs
+            subject.run(min(2, settings.steps), Path(folder), lambda stage, done, total: None)
+    progress("load", 1, 1)
+    return subject
+
+
+def traced(subject: Subject, steps: int, path: Path, progress: Progress) -> dict[str, Any]:
+    """Run under torch.profiler; the Chrome trace, which is also written to `path`."""
+    from torch._C._profiler import _ExperimentalConfig
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (subject.device.type == "cuda")
+    # The copies of a stored source are made by a thread of their own.
+    every_thread = _ExperimentalConfig(profile_all_threads=True)
+    with switched_on():
+        with torch.profiler.profile(activities=activities, experimental_config=every_thread) as profiler:
+            _run(subject, steps, progress)
+        profiler.export_chrome_trace(str(path))
+    return json.loads(path.read_text())
+
+
+def _run(subject: Subject, steps: int, progress: Progress) -> None:
+    capture = ProfilerSwitch(subject.device, progress)
+    with temporary_folder() as folder:
+        try:
+            with span(timeline.ROOT):
+                subject.run(steps, Path(folder), capture)
+                if subject.device.type == "cuda":
+                    torch.cuda.synchronize(subject.device)
+        except torch.OutOfMemoryError as error:
+            raise InputError(f"{subject.extent.text}: there is too little memory on {subject.device}") from error
+        finally:
+            capture.close()
+
+
+def figures(settings: ProfileSettings, subject: Subject, made: Timeline) -> dict[str, Any]:
+    """All of profile.json."""
+    extent, wanted = subject.extent, settings.wanted
+    cuda = subject.device.type == "cuda"
+    return {
+        "model": extent.model.name,
+        "weights": "random" if wanted.config not in (None, "demo") else "its own",
+        "layers": extent.model.layers,
+        "frames": extent.frames,
+        "size": [extent.height, extent.width],
+        "tokens": extent.tokens,
+        "steps": settings.steps,
+        "preset": wanted.preset,
+        "cache_tier": wanted.tier,
+        "cache_format": None if wanted.tier == "lockstep" else wanted.format,
+        "device": torch.cuda.get_device_name(subject.device) if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "versions": {"kvlock_fast": __version__, "torch": torch.__version__, "cuda": torch.version.cuda},
+        **timeline.as_json(made),
+        "commands": {name: shlex.join(words) for name, words in commands(settings, subject).items()},
+    }
+
+
+def render(data: dict[str, Any], made: Timeline) -> str:
+    """All of profile.txt: what ran, the table, the commands."""
+    layers = f"{data['layers']} layer{'s' * (data['layers'] > 1)}, {data['weights']} weights"
+    device = data["device"] if data["device"] != "cpu" else f"cpu, {data['threads']} thread{'s' * (data['threads'] > 1)}"
+    size = "x".join(map(str, data["size"]))
+    return "\n".join((
+        f"{data['model']}: {layers}, {data['frames']} frames of {size} ({data['tokens']} tokens), {data['steps']} steps,",
+        f"{data['preset']}, {data['cache_tier']}, {data['dtype']} on {device}. Exclusive times of the {data['time_of']}:",
+        "",
+        timeline.table(made),
+        "",
+        "for Nsight Systems, the denoising stage of this run:",
+        f"  {data['commands']['nsys']}",
+        f"for Nsight Compute, {KERNELS_OF_NCU} kernels of its attention:",
+        f"  {data['commands']['ncu']}",
+        "",
+    ))  # fmt: skip
+
+
+def commands(settings: ProfileSettings, subject: Subject) -> dict[str, list[str]]:
+    """This run under nsys and ncu, by the tool's name."""
+    run, report = _own_command(settings, subject), str(settings.output / "profile")
+    nsys = ["nsys", "profile", "--trace=cuda,nvtx,osrt,cublas,cudnn", "--capture-range=cudaProfilerApi",
+            "--capture-range-end=stop", "--force-overwrite=true", f"--output={report}"]  # fmt: skip
+    ncu = ["ncu", "--profile-from-start=off", "--nvtx", f"--nvtx-include={DOMAIN}@attention/", "--set=full",
+           f"--launch-count={KERNELS_OF_NCU}", "--force-overwrite", f"--export={report}"]  # fmt: skip
+    return {"nsys": [*nsys, *run], "ncu": [*ncu, *run]}
+
+
+def _own_command(settings: ProfileSettings, subject: Subject) -> list[str]:
+    """`kvlock-fast profile` with every number spelled out; nothing is written but by the tool."""
+    wanted, extent = settings.wanted, subject.extent
+    source = ["--config", wanted.config] if wanted.config is not None else ["--model", wanted.model]
+    words = [
+        *source, "--frames", extent.frames, "--size", f"{extent.height}x{extent.width}", "--steps", settings.steps,
+        "--layers", extent.model.layers, "--preset", wanted.preset, "--cache-tier", wanted.tier,
+        "--cache-format", wanted.format, "--dtype", wanted.dtype, "--device", settings.device,
+        *(["--force"] if wanted.force else []), "--output", settings.output, "--ranges-only", "--quiet",
+    ]  # fmt: skip
+    installed = shutil.which("kvlock-fast")
+    start = ["kvlock-fast"] if installed else [sys.executable, "-m", "kvlock_fast.cli"]
+    return [*start, "profile", *map(str, words)]
+
+
+def run_tools(asked: list[str], data: dict[str, Any]) -> list[str]:
+    """Run the tools that were asked for; a sentence for each that is missing or failed."""
+    problems = []
+    for name in asked:
+        if shutil.which(name) is None:
+            problems.append(f"{name} is not on the PATH: install NVIDIA Nsight, or run the command above where it is")
+            continue
+        status = subprocess.run(shlex.split(data["commands"][name]), stdout=sys.stderr).returncode
+        if status:
+            problems.append(f"{name} ended with status {status}")
+    return problems
+
+
+def checked(**values: Any) -> Wanted:
+    """What was asked for; InputError naming what is wrong."""
+    wanted = Wanted(**values)
+    try:
+        lock = LockConfig.preset(wanted.preset)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    if not lock.locks:
+        raise InputError(f"--preset {wanted.preset} never locks: a profile is of a locked edit")
+    for option, value, known in (("--cache-tier", wanted.tier, TIERS), ("--cache-format", wanted.format, FORMATS)):
+        if value not in known:
+            raise InputError(f"{option} must be one of {', '.join(known)}, got '{value}'")
+    return wanted

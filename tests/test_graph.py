@@ -1,0 +1,150 @@
+"""Captured steps, without a GPU: a recorder of operators stands for CUDA's capture.
+
+It replays the operators of a step on the memory that they had, as a graph replays its kernels: a step that reads a
+number of the host's, or memory that is not there the next time, comes out wrong.
+"""
+
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from test_pipeline import call, unipc
+from tiny import tiny_wan
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import kvlock_fast as kvf
+from kvlock_fast import denoise as loop
+from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.errors import InputWarning
+from kvlock_fast.graph import MOST_GRAPHS, StepGraphs
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self):
+        for func, args, kwargs, out in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class RecordedCapture:
+    """As CudaCapture; but here to capture a step is to run it, so the first replay has been."""
+
+    def __init__(self):
+        self.captures = self.replays = 0
+
+    def __call__(self, work):
+        recorder, self.captures, first = Recorder(), self.captures + 1, [True]
+        with recorder:
+            work()
+
+        def replay():
+            if first:
+                first.clear()
+            else:
+                self.replays += 1
+                recorder.replay()
+
+        return replay
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    capture = RecordedCapture()
+    monkeypatch.setattr(loop, "choose_capture", lambda wish, device, why: capture if why is None else None)
+    return capture
+
+
+@pytest.mark.parametrize("solver", [FlowMatchEulerDiscreteScheduler, unipc], ids=["euler", "unipc"])
+@pytest.mark.parametrize(
+    "lock",
+    [
+        "kvlock",
+        "paper",
+        "cfg-zero-star",
+        LockConfig(kappa=4, warmup_alpha=0.0),
+        LockConfig(guidance_batching="separate", s_star_region="foreground"),
+    ],
+)
+def test_a_replay_is_the_step_bit_for_bit(monkeypatch, lock, solver):
+    pipe = tiny_wan(solver())
+    eager = call(pipe, lock=lock, steps=8, prompt=["a dog", "a cat"])
+    capture = RecordedCapture()
+    monkeypatch.setattr(loop, "choose_capture", lambda wish, device, why: capture if why is None else None)
+    replayed = call(pipe, lock=lock, steps=8, prompt=["a dog", "a cat"], graph="on")
+    assert torch.equal(replayed.latents, eager.latents) and replayed.trace.forwards == eager.trace.forwards
+    assert capture.captures >= 1 and capture.replays >= 2
+    for a, b in zip(eager.trace, replayed.trace, strict=True):
+        assert (a.alpha, a.omega, a.s_star, a.variance) == (b.alpha, b.omega, b.s_star, b.variance)
+
+
+@pytest.mark.parametrize("tier", ["resident", "host", "disk"])
+def test_with_a_stored_source(tmp_path, captured, tier):
+    pipe = tiny_wan(unipc())
+    prompts = ["a dog", "a cat", "a circle"]
+    cache = CacheConfig(tier=tier, root=str(tmp_path), prompts_at_once=2)
+    out = call(pipe, steps=9, prompt=prompts, cache=cache, graph="on")
+    slots = 1 if tier == "resident" else 2
+    assert captured.captures == 2 * slots and captured.replays == 2 * (9 - 2 * slots)
+    loop_as_it_is = call(pipe, steps=9, prompt=prompts, cache=CacheConfig(tier="resident", prompts_at_once=2))
+    assert captured.captures == 2 * slots + 2  # it too was captured: the fixture asks for it
+    assert torch.equal(out.latents, loop_as_it_is.latents)
+
+
+def test_two_transformers_are_two_kinds(captured):
+    pipe = tiny_wan(second=True)
+    call(pipe, steps=8, graph="on")
+    assert captured.captures == 2
+
+
+def test_the_recorder_sees_a_step_that_cannot_be_replayed(captured, monkeypatch):
+    """One that takes a number of the host's along."""
+    advance = loop.DeviceStepper.advance
+
+    def counting(self, k, source, source_latent, cond, uncond):
+        advance(self, k, source, source_latent, cond * (1 + k / 10), uncond)
+
+    pipe = tiny_wan()
+    monkeypatch.setattr(loop.DeviceStepper, "advance", counting)
+    wrong = call(pipe, steps=6, graph="on").latents
+    monkeypatch.setattr(loop, "choose_capture", lambda *_: None)
+    assert not torch.equal(wrong, call(pipe, steps=6).latents)
+
+
+def test_kinds_are_bounded():
+    ran, graphs = [], StepGraphs(lambda work: work)
+    for _ in range(3):
+        for kind in range(MOST_GRAPHS + 3):
+            graphs.run(kind, lambda kind=kind: ran.append(kind))
+    assert len(graphs.replays) == MOST_GRAPHS and len(ran) == 3 * (MOST_GRAPHS + 3)
+
+
+def test_what_cannot_be_captured_is_said():
+    pipe = tiny_wan()
+    with pytest.raises(kvf.InputError, match=r"graph is .on., but .*: the device is cpu, not cuda"):
+        call(pipe, graph="on")
+    with pytest.warns(InputWarning, match="not captured in a CUDA graph: the device is cpu"):
+        call(pipe, graph="auto")
+    with pytest.raises(kvf.InputError, match="graph must be one of off, auto, on, got 'yes'"):
+        call(pipe, graph="yes")
+
+
+def test_why_a_run_declines(monkeypatch):
+    said = []
+    monkeypatch.setattr(loop, "choose_capture", lambda wish, device, why: said.append(why))
+    pipe = tiny_wan()
+    call(pipe, lock="cfg")
+    call(pipe, lock=LockConfig(tau="auto"))
+    pipe.transformer._hf_hook = object()
+    call(pipe)
+    assert ["scheduler's own" in said[0], "tau='auto'" in said[1], "offloaded" in said[2]] == [True] * 3
