@@ -60,8 +60,8 @@ def unmeasured(variant: Variant, setting: Setting, why: str) -> dict[str, Any]:
     return {"name": variant.name, **vars(variant), "stored_steps": variant.stored_steps(setting), "unmeasured": why}
 
 
-def measure(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    """All parts that were asked for; null for the others."""
+def measure(options: argparse.Namespace, setting: Setting, commit: str | None) -> dict[str, Any]:
+    """All parts that were asked for; null for the others. Finished edits count if they are of the same commit."""
     found: dict[str, Any] = dict.fromkeys(PARTS)
     cases = range(options.seed, options.seed + options.cases)
     if "packing" in options.parts:
@@ -76,7 +76,7 @@ def measure(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
             steps = error_steps(setting.steps)
             found["errors"] = measure_errors(editor, cases, steps[:1] if options.quick else steps, setting)
         if "edits" in options.parts:
-            edits = Edits(editor, Rows(options.work, about(setting)), setting)
+            edits = Edits(editor, Rows(options.work, about(setting) | {"commit": commit}), setting)
             found["edits"] = measure_edits(edits, rows, cases, options.budget)
     if "hits" in options.parts:
         formats = HIT_FORMATS[:1] if options.quick else HIT_FORMATS
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings |= about(setting)
     there = machine.machine(options.commit)
     there["versions"] |= {name: version(name) for name in PACKAGES}
-    found = plain({"machine": there, "settings": settings} | measure(options, setting))
+    found = plain({"machine": there, "settings": settings} | measure(options, setting, there["commit"]))
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     print(text_of(found))

@@ -20,7 +20,7 @@ TITLES = {"model": "background locked by K and V alone", "source": "background l
 
 def draw(found: dict[str, Any], path: Path) -> bool:
     """A row of panels for each choice of background_latents; False, and no file, if no stored cache was measured."""
-    measured = [row for row in found["edits"] or () if "unmeasured" not in row and row["stands"] is None]
+    measured = [row for row in found["edits"] or () if "unmeasured" not in row and is_shown(row)]
     shown = [latents for latents in TITLES if any(r["latents"] == latents and r["format"] for r in measured)]
     if not shown:
         return False
@@ -49,6 +49,12 @@ def draw(found: dict[str, Any], path: Path) -> bool:
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return True
+
+
+def is_shown(row: dict[str, Any]) -> bool:
+    """Not the other ways to choose a neighbour, and of the wide formats no thinned ones: smaller ones beat them."""
+    thinned = row["stride"] > 1 or row["steps"] == "window"
+    return row["stands"] is None and not (thinned and row["format"] in ("native", "bf16"))
 
 
 def point(row: dict[str, Any], name: str) -> tuple[float, float]:

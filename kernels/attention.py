@@ -50,7 +50,7 @@ TILES = {
     89: {32: Tiles(128, 64, 4, 2), 64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2)},
     90: {32: Tiles(128, 64, 8, 3), 64: Tiles(128, 64, 8, 3), 128: Tiles(128, 128, 8, 2)},
     100: {32: Tiles(128, 128, 8, 2), 64: Tiles(128, 128, 8, 2), 128: Tiles(128, 128, 8, 2)},
-    120: {32: Tiles(128, 64, 4, 2), 64: Tiles(128, 64, 8, 2), 128: Tiles(128, 32, 8, 2)},
+    120: {32: Tiles(128, 64, 4, 2), 64: Tiles(128, 32, 8, 2), 128: Tiles(128, 32, 8, 2)},
 }
 PADDED_TILES = Tiles(64, 32, 8, 2)  # before sm_90, masks along the channels cost registers
 # fp32 operands: no matrix unit multiplies them exactly, and a thread holds whole rows of them.

@@ -29,6 +29,8 @@ require_package_name(__name__)
 
 # Not swept yet: 4 elements a thread, so that fp32 moves in 16 bytes; with 8, ptxas of Triton 3.6 spills.
 BLOCK, NUM_WARPS, UNROLL = 1024, 8, 2
+# All that a thread can have: left to itself the assembler spills a few for the sake of a fuller processor.
+REGISTERS = min(255, (1 << 16) // (32 * NUM_WARPS))
 
 
 @triton.jit
@@ -191,6 +193,7 @@ def launch_step_epilogue(
         0 if projections is None else projections.shape[2], EPS, *strides,
         HISTORY=state.history, EVERYWHERE=everywhere,
         ALIGN=alignment(volume, *strides), BLOCK=BLOCK, SUM_BLOCK=SUM_BLOCK, UNROLL=UNROLL, num_warps=NUM_WARPS,
+        maxnreg=REGISTERS,
     )  # fmt: skip
     per_sample = isinstance(schedule.tau, Tensor)
     launch(

@@ -111,6 +111,8 @@ def _variants(arch: int, module: str) -> dict[str, _Variant]:
     driver.set_active(_OfflineDriver(arch))
     knobs.runtime.jit_cache_hook = note
     try:
+        for launch in launches:  # what another module's launches have compiled already is noted here too
+            launch.kernel.device_caches.clear()
         for launch in launches:
             _Variant(launch, {}, {}).compile()
     finally:

@@ -41,7 +41,7 @@ def draw(data: dict[str, Any], path: str | os.PathLike) -> None:
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0, 1, 0.98), h_pad=1.6)
     with atomic_path(Path(path)) as temporary:
-        figure.savefig(temporary, metadata={"Software": None})
+        figure.savefig(temporary, metadata={"Software": None}, pil_kwargs={"optimize": True})
 
 
 def _typical_step(ranges: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -66,7 +66,8 @@ def _flames(axes: Any, ranges: list[dict[str, Any]], first: float, last: float, 
         if label:
             axes.text(left + width / 2, level, label, ha="center", va="center", fontsize=8, color=_ink(r["name"]),
                       clip_on=True)  # fmt: skip
-    axes.set(xlim=(0, (last - first) * scale), ylim=(rows - 0.5, -0.5), yticks=[], xlabel=unit)
+    axes.set(xlim=(0, (last - first) * scale), ylim=(rows - 0.5, -0.5), yticks=[])
+    axes.set_xlabel(unit, fontsize=8, color=FAINT)
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     _plain(axes)
 
@@ -94,10 +95,11 @@ def _bars(axes: Any, data: dict[str, Any]) -> None:
         text = f"{100 * row['share']:.1f} %   {text_seconds(row['seconds'])}   {row['launches']} {data['launches_of']}"
         axes.text(row["share"] + 0.006 * widest, i, text, va="center", fontsize=8, color=INK)
     axes.set(xlim=(0, 1.3 * widest), ylim=(len(shown) - 0.4, -0.6), xticks=[], yticks=range(len(shown)))
-    axes.set_yticklabels([row["range"] for row in shown], fontsize=8, color=INK)
     title = f"Exclusive time by range ({data['time_of']}); together {text_seconds(data['seconds'])}"
     axes.set_title(title, loc="left", fontsize=10, color=INK)
     _plain(axes)
+    axes.spines["bottom"].set_visible(False)
+    axes.set_yticklabels([row["range"] for row in shown], color=INK)
 
 
 def _plain(axes: Any) -> None:

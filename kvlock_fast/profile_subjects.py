@@ -59,8 +59,9 @@ class Extent:
 
     @property
     def text(self) -> str:
-        layers = f"{self.model.layers} layer{'s' * (self.model.layers > 1)}"
-        return f"{self.model.name} with {layers}, {self.frames} frames of {self.height}x{self.width}"
+        layers, frames = f"layer{'s' * (self.model.layers > 1)}", f"frame{'s' * (self.frames > 1)}"
+        size = f"{self.height}x{self.width}"
+        return f"{self.model.name} with {self.model.layers} {layers}, {self.frames} {frames} of {size}"
 
     def flops(self, rows: int) -> float:
         """Of a forward of so many rows: attention's two products, and the other matrices."""
@@ -73,7 +74,7 @@ def find_extent(model: ModelSize, frames: int | None, size: tuple[int, int] | No
     if layers is not None:
         if not 1 <= layers <= model.layers:
             raise InputError(f"--layers must be a whole number from 1 to {model.layers}, got {layers}")
-        model = replace(model, layers=layers)
+        model = with_layers(model, layers)
     frames = model.frames if frames is None else frames
     if not 1 <= frames <= MOST_FRAMES:
         raise InputError(f"--frames must be a whole number from 1 to {MOST_FRAMES}, got {frames}")
@@ -91,6 +92,11 @@ def find_extent(model: ModelSize, frames: int | None, size: tuple[int, int] | No
             f"it takes at most {most} tokens along each side"
         )
     return Extent(model, whole, *fitting)
+
+
+def with_layers(model: ModelSize, layers: int) -> ModelSize:
+    """Cut to so many layers; what is outside of them counts as if it were in them."""
+    return replace(model, layers=layers, parameters=math.ceil(model.parameters * layers / model.layers))
 
 
 class RandomSubject:
@@ -317,15 +323,15 @@ def _refuse_too_large(extent: Extent, steps: int, device: torch.device, dtype: t
                   encoders_on_device=wanted.config is None)  # fmt: skip
         format = None if wanted.tier == "lockstep" else wanted.format
         needed = job.needed(wanted.tier, format, 1, gpu=machine.gpu_bytes is not None)
-        place = f"{text_bytes(needed.gpu)} on the GPU and {text_bytes(needed.host)} of memory"
+        place = f"{text_bytes(needed.gpu)} on the GPU and " * bool(needed.gpu) + f"{text_bytes(needed.host)} of memory"
         return not short_of(needed, machine), place
 
     fits, place = memory(extent)
     if fits and seconds(extent) <= LONGEST:
         return
     smaller = _largest(extent, lambda e: memory(e)[0] and seconds(e) <= SHORT)
-    why = f"takes about {_long(seconds(extent))} for {steps} steps on this {device.type}" if fits else f"needs {place}"
-    raise InputError(f"{extent.text}, {why}: {_advice(extent, smaller, seconds)}--force runs it all the same")
+    why = f"{steps} steps of it take about {_long(seconds(extent))} on this CPU" if fits else f"it needs {place}"
+    raise InputError(f"{extent.text}: {why}; {_advice(extent, smaller, seconds)}--force runs it all the same")
 
 
 def _advice(extent: Extent, smaller: Extent | None, seconds: Callable[[Extent], float]) -> str:
@@ -347,9 +353,9 @@ def _largest(extent: Extent, fits: Callable[[Extent], bool]) -> Extent | None:
     """Of what is left when depth, length and size are cut, the most work that fits."""
     model, stride = extent.model, extent.model.geometry.temporal_stride
     depths = sorted({model.layers, *(n for n in (1, 2, 4, 8, 16) if n < model.layers)})
-    lengths = sorted({extent.frames, *(n for n in (1, 1 + stride, 1 + 4 * stride, 1 + 8 * stride) if n < extent.frames)})
+    lengths = sorted({extent.frames, *(n for n in (1 + i * stride for i in (0, 1, 4, 8)) if n < extent.frames)})
     sizes = {nearest_size(model.geometry, extent.height // n, extent.width // n) for n in (1, 2, 4)}
-    smaller = (Extent(replace(model, layers=d), f, *size) for d, f, size in product(depths, lengths, sizes))
+    smaller = (Extent(with_layers(model, d), f, *size) for d, f, size in product(depths, lengths, sizes))
     return max(filter(fits, smaller), key=lambda e: e.flops(1), default=None)
 
 

@@ -6,13 +6,17 @@ between cudaProfilerStart and cudaProfilerStop.
 """
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -20,11 +24,11 @@ import torch
 from kvlock_fast import timeline
 from kvlock_fast.config import FORMATS, TIERS, LockConfig
 from kvlock_fast.edit import find_device
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.files import atomic_path, output_folder, write_text
 from kvlock_fast.inputs import MOST_STEPS
 from kvlock_fast.nvtx import DOMAIN, span, switched_on
-from kvlock_fast.profile_subjects import Subject, Wanted, make_subject, temporary_folder
+from kvlock_fast.profile_subjects import PipelineSubject, Subject, Wanted, make_subject, temporary_folder
 from kvlock_fast.timeline import Timeline
 from kvlock_fast.version import __version__
 
@@ -44,7 +48,7 @@ class ProfileSettings:
 
 
 class ProfilerSwitch:
-    """cudaProfilerStart and cudaProfilerStop around the denoising stage, told from a run's progress; nothing on a CPU."""
+    """cudaProfilerStart and Stop around the denoising stage, which it knows by a run's progress; nothing on a CPU."""
 
     def __init__(self, device: torch.device, progress: Progress):
         self.device, self.progress, self.running = device, progress, False
@@ -76,6 +80,9 @@ def profile(settings: ProfileSettings, progress: Progress) -> tuple[Timeline, di
     with atomic_path(folder / "trace.json") as path:
         trace = traced(subject, settings.steps, path, progress)
     made = timeline.read_trace(trace)
+    if subject.device.type == "cuda" and not made.on_gpu:
+        message = "torch.profiler could not trace the GPU (is another profiler running?): times are the host's"
+        warnings.warn(message, InputWarning, stacklevel=2)
     data = figures(settings, subject, made)
     write_text(folder / "profile.json", json.dumps(data, indent=1))
     write_text(folder / "profile.txt", render(data, made))
@@ -94,15 +101,18 @@ def ranges_only(settings: ProfileSettings, progress: Progress) -> str:
 
 
 def prepare(settings: ProfileSettings, progress: Progress) -> Subject:
-    """The model in place, its kernels compiled and chosen. Raises InputError naming what is wrong."""
+    """The model in place, and past its first run of one step, which compiles, chooses and loads.
+
+    Raises InputError naming what is wrong.
+    """
     if not 1 <= settings.steps <= MOST_STEPS:
         raise InputError(f"--steps must be a whole number from 1 to {MOST_STEPS}, got {settings.steps}")
     device = find_device(settings.device)
     progress("load", 0, 1)
     subject = make_subject(settings.wanted, settings.steps, device)
-    if device.type == "cuda":
-        with temporary_folder() as folder:  # two steps: the second has the kernels that the variance needs
-            subject.run(min(2, settings.steps), Path(folder), lambda stage, done, total: None)
+    if device.type == "cuda" or isinstance(subject, PipelineSubject):
+        with temporary_folder() as folder:
+            subject.run(1, Path(folder), lambda stage, done, total: None)
     progress("load", 1, 1)
     return subject
 
@@ -115,11 +125,34 @@ def traced(subject: Subject, steps: int, path: Path, progress: Progress) -> dict
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (subject.device.type == "cuda")
     # The copies of a stored source are made by a thread of their own.
     every_thread = _ExperimentalConfig(profile_all_threads=True)
-    with switched_on():
-        with torch.profiler.profile(activities=activities, experimental_config=every_thread) as profiler:
+    profiler = torch.profiler.profile(activities=activities, experimental_config=every_thread)
+    with _without_notes():
+        profiler.start()
+    try:
+        with switched_on():
             _run(subject, steps, progress)
-        profiler.export_chrome_trace(str(path))
+    finally:
+        with _without_notes():
+            profiler.stop()
+    profiler.export_chrome_trace(str(path))
     return json.loads(path.read_text())
+
+
+@contextmanager
+def _without_notes() -> Iterator[None]:
+    """Keep the notes that torch's profiler prints on stderr, past Python, from there; all else comes through."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if not line.startswith(b"USDT:")))
 
 
 def _run(subject: Subject, steps: int, progress: Progress) -> None:
@@ -162,12 +195,13 @@ def figures(settings: ProfileSettings, subject: Subject, made: Timeline) -> dict
 
 def render(data: dict[str, Any], made: Timeline) -> str:
     """All of profile.txt: what ran, the table, the commands."""
-    layers = f"{data['layers']} layer{'s' * (data['layers'] > 1)}, {data['weights']} weights"
-    device = data["device"] if data["device"] != "cpu" else f"cpu, {data['threads']} thread{'s' * (data['threads'] > 1)}"
-    size = "x".join(map(str, data["size"]))
+    size, steps = "x".join(map(str, data["size"])), _count(data["steps"], "step")
+    device = "a CPU" if data["device"] == "cpu" else data["device"]
+    host = _count(data["threads"], "host thread")
     return "\n".join((
-        f"{data['model']}: {layers}, {data['frames']} frames of {size} ({data['tokens']} tokens), {data['steps']} steps,",
-        f"{data['preset']}, {data['cache_tier']}, {data['dtype']} on {device}. Exclusive times of the {data['time_of']}:",
+        f"{data['model']}, {_count(data['layers'], 'layer')} of {data['weights']} weights",
+        f"{data['frames']} frames of {size}, {data['tokens']} tokens; {steps}, {data['preset']}, {data['cache_tier']}",
+        f"{data['dtype']} on {device}, {host}; exclusive times of the {data['time_of']}",
         "",
         timeline.table(made),
         "",
@@ -177,6 +211,10 @@ def render(data: dict[str, Any], made: Timeline) -> str:
         f"  {data['commands']['ncu']}",
         "",
     ))  # fmt: skip
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def commands(settings: ProfileSettings, subject: Subject) -> dict[str, list[str]]:
@@ -190,15 +228,16 @@ def commands(settings: ProfileSettings, subject: Subject) -> dict[str, list[str]
 
 
 def _own_command(settings: ProfileSettings, subject: Subject) -> list[str]:
-    """`kvlock-fast profile` with every number spelled out; nothing is written but by the tool."""
-    wanted, extent = settings.wanted, subject.extent
+    """`kvlock-fast profile` of this very run, which writes nothing itself; defaults are left out but for the extent."""
+    wanted, extent, usual = settings.wanted, subject.extent, Wanted()
     source = ["--config", wanted.config] if wanted.config is not None else ["--model", wanted.model]
-    words = [
-        *source, "--frames", extent.frames, "--size", f"{extent.height}x{extent.width}", "--steps", settings.steps,
-        "--layers", extent.model.layers, "--preset", wanted.preset, "--cache-tier", wanted.tier,
-        "--cache-format", wanted.format, "--dtype", wanted.dtype, "--device", settings.device,
-        *(["--force"] if wanted.force else []), "--output", settings.output, "--ranges-only", "--quiet",
-    ]  # fmt: skip
+    extent_words = ["--frames", extent.frames, "--size", f"{extent.height}x{extent.width}", "--steps", settings.steps]
+    options = {"--layers": "layers", "--preset": "preset", "--cache-tier": "tier", "--cache-format": "format",
+               "--dtype": "dtype"}  # fmt: skip
+    changed = {option: name for option, name in options.items() if getattr(wanted, name) != getattr(usual, name)}
+    words = [*source, *extent_words, *(word for o, name in changed.items() for word in (o, getattr(wanted, name)))]
+    words += ["--force"] * wanted.force + ["--device", settings.device] * (settings.device != "auto")
+    words += ["--output", settings.output, "--ranges-only", "--quiet"]
     installed = shutil.which("kvlock-fast")
     start = ["kvlock-fast"] if installed else [sys.executable, "-m", "kvlock_fast.cli"]
     return [*start, "profile", *map(str, words)]
@@ -211,7 +250,7 @@ def run_tools(asked: list[str], data: dict[str, Any]) -> list[str]:
         if shutil.which(name) is None:
             problems.append(f"{name} is not on the PATH: install NVIDIA Nsight, or run the command above where it is")
             continue
-        status = subprocess.run(shlex.split(data["commands"][name]), stdout=sys.stderr).returncode
+        status = subprocess.run(shlex.split(data["commands"][name]), stdout=2).returncode
         if status:
             problems.append(f"{name} ended with status {status}")
     return problems

@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Timeline:
-    """rows add up to `seconds`; beside: rows of other threads, which run meanwhile; on_gpu: what seconds are."""
+    """rows add up to `seconds`; beside: rows of other threads, which run meanwhile (on the CPU); on_gpu: whose time."""
 
     ranges: list[Range]
     rows: list[Row]
@@ -89,14 +89,11 @@ def read_trace(trace: dict[str, Any]) -> Timeline:
     root = next(r for r in ranges if r.name == ROOT)
     if on_gpu:
         _add_device_times(events, launched, root)
-    rows = [r for r in ranges if r.main]
-    return Timeline(
-        sorted(ranges, key=lambda r: r.start),
-        _rows(rows, on_gpu, root),
-        _rows([r for r in ranges if not r.main], False, None),
-        root.seconds,
-        on_gpu,
-    )
+    ranges.sort(key=lambda r: r.start)
+    if on_gpu:  # whose time it is does not matter to the GPU
+        return Timeline(ranges, _rows(ranges, True, root), [], root.seconds, True)
+    main_rows, beside = ([r for r in ranges if r.main is main] for main in (True, False))
+    return Timeline(ranges, _rows(main_rows, False, root), _rows(beside, False, None), root.seconds, False)
 
 
 def row_name(name: str) -> str:
@@ -105,7 +102,7 @@ def row_name(name: str) -> str:
 
 
 def _is_ours(event: dict[str, Any]) -> bool:
-    return event["cat"] == "user_annotation" and (event["name"] == ROOT or event["name"].split()[0] in COLOURS)
+    return event["name"] == ROOT or event["name"].partition(" ")[0] in COLOURS
 
 
 @dataclass
@@ -123,11 +120,13 @@ def _nest(
     ranges: list[Range] = []
     stack: list[_Open] = []
     for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
+        if event["cat"] == "user_annotation" and not _is_ours(event):
+            continue
         while stack and stack[-1].end <= event["ts"]:
             stack.pop()
         around = next((o.range for o in reversed(stack) if o.range is not None), None)
         opened = _Open(event["ts"] + event["dur"])
-        if _is_ours(event):
+        if event["cat"] == "user_annotation":
             start, seconds = (event["ts"] - root["ts"]) / 1e6, event["dur"] / 1e6
             depth = 0 if around is None else around.depth + 1
             opened.range = Range(event["name"], start, seconds, main, depth, around, own=seconds)
@@ -237,10 +236,11 @@ def table(timeline: Timeline) -> str:
     """For people: a line a range, and what they add up to."""
     total = Row("total", 0, timeline.launches, sum(row.seconds for row in timeline.rows))
     columns = ["range", "calls", "kernels" if timeline.on_gpu else "operators", "time", "share", "with inside"]
-    text = _aligned([columns + ["host"] * timeline.on_gpu, *(_cells(row, timeline) for row in timeline.rows),
-                     _cells(total, timeline)[:5]])  # fmt: skip
+    rows = [_cells(row, timeline) for row in timeline.rows]
+    text = _aligned([columns + ["host"] * timeline.on_gpu, *rows, _cells(total, timeline)[:5]])
     if timeline.beside:
-        text += "\n\nmeanwhile, in other threads:\n" + _aligned([_cells(row, timeline) for row in timeline.beside])
+        text += "\n\nmeanwhile, in other threads, on the host:\n"
+        text += _aligned([columns[:4], *(_cells(row, timeline)[:4] for row in timeline.beside)])
     return text
 
 

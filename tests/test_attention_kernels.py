@@ -90,7 +90,10 @@ ALL_LAYOUTS = LAYOUTS | {"gaps_between_channels": gaps_between_channels}
 
 def check_attention(got, q, k, v, scale=None):
     assert got.dtype == q.dtype and got.shape == q.shape and got.is_contiguous()
-    oracles.check_as_good_as_eager(got, oracles.eager_attention(q, k, v, scale), oracles.attention(q, k, v, scale))
+    eager, truth = oracles.eager_attention(q, k, v, scale), oracles.attention(q, k, v, scale)
+    # In fp32 a weight is off by its exponent's rounding, which is that of the score: a few times one.
+    summed = abs(oracles.f64(v)).max(initial=0) * (16 if q.dtype == torch.float32 else 1)
+    oracles.check_as_good_as_eager(got, eager, truth, summed)
 
 
 LENGTHS = {

@@ -274,4 +274,4 @@ def test_larger_packed_references(dim, packed):
     x, weight, index = normal(2, 1000, 4, dim, dtype=torch.bfloat16), some_weights(2, 1000), indices("permuted", 1000)
     cache = quantize_kv(normal(1, len(index), 4, dim, seed=1), format, kind, tokens_per_scale=per_scale)
     got, want = (blend_(x.clone(), cache, weight, index=index, backend=b).float() for b in ("triton", "reference"))
-    torch.testing.assert_close(got, want, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=1e-6)

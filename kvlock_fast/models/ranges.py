@@ -1,12 +1,13 @@
 """Ranges inside a transformer's forward, by hooks that are there only while ranges are switched on (nvtx.py).
 
-Up to four groups of blocks, "layers 0-7"; in them each self-attention ("attention"), and its QK-norms ("prologue", which
-with the lock of K in them are what the fused prologue does). A transformer of which torch.compile has taken a part gets
-no hooks: they would break its graphs.
+Up to four groups of blocks ("layers 0-7"), in them each self-attention ("attention"), in that the QK-norms ("prologue":
+with the lock of K, which falls into them, a part of what the fused prologue does). A transformer of which torch.compile
+has taken a part gets no hooks: they would break its graphs.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -45,7 +46,7 @@ class _Hooks:
         # What a failed block has left open ends with the forward.
         self.handles.append(transformer.register_forward_hook(lambda *_: self._close(0), always_call=True))
         for first, last in groups(len(blocks)):
-            name = f"layers {first}-{last}" if last > first else f"layers {first}"
+            name = f"layers {first}-{last}" if last > first else f"layer {first}"
             self._around(blocks[first], blocks[last], lambda name=name: self._begin(name), self._end)
         for _, attention in named:
             self._around(attention, attention, lambda: self._begin("attention"), self._end)
@@ -82,4 +83,4 @@ def groups(layers: int) -> list[tuple[int, int]]:
     """First and last layer of each group: at most four, as equal as can be."""
     count = min(MOST_GROUPS, layers)
     edges = [layers * i // count for i in range(count + 1)] if count else [0]
-    return [(a, b - 1) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    return [(a, b - 1) for a, b in pairwise(edges)]
