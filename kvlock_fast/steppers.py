@@ -74,8 +74,8 @@ class DeviceStepper:
             variance = self.source_window.push(self.solver.predict_clean(k, source, source_latent))
             if variance is not None:
                 self.tau.copy_(variance.clamp_min(LEAST_VARIANCE))
-        cond = torch.zeros_like(self.latents) if cond is None else cond
-        step_epilogue(self.state, cond, uncond, self.foreground, self.schedule, self.path)
+        cond = torch.zeros_like(self.latents) if cond is None else _by_rows(cond)
+        step_epilogue(self.state, cond, _by_rows(uncond), self.foreground, self.schedule, self.path)
 
     def trace(self) -> Tensor:
         """[steps, B, 5]: variance, alpha, omega, s* and whether the latents hold NaN or inf, of each step."""
@@ -125,6 +125,11 @@ def new_stepper(task: Task, solver: FlowSolver, source: SourcePath, omega0: list
     """On the device, unless diffusers' own bits are wanted or its scheduler has no table."""
     kind = SchedulerStepper if task.lock.stock or solver.table is None else DeviceStepper
     return kind(task, solver, source, omega0)
+
+
+def _by_rows(x: Tensor | None) -> Tensor | None:
+    """With T, H, W contiguous: where a patch is a single latent, diffusers returns its tokens transposed."""
+    return x if x is None or x[:1, :1].is_contiguous() else x.contiguous()
 
 
 def _start(task: Task, source: SourcePath) -> Tensor:

@@ -91,8 +91,10 @@ ALL_LAYOUTS = LAYOUTS | {"gaps_between_channels": gaps_between_channels}
 def check_attention(got, q, k, v, scale=None):
     assert got.dtype == q.dtype and got.shape == q.shape and got.is_contiguous()
     eager, truth = oracles.eager_attention(q, k, v, scale), oracles.attention(q, k, v, scale)
-    # In fp32 a weight is off by its exponent's rounding, which is that of the score: a few times one.
-    summed = abs(oracles.f64(v)).max(initial=0) * (16 if q.dtype == torch.float32 else 1)
+    summed = abs(oracles.f64(v)).max(initial=0)
+    if q.dtype == torch.float32:  # a weight is off by its exponent's rounding, which is that of the score
+        scores = np.einsum("bqhd,bkhd->bhqk", oracles.f64(q), oracles.f64(k)) * (scale or q.shape[3] ** -0.5)
+        summed *= 1 + 4 * abs(scores).max(initial=0)
     oracles.check_as_good_as_eager(got, eager, truth, summed)
 
 
@@ -321,7 +323,10 @@ def decoded(operands):
 def check_fp8(got, operands, scale):
     q, k, v = decoded(operands)
     truth = torch.from_numpy(oracles.attention(q, k, v, scale))
-    assert oracles.sqnr_db(truth, got) >= 30
+    if truth.numel() >= 1024:
+        assert oracles.sqnr_db(truth, got) >= 30
+    # Of few numbers the error may be all there can be: each weight rounded by 2^-4, whatever their values' signs.
+    assert (abs(oracles.f64(got) - truth.numpy()) <= 2**-4 * oracles.attention(q, k, abs(v), scale) + 1e-5).all()
     assert oracles.sqnr_db(truth, attention_fp8_reference(*operands, scale)) >= 100
 
 

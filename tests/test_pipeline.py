@@ -165,6 +165,13 @@ def test_foreground_keys_are_the_new_ones_bit_for_bit():
         assert torch.equal(mixed[~foreground[0]], theirs[~foreground[0]])
 
 
+def test_a_patch_of_one_latent():
+    """Diffusers then returns its tokens transposed, as the bundled model does."""
+    geometry = {"patch_size": (1, 1, 1)}
+    out = call(tiny_wan(**geometry), lock="kvlock", steps=4)
+    assert out.latents.isfinite().all() and out.trace.forwards == 12
+
+
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_every_preset_edits(preset):
     pipe = tiny_wan()
