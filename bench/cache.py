@@ -25,6 +25,9 @@ from typing import Any
 
 import torch
 
+if __package__ in (None, ""):  # as a script: python bench/cache.py
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from bench import cache_plot, machine
 from bench.cache_quality import Edits, Setting, Variant, measure_errors, variants
 from bench.cache_speed import HIT_FORMATS, NATIVE_ERROR, measure_disk, measure_hits, packing

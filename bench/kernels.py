@@ -23,6 +23,9 @@ from typing import Any
 
 import torch
 
+if __package__ in (None, ""):  # as a script: python bench/kernels.py
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from bench import attention_cases, machine, memory_cases, path_cases
 from bench.measure import Case, CudaClock, check, count_launches, rates, time_case
 from bench.shapes import Plan, plans
