@@ -213,7 +213,7 @@ def profile(
 
     The exit status: 1 if one of the tools is missing or failed.
     """
-    from kvlock_fast import profiling
+    from kvlock_fast import nsight, profiling
 
     settings = profiling.ProfileSettings(profiling.checked(**wanted), steps, output, device)
     check_json(json_file)
@@ -227,7 +227,7 @@ def profile(
         print(profiling.render(data, made))
         print(f"open {output / 'profile.png'} to see it, {output / 'trace.json'} in https://ui.perfetto.dev")
     write_json(json_file, data)
-    problems = profiling.run_tools(tools, data)
+    problems = nsight.run_tools(tools, data["commands"])
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

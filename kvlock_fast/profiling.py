@@ -9,32 +9,29 @@ import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import torch
 
-from kvlock_fast import timeline
+from kvlock_fast import nsight, timeline
 from kvlock_fast.config import FORMATS, TIERS, LockConfig
 from kvlock_fast.edit import find_device
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.files import atomic_path, output_folder, write_text
 from kvlock_fast.inputs import MOST_STEPS
-from kvlock_fast.nvtx import DOMAIN, span, switched_on
-from kvlock_fast.profile_subjects import PipelineSubject, Subject, Wanted, make_subject, temporary_folder
+from kvlock_fast.nvtx import span, switched_on
+from kvlock_fast.profile_subjects import PipelineSubject, Subject, Wanted, make_subject
 from kvlock_fast.timeline import Timeline
 from kvlock_fast.version import __version__
 
 Progress = Callable[[str, int, int], None]
-KERNELS_OF_NCU = 64
-"""Kernels that the printed ncu command looks at: each is run again some 40 times."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ def prepare(settings: ProfileSettings, progress: Progress) -> Subject:
     progress("load", 0, 1)
     subject = make_subject(settings.wanted, settings.steps, device)
     if device.type == "cuda" or isinstance(subject, PipelineSubject):
-        with temporary_folder() as folder:
+        with TemporaryDirectory(prefix="kvlock-") as folder:
             subject.run(1, Path(folder), lambda stage, done, total: None)
     progress("load", 1, 1)
     return subject
@@ -157,7 +154,7 @@ def _without_notes() -> Iterator[None]:
 
 def _run(subject: Subject, steps: int, progress: Progress) -> None:
     capture = ProfilerSwitch(subject.device, progress)
-    with temporary_folder() as folder:
+    with TemporaryDirectory(prefix="kvlock-") as folder:
         try:
             with span(timeline.ROOT):
                 subject.run(steps, Path(folder), capture)
@@ -189,7 +186,10 @@ def figures(settings: ProfileSettings, subject: Subject, made: Timeline) -> dict
         "dtype": str(subject.dtype).removeprefix("torch."),
         "versions": {"kvlock_fast": __version__, "torch": torch.__version__, "cuda": torch.version.cuda},
         **timeline.as_json(made),
-        "commands": {name: shlex.join(words) for name, words in commands(settings, subject).items()},
+        "commands": {
+            name: shlex.join(words)
+            for name, words in nsight.commands(_own_command(settings, subject), settings.output).items()
+        },
     }
 
 
@@ -207,7 +207,7 @@ def render(data: dict[str, Any], made: Timeline) -> str:
         "",
         "for Nsight Systems, the denoising stage of this run:",
         f"  {data['commands']['nsys']}",
-        f"for Nsight Compute, {KERNELS_OF_NCU} kernels of its attention:",
+        f"for Nsight Compute, {nsight.KERNELS} kernels of its attention:",
         f"  {data['commands']['ncu']}",
         "",
     ))  # fmt: skip
@@ -215,16 +215,6 @@ def render(data: dict[str, Any], made: Timeline) -> str:
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
-
-
-def commands(settings: ProfileSettings, subject: Subject) -> dict[str, list[str]]:
-    """This run under nsys and ncu, by the tool's name."""
-    run, report = _own_command(settings, subject), str(settings.output / "profile")
-    nsys = ["nsys", "profile", "--trace=cuda,nvtx,osrt,cublas,cudnn", "--capture-range=cudaProfilerApi",
-            "--capture-range-end=stop", "--force-overwrite=true", f"--output={report}"]  # fmt: skip
-    ncu = ["ncu", "--profile-from-start=off", "--nvtx", f"--nvtx-include={DOMAIN}@attention/", "--set=full",
-           f"--launch-count={KERNELS_OF_NCU}", "--force-overwrite", f"--export={report}"]  # fmt: skip
-    return {"nsys": [*nsys, *run], "ncu": [*ncu, *run]}
 
 
 def _own_command(settings: ProfileSettings, subject: Subject) -> list[str]:
@@ -241,19 +231,6 @@ def _own_command(settings: ProfileSettings, subject: Subject) -> list[str]:
     installed = shutil.which("kvlock-fast")
     start = ["kvlock-fast"] if installed else [sys.executable, "-m", "kvlock_fast.cli"]
     return [*start, "profile", *map(str, words)]
-
-
-def run_tools(asked: list[str], data: dict[str, Any]) -> list[str]:
-    """Run the tools that were asked for; a sentence for each that is missing or failed."""
-    problems = []
-    for name in asked:
-        if shutil.which(name) is None:
-            problems.append(f"{name} is not on the PATH: install NVIDIA Nsight, or run the command above where it is")
-            continue
-        status = subprocess.run(shlex.split(data["commands"][name]), stdout=2).returncode
-        if status:
-            problems.append(f"{name} ended with status {status}")
-    return problems
 
 
 def checked(**values: Any) -> Wanted:

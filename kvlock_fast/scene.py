@@ -55,9 +55,12 @@ class Scene:
             self.clean, self.noise = clean, start_noise(latents, clean, generator)
             return
         start = self.saved.start
-        given = None if latents is None and generator is None else start_noise(latents, start, generator).cpu()
-        if given is not None and not torch.equal(given, start):
-            raise InputError(f"cache '{self.saved.folder}' was made with other noise than generator or latents give")
+        seeded = latents is not None or generator is not None
+        if seeded and not self.saved.inverted:  # an inverted source ends in a noise of its own
+            noise = start_noise(latents, start.to(self.mask.tokens.device), generator)
+            if not torch.equal(noise.cpu(), start):
+                folder = self.saved.folder
+                raise InputError(f"cache '{folder}' was made with other noise than generator or latents give")
         layers = select_layers(len(self.model.arch.attentions(self.model.transformers[0])), self.lock.layers)
         check_saved(self.saved, self.facts(start), layers, self.mask.tokens)
 

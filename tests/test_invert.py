@@ -108,6 +108,16 @@ def test_another_inversion_replaces_it(clip, model, tmp_path, capsys):  # noqa: 
     assert cached(clip, model, tmp_path / "o.mkv", tmp_path / "c", "--quiet") == 0
 
 
+def test_an_inverted_source(clip, model, tmp_path, capsys):  # noqa: F811
+    inverted = ["--source-path", "invert"]
+    assert invert(clip, model, tmp_path / "c", *inverted) == 0
+    found = tmp_path / "f.json"
+    assert cached(clip, model, tmp_path / "o.mkv", tmp_path / "c", *inverted, "--json", found) == 0
+    assert figures_of(found)["forwards"] == 4
+    assert cached(clip, model, tmp_path / "o.mkv", tmp_path / "c") == 2
+    assert "another way to the source's latents" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_an_automatic_cache_is_found_again(clip, model, tmp_path):  # noqa: F811
     more = ["--cache-tier", "disk", "--cache-root", tmp_path / "root", "--cache-quota", "1GB", "--json"]
     rows = []

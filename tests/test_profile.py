@@ -16,7 +16,7 @@ from test_light_imports import loaded_by
 from tiny import tiny_transformer, tiny_wan
 
 import kvlock_fast as kvf
-from kvlock_fast import nvtx, profile_subjects, profiling
+from kvlock_fast import nsight, nvtx, profile_extent, profile_subjects, profiling
 from kvlock_fast.cache.machine import Machine
 from kvlock_fast.cache.model_sizes import MODELS, find_model
 from kvlock_fast.cli import main
@@ -375,7 +375,7 @@ def test_the_bundled_model(tmp_path, capsys):
 
 
 def test_a_folders_config_is_its_transformers(model):
-    extent = profile_subjects.find_extent(find_model(model), 5, (32, 48), None)
+    extent = profile_extent.find_extent(find_model(model), 5, (32, 48), None)
     config = profile_subjects.transformer_config(str(model), extent.model)
     assert (config["ffn_dim"], config["text_dim"], extent.model.layers, extent.tokens) == (32, 16, 3, 12)
 
@@ -425,9 +425,9 @@ def test_bad_input_ends_in_one_sentence(tmp_path, capsys, arguments, message):
 @pytest.fixture
 def slow_cpu(monkeypatch):
     """10 GFLOP/s and 20 GB."""
-    monkeypatch.setattr(profile_subjects, "_matrix_rate", lambda: 1e10)
+    monkeypatch.setattr(profile_extent, "_matrix_rate", lambda: 1e10)
     monkeypatch.setattr(Machine, "here", lambda *_: Machine(None, 20 * 10**9, 10**12))
-    monkeypatch.setattr(profile_subjects, "RandomSubject", lambda name, extent, *_: SimpleNamespace(extent=extent))
+    monkeypatch.setattr(profile_subjects, "RandomSubject", lambda config, extent, *_: SimpleNamespace(extent=extent))
 
 
 def test_what_takes_hours_is_refused_and_what_fits_is_named(slow_cpu, tmp_path, capsys):
@@ -442,7 +442,7 @@ def test_what_takes_hours_is_refused_and_what_fits_is_named(slow_cpu, tmp_path, 
     frames, layers = int(given.get("--frames", 81)), int(given.get("--layers", 30))
     cpu = torch.device("cpu")
     small = profile_subjects.Wanted(config="wan-1.3b", frames=frames, size=size, layers=layers)
-    assert profile_subjects.make_subject(small, 2, cpu).extent.flops(3) * 2 / 1e10 <= profile_subjects.SHORT
+    assert profile_subjects.make_subject(small, 2, cpu).extent.flops(3) * 2 / 1e10 <= profile_extent.SHORT
     forced = profile_subjects.Wanted(config="wan-1.3b", force=True)
     assert profile_subjects.make_subject(forced, 2, cpu).extent.tokens == 32760
 
@@ -455,7 +455,7 @@ def test_what_has_no_memory_is_refused(slow_cpu, tmp_path, capsys):
 
 def test_sizes_that_do_not_fit_are_changed_and_said(tmp_path):
     with pytest.warns(InputWarning) as warned:
-        extent = profile_subjects.find_extent(MODELS["wan-1.3b"], 80, (100, 100), 2)
+        extent = profile_extent.find_extent(MODELS["wan-1.3b"], 80, (100, 100), 2)
     assert (extent.frames, extent.height, extent.width, extent.model.layers) == (81, 96, 96, 2)
     said = [str(w.message) for w in warned]
     assert said[0].endswith("profiling 96x96") and said[1].startswith("80 frames are not 4n+1: profiling 81")
@@ -490,8 +490,9 @@ def test_a_tool_is_run_with_the_printed_command(tmp_path, monkeypatch, capfd):
         script = tmp_path / name
         script.write_text(f'#!/bin/sh\necho "$0" "$@"\nexit {status}\n')
         script.chmod(0o755)
-    data = {"commands": {"nsys": "nsys profile 'a b'", "ncu": "ncu x"}}
-    assert profiling.run_tools(["nsys", "ncu"], data) == ["ncu ended with status 3"]
+    assert nsight.run_tools(["nsys", "ncu"], {"nsys": "nsys profile 'a b'", "ncu": "ncu x"}) == [
+        "ncu ended with status 3"
+    ]
     captured = capfd.readouterr()
     assert captured.out == "" and f"{tmp_path}/nsys profile a b\n{tmp_path}/ncu x" in captured.err
 

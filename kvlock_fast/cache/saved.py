@@ -90,10 +90,14 @@ class SavedSource:
         return {name: x for name, x in self._source.items() if name in ("clean", "noise", "path")}
 
     @property
+    def inverted(self) -> bool:
+        """Whether the source's path was integrated up from the clean source."""
+        return "path" in self.latents
+
+    @property
     def start(self) -> Tensor:
         """Where the edit starts [1, C, T, h, w] fp32: the noise, or the end of the inverted path."""
-        latents = self.latents
-        return latents["path"][0] if "path" in latents else latents["noise"]
+        return self.latents["path"][0] if self.inverted else self.latents["noise"]
 
     @property
     def size(self) -> tuple[int, int]:
