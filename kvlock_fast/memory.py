@@ -32,9 +32,7 @@ class Way:
     tiled_decoding: bool = False
 
 
-def run_with_memory(
-    run: Callable[[Way], Result], scene: Scene, task: Task, cache: CacheConfig, pipe: Any
-) -> Result:
+def run_with_memory(run: Callable[[Way], Result], scene: Scene, task: Task, cache: CacheConfig, pipe: Any) -> Result:
     """`run` in the way that the planner chooses, and in smaller ones while memory runs out."""
     planned = _plan(scene, task, cache, pipe)
     way = _first_way(planned, scene, cache)

@@ -8,7 +8,7 @@ from pathlib import Path
 from kvlock_fast.nvtx import DOMAIN
 
 KERNELS = 64
-"""Kernels that the printed ncu command looks at: each is run again some 40 times."""
+"""Kernels that the printed ncu command looks at: each is run again dozens of times."""
 
 
 def commands(run: list[str], output: Path) -> dict[str, list[str]]:

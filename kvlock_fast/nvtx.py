@@ -1,7 +1,7 @@
 """Named ranges around the parts of an edit, for Nsight Systems, Nsight Compute and torch.profiler.
 
     encode, text, denoise, decode, composite, write     what an edit goes through; "denoise" holds the rest
-    source pass, inversion                              the source's own runs
+    source path, source pass                            where the source is at each step; its own forwards, stored
     step K                                              one denoising step, K = 0, 1, ...
     forward edit, forward source, forward all           a transformer's forward, and who is in its batch
     layers A-B, attention, prologue, lock, capture      inside a forward (models/ranges.py); "prologue": the QK-norms,
@@ -25,7 +25,7 @@ COLOURS = {
     "step": 0x4C72B0, "forward": 0x55A868, "layers": 0x937860, "layer": 0x937860, "attention": 0xDD8452,
     "prologue": 0xDA8BC3, "lock": 0xC44E52, "capture": 0x8C2D35, "epilogue": 0x8172B3, "transfers": 0x64B5CD,
     "transfer": 0xA8D8E6, "encode": 0xCCB974, "decode": 0xB59A3C, "text": 0xE0D5A4, "source": 0x2E7D5B,
-    "inversion": 0x7FBF9F, "denoise": 0xB8C4D8, "composite": 0xA0A0A0, "write": 0x707070,
+    "denoise": 0xB8C4D8, "composite": 0xA0A0A0, "write": 0x707070,
 }  # fmt: skip
 """0xRRGGBB by a name's first word."""
 

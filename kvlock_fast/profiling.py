@@ -27,6 +27,7 @@ from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.files import atomic_path, output_folder, write_text
 from kvlock_fast.inputs import MOST_STEPS
 from kvlock_fast.nvtx import span, switched_on
+from kvlock_fast.profile_picture import draw
 from kvlock_fast.profile_subjects import PipelineSubject, Subject, Wanted, make_subject
 from kvlock_fast.timeline import Timeline
 from kvlock_fast.version import __version__
@@ -83,18 +84,15 @@ def profile(settings: ProfileSettings, progress: Progress) -> tuple[Timeline, di
     data = figures(settings, subject, made)
     write_text(folder / "profile.json", json.dumps(data, indent=1))
     write_text(folder / "profile.txt", render(data, made))
-    from kvlock_fast.profile_picture import draw
-
     draw(data, folder / "profile.png")
     return made, data
 
 
-def ranges_only(settings: ProfileSettings, progress: Progress) -> str:
-    """Run for a tool that looks on: ranges, and the denoising stage between start and stop; what was run."""
+def ranges_only(settings: ProfileSettings, progress: Progress) -> None:
+    """Run for a tool that looks on: ranges, and the denoising stage between start and stop."""
     subject = prepare(settings, progress)
     with switched_on():
         _run(subject, settings.steps, progress)
-    return subject.extent.text
 
 
 def prepare(settings: ProfileSettings, progress: Progress) -> Subject:
@@ -170,6 +168,7 @@ def figures(settings: ProfileSettings, subject: Subject, made: Timeline) -> dict
     """All of profile.json."""
     extent, wanted = subject.extent, settings.wanted
     cuda = subject.device.type == "cuda"
+    under_nsight = nsight.commands(_own_command(settings, subject), settings.output)
     return {
         "model": extent.model.name,
         "weights": "random" if wanted.config not in (None, "demo") else "its own",
@@ -186,10 +185,7 @@ def figures(settings: ProfileSettings, subject: Subject, made: Timeline) -> dict
         "dtype": str(subject.dtype).removeprefix("torch."),
         "versions": {"kvlock_fast": __version__, "torch": torch.__version__, "cuda": torch.version.cuda},
         **timeline.as_json(made),
-        "commands": {
-            name: shlex.join(words)
-            for name, words in nsight.commands(_own_command(settings, subject), settings.output).items()
-        },
+        "commands": {tool: shlex.join(words) for tool, words in under_nsight.items()},
     }
 
 

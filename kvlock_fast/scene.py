@@ -84,11 +84,11 @@ class Scene:
 
     def path(self, predict: Predictor, text: Tensor, recorder: Recorder) -> SourcePath:
         """Where the source is at each step."""
-        if self.saved is not None:
-            return saved_path(self.saved, self.solver, self.mask.tokens.device)
-        if self.lock.source_path == "renoise":
-            return renoise(self.clean, self.noise, self.solver)
-        with recorder.stage("inversion"):
+        with recorder.stage("source path"):
+            if self.saved is not None:
+                return saved_path(self.saved, self.solver, self.mask.tokens.device)
+            if self.lock.source_path == "renoise":
+                return renoise(self.clean, self.noise, self.solver)
             velocity = partial(_own_velocity, predict, text)
             return invert(self.clean, self.solver, velocity, self.lock.inversion_solver)
 

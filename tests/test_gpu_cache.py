@@ -16,9 +16,7 @@ pytestmark = pytest.mark.gpu
 @pytest.mark.parametrize("format", ["native", "fp8_e4m3", "int8", "int4"])
 def test_tiers_agree_bit_for_bit(tmp_path, format):
     pipe = tiny_wan().to("cuda")
-    configs = {
-        tier: CacheConfig(tier=tier, format=format, root=str(tmp_path)) for tier in ("resident", "host", "disk")
-    }
+    configs = {tier: CacheConfig(tier=tier, format=format, root=str(tmp_path)) for tier in ("resident", "host", "disk")}
     edits = {tier: call(pipe, cache=config).latents for tier, config in configs.items()}
     assert torch.equal(edits["resident"], edits["host"]) and torch.equal(edits["resident"], edits["disk"])
     assert torch.equal(call(pipe, cache=configs["disk"]).latents, edits["disk"])

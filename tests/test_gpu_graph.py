@@ -26,9 +26,7 @@ def test_replay_is_eager_bit_for_bit(tmp_path, solver, tier):
 def test_no_step_waits(monkeypatch, lock):
     """CUDA's own word: every call that synchronises raises."""
     begin, end = trace.Recorder.begin, trace.Recorder.end
-    monkeypatch.setattr(
-        trace.Recorder, "begin", lambda self: (begin(self), torch.cuda.set_sync_debug_mode("error"))[0]
-    )
+    monkeypatch.setattr(trace.Recorder, "begin", lambda self: (begin(self), torch.cuda.set_sync_debug_mode("error"))[0])
     monkeypatch.setattr(
         trace.Recorder, "end", lambda self, steps: (torch.cuda.set_sync_debug_mode("default"), end(self, steps))[1]
     )

@@ -26,7 +26,7 @@ from kvlock_fast.models.wan import WAN
 from kvlock_fast.timeline import read_trace, table
 
 INSIDE = {"step 0", "step 1", "layer 0", "layer 1", "layer 2", "attention", "lock", "prologue", "epilogue"}
-STAGES = {"encode", "text", "denoise", "decode"}
+STAGES = {"encode", "text", "denoise", "source path", "decode"}
 
 
 class Watched:
@@ -152,7 +152,7 @@ def test_a_stored_sources_ranges(pipe, watched):
     edit(pipe, "host", lock=lock)
     assert watched.balanced
     assert set(watched.begun) - INSIDE - STAGES == {
-        "inversion", "source pass", "forward source", "forward edit", "capture", "transfers", "transfer wait"
+        "source pass", "forward source", "forward edit", "capture", "transfers", "transfer wait"
     }  # fmt: skip
     assert watched.begun.count("transfers") == 4  # two steps, there and back
 
@@ -490,9 +490,8 @@ def test_a_tool_is_run_with_the_printed_command(tmp_path, monkeypatch, capfd):
         script = tmp_path / name
         script.write_text(f'#!/bin/sh\necho "$0" "$@"\nexit {status}\n')
         script.chmod(0o755)
-    assert nsight.run_tools(["nsys", "ncu"], {"nsys": "nsys profile 'a b'", "ncu": "ncu x"}) == [
-        "ncu ended with status 3"
-    ]
+    problems = nsight.run_tools(["nsys", "ncu"], {"nsys": "nsys profile 'a b'", "ncu": "ncu x"})
+    assert problems == ["ncu ended with status 3"]
     captured = capfd.readouterr()
     assert captured.out == "" and f"{tmp_path}/nsys profile a b\n{tmp_path}/ncu x" in captured.err
 
