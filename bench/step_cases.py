@@ -1,0 +1,199 @@
+"""A whole denoising step, by this project and by its peers: diffusers as it is, and the lock written in plain torch.
+
+Every contender takes so many steps from the same noise and calls `mark` after each; it returns the latents at the end.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from diffusers import UniPCMultistepScheduler
+from torch import Tensor, nn
+
+from kvlock_fast.cache.model_sizes import find_model
+from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.forwards import Task
+from kvlock_fast.masks import project_mask
+from kvlock_fast.profile_extent import find_extent
+from kvlock_fast.profile_subjects import RandomSubject, transformer_config
+from kvlock_fast.scene import Scene, edit_prompts
+from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.trace import Recorder
+
+Mark = Callable[[], None]
+Contender = Callable[[int, Mark], Tensor]
+GUIDANCE, EPS = 5.0, 1e-8
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """A known model at a length and size; layers: fewer than it has, None for all."""
+
+    name: str
+    config: str
+    frames: int
+    size: tuple[int, int]
+    layers: int | None = None
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        StepShape("wan-1.3b 81f", "wan-1.3b", 81, (480, 832)),
+        StepShape("wan-1.3b 33f", "wan-1.3b", 33, (480, 832)),
+        StepShape("demo", "demo", 17, (64, 64)),
+        StepShape("quick", "demo", 5, (32, 32), 2),
+    )
+}
+UNSUPPORTED = {"cogvideox-2b": "edits of this family are not there yet"}
+
+
+class Steps:
+    """The same edit for every contender: random weights, noise, texts, a mask over a fifth of the frame."""
+
+    def __init__(self, shape: StepShape, device: torch.device, dtype: torch.dtype):
+        self.lock = LockConfig.preset("kvlock")
+        extent = find_extent(find_model(shape.config), shape.frames, shape.size, shape.layers)
+        config = transformer_config(shape.config, extent.model)
+        self.subject = RandomSubject(config, extent, self.lock, CacheConfig(), (device, dtype))
+        self.device, self.extent, self.model = device, extent, self.subject.model
+        self.transformer: nn.Module = self.model.transformers[0]
+        pixels = torch.from_numpy(self.subject.clip.mask).to(device)
+        self.mask = project_mask(pixels, extent.model.geometry)
+        self.prompt, self.negative, self.source_prompt = self.subject.texts
+        generator = torch.Generator().manual_seed(1)
+        self.noise = torch.randn(self.subject.clean.shape, generator=generator).to(device)
+
+    def scheduler(self, steps: int) -> Any:
+        """As Wan 2.1's pipelines have it, with its timesteps set."""
+        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+        scheduler.set_timesteps(steps, device=self.device)
+        return scheduler
+
+    def forward(self, rows: Tensor, timestep: Tensor, text: Tensor, transformer: nn.Module | None = None) -> Tensor:
+        """The velocity of rows [B, C, T, H, W]."""
+        transformer = transformer or self.transformer
+        latents = rows.to(transformer.dtype)
+        return transformer(latents, timestep.expand(len(rows)), text, return_dict=False)[0]
+
+    def contenders(self) -> dict[str, Contender]:
+        """By name; ours come last."""
+        cuda = self.device.type == "cuda"
+        found: dict[str, Contender] = {"diffusers, no lock": self.diffusers}
+        if cuda:
+            found["diffusers, no lock, cuDNN"] = self.diffusers_cudnn
+        found["lock in plain torch"] = self.plain
+        if cuda:
+            found["lock in plain torch, compiled"] = self.compiled
+        found["ours, lockstep"] = self.ours(CacheConfig(tier="lockstep"))
+        for tier in ("resident", "host"):
+            found[f"ours, {tier} fp8"] = self.ours(CacheConfig(tier=tier))
+        if cuda:
+            found["ours, lockstep, captured"] = self.ours(CacheConfig(tier="lockstep"), "on")
+            found["ours, resident fp8, captured"] = self.ours(CacheConfig(tier="resident"), "on")
+        return found
+
+    def rows(self, name: str) -> int:
+        """Samples in a step's forwards."""
+        return 2 if "no lock" in name or "fp8" in name else 3
+
+    def diffusers(self, steps: int, mark: Mark) -> Tensor:
+        """As WanPipeline steps: a forward for each branch, the scheduler's own step."""
+        scheduler, latents = self.scheduler(steps), self.noise
+        for t in scheduler.timesteps:
+            cond = self.forward(latents, t, self.prompt)
+            uncond = self.forward(latents, t, self.negative)
+            latents = scheduler.step(uncond + GUIDANCE * (cond - uncond), t, latents, return_dict=False)[0]
+            mark()
+        return latents
+
+    def diffusers_cudnn(self, steps: int, mark: Mark) -> Tensor:
+        """The same with attention by cuDNN."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return self.diffusers(steps, mark)
+
+    def plain(self, steps: int, mark: Mark, transformer: nn.Module | None = None) -> Tensor:
+        """The lock as one would write it on top of diffusers: hooks, lines of torch, numbers read by the host."""
+        transformer, lock = transformer or self.transformer, self.lock
+        scheduler, latents, history = self.scheduler(steps), self.noise, []
+        inside, clean = self.mask.token_latents[:, None], self.subject.clean
+        latents = torch.where(inside, latents, self.renoised(scheduler, 0))
+        alpha, omega, first = lock.warmup_alpha, GUIDANCE, max(0, steps - lock.kappa)
+        with plain_lock(transformer, self.mask.tokens[0]) as state:
+            for k, t in enumerate(scheduler.timesteps):
+                state["alpha"], sigma = alpha, scheduler.sigmas[k].item()
+                rows = torch.cat([self.renoised(scheduler, k), latents, latents])
+                texts = torch.cat([self.source_prompt, self.prompt, self.negative])
+                _, cond, uncond = self.forward(rows, t, texts, transformer).float().split(1)
+                s_star = (cond * uncond).sum() / ((uncond * uncond).sum() + EPS)
+                velocity = s_star * uncond + omega * (cond - s_star * uncond)
+                history = [*history, latents - sigma * velocity][-lock.window :]
+                latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+                after = self.renoised(scheduler, k + 1) if k + 1 < steps else clean
+                latents = torch.where(inside, latents, after)
+                if len(history) > 1:
+                    variance = torch.stack(history).var(0)[inside.expand_as(latents)].mean().item()
+                    if k + 1 >= first:
+                        alpha = min(max(variance / lock.tau, lock.alpha_floor), 1.0)
+                        omega = max(GUIDANCE * min(variance / lock.tau, lock.b), lock.omega_floor)
+                mark()
+        return latents
+
+    def compiled(self, steps: int, mark: Mark) -> Tensor:
+        """The same with the transformer's blocks compiled; the first run compiles."""
+        if not hasattr(self, "_compiled"):
+            self._compiled = copy.deepcopy(self.transformer)
+            self._compiled.compile_repeated_blocks()
+        return self.plain(steps, mark, self._compiled)
+
+    def renoised(self, scheduler: Any, k: int) -> Tensor:
+        """The source's latent at step k."""
+        sigma = scheduler.sigmas[k].to(self.device)
+        return (1 - sigma) * self.subject.clean + sigma * self.noise
+
+    def ours(self, cache: CacheConfig, graph: str = "off") -> Contender:
+        """This project's loop; the source's own pass, where it is stored, is not marked."""
+
+        @torch.no_grad()
+        def run(steps: int, mark: Mark) -> Tensor:
+            def progress(stage: str, done: int, total: int) -> None:
+                if stage == "denoise" and done:
+                    mark()
+
+            solver = FlowSolver(self.scheduler(steps), steps, self.device)
+            frames = torch.from_numpy(self.subject.clip.video)
+            scene = Scene(self.model, self.lock, solver, frames, len(frames), self.mask, "", None)
+            scene.place(self.subject.clean, self.noise, None)
+            texts = self.prompt, self.negative, self.source_prompt
+            task = Task(self.mask, *texts, guidance=(GUIDANCE, GUIDANCE), lock=self.lock, graph=graph)
+            with TemporaryDirectory() as folder:
+                there = replace(cache, root=str(Path(folder)))
+                return edit_prompts(task, scene, there, Recorder(self.device), progress)
+
+        return run
+
+
+@contextmanager
+def plain_lock(transformer: nn.Module, foreground: Tensor) -> Iterator[dict[str, float]]:
+    """Forward hooks that blend the background's keys and values of rows 1.. with row 0's by state["alpha"]."""
+    state, handles = {"alpha": 1.0}, []
+
+    def blend(module: nn.Module, arguments: Any, out: Tensor) -> Tensor:
+        alpha = state["alpha"]
+        mixed = torch.where(foreground[None, :, None], out[1:], alpha * out[:1] + (1 - alpha) * out[1:])
+        return torch.cat([out[:1], mixed])
+
+    for block in transformer.blocks:
+        handles += [block.attn1.norm_k.register_forward_hook(blend), block.attn1.to_v.register_forward_hook(blend)]
+    try:
+        yield state
+    finally:
+        for handle in handles:
+            handle.remove()
