@@ -4,7 +4,7 @@
 #
 #   bash bench/gpu.sh                     all parts
 #   bash bench/gpu.sh tests kernels       some of: compile tests kernels sanitize ncu
-#   bash bench/gpu.sh step cache          two more, which take another eight minutes: whole steps, the cache's tiers
+#   bash bench/gpu.sh step                one more, of five minutes: whole steps, also from a cache, beside diffusers'
 #
 # OUT=FOLDER (out/gpu), PYTHON=COMMAND (python3), COMMIT=HASH where git cannot say, WHEELS=FOLDER (.whl): wheels that
 # this machine lacks are installed from there into a folder of their own, without a network. BUDGET=SECONDS (150) for
@@ -64,10 +64,8 @@ for name in "${PARTS[@]}"; do
         [ ! -f "$OUT/ncu.csv" ] || "$PYTHON" -m bench.ncu "$OUT/ncu.csv" "$OUT/ncu.json" ;;
     step) # whole denoising steps beside diffusers', captured and not
         part step 270 "$PYTHON" bench/step.py --steps 8 --output "$OUT/step.json" ${COMMIT:+--commit "$COMMIT"} ;;
-    cache) # an edit from a cache against the source running along; disk and host bandwidth
-        part cache 200 "$PYTHON" -m bench.cache --parts packing hits disk --output "$OUT/cache.json" ${COMMIT:+--commit "$COMMIT"} ;;
     *)
-        echo "error: unknown part '$name': compile, tests, kernels, sanitize, ncu, step or cache" >&2; exit 2 ;;
+        echo "error: unknown part '$name': compile, tests, kernels, sanitize, ncu or step" >&2; exit 2 ;;
     esac
 done
 
