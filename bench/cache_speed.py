@@ -126,7 +126,7 @@ def measure_hits(editor: Any, rounds: int, setting: Setting, formats: tuple[str,
                 num_inference_steps=setting.steps, generator=torch.Generator().manual_seed(seed),
                 cache=CacheConfig(format=format),
             )  # fmt: skip
-            caches |= {f"{tier} {format}": CacheConfig(tier=tier, format=format, path=str(folder)) for tier in TIERS}
+            caches |= {f"{tier} {format}": CacheConfig(tier=tier, path=str(folder)) for tier in TIERS}
         runs = {name: partial(edit, editor, case, seed, lock, cache, setting) for name, cache in caches.items()}
         outs = {name: run() for name, run in runs.items()}
         timed = interleaved(runs, rounds, warm_up=0)

@@ -208,9 +208,8 @@ def rows_geometry(heads: int, block_d: int, halves: bool, parts: str) -> Geometr
 
 
 def blocks_geometry(block_d: int, parts: str) -> Geometry:
-    """128 tokens of one head. By the compiler's report: fewer warps spill at head dims that are no power of two."""
-    small = block_d <= (128 if parts == "v" else 64)
-    return Geometry(FP8_BLOCK, 1, 1, parts, 8 if small else 16)
+    """128 tokens of one head, by as many warps as the compiler's report shows no spill with."""
+    return Geometry(FP8_BLOCK, 1, 1, parts, 8 if block_d <= 128 else 16)
 
 
 def geometries(heads: int, block_d: int, norm: str, halves: bool, output: str) -> list[Geometry]:

@@ -156,9 +156,9 @@ def edit(
     made = commands.CacheNotes.of(kept)
     settings = commands.EditSettings(
         made.or_given("source_prompt", source_prompt, "--source-prompt"), prompt, negative_prompt,
-        made.or_given("num_inference_steps", steps, "--steps", 50), guidance, guidance_2,
-        made.or_given("seed", seed, "--seed", 0), parse_size(size) or made.size, frames_policy.value, lock, composite,
-        feather, kept, graph,
+        made.or_given("num_inference_steps", steps, "--steps", made.steps or 50), guidance, guidance_2,
+        made.or_given("seed", seed, "--seed", 0 if cache is None else None), parse_size(size) or made.size,
+        frames_policy.value, lock, composite, feather, kept, graph,
     )  # fmt: skip
     max_frames = made.or_given("max_frames", max_frames, "--max-frames", None)
     files = commands.EditFiles(source, mask, output, trace, report, json_file, max_frames)

@@ -75,7 +75,7 @@ def edit(
     """`kvlock-fast edit`. Outputs are checked before any work is done, and appear whole."""
     _check_texts(settings)
     outputs = output_names(str(files.output), len(settings.prompts))
-    _check_outputs(outputs, files, model)
+    _check_outputs(outputs, files, model, settings.cache.path)
     find_device(device)
     clip = read_clip(files.source, files.mask, files.max_frames)
     settings = replace(settings, size=working_size(model, clip.video, settings.size))
@@ -113,7 +113,8 @@ def invert(
 ) -> None:
     """`kvlock-fast invert`: run a source once, keep its K and V."""
     _check_texts(settings)
-    folder = output_folder(output)
+    folder = Path(output)
+    _check_cache_folder(folder, model, json_file)
     check_json(json_file)
     find_device(device)
     clip = read_clip(source, mask, max_frames)
@@ -266,6 +267,19 @@ def write_json(target: str | None, data: dict[str, Any]) -> None:
         write_text(target, json.dumps(data, indent=1))
 
 
+def _check_cache_folder(folder: Path, model: str, json_file: str | None) -> None:
+    """Refuse a folder that cannot be written, one of the model, and figures in the place of the manifest."""
+    if folder.exists():
+        output_folder(folder)
+    else:  # nothing is made before the source is read
+        parent = next(place for place in folder.absolute().parents if place.exists())
+        check_writable(parent / folder.name)
+    if Path(model).is_dir() and folder.resolve().is_relative_to(Path(model).resolve()):
+        raise InputError(f"--output '{folder}' lies in the model's folder '{model}'")
+    if json_file not in (None, "-") and Path(json_file).resolve() == (folder / "manifest.json").resolve():
+        raise InputError(f"--json '{json_file}' is the manifest of --output '{folder}'")
+
+
 def _check_texts(settings: EditSettings) -> None:
     """Refuse texts that no file can hold: bytes of the command line that are not UTF-8."""
     named = [("--source-prompt", settings.source_prompt), ("--negative-prompt", settings.negative_prompt or "")]
@@ -276,8 +290,8 @@ def _check_texts(settings: EditSettings) -> None:
             raise InputError(f"{option} is not valid UTF-8 text: {text!a}") from error
 
 
-def _check_outputs(outputs: list[Path], files: EditFiles, model: str) -> None:
-    """Refuse outputs that cannot be written, and those that would replace each other, an input or the model."""
+def _check_outputs(outputs: list[Path], files: EditFiles, model: str, cache: Any) -> None:
+    """Refuse outputs that cannot be written, or that would replace each other, an input, the model or the cache."""
     for path in outputs:
         check_video_output(path)
     others = [("--trace", files.trace), ("--report", files.report)]
@@ -292,6 +306,8 @@ def _check_outputs(outputs: list[Path], files: EditFiles, model: str) -> None:
             raise InputError(f"{option} '{path}' is the same file as {taken[place]}: nothing is overwritten")
         if Path(model).is_dir() and place.is_relative_to(Path(model).resolve()):
             raise InputError(f"{option} '{path}' lies in the model's folder '{model}'")
+        if cache is not None and place.is_relative_to(Path(cache).resolve()):
+            raise InputError(f"{option} '{path}' lies in the folder of the cache '{cache}'")
         taken[place] = option
 
 

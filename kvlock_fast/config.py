@@ -157,10 +157,18 @@ class CacheConfig:
                 _whole(self, name, low)
         if self.path is not None and self.tier == "lockstep":
             raise ValueError(f"tier must not be lockstep for the cache {str(self.path)!r}: it would not be read")
+        for name in ("format", "step_stride", "steps", "root", "quota") if self.path is not None else ():
+            value = getattr(self, name)
+            if value != getattr(type(self), name):
+                raise ValueError(
+                    f"{name} must not be given for the cache {str(self.path)!r}, which has its own: {value!r}"
+                )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for reports and manifests."""
-        return {name: str(value) if isinstance(value, PathLike) else value for name, value in vars(self).items()}
+        own = ("format", "step_stride", "steps") if self.path is not None else ()
+        values = {name: value for name, value in vars(self).items() if name not in own}
+        return {name: str(value) if isinstance(value, PathLike) else value for name, value in values.items()}
 
 
 UNLOCKED = {"alpha": 0.0, "omega": "constant", "s_star": False}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,7 +88,10 @@ def user_cache_folder() -> Path:
     if named:
         return Path(named)
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "kvlock_fast"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "kvlock_fast"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"kvlock_fast-{os.getuid()}"
 
 
 def _refuse_folder(path: Path) -> None:

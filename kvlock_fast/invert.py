@@ -55,8 +55,10 @@ class CacheNotes:
         return given
 
     @property
-    def num_inference_steps(self) -> int | None:
-        return self.facts.get("num_inference_steps")
+    def steps(self) -> int | None:
+        """Denoising steps of its schedule."""
+        scheduler = self.facts.get("scheduler")
+        return scheduler.get("steps") if isinstance(scheduler, dict) else None
 
     @property
     def size(self) -> tuple[int, int] | None:

@@ -15,7 +15,6 @@ from kvlock_fast.cache.entry import EntryWriter
 from kvlock_fast.cache.saved import SavedSource
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError, InputWarning
-from kvlock_fast.files import output_folder
 from kvlock_fast.forwards import Task
 from kvlock_fast.graph import GRAPH
 from kvlock_fast.inputs import check_numbers, check_texts, fit_to_model
@@ -184,7 +183,7 @@ class KVLockPipeline:
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
                 text = self.model.encode_prompts([source_prompt])
-            with EntryWriter(output_folder(output)) as writer, _stage(recorder, progress, "source pass"):
+            with EntryWriter(output) as writer, _stage(recorder, progress, "source pass"):
                 return scene.save(text, cache, writer, recorder, progress, notes or {})
 
     @contextmanager
@@ -215,6 +214,8 @@ class KVLockPipeline:
             scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved)
             scene.place(clean, *noise)
             yield scene
+        except torch.OutOfMemoryError as error:  # outside of the ladder
+            raise InputError("there is too little memory on the device: use a smaller size or fewer frames") from error
         finally:
             if saved is not None:
                 saved.entry.close()

@@ -14,6 +14,7 @@ from kvlock_fast.cache.entry import EntryWriter
 from kvlock_fast.cache.root import CacheRoot
 from kvlock_fast.cache.saved import SavedSource
 from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.controller import can_lock, compares_with_source
 from kvlock_fast.denoise import denoise
 from kvlock_fast.errors import InputError, InputWarning, OutputError
 from kvlock_fast.files import user_cache_folder
@@ -105,6 +106,8 @@ class Scene:
         with self.predictor(recorder) as predict:
             source = Source(self.path(predict, text, recorder), text, self.background())
             maker = SourceMaker(source, predict, cache, partial(progress, "source pass"))
+            if not maker.steps:
+                raise InputError("no step of this lock and cache would be stored: there is nothing to keep")
             return maker.write(writer, self.facts(self.noise), **notes)
 
 
@@ -119,6 +122,7 @@ def edit_prompts(task: Task, scene: Scene, cache: CacheConfig, recorder: Recorde
         source = Source(path, task.source_prompt, scene.background())
         stored = _stored_source(source, scene, predict, cache, recorder, progress)
         recorder.cache = _facts(cache.tier, stored)
+        _warn_of_source_runs(scene, stored)
         try:
             done = _Steps(progress, task, cache, scene.solver.num_steps)
             edits = [
@@ -149,6 +153,19 @@ def _stored_source(
         except OutputError as error:
             warnings.warn(f"{error}; the source is run along instead", InputWarning, stacklevel=2)
             return None
+
+
+def _warn_of_source_runs(scene: Scene, stored: StoredSource | None) -> None:
+    """Say so if a cache that the user named does not hold all that the edit asks for."""
+    if scene.saved is None or stored is None:
+        return
+    lock, steps = scene.lock, scene.solver.num_steps
+    compares = compares_with_source(lock)
+    asked = [(k, can_lock(lock, steps, k)) for k in range(lock.zero_init_steps, steps)]
+    missing = sum((locks or compares) and not stored.covers(k, locks, compares) for k, locks in asked)
+    if missing:
+        message = f"cache '{scene.saved.folder}' lacks {missing} of {steps} steps: the source is run along in them"
+        warnings.warn(message, InputWarning, stacklevel=4)
 
 
 def _facts(tier: str, stored: StoredSource | None) -> dict[str, Any]:

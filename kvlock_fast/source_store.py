@@ -12,6 +12,7 @@ from kvlock_fast.cache.identity import digest, fingerprint, first_difference, ke
 from kvlock_fast.cache.layout import KVShape, StepLayout
 from kvlock_fast.cache.root import CacheRoot
 from kvlock_fast.cache.saved import K_STAGE, SavedSource, save_source
+from kvlock_fast.cache.shard import PAGE
 from kvlock_fast.cache.store import DiskStore, HostStore, KVStore, ResidentStore
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.controller import can_lock, compares_with_source, first_dynamic_step
@@ -49,7 +50,8 @@ def source_facts(
             "family": model.arch.family,
             "class": type(model.transformers[0]).__name__,
             "dtype": dtype_name(model.transformers[0].dtype),
-            "fingerprint": fingerprint(model.transformers),
+            "fingerprint": fingerprint(model.modules),
+            "options": model.facts(),
         },
         "scheduler": {
             "class": type(scheduler).__name__,
@@ -103,7 +105,7 @@ class SourceMaker:
         kind = ResidentStore if tier == "resident" else HostStore
         store = kind(self.layout, self.steps, self.device)
         try:
-            return StoredSource(store, self.slots, self.source.background, self._run(store))
+            return StoredSource(store, self.slots, self.source.background, self._run(store, self.watched))
         except BaseException:
             store.close()
             raise
@@ -114,7 +116,7 @@ class SourceMaker:
         key = key_of(facts)
         saved = _found(root, key, facts)
         if saved is None:
-            root.make_room(self.layout.nbytes * len(self.steps))
+            root.make_room(self._disk_bytes)
             with root.writer(key) as writer:
                 self.write(writer, source_facts)
                 saved = _found(root, key, facts)  # inside, where nobody can evict it
@@ -126,7 +128,7 @@ class SourceMaker:
         """Run the source into an entry and publish it; its facts. more: such as nobody compares."""
         store = DiskStore(self.layout, self.steps, self.device, writer)
         try:
-            predictions = self._run(store)
+            predictions = self._run(store, self._kept_predictions)
             background = self.source.background.cpu()
             facts = self.facts(source_facts) | more
             latents = _path_tensors(self.source.path, self.predict.lock.source_path == "invert")
@@ -145,15 +147,28 @@ class SourceMaker:
             "k_stage": K_STAGE,
             "layers": list(shape.layers),
             "slots": [list(pair) for pair in sorted(self.slots.items())],
-            "predictions": sorted(self.watched),
+            "predictions": sorted(self._kept_predictions),
             "kv": kv,
             "mask": digest(self.source.background.cpu()),
             "version": __version__,
         }
 
-    def _run(self, store: KVStore) -> dict[int, Tensor]:
+    @property
+    def _kept_predictions(self) -> frozenset[int]:
+        """The steps whose predictions a cache on disk has: those of a stored step cost nothing."""
+        return self.watched.union(self.steps)
+
+    @property
+    def _disk_bytes(self) -> int:
+        """About what an entry takes: its steps, the path and the predictions, a page a shard."""
+        latents = len(self.source.path.path) + len(self._kept_predictions)
+        shards = PAGE * (len(self.steps) + 2)
+        background = self.source.background.nbytes
+        return self.layout.nbytes * len(self.steps) + latents * self.source.path.start.nbytes + background + shards
+
+    def _run(self, store: KVStore, watched: frozenset[int]) -> dict[int, Tensor]:
         source = self.source
-        return run_source(self.predict, source.path, source.prompt, store, self.watched, self.progress)
+        return run_source(self.predict, source.path, source.prompt, store, watched, self.progress)
 
 
 def _found(root: CacheRoot, key: str, facts: dict[str, Any]) -> SavedSource | None:

@@ -63,13 +63,15 @@ REFUSED = {
     "seed": (["--seed", 4], "--seed is 4, but the cache"),
     "steps": (["--steps", 3], "--steps is 3, but the cache"),
     "prompt": (["--source-prompt", "a dog"], "--source-prompt is 'a dog', but the cache"),
-    "frames": (["--max-frames", 2], "another video"),
-    "size": (["--size", "48x48"], "another"),
+    "frames": (["--max-frames", 2], "another length or working size ([9, 32, 48], not [5, 32, 48])"),
+    "size": (["--size", "48x48"], "another length or working size ([9, 32, 48], not [9, 48, 48])"),
     "tier": (["--cache-tier", "lockstep"], "tier must not be lockstep"),
     "no tier": (["--cache-tier", "floppy"], "tier must be one of auto, lockstep, resident, host, disk, got 'floppy'"),
     "format": (["--cache-format", "int2"], "format must be one of native, bf16, fp8_e4m3, int8, int4, got 'int2'"),
     "stride": (["--cache-stride", 0], "step_stride must be a whole number of at least 1, got 0"),
     "quota": (["--cache-quota", "many"], "--cache-quota must be an amount of memory"),
+    "its own format": (["--cache-format", "int4"], "format must not be given for the cache"),
+    "its own steps": (["--cache-steps", "window"], "steps must not be given for the cache"),
     "inverted": (["--source-path", "invert"], "another way to the source's latents"),
 }
 
@@ -140,7 +142,32 @@ def test_an_automatic_cache_is_found_again(clip, model, tmp_path):  # noqa: F811
 def test_what_invert_refuses(clip, model, tmp_path, capsys, arguments, words):  # noqa: F811
     assert invert(clip, model, tmp_path / "c", *arguments) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "c").exists() or not list((tmp_path / "c").iterdir())
+    assert not (tmp_path / "c").exists()
+
+
+def test_nothing_is_written_over_a_cache_or_a_model(clip, model, cache, tmp_path, capsys):  # noqa: F811
+    manifest = (cache / "manifest.json").read_bytes()
+    assert cached(clip, model, tmp_path / "o.mkv", cache, "--trace", cache / "manifest.json") == 2
+    assert "lies in the folder of the cache" in capsys.readouterr().err.splitlines()[-1]
+    assert (cache / "manifest.json").read_bytes() == manifest
+    assert invert(clip, model, tmp_path / "c", "--json", tmp_path / "c" / "manifest.json") == 2
+    assert "is the manifest of --output" in capsys.readouterr().err.splitlines()[-1]
+    assert invert(clip, model, model / "c") == 2
+    assert "lies in the model's folder" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_cache_has_what_any_lock_asks_for(clip, model, cache, tmp_path):  # noqa: F811
+    found = tmp_path / "f.json"
+    assert cached(clip, model, tmp_path / "o.mkv", cache, "--tau", "auto", "--json", found) == 0
+    assert figures_of(found)["forwards"] == 2 * 2
+
+
+def test_a_cache_that_lacks_steps_says_so(clip, model, tmp_path, capsys):  # noqa: F811
+    assert invert(clip, model, tmp_path / "c", "--kappa", 1, "--cache-steps", "window") == 0
+    assert cached(clip, model, tmp_path / "o.mkv", tmp_path / "c", "--kappa", 1) == 0
+    assert "lacks 1 of 2 steps: the source is run along" in capsys.readouterr().err
+    assert invert(clip, model, tmp_path / "d", "--kappa", 0, "--warmup-alpha", 0) == 2
+    assert "no step of this lock" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_without_a_cache_the_source_prompt_is_needed(clip, model, tmp_path, capsys):  # noqa: F811

@@ -6,6 +6,7 @@ which may be more than an edit asks for.
 
 import json
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -17,8 +18,8 @@ from kvlock_fast.errors import InputError
 SOURCE_FACTS = {
     "model": "another model",
     "scheduler": "another schedule",
+    "size": "another length or working size",
     "video": "another video, or other frames of it",
-    "size": "another working size",
     "source_prompt": "another source prompt",
     "source_path": "another way to the source's latents (source_path, inversion_solver)",
     "noise": "other noise",
@@ -40,25 +41,43 @@ def tensor_bytes(tensor: Tensor) -> np.ndarray:
     return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
 
 
+_known: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
+"""Fingerprints by module, with what they were made of: tens of gigabytes are not hashed twice."""
+
+
 def fingerprint(modules: list[nn.Module]) -> str:
     """xxh3-128 of the modules' classes, configs and all weights, adapters and their scales included.
 
     Raises InputError where weights are not in memory (sequential offloading).
     """
-    state = xxhash.xxh3_128()
-    for module in modules:
-        config = {key: value for key, value in dict(module.config).items() if not key.startswith("_")}
-        state.update(json.dumps([type(module).__name__, config], sort_keys=True, default=str).encode())
-        for name, part in module.named_modules():
-            if isinstance(getattr(part, "scaling", None), dict):  # an adapter's, which is no parameter
-                facts = [name, part.scaling, getattr(part, "active_adapters", None)]
-                state.update(json.dumps(facts, sort_keys=True, default=str).encode())
-        for name, tensor in module.state_dict().items():
-            if tensor.is_meta:
-                raise InputError(f"the weights of {name} are not in memory: a cache cannot tell which model they make")
-            state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            state.update(tensor_bytes(tensor))
+    return "".join(_fingerprint(module) for module in modules)
+
+
+def _fingerprint(module: nn.Module) -> str:
+    tensors = module.state_dict(keep_vars=True)
+    inference = any(tensor.is_inference() for tensor in tensors.values())  # which count no changes
+    adapters = [(name, *_adapter(part)) for name, part in module.named_modules() if _adapter(part)]
+    config = {key: value for key, value in dict(module.config.to_dict() if hasattr(module.config, "to_dict") else
+              module.config).items() if not key.startswith("_")}  # fmt: skip
+    facts = json.dumps([type(module).__name__, config, adapters], sort_keys=True, default=str)
+    now = facts, [(name, x.data_ptr(), 0 if inference else x._version) for name, x in tensors.items()]
+    if not inference and module in _known and _known[module][0] == now:
+        return _known[module][1]
+    state = xxhash.xxh3_128(facts.encode())
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise InputError(f"the weights of {name} are not in memory: a cache cannot tell which model they make")
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        state.update(tensor_bytes(tensor))
+    _known[module] = now, state.hexdigest()
     return state.hexdigest()
+
+
+def _adapter(part: nn.Module) -> list[Any]:
+    """What of an adapter layer (peft) is no parameter: scales, and which are switched on."""
+    if not isinstance(getattr(part, "scaling", None), dict):
+        return []
+    return [part.scaling, *(getattr(part, name, None) for name in ("active_adapters", "disable_adapters"))]
 
 
 def key_of(facts: dict[str, Any]) -> str:
@@ -75,7 +94,7 @@ def first_difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
         if isinstance(mine, dict):
             name = next(key for key in {**theirs, **mine} if mine.get(key) != theirs.get(key))
             mine, theirs = f"{name} {_short(mine.get(name))}", _short(theirs.get(name))
-        hashed = name in ("video", "noise", "fingerprint")
+        hashed = name in ("video", "noise") or name.startswith("fingerprint")
         return words if hashed else f"{words} ({_short(mine)}, not {_short(theirs)})"
     return None
 

@@ -54,7 +54,7 @@ def _formats(plan: Plan) -> str:
     for name, f in figures.items():
         per_step, whole = f["ratio_to_naive_per_step"], f["ratio_to_naive"]
         ratio = "-" if per_step is None else f"{per_step:.3g}x"
-        ratio += "" if whole == per_step else f"; {whole:.3g}x in all"
+        ratio += "" if whole in (per_step, None) else f"; {whole:.3g}x in all"
         sizes = (f["payload_bytes_per_step"], f["scale_bytes_per_step"], f["bytes"])
         lines.append(_cells(name, *map(_amount, sizes), ratio))
     naive = (job.naive_bytes_per_step, 0, job.naive_bytes_per_step * job.num_steps)

@@ -56,9 +56,9 @@ class CacheRoot:
         A damaged one is set aside with a warning: it is not looked at again, and the next one written replaces it.
         """
         folder = self._folder(key)
-        if not (folder / manifest.NAME).exists() or litter.why_aside(folder) is not None:
-            return None
         try:
+            if not (folder / manifest.NAME).exists() or litter.why_aside(folder) is not None:
+                return None
             entry = Entry.open(folder)
         except MissingCache:
             return None  # evicted meanwhile
@@ -67,7 +67,7 @@ class CacheRoot:
                 litter.set_aside(folder, error.manifest, str(error))
             warnings.warn(InputWarning(f"{error}; it is set aside"), stacklevel=2)
             return None
-        except InputError as error:
+        except (InputError, OSError) as error:
             warnings.warn(InputWarning(f"{error}; it is not used"), stacklevel=2)
             return None
         with contextlib.suppress(OSError):
@@ -109,7 +109,7 @@ class CacheRoot:
         """All entries, in the order of their keys."""
         slots = []
         for folder in self._folders():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, PermissionError):  # gone, or another user's own
                 slots.append(slot_of(folder))
         return slots
 

@@ -28,11 +28,15 @@ Packed = dict[Key, QuantizedKV]
 def page_lock(arena: Tensor) -> None:
     """Let the GPU copy to and from this host memory by itself.
 
-    Not `pin_memory`: torch's allocator rounds pinned blocks up to a power of two. Raises RuntimeError where the system
-    refuses so much.
+    Not `pin_memory`: torch's allocator rounds pinned blocks up to a power of two. Raises
+    OutOfMemoryError where the system refuses so much.
     """
-    if arena.numel():
+    if not arena.numel():
+        return
+    try:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), arena.nbytes, 0))
+    except RuntimeError as error:
+        raise torch.OutOfMemoryError(f"{arena.nbytes} bytes cannot be page-locked: {error}") from error
 
 
 def page_unlock(arena: Tensor) -> None:
@@ -106,6 +110,8 @@ class SlottedStore:
         self._holds: list[int | None] = [None, None]
         self._turn = 0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvlock-cache")
+        for i in range(2):  # the slots' memory may be that of tensors whose kernels still run
+            self._release(i)
 
     def _save(self, step: int, slot: Tensor) -> None:
         raise NotImplementedError

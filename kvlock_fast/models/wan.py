@@ -41,6 +41,16 @@ class WanModel:
         return self.pipe._execution_device
 
     @property
+    def modules(self) -> list[nn.Module]:
+        """All whose weights a source's keys and values come from."""
+        named = (getattr(self.pipe, name, None) for name in ("vae", "text_encoder"))
+        return [*self.transformers, *(part for part in named if isinstance(part, nn.Module))]
+
+    def facts(self) -> dict[str, Any]:
+        """What decides, beside the weights, which forward serves a step."""
+        return {name: self.pipe.config.get(name) for name in ("boundary_ratio", "expand_timesteps")}
+
+    @property
     def geometry(self) -> Geometry:
         config = self.pipe.vae.config
         patch = tuple(self.transformers[0].config.patch_size)
