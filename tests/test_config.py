@@ -27,7 +27,7 @@ def test_unknown_names_are_refused():
         LockConfig.preset("papr")
     with pytest.raises(ValueError, match="unknown lock parameter 'kapa'"):
         LockConfig.preset("paper", kapa=3)
-    with pytest.raises(ValueError, match="tier must be one of auto, lockstep, got 'moon'"):
+    with pytest.raises(ValueError, match="tier must be one of auto, lockstep, resident, host, disk, got 'moon'"):
         CacheConfig(tier="moon")
 
 
