@@ -66,6 +66,26 @@ def test_a_cache_that_is_there_is_read_in_a_lower_tier(tmp_path, monkeypatch):
     assert out.trace.cache["format"] == "fp8_e4m3" and out.trace.cache["tier"] == "disk"
 
 
+def test_a_host_without_memory_is_a_reason_to_go_down_too(tmp_path, monkeypatch):
+    from kvlock_fast.cache.layout import StepLayout
+
+    new_arena, left = StepLayout.new_arena, [4]  # two slots, and two of five steps
+
+    def failing(self, device):
+        left[0] -= 1
+        if left[0] < 0:
+            left[0] = 10**9
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return new_arena(self, device)
+
+    pipe = tiny_wan()
+    expected = call(pipe).latents
+    monkeypatch.setattr(StepLayout, "new_arena", failing)
+    with pytest.warns(InputWarning, match="memory ran out"):
+        out = call(pipe, cache=CacheConfig(tier="host", format="native", root=str(tmp_path)))
+    assert (out.latents - expected).abs().max() < 0.5
+
+
 def test_more_memory_than_there_ever_is_ends_in_one_sentence(monkeypatch):
     pipe = tiny_wan()
     run_out_of_memory(pipe, monkeypatch, times=10**9)

@@ -206,8 +206,10 @@ class HostStore(SlottedStore):
                 if self._stream is not None:
                     page_lock(arena)
                 self._arenas[step] = arena
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if type(error) is RuntimeError:  # torch's, where the host has no memory left
+                raise torch.OutOfMemoryError(str(error)) from error
             raise
 
     @property
