@@ -39,6 +39,27 @@ def _option(text: str, *names: str, **more: Any) -> Any:
     return typer.Option(*names, help=text, **more)
 
 
+# What several commands take.
+Quiet = Annotated[bool, _option("No progress.", "--quiet", "-q")]
+Device = Annotated[str, _option("cuda, cpu, ... or auto.")]
+Dtype = Annotated[str, _option("bf16, fp16, fp32, or auto (bf16 on a GPU).")]
+Kappa = Annotated[int | None, _option("How many last steps follow the variance.")]
+Preset = Annotated[str, _option("The lock's preset.")]
+Model = Annotated[str, _option("A folder, a hub id, or demo (the bundled model).")]
+Source = Annotated[str, _option("The video: a file, or a folder of images.")]
+ModelFrames = Annotated[int | None, _option("Frames of the video; else the model's usual number.")]
+ModelSize = Annotated[str | None, _option("HEIGHTxWIDTH; else the model's usual size.")]
+Steps = Annotated[int, _option("Denoising steps.")]
+CacheSteps = Annotated[str, _option(_STEPS)]
+CacheFormat = Annotated[str, _option(_FORMATS)]
+InversionSolver = Annotated[str | None, _option("'euler' or 'heun'.")]
+SourcePath = Annotated[str | None, _option("'renoise' or 'invert'.")]
+Alpha = Annotated[str | None, _option("'dynamic' or a fixed ratio of the source's K and V, 0 to 1.")]
+Policy = Annotated[FramesPolicy, _option("For a frame count the model cannot take.")]
+MaxFrames = Annotated[int | None, _option("Use only the first so many frames.", min=1)]
+Size = Annotated[str | None, _option("Work at HEIGHTxWIDTH; else the source's size (demo: small).")]
+
+
 def parse_size(text: str | None) -> tuple[int, int] | None:
     """HEIGHTxWIDTH as (height, width)."""
     if text is None:
@@ -86,44 +107,44 @@ def number_or(word: str, text: str | None, option: str) -> float | str | None:
 
 @app.command()
 def edit(
-    source: Annotated[str, _option("The video: a file, or a folder of images.")],
+    source: Source,
     mask: Annotated[str, _option("Where it may change: video, image, folder, .npy, .npz, or box:x,y,w,h.")],
     prompt: Annotated[list[str], _option("What the edit shall show; once for each edit of the same source.")],
     output: Annotated[Path, _option("The edit, .mp4 or .mkv (lossless); NAME-1, NAME-2, ... for several prompts.")],
     source_prompt: Annotated[str | None, _option("What the source shows; with --cache, as it was made.")] = None,
-    model: Annotated[str, _option("A folder, a hub id, or demo (the bundled model).")] = "demo",
+    model: Model = "demo",
     negative_prompt: Annotated[str | None, _option("What guidance shall lead away from.")] = None,
     steps: Annotated[int | None, _option("Denoising steps; 50, or with --cache as it was made.")] = None,
     guidance: Annotated[float, _option("The guidance scale (omega0); 1 or less: no guidance.")] = 5.0,
     guidance_2: Annotated[float | None, _option("For the low-noise transformer, where there are two.")] = None,
     seed: Annotated[int | None, _option("Of the noise; 0, or the cache's.", min=0, max=MOST_SEED)] = None,
-    size: Annotated[str | None, _option("Work at HEIGHTxWIDTH; else the source's size (demo: small).")] = None,
-    max_frames: Annotated[int | None, _option("Use only the first so many frames.", min=1)] = None,
-    frames_policy: Annotated[FramesPolicy, _option("For a frame count the model cannot take.")] = FramesPolicy.pad,
+    size: Size = None,
+    max_frames: MaxFrames = None,
+    frames_policy: Policy = FramesPolicy.pad,
     preset: Annotated[str, _option("Values for all the lock parameters below; see the README.")] = "kvlock",
-    alpha: Annotated[str | None, _option("'dynamic' or a fixed ratio of the source's K and V, 0 to 1.")] = None,
+    alpha: Alpha = None,
     omega: Annotated[str | None, _option("'dynamic' or 'constant' guidance scale.")] = None,
     s_star: Annotated[bool | None, _option("Calibrate guidance by the projection s*.", "--s-star/--no-s-star")] = None,
     s_star_region: Annotated[str | None, _option("'all' or 'foreground'.")] = None,
     tau: Annotated[str | None, _option("The variance at which locking saturates, or 'auto'.")] = None,
     b: Annotated[float | None, _option("The largest factor on the guidance scale.")] = None,
     window: Annotated[int | None, _option("W: predictions the variance looks back on.")] = None,
-    kappa: Annotated[int | None, _option("How many last steps follow the variance.")] = None,
+    kappa: Kappa = None,
     warmup_alpha: Annotated[float | None, _option("Alpha before them.")] = None,
     alpha_floor: Annotated[float | None, _option("Least alpha.")] = None,
     omega_floor: Annotated[float | None, _option("Least guidance scale.")] = None,
     detection: Annotated[str | None, _option("Variance over 'foreground' or 'global'.")] = None,
     layers: Annotated[str | None, _option("Locked self-attention layers, like 0-11,15; all if not given.")] = None,
     background_latents: Annotated[str | None, _option("'model' (K/V locking alone) or 'source'.")] = None,
-    source_path: Annotated[str | None, _option("'renoise' or 'invert'.")] = None,
-    inversion_solver: Annotated[str | None, _option("'euler' or 'heun'.")] = None,
+    source_path: SourcePath = None,
+    inversion_solver: InversionSolver = None,
     zero_init_steps: Annotated[int | None, _option("First steps with a prediction of 0.")] = None,
     guidance_batching: Annotated[str | None, _option("'separate' or 'batched' forwards, or 'auto'.")] = None,
     cache: Annotated[str | None, _option("A folder made by invert: the source is not run again.")] = None,
     cache_tier: Annotated[str, _option("Where its K and V are: auto, lockstep, resident, host, disk.")] = "auto",
-    cache_format: Annotated[str, _option(_FORMATS)] = "fp8_e4m3",
+    cache_format: CacheFormat = "fp8_e4m3",
     cache_stride: Annotated[int, _option(_STRIDE)] = 1,
-    cache_steps: Annotated[str, _option(_STEPS)] = "all",
+    cache_steps: CacheSteps = "all",
     cache_root: Annotated[str | None, _option("Where automatic caches of the disk tier are kept.")] = None,
     cache_quota: Annotated[str | None, _option("The most they may take, like 200GB.")] = None,
     prompts_at_once: Annotated[int | None, _option("The most prompts in one batch.")] = None,
@@ -133,9 +154,9 @@ def edit(
     trace: Annotated[Path | None, _option("Write what happened at each step, as JSON.")] = None,
     report: Annotated[Path | None, _option("Write an HTML page about the edit.")] = None,
     json_file: JsonFile = None,
-    device: Annotated[str, _option("cuda, cpu, ... or auto.")] = "auto",
-    dtype: Annotated[str, _option("bf16, fp16, fp32, or auto (bf16 on a GPU).")] = "auto",
-    quiet: Annotated[bool, _option("No progress.", "--quiet", "-q")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """Edit the masked region of a video by text."""
     from kvlock_fast import commands
@@ -167,30 +188,30 @@ def edit(
 
 @app.command()
 def invert(
-    source: Annotated[str, _option("The video: a file, or a folder of images.")],
+    source: Source,
     mask: Annotated[str, _option("Where it may change, as for edit. An edit's mask may be larger, not smaller.")],
     source_prompt: Annotated[str, _option("What the source shows.")],
     output: Annotated[Path, _option("The folder of the cache; other files in it stay.")],
-    model: Annotated[str, _option("A folder, a hub id, or demo (the bundled model).")] = "demo",
-    steps: Annotated[int, _option("Denoising steps.")] = 50,
+    model: Model = "demo",
+    steps: Steps = 50,
     seed: Annotated[int, _option("Of the noise.", min=0, max=MOST_SEED)] = 0,
-    size: Annotated[str | None, _option("Work at HEIGHTxWIDTH; else the source's size (demo: small).")] = None,
-    max_frames: Annotated[int | None, _option("Use only the first so many frames.", min=1)] = None,
-    frames_policy: Annotated[FramesPolicy, _option("For a frame count the model cannot take.")] = FramesPolicy.pad,
+    size: Size = None,
+    max_frames: MaxFrames = None,
+    frames_policy: Policy = FramesPolicy.pad,
     preset: Annotated[str, _option("Values for the lock parameters below; see the README.")] = "kvlock",
-    alpha: Annotated[str | None, _option("'dynamic' or a fixed ratio of the source's K and V, 0 to 1.")] = None,
-    kappa: Annotated[int | None, _option("How many last steps follow the variance.")] = None,
+    alpha: Alpha = None,
+    kappa: Kappa = None,
     warmup_alpha: Annotated[float | None, _option("Alpha before them; with 0 they are not stored.")] = None,
     layers: Annotated[str | None, _option("Self-attention layers to store, like 0-11,15; all if not given.")] = None,
-    source_path: Annotated[str | None, _option("'renoise' or 'invert'.")] = None,
-    inversion_solver: Annotated[str | None, _option("'euler' or 'heun'.")] = None,
+    source_path: SourcePath = None,
+    inversion_solver: InversionSolver = None,
     format: Annotated[str, _option(_FORMATS, "--format", "--cache-format")] = "fp8_e4m3",
     stride: Annotated[int, _option(_STRIDE, "--stride", "--cache-stride")] = 1,
     store: Annotated[str, _option(_STEPS, "--store", "--cache-steps")] = "all",
     json_file: JsonFile = None,
-    device: Annotated[str, _option("cuda, cpu, ... or auto.")] = "auto",
-    dtype: Annotated[str, _option("bf16, fp16, fp32, or auto (bf16 on a GPU).")] = "auto",
-    quiet: Annotated[bool, _option("No progress.", "--quiet", "-q")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """Run a source through the model once and keep its K and V in a folder, for edit --cache."""
     from kvlock_fast import commands
@@ -212,11 +233,11 @@ def demo(
     output: Annotated[Path, _option("The folder for the results; files in it stay.")] = Path("out/demo"),
     world: Annotated[int | None, _option("Instead of an edit, write so many clips of the demo's world.")] = None,
     steps: Annotated[int | None, _option("Denoising steps; a quick default if not given.", min=1)] = None,
-    preset: Annotated[str, _option("The lock's preset.")] = "kvlock",
+    preset: Preset = "kvlock",
     seed: Annotated[int, _option("Of the noise, or of the world.", min=0, max=MOST_SEED)] = 0,
-    device: Annotated[str, _option("cuda, cpu, ... or auto.")] = "auto",
+    device: Device = "auto",
     json_file: JsonFile = None,
-    quiet: Annotated[bool, _option("No progress.", "--quiet", "-q")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Edit a procedurally made clip with the bundled model; writes videos, a report, a sheet and a trace."""
     from kvlock_fast import commands
@@ -232,7 +253,7 @@ def kernels(
     arch: Annotated[str, _option("Architectures, like sm_80,sm_90.")] = "sm_90",
     only: Annotated[list[str] | None, _option("Only this kernel file; can be given several times.")] = None,
     json_file: JsonFile = None,
-    quiet: Annotated[bool, _option("No progress.", "--quiet", "-q")] = False,
+    quiet: Quiet = False,
 ) -> int:
     """Compile every kernel that ships, without a GPU, and check what came out."""
     from kvlock_fast import commands
@@ -244,21 +265,21 @@ def kernels(
 def plan(
     config: Annotated[str | None, _option("A known size like wan-1.3b, or a config file or model folder.")] = None,
     model: Annotated[str | None, _option("The same; demo is the bundled model.")] = None,
-    frames: Annotated[int | None, _option("Frames of the video; else the model's usual number.")] = None,
-    size: Annotated[str | None, _option("HEIGHTxWIDTH; else the model's usual size.")] = None,
+    frames: ModelFrames = None,
+    size: ModelSize = None,
     mask_share: Annotated[float | None, _option("Share of the video that may change; else 0.2.")] = None,
     mask: Annotated[str | None, _option("A mask's file or folder, to count that share.")] = None,
-    steps: Annotated[int, _option("Denoising steps.")] = 50,
+    steps: Steps = 50,
     prompts: Annotated[int, _option("Edits of one source, made together.")] = 1,
     edits: Annotated[int, _option("How often, with the same cache.")] = 1,
     guidance: Annotated[float, _option("The guidance scale; 1 or less: no guidance.")] = 5.0,
-    preset: Annotated[str, _option("The lock's preset.")] = "kvlock",
+    preset: Preset = "kvlock",
     alpha: Annotated[str | None, _option("'dynamic' or a fixed ratio, 0 to 1.")] = None,
-    kappa: Annotated[int | None, _option("How many last steps follow the variance.")] = None,
+    kappa: Kappa = None,
     warmup_alpha: Annotated[float | None, _option("Alpha before them; 0 stores the last kappa steps only.")] = None,
     layers: Annotated[str | None, _option("Locked self-attention layers, like 0-11,15.")] = None,
     step_stride: Annotated[int, _option(_STRIDE, "--step-stride", "--cache-stride")] = 1,
-    cache_steps: Annotated[str, _option(_STEPS)] = "all",
+    cache_steps: CacheSteps = "all",
     dtype: Annotated[str, _option("bf16, fp16, fp32, or auto (the model's own).")] = "auto",
     format: Annotated[list[str] | None, _option("Only this format; can be given several times.")] = None,
     gpu_memory: Annotated[str | None, _option("Of the machine to plan for, like 24GB; else this one's.")] = None,
@@ -286,21 +307,21 @@ def profile(
     output: Annotated[Path, _option("The folder for the results; files in it stay.")] = Path("out/profile"),
     config: Annotated[str | None, _option("A known size like wan-1.3b, or a config file: random weights.")] = None,
     model: Annotated[str | None, _option("A folder, a hub id, or demo (the bundled model): its own weights.")] = None,
-    frames: Annotated[int | None, _option("Frames of the video; else the model's usual number.")] = None,
-    size: Annotated[str | None, _option("HEIGHTxWIDTH; else the model's usual size.")] = None,
-    steps: Annotated[int, _option("Denoising steps.")] = 4,
+    frames: ModelFrames = None,
+    size: ModelSize = None,
+    steps: Steps = 4,
     layers: Annotated[int | None, _option("Only the first so many layers; else all.")] = None,
-    preset: Annotated[str, _option("The lock's preset.")] = "kvlock",
+    preset: Preset = "kvlock",
     cache_tier: Annotated[str, _option("Where the source's K and V are: lockstep, resident, host, disk.")] = "lockstep",
-    cache_format: Annotated[str, _option(_FORMATS)] = "fp8_e4m3",
+    cache_format: CacheFormat = "fp8_e4m3",
     nsys: Annotated[bool, _option("Also run it under Nsight Systems.", "--nsys")] = False,
     ncu: Annotated[bool, _option("Also run it under Nsight Compute.", "--ncu")] = False,
     ranges_only: Annotated[bool, _option("Only run, for a profiler that looks on; no files.", "--ranges-only")] = False,
     force: Annotated[bool, _option("Run what looks too large as well.", "--force")] = False,
     json_file: JsonFile = None,
-    device: Annotated[str, _option("cuda, cpu, ... or auto.")] = "auto",
-    dtype: Annotated[str, _option("bf16, fp16, fp32, or auto (bf16 on a GPU).")] = "auto",
-    quiet: Annotated[bool, _option("No progress.", "--quiet", "-q")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
 ) -> int:
     """Where the time of a locked edit goes: a table by range, a trace, and the commands for Nsight."""
     from kvlock_fast import commands

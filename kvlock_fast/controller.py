@@ -70,10 +70,6 @@ class Controller:
         self.ones = torch.ones(batch, device=region.device)
         self.no_variance = self.ones * float("nan")
 
-    def can_lock(self, step: int) -> bool:
-        """Whether alpha can exceed 0 at this step."""
-        return can_lock(self.lock, self.num_steps, step)
-
     def is_dynamic(self, step: int) -> bool:
         """Whether the variance decides at this step."""
         return step >= first_dynamic_step(self.lock, self.num_steps) and self.ratio is not None

@@ -123,7 +123,6 @@ def _downwards(way: Way, rungs: Callable[[], list[Rung]], run: Callable[[Way], R
 
     Raises InputError when the last one fails.
     """
-    first = way.cache
     try:
         return run(way)
     except torch.OutOfMemoryError:
@@ -131,8 +130,10 @@ def _downwards(way: Way, rungs: Callable[[], list[Rung]], run: Callable[[Way], R
     for rung in rungs():
         _free()
         warnings.warn(f"memory ran out: {rung.reason}", InputWarning, stacklevel=2)
-        format = rung.format or way.cache.format
-        way = Way(replace(first, tier=rung.tier, format=format, prompts_at_once=rung.prompts), rung.tiled_decoding)
+        changes: dict[str, Any] = {"tier": rung.tier, "prompts_at_once": rung.prompts}
+        if way.cache.path is None and rung.format is not None:  # a cache that is there has its own
+            changes["format"] = rung.format
+        way = Way(replace(way.cache, **changes), rung.tiled_decoding)
         try:
             return run(way)
         except torch.OutOfMemoryError:

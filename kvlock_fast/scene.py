@@ -124,7 +124,7 @@ def edit_prompts(task: Task, scene: Scene, cache: CacheConfig, recorder: Recorde
         recorder.cache = _facts(cache.tier, stored)
         _warn_of_source_runs(scene, stored)
         try:
-            done = _Steps(progress, task, cache, scene.solver.num_steps)
+            done = _StepCounter(progress, task, cache, scene.solver.num_steps)
             edits = [
                 denoise(part, predict, path, stored, scene.solver, recorder, done) for part in _batches(task, cache)
             ]
@@ -183,7 +183,7 @@ def _batches(task: Task, cache: CacheConfig) -> Iterator[Task]:
         yield replace(task, prompt=task.prompt[part], negative=negative)
 
 
-class _Steps:
+class _StepCounter:
     """Counts the steps of all batches for the one who watches."""
 
     def __init__(self, progress: Progress, task: Task, cache: CacheConfig, num_steps: int):

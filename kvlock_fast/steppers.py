@@ -8,6 +8,7 @@ and for schedulers that have no table.
 import torch
 from torch import Tensor
 
+from kvlock_fast.config import LockConfig
 from kvlock_fast.controller import Controller, VarianceWindow, compares_with_source, first_dynamic_step
 from kvlock_fast.forwards import Task
 from kvlock_fast.kernels.epilogue import step_epilogue
@@ -18,6 +19,25 @@ from kvlock_fast.source import SourcePath
 
 LEAST_VARIANCE = 1e-12
 """Of the source, where tau follows it: one that does not move at all would divide by zero."""
+
+
+def schedule_of(lock: LockConfig, steps: int, tau: float | Tensor) -> Schedule:
+    """A lock in plain numbers; tau: its own, or a tensor that follows the source's variance."""
+    return Schedule(
+        window=max(2, min(lock.window, steps)),
+        alpha=None if lock.alpha == "dynamic" else lock.alpha,
+        dynamic_omega=lock.omega == "dynamic",
+        tau=tau,
+        b=lock.b,
+        first_dynamic_step=first_dynamic_step(lock, steps),
+        warmup_alpha=lock.warmup_alpha,
+        alpha_floor=lock.alpha_floor,
+        omega_floor=lock.omega_floor,
+        s_star=lock.s_star,
+        s_star_region=lock.s_star_region,
+        detection=lock.detection,
+        zero_init_steps=lock.zero_init_steps,
+    )
 
 
 class DeviceStepper:
@@ -36,21 +56,7 @@ class DeviceStepper:
             if compares_with_source(lock):
                 region = torch.ones_like(self.foreground) if lock.detection == "global" else self.foreground
                 self.source_window = VarianceWindow(window, region)
-        self.schedule = Schedule(
-            window=window,
-            alpha=None if lock.alpha == "dynamic" else lock.alpha,
-            dynamic_omega=lock.omega == "dynamic",
-            tau=self.tau,
-            b=lock.b,
-            first_dynamic_step=first_dynamic_step(lock, steps),
-            warmup_alpha=lock.warmup_alpha,
-            alpha_floor=lock.alpha_floor,
-            omega_floor=lock.omega_floor,
-            s_star=lock.s_star,
-            s_star_region=lock.s_star_region,
-            detection=lock.detection,
-            zero_init_steps=lock.zero_init_steps,
-        )
+        self.schedule = schedule_of(lock, steps, self.tau)
         self.state = new_step_state(_start(task, source), solver.table, omega0, self.schedule)
 
     @property

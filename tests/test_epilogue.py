@@ -20,6 +20,7 @@ from kvlock_fast.kernels.language import HAS_TRITON
 from kvlock_fast.kernels.launch import recorded_launches
 from kvlock_fast.kernels.step_state import TRACE_COLUMNS, Schedule, StepState, new_step_state
 from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.steppers import schedule_of
 from kvlock_fast.tables import solver_table
 
 EXAMPLES = settings().max_examples
@@ -281,25 +282,6 @@ SCHEDULERS = {
 }
 
 
-def schedule_of(lock, steps, tau):
-    """A LockConfig's schedule in plain numbers."""
-    return Schedule(
-        window=lock.window,
-        alpha=None if lock.alpha == "dynamic" else lock.alpha,
-        dynamic_omega=lock.omega == "dynamic",
-        tau=tau if lock.tau == "auto" else lock.tau,
-        b=lock.b,
-        first_dynamic_step=max(0, steps - lock.kappa),
-        warmup_alpha=lock.warmup_alpha,
-        alpha_floor=lock.alpha_floor,
-        omega_floor=lock.omega_floor,
-        s_star=lock.s_star,
-        s_star_region=lock.s_star_region,
-        detection=lock.detection,
-        zero_init_steps=lock.zero_init_steps,
-    )
-
-
 # Triton takes the reference's steps, tested below; here once more over whole runs, with --all.
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=(triton_only, pytest.mark.large))])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -312,7 +294,8 @@ def test_presets_take_the_controllers_and_the_schedulers_steps(preset, scheduler
     solver, tau = FlowSolver(SCHEDULERS[scheduler](), run.steps, run.latents.device), torch.ones(1, device=DEVICE)
     controller = Controller(lock, run.steps, len(run.latents), run.foreground)
     source = VarianceWindow(max(2, min(lock.window, run.steps)), run.foreground)
-    run = dataclasses.replace(run, table=solver_table(solver.scheduler), schedule=schedule_of(lock, run.steps, tau))
+    schedule = schedule_of(lock, run.steps, tau if lock.tau == "auto" else lock.tau)
+    run = dataclasses.replace(run, table=solver_table(solver.scheduler), schedule=schedule)
     state, latents, inside = start(run), run.latents, run.foreground[:, None]
     for k in range(run.steps):
         alpha, omega, s = controller.alpha(k), controller.omega(k, run.omega0[k]), controller.ones

@@ -57,8 +57,8 @@ def _fingerprint(module: nn.Module) -> str:
     tensors = module.state_dict(keep_vars=True)
     inference = any(tensor.is_inference() for tensor in tensors.values())  # which count no changes
     adapters = [(name, *_adapter(part)) for name, part in module.named_modules() if _adapter(part)]
-    config = {key: value for key, value in dict(module.config.to_dict() if hasattr(module.config, "to_dict") else
-              module.config).items() if not key.startswith("_")}  # fmt: skip
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
     facts = json.dumps([type(module).__name__, config, adapters], sort_keys=True, default=str)
     now = facts, [(name, x.data_ptr(), 0 if inference else x._version) for name, x in tensors.items()]
     if not inference and module in _known and _known[module][0] == now:
