@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from kvlock_fast.cache.model_sizes import ModelSize, find_model, from_pipeline
 from kvlock_fast.composite import composite
@@ -21,6 +20,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.forwards import Task
 from kvlock_fast.masks import project_mask
 from kvlock_fast.media import resize_mask, resize_video, write_video
+from kvlock_fast.models.random_weights import cut_depth, random_transformer
 from kvlock_fast.models.wan import WAN, WanModel
 from kvlock_fast.nvtx import span
 from kvlock_fast.profile_extent import FOREGROUND, Extent, find_extent, refuse_too_large
@@ -184,36 +184,6 @@ def transformer_config(name: str, model: ModelSize) -> dict[str, Any]:
     if config.get("image_dim") is not None or config["in_channels"] != config.get("out_channels"):
         raise InputError(f"'{name}' takes an image beside the text: image-to-video is not supported yet")
     return config
-
-
-def random_transformer(config: dict[str, Any], layers: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Wan's transformer with normal weights, norms of 1 and no bias; what diffusers keeps in fp32 is in fp32."""
-    from accelerate import init_empty_weights
-    from diffusers import WanTransformer3DModel
-
-    with init_empty_weights(include_buffers=False):
-        transformer = WanTransformer3DModel.from_config({**config, "num_layers": layers})
-    generator = torch.Generator(device).manual_seed(0)
-    kept = set(WanTransformer3DModel._keep_in_fp32_modules or ())
-    for name, module in transformer.named_modules():
-        for key, meta in list(module.named_parameters(recurse=False)):
-            wide = kept & set(f"{name}.{key}".split("."))
-            empty = torch.empty(meta.shape, device=device, dtype=torch.float32 if wide else dtype)
-            module.register_parameter(key, nn.Parameter(_filled(empty, key, generator), requires_grad=False))
-    return transformer.to(device).eval()
-
-
-def _filled(x: Tensor, name: str, generator: torch.Generator) -> Tensor:
-    if name == "bias":
-        return x.zero_()
-    return x.fill_(1.0) if x.ndim == 1 else x.normal_(0.0, 0.02, generator=generator)
-
-
-def cut_depth(transformer: nn.Module, layers: int) -> None:
-    """Keep the first layers only."""
-    if layers < len(transformer.blocks):
-        transformer.blocks = transformer.blocks[:layers]
-        transformer.register_to_config(num_layers=layers)
 
 
 def made_up_clip(extent: Extent) -> Clip:

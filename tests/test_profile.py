@@ -21,6 +21,7 @@ from kvlock_fast.cache.machine import Machine
 from kvlock_fast.cache.model_sizes import MODELS, find_model
 from kvlock_fast.cli import main
 from kvlock_fast.errors import InputWarning
+from kvlock_fast.models import random_weights
 from kvlock_fast.models.ranges import groups, layer_ranges
 from kvlock_fast.models.wan import WAN
 from kvlock_fast.timeline import read_trace, table
@@ -383,7 +384,7 @@ def test_a_folders_config_is_its_transformers(model):
 def test_random_weights_are_of_the_right_kind():
     config = profile_subjects.transformer_config("wan-1.3b", MODELS["wan-1.3b"])
     small = {**config, "num_attention_heads": 1, "ffn_dim": 64}
-    transformer = profile_subjects.random_transformer(small, 2, torch.device("cpu"), torch.bfloat16)
+    transformer = random_weights.random_transformer(small, 2, torch.device("cpu"), torch.bfloat16)
     block = transformer.blocks[1]
     assert len(transformer.blocks) == 2 and block.attn1.to_q.weight.dtype == torch.bfloat16
     assert block.scale_shift_table.dtype == block.norm2.weight.dtype == torch.float32
