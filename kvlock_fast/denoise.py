@@ -6,20 +6,22 @@ One screen: where the source is (source.py), the forwards under the lock (forwar
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from kvlock_fast.cache.store import Packed
+from kvlock_fast.config import LockConfig
 from kvlock_fast.controller import can_lock, compares_with_source
 from kvlock_fast.forwards import Forwards, Predictor, Task
-from kvlock_fast.graph import StepGraphs, choose_capture
+from kvlock_fast.graph import CapturedLoops, StepGraphs, launch_facts
 from kvlock_fast.nvtx import span
 from kvlock_fast.solvers import FlowSolver
 from kvlock_fast.source import SourcePath
 from kvlock_fast.source_pass import StoredSource
-from kvlock_fast.steppers import DeviceStepper, Stepper, new_stepper
+from kvlock_fast.steppers import DeviceStepper, Stepper, new_stepper, stepper_kind
 from kvlock_fast.trace import Recorder
 
 
@@ -31,29 +33,27 @@ def denoise(
     solver: FlowSolver,
     recorder: Recorder,
     progress: Callable[[int], None],
+    loops: CapturedLoops | None = None,
 ) -> Tensor:
     """The edit's clean latents [B, C, T, H, W]; `progress(k)` is called after step k.
 
-    source: where the source is at each step; stored: its keys and values, for the steps that they cover.
+    source: where the source is at each step; stored: its keys and values, for the steps that they cover; loops: those
+    that are captured, None to run every step as it is.
     """
     steps = solver.num_steps
     stepper = new_stepper(task, solver, source, [task.guidance[predict.stage(k)] for k in range(steps)])
-    device = stepper.latents.device
-    graphs = StepGraphs(choose_capture(task.graph, device, _why_not_captured(task, predict, stepper)))
-    if graphs.active and stored is not None:
-        stored.store.fix_addresses()
     run = _Steps(task, predict, source, stored, stepper)
-    rows: dict[Hashable, int] = {}
+    graphs = StepGraphs(None) if loops is None else run.hold(loops)
     recorder.begin()
     for k in range(steps):
         with span("step", k), run.inputs(k) as kind:
             before = recorder.forwards
             graphs.run(kind, partial(run.step, k))
-            recorder.forwards = before + rows.setdefault(kind, recorder.forwards - before)
+            recorder.forwards = before + graphs.rows.setdefault(kind, recorder.forwards - before)
         recorder.mark()
         progress(k)
     recorder.end(stepper.trace())
-    return stepper.latents
+    return stepper.latents if loops is None else stepper.latents.clone()
 
 
 class _Steps:
@@ -66,6 +66,34 @@ class _Steps:
         self.source_latent, self.timestep = source.at(0).clone(), predict.solver.timestep_at(0).clone()
         self.forwards = Forwards(task, predict, self.timestep)
         self.kept: Packed | None = None
+
+    def hold(self, loops: CapturedLoops) -> StepGraphs:
+        """Have all that a captured step reads and writes where it stays: in the memory of an earlier run like this."""
+        task, predict, stepper = self.task, self.predict, self.stepper
+        mask = task.mask
+        tensors = {"prompt": task.prompt, "negative": task.negative, "source prompt": task.source_prompt,
+                   "tokens": mask.tokens.clone(), "background": predict.background,
+                   "source latent": self.source_latent, "timestep": self.timestep, **stepper.tensors()}  # fmt: skip
+        stages = tuple(predict.stage(k) for k in range(predict.solver.num_steps))
+        facts = tuple(launch_facts(transformer) for transformer in predict.model.transformers)
+        slots = [] if self.stored is None else self.stored.store.fixed_slots()
+        layout = None if self.stored is None else self.stored.store.layout
+        held = loops.take(
+            (task.lock, task.guidance, stages, facts, layout),
+            {name: x for name, x in tensors.items() if x is not None},
+            slots,
+        )
+        if self.stored is not None and held.slots is not slots:
+            self.stored.store.use_slots(held.slots)
+        own = held.tensors
+        mask = replace(mask, tokens=own["tokens"])
+        texts = {"prompt": own["prompt"], "negative": own.get("negative"), "source_prompt": own["source prompt"]}
+        self.task = replace(task, mask=mask, **texts)
+        self.source_latent, self.timestep = own["source latent"], own["timestep"]
+        predict.use_background(own["background"])
+        stepper.use(own)
+        self.forwards = Forwards(self.task, predict, self.timestep)
+        return held.graphs
 
     @contextmanager
     def inputs(self, k: int) -> Iterator[Hashable]:
@@ -112,12 +140,12 @@ class _Steps:
         return compares_with_source(self.task.lock)
 
 
-def _why_not_captured(task: Task, predict: Predictor, stepper: Any) -> str | None:
-    """What in this run a replay would miss; None if nothing."""
-    if not isinstance(stepper, DeviceStepper):
+def why_not_captured(model: Any, lock: LockConfig, solver: FlowSolver) -> str | None:
+    """What in an edit a replay of its steps would miss; None if nothing."""
+    if stepper_kind(lock, solver) is not DeviceStepper:
         return "it takes the scheduler's own steps"
-    if compares_with_source(task.lock):
+    if compares_with_source(lock):
         return "tau='auto' counts the source's predictions on the host"
-    if any(hasattr(transformer, "_hf_hook") for transformer in predict.model.transformers):
+    if any(hasattr(transformer, "_hf_hook") for transformer in model.transformers):
         return "the model is offloaded: its weights move between steps"
     return None

@@ -21,7 +21,7 @@ class Task:
     """What is asked of the loop, on the device.
 
     prompt, negative: [B, L, C]; source_prompt: [1, L, C]; negative is None without classifier-free guidance; guidance:
-    omega0 for each stage; graph: whether steps are captured in CUDA graphs ("off", "auto", "on").
+    omega0 for each stage.
     """
 
     mask: ProjectedMask
@@ -30,7 +30,6 @@ class Task:
     source_prompt: Tensor
     guidance: tuple[float, ...]
     lock: LockConfig
-    graph: str = "off"
 
     @property
     def batch(self) -> int:
@@ -66,6 +65,12 @@ class Predictor:
 
     def __exit__(self, *error: object) -> None:
         self._exit.close()
+
+    def use_background(self, background: Tensor) -> None:
+        """Read the same indices from this memory."""
+        self.background = background
+        for lock in self.locks:
+            lock.state.background = background
 
     def stage(self, k: int) -> int:
         """0, or 1 in the low-noise steps of a model that has two stages; for k = T too."""

@@ -1,20 +1,26 @@
 """The denoising step as a CUDA graph: captured once for each kind of step, replayed for all that are of its kind.
 
 A replay launches the same kernels on the same addresses, so whatever changes from step to step must be read from
-memory that stays where it is: the stepper's state, the step's timestep and source latent, the cache's slots.
+memory that stays where it is: the stepper's state, the step's timestep and source latent, the cache's slots. The same
+memory serves later runs of the same shapes: `CapturedLoops` keeps it, and the captured steps with it.
 """
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kvlock_fast.errors import InputError, InputWarning
 
 GRAPH = ("off", "auto", "on")
 MOST_GRAPHS = 8
 """Kinds of steps in a run that are captured: warm-up and locked, two stages, two slots. Others run as they are."""
+MOST_LOOPS = 2
+"""Loops that are kept: what a captured step needs while it runs stays taken between calls."""
 
 Work = Callable[[], None]
 Capture = Callable[[Work], Work]
@@ -22,17 +28,17 @@ Capture = Callable[[Work], Work]
 
 
 class StepGraphs:
-    """Runs steps by kind: the first of a kind as it is, the second captured, the others replayed."""
+    """Runs steps by kind: the first of a kind as it is, the second captured, the others replayed.
+
+    rows: samples that a step of a kind has sent through the model; a replay cannot count them.
+    """
 
     def __init__(self, capture: Capture | None):
         """capture: None runs every step as it is."""
         self.capture = capture
         self.replays: dict[Hashable, Work] = {}
+        self.rows: dict[Hashable, int] = {}
         self._seen: set[Hashable] = set()
-
-    @property
-    def active(self) -> bool:
-        return self.capture is not None
 
     def run(self, kind: Hashable, work: Work) -> bool:
         """Do the work of one step; whether it was a replay, so that none of its Python ran."""
@@ -51,6 +57,46 @@ class StepGraphs:
         return False
 
 
+@dataclass
+class HeldLoop:
+    """The memory that a loop's captured steps read and write, by name, the slots of its cache, and the steps."""
+
+    tensors: dict[str, Tensor]
+    slots: list[Tensor]
+    graphs: StepGraphs
+
+
+@dataclass
+class CapturedLoops:
+    """The last `MOST_LOOPS` loops with captured steps, over calls, by all that their kernels were launched with."""
+
+    capture: Capture
+    loops: OrderedDict[Hashable, HeldLoop] = field(default_factory=OrderedDict)
+
+    def take(self, constants: Hashable, tensors: dict[str, Tensor], slots: list[Tensor]) -> HeldLoop:
+        """The loop to run: with these tensors, or with earlier ones of their shapes that have taken over their values.
+
+        constants: whatever else the kernels are launched with; slots: those of the cache, empty yet. None of the
+        tensors may be anyone else's.
+        """
+        shapes = tuple((name, x.shape, x.stride(), x.dtype) for name, x in tensors.items())
+        key = constants, shapes, tuple(slot.nbytes for slot in slots)
+        held = self.loops.pop(key, None)
+        if held is None:
+            held = HeldLoop(tensors, slots, StepGraphs(self.capture))
+        for name, x in tensors.items():
+            if x is not held.tensors[name]:
+                held.tensors[name].copy_(x)
+        self.loops[key] = held
+        while len(self.loops) > MOST_LOOPS:
+            self.loops.popitem(last=False)
+        return held
+
+    def clear(self) -> None:
+        """Give the memory back."""
+        self.loops.clear()
+
+
 class CudaCapture:
     """Captures on a device; all graphs share one pool of memory, as they never run at once."""
 
@@ -66,6 +112,23 @@ class CudaCapture:
                 work()
             self.pool = graph.pool()
         return graph.replay
+
+
+def launch_facts(transformer: Any) -> Hashable:
+    """What a captured forward of a transformer took along by value: where its weights are, how adapters weigh."""
+    where = tuple(x.data_ptr() for x in (*transformer.parameters(), *transformer.buffers()))
+    adapters = tuple(
+        (name, str(module.scaling), str(module.active_adapters), module.disable_adapters, str(module.merged_adapters))
+        for name, module in transformer.named_modules()
+        if hasattr(module, "merged_adapters")  # peft's layers
+    )
+    processors = tuple(id(processor) for processor in getattr(transformer, "attn_processors", {}).values())
+    backends = torch.backends.cuda
+    numerics = (
+        backends.matmul.allow_tf32, torch.get_float32_matmul_precision(), backends.flash_sdp_enabled(),
+        backends.mem_efficient_sdp_enabled(), backends.cudnn_sdp_enabled(), backends.math_sdp_enabled(),
+    )  # fmt: skip
+    return where, adapters, processors, numerics
 
 
 def choose_capture(wish: str, device: torch.device, why_not: str | None) -> Capture | None:

@@ -45,7 +45,7 @@ def run_with_memory(run: Callable[[Way], Result], scene: Scene, task: Task, cach
         # A cache that is there has its format, and is to be read.
         return [rung for rung in below if not named or (rung.format == format and rung.tier != "lockstep")]
 
-    return _downwards(way, rungs, run)
+    return _downwards(way, rungs, run, scene)
 
 
 def _plan(scene: Scene, task: Task, cache: CacheConfig, pipe: Any) -> Plan | None:
@@ -118,7 +118,7 @@ def _tier_of_saved(planned: Plan, cache: CacheConfig) -> str:
     return next((tier for tier in ("resident", "host") if tier in fitting), "disk")
 
 
-def _downwards(way: Way, rungs: Callable[[], list[Rung]], run: Callable[[Way], Result]) -> Result:
+def _downwards(way: Way, rungs: Callable[[], list[Rung]], run: Callable[[Way], Result], scene: Scene) -> Result:
     """`run` by way, then by the ladder's rungs while memory runs out; each is said in a warning.
 
     Raises InputError when the last one fails.
@@ -128,6 +128,8 @@ def _downwards(way: Way, rungs: Callable[[], list[Rung]], run: Callable[[Way], R
     except torch.OutOfMemoryError:
         pass  # what it held is free once the handler is left
     for rung in rungs():
+        if scene.loops is not None:
+            scene.loops.clear()
         _free()
         warnings.warn(f"memory ran out: {rung.reason}", InputWarning, stacklevel=2)
         changes: dict[str, Any] = {"tier": rung.tier, "prompts_at_once": rung.prompts}

@@ -14,9 +14,10 @@ from torch import Tensor
 from kvlock_fast.cache.entry import EntryWriter
 from kvlock_fast.cache.saved import SavedSource
 from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.denoise import why_not_captured
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.forwards import Task
-from kvlock_fast.graph import GRAPH
+from kvlock_fast.graph import GRAPH, CapturedLoops, choose_capture
 from kvlock_fast.inputs import check_numbers, check_texts, fit_to_model
 from kvlock_fast.masks import ProjectedMask, project_mask
 from kvlock_fast.memory import Way, run_with_memory
@@ -47,6 +48,7 @@ class KVLockPipeline:
     def __init__(self, pipe: Any):
         self.pipe = pipe
         self.model = wrap_pipeline(pipe)
+        self._loops: CapturedLoops | None = None
         check_scheduler(pipe.scheduler)
 
     @classmethod
@@ -69,6 +71,7 @@ class KVLockPipeline:
 
     def to(self, *args: Any, **kwargs: Any) -> "KVLockPipeline":
         """Move the models, as `DiffusionPipeline.to`."""
+        self._loops = None
         self.pipe.to(*args, **kwargs)
         return self
 
@@ -119,12 +122,12 @@ class KVLockPipeline:
         recorder = Recorder(self.model.device)
         with self._scene(
             (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
-            lock, cache, recorder, progress,
+            lock, cache, recorder, progress, graph,
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
                 texts = self._texts(prompts, negative_prompt, source_prompt, guidance_scale)
             scales = (guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2)
-            task = Task(scene.mask, *texts, guidance=scales, lock=lock, graph=graph)
+            task = Task(scene.mask, *texts, guidance=scales, lock=lock)
 
             def run(way: Way) -> tuple[Tensor, list[np.ndarray]]:
                 with _stage(recorder, progress, "denoise"):
@@ -197,6 +200,7 @@ class KVLockPipeline:
         cache: CacheConfig,
         recorder: Recorder,
         progress: Progress,
+        graph: str = "off",
     ) -> Iterator[Scene]:
         """The source, encoded or taken from the cache that `cache` names; its files are open meanwhile."""
         for transformer in self.model.transformers:
@@ -208,10 +212,15 @@ class KVLockPipeline:
                 height, width = saved.size
             frames, pixel_mask, count = fit_to_model(video, mask, self.model.geometry, height, width, policy)
             solver = FlowSolver(self.pipe.scheduler, num_steps, self.model.device)
+            if solver.table is None and not lock.stock:
+                name = type(self.pipe.scheduler).__name__
+                message = f"scheduler {name} has no table of its steps: it is called itself, which is slower"
+                warnings.warn(message, InputWarning, stacklevel=4)
+            loops = self._captured(graph, why_not_captured(self.model, lock, solver))
             with _stage(recorder, progress, "encode"):
                 mask = self._project(pixel_mask)
                 clean = None if saved is not None else self.model.encode_video(frames)
-            scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved)
+            scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved, loops)
             scene.place(clean, *noise)
             yield scene
         except torch.OutOfMemoryError as error:  # outside of the ladder
@@ -220,6 +229,15 @@ class KVLockPipeline:
             if saved is not None:
                 saved.entry.close()
             self.pipe.maybe_free_model_hooks()
+
+    def _captured(self, graph: str, why_not: str | None) -> CapturedLoops | None:
+        """Where captured steps are kept; None where they are not captured."""
+        capture = choose_capture(graph, self.model.device, why_not)
+        if capture is None:
+            return None
+        if self._loops is None:
+            self._loops = CapturedLoops(capture)
+        return self._loops
 
     def _project(self, pixel_mask: Tensor) -> ProjectedMask:
         projected = project_mask(pixel_mask.to(self.model.device), self.model.geometry)

@@ -19,6 +19,7 @@ from kvlock_fast.denoise import denoise
 from kvlock_fast.errors import InputError, InputWarning, OutputError
 from kvlock_fast.files import user_cache_folder
 from kvlock_fast.forwards import Predictor, Task
+from kvlock_fast.graph import CapturedLoops
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.models.arch import select_layers
 from kvlock_fast.nvtx import span
@@ -35,8 +36,8 @@ Progress = Callable[[str, int, int], None]
 class Scene:
     """A source as the model takes it.
 
-    frames: uint8 [F, H, W, 3]; count: how many of them to give back; saved: the cache that the user named. `place`
-    comes first.
+    frames: uint8 [F, H, W, 3]; count: how many of them to give back; saved: the cache that the user named; loops: where
+    the steps are captured. `place` comes first.
     """
 
     model: Any
@@ -47,6 +48,7 @@ class Scene:
     mask: ProjectedMask
     source_prompt: str
     saved: SavedSource | None
+    loops: CapturedLoops | None = None
     clean: Tensor | None = None
     noise: Tensor | None = None
 
@@ -126,7 +128,8 @@ def edit_prompts(task: Task, scene: Scene, cache: CacheConfig, recorder: Recorde
         try:
             done = _StepCounter(progress, task, cache, scene.solver.num_steps)
             edits = [
-                denoise(part, predict, path, stored, scene.solver, recorder, done) for part in _batches(task, cache)
+                denoise(part, predict, path, stored, scene.solver, recorder, done, scene.loops)
+                for part in _batches(task, cache)
             ]
         finally:
             if stored is not None:

@@ -38,13 +38,12 @@ class FlowSolver:
     @property
     def num_train_timesteps(self) -> int:
         """What a timestep counts to."""
-        return self.scheduler.config.num_train_timesteps
+        return getattr(self.scheduler, "config", {}).get("num_train_timesteps", 1000)
 
     def restart(self) -> None:
         """Forget the steps taken: the next one is step 0."""
         num_steps, device = self._start
-        self.scheduler.set_timesteps(num_steps, device=device)
-        self.scheduler.set_begin_index(0)
+        _ready(self.scheduler, num_steps, device)
 
     def step(self, k: int, prediction: Tensor, sample: Tensor) -> Tensor:
         """x_{k+1} from the prediction at x_k; called once for each k, in order."""
@@ -77,20 +76,54 @@ def _table(scheduler: Any, num_steps: int) -> Tensor | None:
 
 
 def check_scheduler(scheduler: Any) -> None:
-    """Raise InputError unless the scheduler integrates a flow-matching ODE from noise to data."""
-    name, config = type(scheduler).__name__, scheduler.config
-    flow = name == "FlowMatchEulerDiscreteScheduler" or (
-        config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
-    )
-    if name not in FLOW_SCHEDULERS or not flow:
-        kind = config.get("prediction_type", "unknown")
-        raise InputError(
-            f"scheduler {name} (prediction type {kind!r}) is not supported: use flow matching, "
-            f"by one of {', '.join(FLOW_SCHEDULERS)}"
-        )
+    """Raise InputError unless the scheduler integrates a flow-matching ODE from noise to data.
+
+    One that is not known is tried: with the true velocity it has to go down the line from noise to data.
+    """
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     if config.get("use_dynamic_shifting"):
         raise InputError(f"scheduler {name} with use_dynamic_shifting=True (a shift by resolution) is not supported")
     if config.get("invert_sigmas"):
         raise InputError(f"scheduler {name} with invert_sigmas=True (time runs backwards) is not supported")
     if config.get("stochastic_sampling") or str(config.get("algorithm_type", "")).startswith("sde"):
         raise InputError(f"scheduler {name} adds noise at every step: the source's path would not be the edit's")
+    flow = name == "FlowMatchEulerDiscreteScheduler" or (
+        config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"
+    )
+    if name in FLOW_SCHEDULERS and flow:
+        return
+    reason = "it is not flow matching" if name in FLOW_SCHEDULERS else _strays(scheduler)
+    if reason is not None:
+        kind = config.get("prediction_type", "unknown")
+        raise InputError(
+            f"scheduler {name} (prediction type {kind!r}) is not supported, as {reason}: use flow matching, "
+            f"by one of {', '.join(FLOW_SCHEDULERS)}"
+        )
+
+
+def _strays(scheduler: Any, steps: int = 8) -> str | None:
+    """Why a scheduler does not follow the flow, tried on four numbers; None if it does."""
+    scheduler = copy.deepcopy(scheduler)
+    clean, noise = torch.tensor([[0.5, -1.0, 2.0, 0.0], [1.0, 0.25, -0.5, -2.0]]).view(2, 1, 1, 1, 2, 2)
+    try:
+        _ready(scheduler, steps, torch.device("cpu"))
+        timesteps, sigmas = scheduler.timesteps, scheduler.sigmas.float()
+        if len(timesteps) != steps or len(sigmas) != steps + 1:
+            return f"it makes {len(timesteps)} timesteps and {len(sigmas)} sigmas for {steps} steps"
+        if not 0.5 < sigmas[0] <= 1.001:
+            return f"its sigmas begin at {sigmas[0]:.3g}, and a flow's at 1"
+        x = (1 - sigmas[0]) * clean + sigmas[0] * noise
+        for timestep, sigma in zip(timesteps, sigmas[1:], strict=True):
+            x = scheduler.step(noise - clean, timestep, x, return_dict=False)[0]
+            if not torch.allclose(x.float(), (1 - sigma) * clean + sigma * noise, rtol=1e-3, atol=1e-3):
+                return f"with the true velocity it leaves the line from noise to data at sigma {sigma:.3g}"
+    except Exception as error:  # whatever a foreign class raises
+        return f"its steps cannot be taken ({type(error).__name__}: {error})"
+    return None
+
+
+def _ready(scheduler: Any, num_steps: int, device: torch.device) -> None:
+    """Set its timesteps, at the first of them."""
+    scheduler.set_timesteps(num_steps, device=device)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)

@@ -5,6 +5,8 @@
 and for schedulers that have no table.
 """
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from kvlock_fast.controller import Controller, VarianceWindow, compares_with_sou
 from kvlock_fast.forwards import Task
 from kvlock_fast.kernels.epilogue import step_epilogue
 from kvlock_fast.kernels.guidance import cfg_projection_reference, guided_prediction_reference
-from kvlock_fast.kernels.step_state import Schedule, new_step_state
+from kvlock_fast.kernels.step_state import Schedule, StepState, new_step_state
 from kvlock_fast.solvers import FlowSolver
 from kvlock_fast.source import SourcePath
 
@@ -85,7 +87,17 @@ class DeviceStepper:
 
     def trace(self) -> Tensor:
         """[steps, B, 5]: variance, alpha, omega, s* and whether the latents hold NaN or inf, of each step."""
-        return self.state.trace
+        return self.state.trace.clone()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that `advance` reads and writes, by name (but for the source's window); the mask as a copy."""
+        named = {**vars(self.state), "foreground": self.foreground.clone(), "path": self.path}
+        return {name: x for name, x in named.items() if x is not None}
+
+    def use(self, tensors: dict[str, Tensor]) -> None:
+        """Read and write these instead."""
+        self.state = StepState(**{field.name: tensors.get(field.name) for field in fields(StepState)})
+        self.foreground, self.path = tensors["foreground"], tensors.get("path")
 
 
 class SchedulerStepper:
@@ -129,8 +141,12 @@ Stepper = DeviceStepper | SchedulerStepper
 
 def new_stepper(task: Task, solver: FlowSolver, source: SourcePath, omega0: list[float]) -> Stepper:
     """On the device, unless diffusers' own bits are wanted or its scheduler has no table."""
-    kind = SchedulerStepper if task.lock.stock or solver.table is None else DeviceStepper
-    return kind(task, solver, source, omega0)
+    return stepper_kind(task.lock, solver)(task, solver, source, omega0)
+
+
+def stepper_kind(lock: LockConfig, solver: FlowSolver) -> type[Stepper]:
+    """Which of the two takes an edit's steps."""
+    return SchedulerStepper if lock.stock or solver.table is None else DeviceStepper
 
 
 def _by_rows(x: Tensor | None) -> Tensor | None:

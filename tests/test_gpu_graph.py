@@ -3,9 +3,11 @@
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from test_graph import moved_mask, run
 from test_pipeline import call, unipc
 from tiny import tiny_wan
 
+import kvlock_fast as kvf
 from kvlock_fast import trace
 from kvlock_fast.config import CacheConfig, LockConfig
 
@@ -20,6 +22,18 @@ def test_replay_is_eager_bit_for_bit(tmp_path, solver, tier):
     eager = call(pipe, steps=9, cache=cache).latents
     for _ in range(3):
         assert torch.equal(call(pipe, steps=9, cache=cache, graph="on").latents, eager)
+
+
+@pytest.mark.parametrize("tier", ["lockstep", "resident", "host"])
+def test_a_later_call_replays_what_an_earlier_one_captured(tier):
+    """Other noise, prompt and mask: its own bits, and no new graph."""
+    pipe = kvf.KVLockPipeline.from_pipe(tiny_wan(unipc()).to("cuda"))
+    run(pipe, cache=CacheConfig(tier=tier))
+    graphs = [len(held.graphs.replays) for held in pipe._loops.loops.values()]
+    second = run(pipe, 2, "a circle", mask=moved_mask(), cache=CacheConfig(tier=tier)).latents
+    assert [len(held.graphs.replays) for held in pipe._loops.loops.values()] == graphs
+    eager = run(pipe, 2, "a circle", graph="off", mask=moved_mask(), cache=CacheConfig(tier=tier)).latents
+    assert torch.equal(second, eager)
 
 
 @pytest.mark.parametrize("lock", ["kvlock", "paper", LockConfig(kappa=4, warmup_alpha=0.0)])

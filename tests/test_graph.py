@@ -4,19 +4,23 @@ It replays the operators of a step on the memory that they had, as a graph repla
 number of the host's, or memory that is not there the next time, comes out wrong.
 """
 
+import warnings
+
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from test_pipeline import call, unipc
+from test_pipeline import FRAMES, HEIGHT, WIDTH, a_mask, a_video, call, unipc
 from tiny import tiny_wan
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kvlock_fast as kvf
 from kvlock_fast import denoise as loop
+from kvlock_fast import pipeline
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputWarning
-from kvlock_fast.graph import MOST_GRAPHS, StepGraphs
+from kvlock_fast.graph import MOST_GRAPHS, MOST_LOOPS, CapturedLoops, StepGraphs
 
 
 class Recorder(TorchDispatchMode):
@@ -61,7 +65,7 @@ class RecordedCapture:
 @pytest.fixture
 def captured(monkeypatch):
     capture = RecordedCapture()
-    monkeypatch.setattr(loop, "choose_capture", lambda wish, device, why: capture if why is None else None)
+    monkeypatch.setattr(pipeline, "choose_capture", lambda wish, device, why: capture if why is None else None)
     return capture
 
 
@@ -80,7 +84,7 @@ def test_a_replay_is_the_step_bit_for_bit(monkeypatch, lock, solver):
     pipe = tiny_wan(solver())
     eager = call(pipe, lock=lock, steps=8, prompt=["a dog", "a cat"])
     capture = RecordedCapture()
-    monkeypatch.setattr(loop, "choose_capture", lambda wish, device, why: capture if why is None else None)
+    monkeypatch.setattr(pipeline, "choose_capture", lambda wish, device, why: capture if why is None else None)
     replayed = call(pipe, lock=lock, steps=8, prompt=["a dog", "a cat"], graph="on")
     assert torch.equal(replayed.latents, eager.latents) and replayed.trace.forwards == eager.trace.forwards
     assert capture.captures >= 1 and capture.replays >= 2
@@ -117,7 +121,7 @@ def test_the_recorder_sees_a_step_that_cannot_be_replayed(captured, monkeypatch)
     pipe = tiny_wan()
     monkeypatch.setattr(loop.DeviceStepper, "advance", counting)
     wrong = call(pipe, steps=6, graph="on").latents
-    monkeypatch.setattr(loop, "choose_capture", lambda *_: None)
+    monkeypatch.setattr(pipeline, "choose_capture", lambda *_: None)
     assert not torch.equal(wrong, call(pipe, steps=6).latents)
 
 
@@ -129,8 +133,102 @@ def test_kinds_are_bounded():
     assert len(graphs.replays) == MOST_GRAPHS and len(ran) == 3 * (MOST_GRAPHS + 3)
 
 
-def test_what_cannot_be_captured_is_said():
+def run(pipe, seed=1, prompt="a dog", steps=6, graph="on", mask=None, **changes):
+    """A call of a KVLockPipeline that lasts over calls."""
+    return pipe(
+        a_video(seed=seed), a_mask() if mask is None else mask, source_prompt="a cat", prompt=prompt,
+        num_inference_steps=steps, generator=torch.Generator().manual_seed(seed), output="latent", graph=graph,
+        **changes,
+    )  # fmt: skip
+
+
+def moved_mask():
+    """Another mask, of as many tokens as `a_mask`."""
+    return np.roll(a_mask(), 16, axis=2)
+
+
+@pytest.mark.parametrize("tier", ["lockstep", "resident", "host", "disk"])
+def test_a_later_call_replays_what_an_earlier_one_captured(tmp_path, captured, monkeypatch, tier):
+    """Other video, noise, mask and prompts, the same shapes: nothing is captured anew, and the bits are its own."""
+    assert moved_mask().shape == (FRAMES, HEIGHT, WIDTH)
+    cache = CacheConfig(tier=tier, root=str(tmp_path))
+    pipe = kvf.KVLockPipeline.from_pipe(tiny_wan(unipc()))
+    first = run(pipe, cache=cache)
+    kept = first.latents.clone(), [vars(record) for record in first.trace]
+    before = captured.captures
+    second = run(pipe, 2, "a circle", cache=cache, mask=moved_mask())
+    assert captured.captures == before and captured.replays > 6
+    monkeypatch.setattr(pipeline, "choose_capture", lambda *_: None)
+    fresh = kvf.KVLockPipeline.from_pipe(tiny_wan(unipc()))
+    eager = run(fresh, 2, "a circle", cache=CacheConfig(tier=tier, root=str(tmp_path / "b")), mask=moved_mask())
+    assert torch.equal(second.latents, eager.latents) and second.trace.forwards == eager.trace.forwards
+    for a, b in zip(second.trace, eager.trace, strict=True):
+        assert (a.alpha, a.omega, a.s_star, a.variance) == (b.alpha, b.omega, b.s_star, b.variance)
+    assert torch.equal(first.latents, kept[0]), "the first call's results are its own"
+    again = run(fresh, mask=a_mask(), steps=1).mask
+    assert torch.equal(first.mask.tokens, again.tokens) and torch.equal(first.mask.token_latents, again.token_latents)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 7},
+        {"prompt": ["a dog", "a cat"]},
+        {"lock": LockConfig(tau=0.02)},
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 4.0},
+        {"cache": CacheConfig(tier="resident")},
+        {"cache": CacheConfig(tier="resident", format="int8")},
+        {"mask": np.ones_like(a_mask()[:1]) & (np.arange(WIDTH) < 16)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_kind_of_call_is_captured_for_itself(captured, monkeypatch, change):
+    pipe = kvf.KVLockPipeline.from_pipe(tiny_wan(unipc()))
+    run(pipe)
+    out = run(pipe, **change)
+    monkeypatch.setattr(pipeline, "choose_capture", lambda *_: None)
+    assert torch.equal(out.latents, run(kvf.KVLockPipeline.from_pipe(tiny_wan(unipc())), **change).latents)
+
+
+def test_what_changes_the_weights_is_captured_for_itself(captured):
+    """Other weights in other memory, as an adapter's or another device's."""
+    pipe = kvf.KVLockPipeline.from_pipe(tiny_wan())
+    before = run(pipe).latents
+    captures, layer = captured.captures, pipe.pipe.transformer.blocks[0].attn1.to_k
+    layer.weight = torch.nn.Parameter(layer.weight.detach() * 2, requires_grad=False)
+    assert not torch.equal(run(pipe).latents, before) and captured.captures > captures
+    layer.weight.data.mul_(0.5)  # in place, where the captured steps read it
+    captures = captured.captures
+    assert torch.equal(run(pipe).latents, before) and captured.captures == captures
+
+
+def test_kept_loops_are_bounded_and_the_last_used_stays():
+    loops = CapturedLoops(lambda work: work)
+    first = loops.take("a", {"x": torch.zeros(2)}, [])
+    assert loops.take("a", {"x": torch.ones(2)}, []) is first and torch.equal(first.tensors["x"], torch.ones(2))
+    for name in map(str, range(MOST_LOOPS - 1)):
+        loops.take(name, {"x": torch.zeros(2)}, [])
+    assert loops.take("a", {"x": torch.zeros(2)}, []) is first
+    loops.take("another", {"x": torch.zeros(2)}, [])
+    assert len(loops.loops) == MOST_LOOPS and loops.take("a", {"x": torch.zeros(2)}, []) is first
+    assert loops.take("a", {"x": torch.zeros(3)}, []) is not first
+    loops.clear()
+    assert loops.take("a", {"x": torch.zeros(2)}, []) is not first
+
+
+def test_what_cannot_be_captured_is_said(monkeypatch):
     pipe = tiny_wan()
+    with monkeypatch.context() as early:  # before the video is encoded, and once for all batches
+        early.setattr(pipe.vae, "encode", lambda *_: pytest.fail("encoded first"))
+        with pytest.raises(kvf.InputError, match=r"graph is .on."):
+            call(pipe, graph="on")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        call(pipe, graph="auto", prompt=["a dog", "a cat"], cache=CacheConfig(prompts_at_once=1))
+    assert [str(w.message) for w in said if "captured" in str(w.message)] == [
+        "steps are not captured in a CUDA graph: the device is cpu, not cuda"
+    ]
     with pytest.raises(kvf.InputError, match=r"graph is .on., but .*: the device is cpu, not cuda"):
         call(pipe, graph="on")
     with pytest.warns(InputWarning, match="not captured in a CUDA graph: the device is cpu"):
@@ -141,7 +239,7 @@ def test_what_cannot_be_captured_is_said():
 
 def test_why_a_run_declines(monkeypatch):
     said = []
-    monkeypatch.setattr(loop, "choose_capture", lambda wish, device, why: said.append(why))
+    monkeypatch.setattr(pipeline, "choose_capture", lambda wish, device, why: said.append(why))
     pipe = tiny_wan()
     call(pipe, lock="cfg")
     call(pipe, lock=LockConfig(tau="auto"))

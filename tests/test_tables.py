@@ -35,6 +35,15 @@ SCHEDULERS = {
     "dpm++2m-flow": lambda: DPMSolverMultistepScheduler(**FLOW),
     "dpm++2m-flow-heun": lambda: DPMSolverMultistepScheduler(**FLOW, solver_type="heun"),
     "dpm++3m-flow": lambda: DPMSolverMultistepScheduler(**FLOW, solver_order=3),
+    "dpm++2m-karras": lambda: DPMSolverMultistepScheduler(use_karras_sigmas=True),
+    "dpm++2m-flow-to-sigma-min": lambda: DPMSolverMultistepScheduler(**FLOW, final_sigmas_type="sigma_min"),
+    "dpm++2m-to-sigma-min": lambda: DPMSolverMultistepScheduler(final_sigmas_type="sigma_min"),
+    "dpm++2m-shift-7": lambda: DPMSolverMultistepScheduler(**{**FLOW, "flow_shift": 7.0}),
+    "unipc-karras": lambda: UniPCMultistepScheduler(use_karras_sigmas=True),
+    "unipc-to-sigma-min": lambda: UniPCMultistepScheduler(final_sigmas_type="sigma_min"),
+    "unipc-flow-to-sigma-min": lambda: UniPCMultistepScheduler(**FLOW, final_sigmas_type="sigma_min"),
+    "flow-euler-karras": lambda: FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True),
+    "flow-euler-beta": lambda: FlowMatchEulerDiscreteScheduler(use_beta_sigmas=True, shift=3.0),
     "dpm++2m-eps": lambda: DPMSolverMultistepScheduler(),
 }
 # J, and whether there is a corrector, at 50 steps.

@@ -72,10 +72,15 @@ class ResidentStore:
     def written(self) -> None:
         """All steps have been written."""
 
-    def fix_addresses(self) -> None:
-        """From now on have every step read at one address, for graphs: a copy on the device each."""
+    def fixed_slots(self) -> list[Tensor]:
+        """From now on every step is read at one address, for graphs: a copy on the device each."""
         if self._slot is None:
             self._slot = self.layout.new_arena(self.device)
+        return [self._slot]
+
+    def use_slots(self, slots: list[Tensor]) -> None:
+        """Read at these addresses instead of those of `fixed_slots`, as many and as large."""
+        (self._slot,) = slots
 
     @contextmanager
     def read(self, step: int) -> Iterator[Packed]:
@@ -119,8 +124,18 @@ class SlottedStore:
     def _load(self, step: int, slot: Tensor) -> None:
         raise NotImplementedError
 
-    def fix_addresses(self) -> None:
-        """The slots' are fixed."""
+    def fixed_slots(self) -> list[Tensor]:
+        """Where steps are read, for graphs."""
+        return list(self._slots)
+
+    def use_slots(self, slots: list[Tensor]) -> None:
+        """Read at these addresses instead of those of `fixed_slots`, as many and as large."""
+        for i in range(2):
+            self._wait(i)
+        self._slots, self._views = list(slots), [self.layout.packed(slot) for slot in slots]
+        self._holds = [None, None]
+        for i in range(2):  # what used the slots before may still run
+            self._release(i)
 
     @contextmanager
     def write(self, step: int) -> Iterator[Packed]:
