@@ -54,6 +54,7 @@ setup(
             "hypothesis",
             "scikit-image",
             "ruff",
+            "peft",
             "setuptools>=77",
         ],
         "flash-attn": ["flash-attn>=2.7; platform_system == 'Linux'"],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kvlock_fast.cache.model_sizes import find_model
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.forwards import Task
+from kvlock_fast.graph import CapturedLoops, CudaCapture
 from kvlock_fast.masks import project_mask
 from kvlock_fast.profile_extent import find_extent
 from kvlock_fast.profile_subjects import RandomSubject, transformer_config
@@ -160,6 +161,7 @@ class Steps:
 
     def ours(self, cache: CacheConfig, graph: str = "off") -> Contender:
         """This project's loop; the source's own pass, where it is stored, is not marked."""
+        loops = CapturedLoops(CudaCapture(self.device)) if graph == "on" else None
 
         @torch.no_grad()
         def run(steps: int, mark: Mark) -> Tensor:
@@ -169,10 +171,10 @@ class Steps:
 
             solver = FlowSolver(self.scheduler(steps), steps, self.device)
             frames = torch.from_numpy(self.subject.clip.video)
-            scene = Scene(self.model, self.lock, solver, frames, len(frames), self.mask, "", None)
+            scene = Scene(self.model, self.lock, solver, frames, len(frames), self.mask, "", None, loops)
             scene.place(self.subject.clean, self.noise, None)
             texts = self.prompt, self.negative, self.source_prompt
-            task = Task(self.mask, *texts, guidance=(GUIDANCE, GUIDANCE), lock=self.lock, graph=graph)
+            task = Task(self.mask, *texts, guidance=(GUIDANCE, GUIDANCE), lock=self.lock)
             with TemporaryDirectory() as folder:
                 there = replace(cache, root=str(Path(folder)))
                 return edit_prompts(task, scene, there, Recorder(self.device), progress)

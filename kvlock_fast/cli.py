@@ -149,6 +149,7 @@ def edit(
     cache_quota: Annotated[str | None, _option("The most they may take, like 200GB.")] = None,
     prompts_at_once: Annotated[int | None, _option("The most prompts in one batch.")] = None,
     graph: Annotated[str, _option("Capture the steps in CUDA graphs: 'off', 'on', or 'auto' where it can.")] = "off",
+    compile: Annotated[str, _option("torch.compile: 'off', or 'regional' for the transformer's blocks.")] = "off",
     composite: Annotated[bool, _option("Paste the source's background back, at its size.")] = False,
     feather: Annotated[int, _option("Pixels outside the mask over which --composite mixes.", min=0, max=256)] = 8,
     trace: Annotated[Path | None, _option("Write what happened at each step, as JSON.")] = None,
@@ -179,7 +180,7 @@ def edit(
         made.or_given("source_prompt", source_prompt, "--source-prompt"), prompt, negative_prompt,
         made.or_given("num_inference_steps", steps, "--steps", made.steps or 50), guidance, guidance_2,
         made.or_given("seed", seed, "--seed", 0 if cache is None else None), parse_size(size) or made.size,
-        frames_policy.value, lock, composite, feather, kept, graph,
+        frames_policy.value, lock, composite, feather, kept, graph, compile,
     )  # fmt: skip
     max_frames = made.or_given("max_frames", max_frames, "--max-frames", None)
     files = commands.EditFiles(source, mask, output, trace, report, json_file, max_frames)

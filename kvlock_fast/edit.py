@@ -52,6 +52,7 @@ class EditSettings:
     feather: int = 8
     cache: CacheConfig = field(default_factory=CacheConfig)
     graph: str = "off"
+    compile: str = "off"
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,7 @@ def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress |
         lock=settings.lock,
         cache=settings.cache,
         graph=settings.graph,
+        compile=settings.compile,
         progress=progress,
     )
     count = len(out.frames[0])

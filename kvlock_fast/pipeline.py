@@ -23,6 +23,7 @@ from kvlock_fast.masks import ProjectedMask, project_mask
 from kvlock_fast.memory import Way, run_with_memory
 from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.arch import select_layers
+from kvlock_fast.models.compiling import COMPILE, compiled_blocks
 from kvlock_fast.scene import Scene, edit_prompts
 from kvlock_fast.solvers import FlowSolver, check_scheduler
 from kvlock_fast.trace import Recorder, Trace
@@ -95,6 +96,7 @@ class KVLockPipeline:
         lock: LockConfig | None = None,
         cache: CacheConfig | None = None,
         graph: str = "off",
+        compile: str = "off",
         output: str = "frames",
         progress: Progress | None = None,
     ) -> EditOutput:
@@ -108,7 +110,8 @@ class KVLockPipeline:
         the low-noise transformer of a model with two; lock: default LockConfig.preset("kvlock"); cache: where the
         source's K and V come from (one made by `invert` brings its noise along: give no generator or latents, or the
         same); graph: whether the steps are captured in CUDA graphs, "off", "on", or "auto" (where they can be; a
-        warning says why not); output: "frames" or "latent"; progress(stage, done, total) is called along the way.
+        warning says why not); compile: "regional" has torch.compile take the transformer's blocks, "off" leaves them as
+        they are; output: "frames" or "latent"; progress(stage, done, total) is called along the way.
 
         Raises InputError (a ValueError) on bad input; warns where the input is changed to fit.
         """
@@ -117,6 +120,8 @@ class KVLockPipeline:
         check_numbers(num_inference_steps, guidance_scale, guidance_scale_2, self.model.two_stages)
         if graph not in GRAPH:
             raise InputError(f"graph must be one of {', '.join(GRAPH)}, got {graph!r}")
+        if compile not in COMPILE:
+            raise InputError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
         if output not in ("frames", "latent"):
             raise InputError(f"output must be frames or latent, got {output!r}")
         recorder = Recorder(self.model.device)
@@ -130,7 +135,8 @@ class KVLockPipeline:
             task = Task(scene.mask, *texts, guidance=scales, lock=lock)
 
             def run(way: Way) -> tuple[Tensor, list[np.ndarray]]:
-                with _stage(recorder, progress, "denoise"):
+                blocks = compiled_blocks(self.model.transformers, compile)
+                with _stage(recorder, progress, "denoise"), blocks:
                     edited = edit_prompts(task, scene, way.cache, recorder, progress)
                 _refuse_nan(recorder, prompts, num_inference_steps)
                 if output == "latent":

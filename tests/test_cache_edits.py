@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from test_pipeline import a_mask, a_video, call
-from tiny import tiny_wan
+from tiny import tiny_wan, untouched
 
 import kvlock_fast as kvf
 from kvlock_fast.cache import machine
@@ -92,7 +92,7 @@ def test_more_memory_than_there_ever_is_ends_in_one_sentence(monkeypatch):
     with pytest.raises(kvf.InputError, match="too little memory on the device"), warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         call(pipe, prompt=["a dog", "a cat"], cache=CacheConfig(tier="resident"))
-    assert not any(hasattr(module, "_diffusers_hook") for module in pipe.transformer.blocks.modules())
+    assert untouched(pipe.transformer)
 
 
 def test_at_most_five_rungs(monkeypatch):
@@ -321,4 +321,4 @@ def test_an_interrupted_source_pass_leaves_nothing(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             call(pipe, cache=CacheConfig(tier=tier, root=str(tmp_path)), progress=stop)
         assert not list(tmp_path.rglob("*.safetensors"))
-        assert not any(hasattr(module, "_diffusers_hook") for module in pipe.transformer.blocks.modules())
+        assert untouched(pipe.transformer)

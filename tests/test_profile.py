@@ -144,7 +144,7 @@ def test_an_edits_ranges(pipe, watched):
     assert watched.balanced
     assert set(watched.begun) == STAGES | INSIDE | {"forward all"}
     assert watched.begun.count("attention") == 2 * 3 and watched.begun.count("lock") == 2 * 3 * 2
-    nested = ("denoise", "step 0", "forward all", "layer 0", "attention", "prologue", "lock")
+    nested = ("denoise", "step 0", "forward all", "layer 0", "attention", "lock")
     assert watched.deepest == nested
 
 

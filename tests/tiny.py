@@ -72,3 +72,11 @@ def tiny_wan(scheduler=None, second: bool = False, **transformer) -> WanPipeline
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def untouched(transformer) -> bool:
+    """Whether no lock is on it, and nothing of one is left."""
+    return not any(
+        type(module).__name__.startswith("Locked") or hasattr(module, "kvlock_number")
+        for module in transformer.modules()
+    )

@@ -1,17 +1,24 @@
 """Locking at one interception point: the outputs of every self-attention's K-norm and V projection.
 
-Two hooks a layer blend the source's keys and values into the new ones, in place. What they do in a forward is decided
-by the `LockState` they share: nothing, keep the source's K/V, blend with what was kept (in this step or in a cache),
-or blend with the batch's first row (the source riding along, "lockstep"). Off means bit-identical to the stock model;
-after `detach` the model is as it was.
+Two modules a layer hand their output on to a `LockState` that they share, which does to it what the forward asks for:
+nothing, keep the source's K/V, blend with what was kept (in this step or in a cache), or blend with the batch's first
+row (the source riding along, "lockstep"). Off means bit-identical to the stock model; after `detach` the model is as
+it was.
+
+A module is intercepted by its class, which is a subclass of its own one while it is locked. A hook would be an object
+of its own in every layer, and torch.compile would compile every block of the model for itself, again with every lock;
+by class all blocks share one graph, whatever the lock, mode and alpha: the graph holds an operator that knows nothing
+but the number of the module.
 """
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
+from functools import cache
+from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
 from torch import Tensor, nn
 
 from kvlock_fast.errors import InputError
@@ -20,14 +27,12 @@ from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
 from kvlock_fast.models.arch import ArchSpec, first_submodule, refuse_wrapped, select_layers
 from kvlock_fast.nvtx import span
 
-HOOK_NAME = "kvlock"
-
 KeptKV = dict[tuple[int, str], Tensor | QuantizedKV]
 """By layer number and "k" or "v"."""
 
 
 class Mode(Enum):
-    """What the hooks do during a forward."""
+    """What is done to keys and values during a forward."""
 
     OFF = auto()
     CAPTURE = auto()  # keep this forward's K and V
@@ -36,7 +41,7 @@ class Mode(Enum):
 
 
 class LockState:
-    """What all hooks of one transformer share: the mode, the weight, the kept K/V, and how many hooks fired."""
+    """What all locked modules of a transformer share: the mode, the weight, the kept K/V, how many of them have run."""
 
     def __init__(self, background: Tensor | None = None):
         """background: indices [N] of the tokens to keep and blend in CAPTURE and STORED; None for all."""
@@ -46,8 +51,8 @@ class LockState:
         self.kept: KeptKV = {}
         self.fired = 0
 
-    def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> Tensor:
-        """One hook's work on its module's output x."""
+    def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
+        """A module's output x, taken for what the mode wants, or blended in place."""
         self.fired += 1
         if self.mode is Mode.CAPTURE:
             with span("capture"):
@@ -58,29 +63,64 @@ class LockState:
         elif self.mode is Mode.IN_BATCH:
             with span("lock"):
                 blend_(x[1:], x[:1], self.weight, token_dim)
-        return x
 
     def _keep(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
         """Pack x into what is there for this layer, or keep it as it is."""
         place = self.kept.get(key)
         if place is None:
-            self.kept[key] = x if self.background is None else x.index_select(token_dim, self.background)
+            self.kept[key] = x.clone() if self.background is None else x.index_select(token_dim, self.background)
             return
         packed = quantize_kv(as_heads(x, token_dim, place.shape[2]), place.format, place.kind, tokens=self.background)
         place.copy_(packed)
 
 
-class _LockHook(ModelHook):
-    def __init__(self, state: LockState, layer: int, kind: str, token_dim: int):
-        super().__init__()
-        self.state, self.key, self.token_dim = state, (layer, kind), token_dim
+_NUMBERS = itertools.count()
+_LOCKED: dict[int, tuple[LockState, tuple[int, str], int]] = {}
+"""By number: the state, the key and the dimension of the tokens of every module that is locked now."""
 
-    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
-        return self.state.apply(self.key, output, self.token_dim)
+
+def _lock_output(x: Tensor, number: int) -> None:
+    state, key, token_dim = _LOCKED[number]
+    state.apply(key, x, token_dim)
+
+
+@torch.library.custom_op("kvlock_fast::lock_output_", mutates_args=("x",))
+def lock_output_(x: Tensor, number: Tensor) -> None:
+    """The work of the locked module `number` (int64 [], in host memory) on its output, for compiled code."""
+    _lock_output(x, int(number))
+
+
+@lock_output_.register_fake
+def _(x: Tensor, number: Tensor) -> None:
+    return None
+
+
+class _Locked:
+    """Goes in front of a module's own class.
+
+    kvlock_number: in `_LOCKED`; compiled code is given it as a tensor, as a plain number would be compiled in.
+    """
+
+    kvlock_number: int
+    kvlock_number_tensor: Tensor
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        output = super().__call__(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            lock_output_(output, self.kvlock_number_tensor)
+        else:
+            _lock_output(output, self.kvlock_number)
+        return output
+
+
+@cache
+def _locked(kind: type[nn.Module]) -> type[nn.Module]:
+    """A module's class while it is locked: one for all modules of a class, so that compiled code serves them all."""
+    return type(f"Locked{kind.__name__}", (_Locked, kind), {"__module__": kind.__module__})
 
 
 class TransformerLock:
-    """The hooks on one transformer. `detach` takes them off again."""
+    """The lock on one transformer. `detach` takes it off again."""
 
     def __init__(
         self,
@@ -91,7 +131,7 @@ class TransformerLock:
     ):
         """layers: the locked self-attention layers by number, None for all; background: as in `LockState`.
 
-        Raises InputError where hooks would miss K or V; then nothing is attached.
+        Raises InputError where the lock would miss K or V; then nothing is attached.
         """
         refuse_wrapped(transformer)
         attentions = arch.attentions(transformer)
@@ -100,44 +140,49 @@ class TransformerLock:
         self.transformer = transformer
         self.layers = select_layers(len(attentions), layers)
         self.state = LockState(background)
-        self._targets: list[nn.Module] = []
+        self._targets: list[tuple[nn.Module, tuple[str, ...], nn.Module, type[nn.Module]]] = []
         try:
             for layer in self.layers:
                 name, attention = attentions[layer]
                 for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
-                    self._hook(first_submodule(attention, names), _LockHook(self.state, layer, kind, token_dim), name)
+                    self._attach(attention, names, (self.state, (layer, kind), token_dim), name)
         except Exception:
             self.detach()
             raise
-        _forget_child_registries(transformer)
 
-    def _hook(self, target: nn.Module, hook: _LockHook, name: str) -> None:
-        registry = HookRegistry.check_if_exists_or_initialize(target)
-        if registry.get_hook(HOOK_NAME) is not None:
-            raise InputError(f"{name} is locked already: detach the other lock first")
-        registry.register_hook(hook, HOOK_NAME)
-        self._targets.append(target)
+    def _attach(self, attention: nn.Module, names: tuple[str, ...], entry: tuple, where: str) -> None:
+        target = first_submodule(attention, names)
+        if isinstance(target, _Locked):
+            raise InputError(f"{where} is locked already: detach the other lock first")
+        self._targets.append((attention, names, target, type(target)))
+        number = next(_NUMBERS)
+        _LOCKED[number] = entry
+        target.kvlock_number, target.kvlock_number_tensor = number, torch.tensor(number)
+        target.__class__ = _locked(type(target))
 
     def detach(self) -> None:
-        """Take the hooks off; the transformer is as it was."""
-        for target in self._targets:
-            target._diffusers_hook.remove_hook(HOOK_NAME, recurse=False)
-            if not target._diffusers_hook.hooks:
-                del target._diffusers_hook
-            # The registry restores the method as an instance attribute; the class's own one is enough.
-            if getattr(vars(target).get("forward"), "__func__", None) is type(target).forward:
-                del target.forward
+        """Take the lock off; the transformer is as it was."""
+        for _, _, target, kind in self._targets:
+            target.__class__ = kind
+            del _LOCKED[target.kvlock_number], target.kvlock_number, target.kvlock_number_tensor
         self._targets = []
-        _forget_child_registries(self.transformer)
 
     @contextmanager
     def forward(self, mode: Mode, weight: Tensor | None = None, kept: KeptKV | None = None) -> Iterator[None]:
-        """One forward in `mode`; afterwards every hook must have fired once.
+        """One forward in `mode`; afterwards every locked module must have run once.
 
         weight: [rows, S] fp32 (for IN_BATCH without the source's row), needed where the mode blends. kept: the
         background's K and V to blend with (STORED), or the places to pack them into (CAPTURE; where there is none for
         a layer, a tensor is added).
+
+        Raises RuntimeError where modules were skipped or replaced, as by an adapter that was added later.
         """
+        for attention, names, target, _ in self._targets:
+            if first_submodule(attention, names) is not target:
+                raise RuntimeError(
+                    f"a projection of {type(attention).__name__} was replaced after the lock was attached, as by an "
+                    "adapter: load adapters first, then lock"
+                )
         state = self.state
         state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, 0
         try:
@@ -147,16 +192,9 @@ class TransformerLock:
         expected = 2 * len(self.layers)
         if state.fired != expected:
             raise RuntimeError(
-                f"{state.fired} of {expected} K/V hooks fired in a forward of {type(self.transformer).__name__}: "
-                "layers were skipped, or projections replaced after the lock was attached"
+                f"{state.fired} of {expected} locked projections ran in a forward of "
+                f"{type(self.transformer).__name__}: layers were skipped"
             )
-
-
-def _forget_child_registries(transformer: nn.Module) -> None:
-    """Have a registry at the root look for hooks anew; diffusers caches the list."""
-    registry = getattr(transformer, "_diffusers_hook", None)
-    if registry is not None:
-        registry.invalidate_child_registries_cache()
 
 
 def kv_sizes(transformer: nn.Module, arch: ArchSpec) -> tuple[int, int]:

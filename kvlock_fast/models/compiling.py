@@ -1,0 +1,45 @@
+"""torch.compile of a transformer's repeated blocks ("regional"): one block is compiled, and serves all of them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from kvlock_fast.errors import InputError
+
+COMPILE = ("off", "regional")
+
+
+@contextmanager
+def compiled_blocks(transformers: Sequence[nn.Module], wish: str) -> Iterator[None]:
+    """The blocks compiled while the context is open, by a wish of `COMPILE`; what was compiled before stays so.
+
+    What torch has compiled it keeps: opening the context again costs nothing. Raises InputError for a model that does
+    not name its repeated blocks, and where they cannot be compiled.
+    """
+    ours: list[nn.Module] = []
+    try:
+        if wish == "regional":
+            for block in (block for transformer in transformers for block in repeated_blocks(transformer)):
+                if block._compiled_call_impl is None:
+                    block.compile()
+                    ours.append(block)
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(f"compile is 'regional', but the model's blocks cannot be compiled: {first}") from error
+    finally:
+        for block in ours:
+            block._compiled_call_impl = None
+
+
+def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """The blocks that diffusers says are alike."""
+    names = set(getattr(transformer, "_repeated_blocks", None) or ())
+    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
+    if not blocks:
+        raise InputError(
+            f"compile is 'regional', but {type(transformer).__name__} does not say which of its blocks are alike"
+        )
+    return blocks
