@@ -123,9 +123,9 @@ def _update_kernel(
 @triton.jit
 def _schedule_kernel(
     partials, now, omega0, tau_at, s_star,                                           # read
-    alpha, omega, variance, trace, step,                                             # written; alpha, omega read first
+    alpha, later_alpha, omega, variance, trace, step,                                # written, but for variance read
     steps, B, blocks, W, zero_init_steps, first_dynamic_step, t_b,
-    tau, b, warmup_alpha, alpha_floor, omega_floor, least_tau,
+    tau, b, warmup_alpha, alpha_floor, alpha_snap, omega_floor, least_tau,
     DYNAMIC_ALPHA: tl.constexpr, DYNAMIC_OMEGA: tl.constexpr, SUM_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid (B,)."""
@@ -153,7 +153,15 @@ def _schedule_kernel(
     ratio = value / tau
     dynamic = (k + 1 >= first_dynamic_step) & exists
     if DYNAMIC_ALPHA:
-        tl.store(alpha + i_b, tl.where(dynamic, _clamp(ratio, alpha_floor, 1.0), warmup_alpha))
+        lag = 1 if later_alpha is None else 2
+        followed = _clamp(ratio, alpha_floor, 1.0)
+        followed = tl.where(followed >= alpha_snap, 1.0, followed)
+        after = tl.where((k + lag >= first_dynamic_step) & exists, followed, warmup_alpha)
+        if later_alpha is not None:
+            known = tl.load(later_alpha + i_b)
+            tl.store(later_alpha + i_b, after)
+            after = known
+        tl.store(alpha + i_b, after)
     scale = tl.load(omega0 + tl.minimum(k + 1, steps - 1))
     if DYNAMIC_OMEGA:
         follows = dynamic & (scale > 1)
@@ -199,16 +207,18 @@ def launch_step_epilogue(
     launch(
         _schedule_kernel, (batch,),
         partials, now, state.omega0, schedule.tau if per_sample else None, state.s_star,
-        state.alpha, state.omega, state.variance, state.trace, state.step,
-        steps, batch, blocks, *counting, schedule.first_dynamic_step,
+        state.alpha, state.later_alpha if schedule.alpha is None else None, state.omega, state.variance, state.trace,
+        state.step, steps, batch, blocks, *counting, schedule.first_dynamic_step,
         1 if per_sample and schedule.tau.numel() > 1 else 0, 1.0 if per_sample else schedule.tau,
-        schedule.b, schedule.warmup_alpha, schedule.alpha_floor, schedule.omega_floor, LEAST_TAU,
+        schedule.b, schedule.warmup_alpha, schedule.alpha_floor, schedule.alpha_snap, schedule.omega_floor,
+        LEAST_TAU,
         DYNAMIC_ALPHA=schedule.alpha is None, DYNAMIC_OMEGA=schedule.dynamic_omega and u is not None,
         SUM_BLOCK=SUM_BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
-STATE_WRITTEN = ("latents", "window", "step", "alpha", "omega", "s_star", "variance", "trace", "corrected")
+STATE_WRITTEN = ("latents", "window", "step", "alpha", "omega", "s_star", "variance", "trace", "corrected",
+                 "later_alpha")  # fmt: skip
 
 
 @torch.library.custom_op("kvlock_fast::step_epilogue", mutates_args=STATE_WRITTEN)
@@ -224,6 +234,7 @@ def _step_epilogue_op(
     table: Tensor,
     omega0: Tensor,
     corrected: Tensor | None,
+    later_alpha: Tensor | None,
     cond: Tensor,
     uncond: Tensor | None,
     foreground: Tensor,
@@ -242,12 +253,16 @@ def _step_epilogue_op(
     s_star_region: str,
     detection: str,
     zero_init_steps: int,
+    alpha_snap: float,
+    alpha_lag: int,
     backend: str,
 ) -> None:
-    state = StepState(latents, window, step, alpha, omega, s_star, variance, trace, table, omega0, corrected)
+    state = StepState(latents, window, step, alpha, omega, s_star, variance, trace, table, omega0, corrected,
+                      later_alpha)  # fmt: skip
     schedule = Schedule(
         window_size, fixed_alpha, dynamic_omega, tau if tau_at is None else tau_at, b, first_dynamic_step,
         warmup_alpha, alpha_floor, omega_floor, calibrated, s_star_region, detection, zero_init_steps,
+        alpha_snap, alpha_lag,
     )  # fmt: skip
     advance = launch_step_epilogue if runs_triton(backend, latents, cond, foreground) else step_epilogue_reference
     advance(state, cond, uncond, foreground, schedule, source_path)
@@ -278,10 +293,11 @@ def step_epilogue(
     tau_at = schedule.tau if isinstance(schedule.tau, Tensor) else None
     _step_epilogue_op(
         state.latents, state.window, state.step, state.alpha, state.omega, state.s_star, state.variance, state.trace,
-        state.table, state.omega0, state.corrected, cond, uncond, foreground, source_path,
+        state.table, state.omega0, state.corrected, state.later_alpha, cond, uncond, foreground, source_path,
         tau_at, schedule.window, schedule.alpha, schedule.dynamic_omega, 1.0 if tau_at is not None else schedule.tau,
         schedule.b, schedule.first_dynamic_step, schedule.warmup_alpha, schedule.alpha_floor, schedule.omega_floor,
-        schedule.s_star, schedule.s_star_region, schedule.detection, schedule.zero_init_steps, backend,
+        schedule.s_star, schedule.s_star_region, schedule.detection, schedule.zero_init_steps,
+        schedule.alpha_snap, schedule.alpha_lag, backend,
     )  # fmt: skip
 
 

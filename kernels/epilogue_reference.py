@@ -87,12 +87,19 @@ def _variance(state: StepState, inside: Tensor, schedule: Schedule, k: Tensor) -
 
 
 def _reschedule(state: StepState, schedule: Schedule, k: Tensor, guided: bool) -> None:
-    """alpha and omega of step k + 1."""
+    """alpha and omega of step k + 1; where alpha lags, that of step k + 2 is kept until then."""
     tau = schedule.tau.clamp_min(LEAST_TAU) if isinstance(schedule.tau, Tensor) else schedule.tau
     ratio = state.variance / tau
-    dynamic = (k + 1 >= schedule.first_dynamic_step) & (_predictions(k, schedule) >= 2)
+    exists = _predictions(k, schedule) >= 2
+    dynamic = (k + 1 >= schedule.first_dynamic_step) & exists
     if schedule.alpha is None:
-        state.alpha.copy_(torch.where(dynamic, ratio.clamp(schedule.alpha_floor, 1.0), schedule.warmup_alpha))
+        followed = (k + schedule.alpha_lag >= schedule.first_dynamic_step) & exists
+        alpha = ratio.clamp(schedule.alpha_floor, 1.0)
+        alpha = torch.where(followed, torch.where(alpha >= schedule.alpha_snap, 1.0, alpha), schedule.warmup_alpha)
+        if state.later_alpha is not None:
+            alpha, later = state.later_alpha.clone(), alpha
+            state.later_alpha.copy_(later)
+        state.alpha.copy_(alpha)
     omega0 = state.omega0.index_select(0, (k + 1).clamp(max=len(state.omega0) - 1))
     follows = dynamic & (omega0 > 1) & (guided and schedule.dynamic_omega)
     scaled = (omega0 * ratio.clamp(0.0, schedule.b)).clamp_min(schedule.omega_floor)

@@ -26,11 +26,11 @@ REGIONS = {"s_star_region": ("all", "foreground"), "detection": ("foreground", "
 class StepState:
     """The device's memory of a run of B samples; everything contiguous, and fp32 but for `step`.
 
-    latents: x_k [B, C, T, H, W]. window: [R, B, C, T, H, W], x0hat of step k in entry k % R. step: k, int32 [1].
-    alpha, omega: [B], of step k. s_star, variance: [B], of the step before. trace: [steps, B, 5], TRACE_COLUMNS of each
-    step: alpha, omega and s* as used in it, the variance after it, whether its latents hold NaN or inf. table: the
-    solver. omega0: [steps], the guidance scale asked for; at most 1 means that guidance is not the lock's business.
-    corrected: as latents, where the solver has a corrector.
+    latents: x_k [B, C, T, H, W]. window: [R, B, C, T, H, W], x0hat of step k in entry k % R. step: k, int32 [1]. alpha,
+    omega: [B], of step k. later_alpha: [B], of step k + 1, where alpha lags by two steps. s_star, variance: [B], of the
+    step before. trace: [steps, B, 5], TRACE_COLUMNS of each step: alpha, omega and s* as used in it, the variance after
+    it, whether its latents hold NaN or inf. table: the solver. omega0: [steps], the guidance scale asked for; at most 1
+    means that guidance is not the lock's business. corrected: as latents, where the solver has a corrector.
     """
 
     latents: Tensor
@@ -44,6 +44,7 @@ class StepState:
     table: Tensor
     omega0: Tensor
     corrected: Tensor | None = None
+    later_alpha: Tensor | None = None
 
     @property
     def history(self) -> int:
@@ -59,9 +60,10 @@ class Schedule:
     whether omega follows the variance. tau: a number, or fp32 [1 or B] (the source's own variance, then at least
     1e-12). b: the largest factor on omega0. first_dynamic_step: where the variance begins to decide; before it, and
     until two predictions exist, alpha = warmup_alpha and omega = omega0. alpha_floor, omega_floor: their least values
-    from then on. s_star: whether guidance is calibrated by s*. s_star_region ("all", "foreground") and detection
-    ("foreground", "global"): the elements that s* and the variance are taken over. zero_init_steps: first steps whose
-    prediction is taken as 0 and does not count.
+    from then on. alpha_snap: from here on alpha counts as 1. alpha_lag: 1, or 2 to have alpha follow the variance of
+    the step before the last, so that it is known a step ahead. s_star: whether guidance is calibrated by s*.
+    s_star_region ("all", "foreground") and detection ("foreground", "global"): the elements that s* and the variance
+    are taken over. zero_init_steps: first steps whose prediction is taken as 0 and does not count.
     """
 
     window: int = 10
@@ -77,10 +79,14 @@ class Schedule:
     s_star_region: str = "all"
     detection: str = "foreground"
     zero_init_steps: int = 0
+    alpha_snap: float = 1.0
+    alpha_lag: int = 1
 
     def __post_init__(self):
         if self.window < 2:
             raise ValueError(f"window must be at least 2, got {self.window}")
+        if self.alpha_lag not in (1, 2):
+            raise ValueError(f"alpha_lag must be 1 or 2, got {self.alpha_lag}")
         for name, allowed in REGIONS.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -100,11 +106,12 @@ def new_step_state(latents: Tensor, table: Tensor, omega0: float | Sequence[floa
     latents = latents.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     entries = max(2, min(schedule.window, steps), inputs - 2)
     ones, nan = torch.ones(batch, device=device), float("nan")
+    alpha = ones * (schedule.warmup_alpha if schedule.alpha is None else schedule.alpha)
     return StepState(
         latents=latents,
         window=torch.empty((entries, *latents.shape), device=device),
         step=torch.zeros(1, dtype=torch.int32, device=device),
-        alpha=ones * (schedule.warmup_alpha if schedule.alpha is None else schedule.alpha),
+        alpha=alpha,
         omega=ones * scales[0],
         s_star=ones.clone(),
         variance=ones * nan,
@@ -112,6 +119,7 @@ def new_step_state(latents: Tensor, table: Tensor, omega0: float | Sequence[floa
         table=table.to(device, torch.float32).contiguous(),
         omega0=torch.tensor(scales, dtype=torch.float32, device=device),
         corrected=torch.empty_like(latents) if table[:, 1, 2].any() else None,
+        later_alpha=alpha.clone() if schedule.alpha_lag == 2 else None,
     )
 
 
@@ -165,6 +173,10 @@ def _check_state(state: StepState, schedule: Schedule) -> None:
     }
     if state.corrected is not None:
         wanted["corrected"] = shape
+    if (state.later_alpha is None) != (schedule.alpha_lag == 1):
+        raise ValueError(f"the state was made for another alpha_lag than {schedule.alpha_lag}")
+    if state.later_alpha is not None:
+        wanted["later_alpha"] = shape[:1]
     for name, size in wanted.items():
         _check_tensor(name, getattr(state, name), size)
     _check_tensor("step", state.step, (1,), torch.int32)

@@ -140,6 +140,11 @@ def edit(
     inversion_solver: InversionSolver = None,
     zero_init_steps: Annotated[int | None, _option("First steps with a prediction of 0.")] = None,
     guidance_batching: Annotated[str | None, _option("'separate' or 'batched' forwards, or 'auto'.")] = None,
+    compute: Annotated[str | None, _option("'foreground' leaves out what alpha = 1 makes needless, or 'full'.")] = None,
+    alpha_snap: Annotated[float | None, _option("A dynamic alpha from here on counts as 1.")] = None,
+    alpha_lag: Annotated[int | None, _option("Alpha follows the variance 1 or 2 steps back.")] = None,
+    halo: Annotated[int | None, _option("Tokens around the mask whose latents are made too.")] = None,
+    seam: Annotated[str | None, _option("Latents of the halo: 'cut', or 'blend' with the source's.")] = None,
     cache: Annotated[str | None, _option("A folder made by invert: the source is not run again.")] = None,
     cache_tier: Annotated[str, _option("Where its K and V are: auto, lockstep, resident, host, disk.")] = "auto",
     cache_format: CacheFormat = "fp8_e4m3",
@@ -168,7 +173,8 @@ def edit(
         "kappa": kappa, "warmup_alpha": warmup_alpha, "alpha_floor": alpha_floor, "omega_floor": omega_floor,
         "detection": detection, "layers": parse_layers(layers), "background_latents": background_latents,
         "source_path": source_path, "inversion_solver": inversion_solver, "zero_init_steps": zero_init_steps,
-        "guidance_batching": guidance_batching,
+        "guidance_batching": guidance_batching, "compute": compute, "alpha_snap": alpha_snap, "alpha_lag": alpha_lag,
+        "halo": halo, "seam": seam,
     }  # fmt: skip
     lock = commands.lock_config(preset, {name: value for name, value in overrides.items() if value is not None})
     kept = commands.cache_config(

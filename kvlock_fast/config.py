@@ -17,7 +17,7 @@ class LockConfig:
     alpha: "dynamic" (the schedule by variance) or a fixed number in [0, 1] for every step; 0 never locks.
     omega: the guidance scale, "dynamic" (it follows the variance) or "constant" (as given).
     s_star: calibrate guidance by the projection s*; off means s* = 1.
-    s_star_region: "all" or "foreground", the elements s* is computed over.
+    s_star_region: "all" or "foreground", the elements s* is computed over; None: what `compute` needs, else "all".
     tau: the variance at which locking saturates, or "auto": what the source's own trajectory shows at each step.
     b: the largest factor on the guidance scale. window: W, predictions the variance looks back on.
     kappa: how many last steps are scheduled dynamically. warmup_alpha: alpha before them.
@@ -29,12 +29,19 @@ class LockConfig:
     inversion_solver: "euler" or "heun", for source_path="invert".
     zero_init_steps: first steps whose prediction is taken as 0 (CFG-Zero*).
     guidance_batching: "separate" (a forward per branch), "batched" (one), or "auto".
+    compute: "full", or "foreground": steps in which a sample's alpha is 1 are computed for its foreground tokens only
+    (exact for them, as nothing they see depends on the background's hidden states); the background's latents are then
+    the source path's in every step.
+    alpha_snap: from here on a dynamic alpha counts as 1. alpha_lag: 1, or 2 to have alpha follow the variance of the
+    step before the last: a step's kind is then known before the step before it has ended.
+    halo: tokens around the mask, within each frame, whose latents the model makes too, their K and V locked. seam: how
+    their latents are taken, "cut" (as the model made them) or "blend" (mixed with the source's, less with distance).
     """
 
     alpha: float | str = "dynamic"
     omega: str = "dynamic"
     s_star: bool = True
-    s_star_region: str = "all"
+    s_star_region: str | None = None
     tau: float | str = 0.01
     b: float = 2.0
     window: int = 10
@@ -49,15 +56,22 @@ class LockConfig:
     inversion_solver: str = "euler"
     zero_init_steps: int = 0
     guidance_batching: str = "auto"
+    compute: str = "full"
+    alpha_snap: float = 1.0
+    alpha_lag: int = 1
+    halo: int = 0
+    seam: str = "cut"
 
     def __post_init__(self):
         _choice(self, "omega", "dynamic", "constant")
-        _choice(self, "s_star_region", "all", "foreground")
+        _choice(self, "s_star_region", None, "all", "foreground")
         _choice(self, "detection", "foreground", "global")
         _choice(self, "background_latents", "model", "source")
         _choice(self, "source_path", "renoise", "invert")
         _choice(self, "inversion_solver", "euler", "heun")
         _choice(self, "guidance_batching", "auto", "separate", "batched")
+        _choice(self, "compute", "full", "foreground")
+        _choice(self, "seam", "cut", "blend")
         if not isinstance(self.s_star, bool):
             raise ValueError(f"s_star must be True or False, got {self.s_star!r}")
         if self.alpha != "dynamic":
@@ -71,7 +85,11 @@ class LockConfig:
         _whole(self, "window", 2)
         _whole(self, "kappa", 0)
         _whole(self, "zero_init_steps", 0)
+        _number(self, "alpha_snap", 0, 1, open_low=True)
+        _whole(self, "alpha_lag", 1)
+        _whole(self, "halo", 0)
         self._check_layers()
+        self._check_compute()
 
     def _check_layers(self):
         if self.layers is None:
@@ -81,6 +99,33 @@ class LockConfig:
         if not whole or len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers must be distinct whole numbers of at least 0, got {self.layers!r}")
         object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+
+    def _check_compute(self):
+        if self.alpha_lag > 2:
+            raise ValueError(f"alpha_lag must be 1 or 2, got {self.alpha_lag}")
+        if self.halo and not self.keeps_background:
+            raise ValueError(f"halo {self.halo} needs background_latents 'source' or compute 'foreground'")
+        if self.compute == "full":
+            return
+        reason = None
+        if self.s_star and self.s_star_region == "all":
+            reason = "s_star_region 'all': s* would need the background's predictions"
+        elif self.detection == "global":
+            reason = "detection 'global': the variance would need the background's predictions"
+        elif self.alpha != "dynamic" and self.alpha < 1:
+            reason = f"alpha {self.alpha}: only at 1 do foreground tokens not depend on the background's"
+        if reason is not None:
+            raise ValueError(f"compute 'foreground' does not go with {reason}")
+
+    @property
+    def keeps_background(self) -> bool:
+        """Whether the background's latents are the source path's."""
+        return self.background_latents == "source" or self.compute == "foreground"
+
+    @property
+    def projection_region(self) -> str:
+        """The elements s* is computed over."""
+        return self.s_star_region or ("foreground" if self.compute == "foreground" else "all")
 
     @property
     def locks(self) -> bool:
@@ -115,7 +160,7 @@ class LockConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for reports and manifests."""
-        return asdict(self)
+        return asdict(self) | {"s_star_region": self.projection_region}
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ def first_dynamic_step(lock: LockConfig, num_steps: int) -> int:
 
 
 def can_lock(lock: LockConfig, num_steps: int, step: int) -> bool:
-    """Whether alpha can exceed 0 at this step; known before the run (the variance exists from step 2 on)."""
+    """Whether alpha can exceed 0 at this step; known before the run (two predictions exist from step 2 on)."""
     if lock.alpha != "dynamic":
         return lock.alpha > 0
-    return lock.warmup_alpha > 0 or step >= max(first_dynamic_step(lock, num_steps), 2)
+    return lock.warmup_alpha > 0 or step >= max(first_dynamic_step(lock, num_steps), 1 + lock.alpha_lag)
 
 
 def compares_with_source(lock: LockConfig) -> bool:
@@ -66,27 +66,35 @@ class Controller:
         self.window = VarianceWindow(size, region)
         self.source_window = VarianceWindow(size, region) if compares_with_source(lock) else None
         self.variance: Tensor | None = None
-        self.ratio: Tensor | None = None
+        self.ratios: list[Tensor | None] = []
         self.ones = torch.ones(batch, device=region.device)
         self.no_variance = self.ones * float("nan")
 
     def is_dynamic(self, step: int) -> bool:
         """Whether the variance decides at this step."""
-        return step >= first_dynamic_step(self.lock, self.num_steps) and self.ratio is not None
+        return self._ratio(step, 1) is not None
+
+    def _ratio(self, step: int, lag: int) -> Tensor | None:
+        """var / tau as it was `lag` steps before, where that decides."""
+        if step < first_dynamic_step(self.lock, self.num_steps) or not 0 <= step - lag < len(self.ratios):
+            return None
+        return self.ratios[step - lag]
 
     def alpha(self, step: int) -> Tensor:
         """How much of the source's K and V the background takes at this step."""
         if self.lock.alpha != "dynamic":
             return self.ones * self.lock.alpha
-        if not self.is_dynamic(step):
+        ratio = self._ratio(step, self.lock.alpha_lag)
+        if ratio is None:
             return self.ones * self.lock.warmup_alpha
-        return self.ratio.clamp(self.lock.alpha_floor, 1.0)
+        alpha = ratio.clamp(self.lock.alpha_floor, 1.0)
+        return torch.where(alpha >= self.lock.alpha_snap, 1.0, alpha)
 
     def omega(self, step: int, omega0: float, guided: bool = True) -> Tensor:
         """The guidance scale at this step; omega0 untouched where guidance is off (`guided`)."""
         if self.lock.omega == "constant" or not guided or not self.is_dynamic(step):
             return self.ones * omega0
-        return (omega0 * self.ratio.clamp(0.0, self.lock.b)).clamp_min(self.lock.omega_floor)
+        return (omega0 * self._ratio(step, 1).clamp(0.0, self.lock.b)).clamp_min(self.lock.omega_floor)
 
     def observe(self, x0hat: Tensor, source_x0hat: Tensor | None = None) -> Tensor:
         """Take in the step's predictions [B, C, T, H, W] (source: [1, ...]); the variance [B], NaN before it exists."""
@@ -94,9 +102,13 @@ class Controller:
         tau = self.lock.tau
         if self.source_window is not None:
             tau = self.source_window.push(source_x0hat)
-        if self.variance is None:
-            return self.no_variance
-        if self.lock.follows_variance:
-            # A source that does not move at all would divide by zero.
-            self.ratio = self.variance / (tau if self.source_window is None else tau.clamp_min(1e-12))
+        if self.variance is None or not self.lock.follows_variance:
+            self.ratios.append(None)
+            return self.no_variance if self.variance is None else self.variance
+        # A source that does not move at all would divide by zero.
+        self.ratios.append(self.variance / (tau if self.source_window is None else tau.clamp_min(1e-12)))
         return self.variance
+
+    def skip(self) -> None:
+        """A step whose prediction does not count."""
+        self.ratios.append(None)

@@ -1,13 +1,14 @@
 """The transformer's forwards under the lock: who shares a batch, and where the source's K and V come from."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvlock_fast.config import LockConfig
+from kvlock_fast.foreground import Region
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.models.ranges import layer_ranges
@@ -30,6 +31,13 @@ class Task:
     source_prompt: Tensor
     guidance: tuple[float, ...]
     lock: LockConfig
+
+    def of(self, samples: tuple[int, ...]) -> "Task":
+        """Of some of the samples."""
+        if samples == tuple(range(self.batch)):
+            return self
+        negative = None if self.negative is None else self.negative[list(samples)]
+        return replace(self, prompt=self.prompt[list(samples)], negative=negative)
 
     @property
     def batch(self) -> int:
@@ -87,13 +95,26 @@ class Predictor:
         timestep: Tensor | None = None,
     ) -> Tensor:
         """The velocity of latents [rows, C, T, H, W] under text [rows, L, C]; the rest as `TransformerLock.forward`."""
-        which = self.model.transformer_of(self.stage(k))
-        timestep = self.solver.timestep_at(k) if timestep is None else timestep
-        self.recorder.forwards += latents.shape[0]
+        which, timestep = self._count(k, latents, timestep)
         if not self.locks:
             return self.model.predict(which, latents, timestep, text)
         with self.locks[which].forward(mode, weight, kept):
             return self.model.predict(which, latents, timestep, text)
+
+    def foreground(
+        self, k: int, latents: Tensor, text: Tensor, region: Region, kept: KeptKV, rows: Tensor | None, timestep: Tensor
+    ) -> Tensor:
+        """The velocity of the region's tokens, 0 elsewhere; rows: which of the tokens kept are background."""
+        which, timestep = self._count(k, latents, timestep)
+        lock = self.locks[which]
+        with lock.forward(Mode.FOREGROUND, kept=kept):
+            return self.model.predict_foreground(lock, latents, timestep, text, region, self.background, rows)
+
+    def _count(self, k: int, latents: Tensor, timestep: Tensor | None) -> tuple[int, Tensor]:
+        """Count the rows; which transformer serves step k, and its timestep."""
+        self.recorder.forwards += latents.shape[0]
+        which = self.model.transformer_of(self.stage(k))
+        return which, self.solver.timestep_at(k) if timestep is None else timestep
 
 
 class Forwards:
@@ -111,9 +132,7 @@ class Forwards:
         """The source at [1, ...] with the edit: velocities of source, conditional and unconditional branch [B, ...]."""
         task = self.task
         if not self.batched:  # a forward for the source, which keeps its K and V, and one for each branch
-            kept: KeptKV = {}
-            with span("forward source"):
-                source = self._predict(k, source_latent, task.source_prompt, self._locked(Mode.CAPTURE), kept=kept)
+            source, kept = self.of_source(k, source_latent)
             return source, *self._branches(k, latents, self._locked(Mode.STORED), alpha, kept)
         branches = 1 if task.negative is None else 2
         rows = torch.cat([source_latent, *[latents.float()] * branches])
@@ -122,6 +141,28 @@ class Forwards:
         with span("forward all"):
             out = self._predict(k, rows, texts, self._locked(Mode.IN_BATCH), weight)
         return out[:1], *self._split(out[1:])
+
+    def of_source(self, k: int, source_latent: Tensor) -> tuple[Tensor, KeptKV]:
+        """The source's velocity [1, ...], and its background's K and V of this step."""
+        kept: KeptKV = {}
+        with span("forward source"):
+            locked = self._locked(Mode.CAPTURE)
+            return self._predict(k, source_latent, self.task.source_prompt, locked, kept=kept), kept
+
+    def of_foreground(
+        self, k: int, latents: Tensor, kept: KeptKV, region: Region, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The region's tokens alone, in front of the source's background: both branches [B, ...], 0 elsewhere."""
+        task, branches = self.task, 1 if self.task.negative is None else 2
+
+        def predict(latents: Tensor, text: Tensor) -> Tensor:
+            with span("forward foreground"):
+                return self.predict.foreground(k, latents, text, region, kept, rows, self.timestep)
+
+        if not self.batched:
+            return predict(latents, task.prompt), None if branches == 1 else predict(latents, task.negative)
+        texts = task.prompt if branches == 1 else torch.cat([task.prompt, task.negative])
+        return self._split(predict(torch.cat([latents.float()] * branches), texts))
 
     def from_kept(self, k: int, latents: Tensor, kept: KeptKV, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
         """The edit alone, locked to K and V that were kept: conditional and unconditional [B, ...]."""

@@ -4,7 +4,7 @@ The video autoencoders are causal: latent frame 0 is pixel frame 0 alone, latent
 frames up to stride * i. Each stage takes the maximum, so a token is foreground if any pixel under it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -49,17 +49,43 @@ class ProjectedMask:
     """A mask at each stage, True on the foreground.
 
     latents: [B, T, h, w] by pixels alone; tokens: [B, S] in (t, h, w) raster order; token_latents: [B, T, h, w], the
-    latents of the foreground tokens (what the model can change).
+    latents of the foreground tokens (what the model can change); patch_size: latents a token, along each axis.
     """
 
     latents: Tensor
     tokens: Tensor
     token_latents: Tensor
+    patch_size: tuple[int, int, int] = (1, 1, 1)
 
     @property
     def share(self) -> float:
         """Foreground tokens / tokens, over the batch."""
         return self.tokens.float().mean().item()
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Tokens along each axis."""
+        return tuple(-(-size // patch) for size, patch in zip(self.latents.shape[1:], self.patch_size, strict=True))
+
+    def distance(self, most: int) -> Tensor:
+        """Of every token to the foreground of its frame, in tokens (rows, columns and diagonals): int [B, S].
+
+        0 on the foreground; `most` + 1 for all that is further than `most`.
+        """
+        batch, reached = self.tokens.shape[0], self.tokens.view(-1, *self.grid)
+        distance = torch.where(reached, 0, most + 1)
+        for step in range(1, most + 1):
+            reached = F.max_pool3d(reached[:, None].float(), (1, 3, 3), 1, (0, 1, 1))[:, 0] > 0
+            distance = torch.where(reached & (distance > most), step, distance)
+        return distance.view(batch, -1)
+
+    def on_latents(self, values: Tensor) -> Tensor:
+        """A value a token [B, S] as one a latent [B, T, h, w]."""
+        values = values.view(-1, *self.grid)
+        for dim, patch in enumerate(self.patch_size, start=1):
+            values = values.repeat_interleave(patch, dim)
+        _, frames, height, width = self.latents.shape
+        return values[:, :frames, :height, :width]
 
 
 def _any_pool(x: Tensor, size: tuple[int, int, int]) -> Tensor:
@@ -90,8 +116,5 @@ def project_mask(mask: Tensor, geometry: Geometry) -> ProjectedMask:
         raise ValueError(f"mask must be a non-empty [F, H, W] or [B, F, H, W], got {tuple(mask.shape)}")
     latents = latent_mask(mask if mask.ndim == 4 else mask[None], geometry)
     tokens = _any_pool(latents, geometry.patch_size)
-    back = tokens
-    for dim, patch in enumerate(geometry.patch_size, start=1):
-        back = back.repeat_interleave(patch, dim)
-    _, frames, height, width = latents.shape
-    return ProjectedMask(latents, tokens.flatten(1), back[:, :frames, :height, :width])
+    mask = ProjectedMask(latents, tokens.flatten(1), latents, geometry.patch_size)
+    return replace(mask, token_latents=mask.on_latents(mask.tokens))

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,7 @@ class KVLockPipeline:
             with _stage(recorder, progress, "text"):
                 texts = self._texts(prompts, negative_prompt, source_prompt, guidance_scale)
             scales = (guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2)
-            task = Task(scene.mask, *texts, guidance=scales, lock=lock)
+            task = Task(scene.mask, *texts, guidance=scales, lock=scene.lock)
 
             def run(way: Way) -> tuple[Tensor, list[np.ndarray]]:
                 blocks = compiled_blocks(self.model.transformers, compile)
@@ -147,7 +147,7 @@ class KVLockPipeline:
 
             edited, decoded = run_with_memory(run, scene, task, cache, self.pipe)
         warmup, solver = max(0, num_inference_steps - lock.kappa), scene.solver
-        trace = recorder.finish(prompts, warmup, scene.mask.share, solver.timesteps, solver.sigmas)
+        trace = recorder.finish(prompts, warmup, scene.mask, solver.timesteps, solver.sigmas)
         return EditOutput(decoded, edited.float(), trace, scene.mask)
 
     @torch.no_grad()
@@ -210,7 +210,12 @@ class KVLockPipeline:
     ) -> Iterator[Scene]:
         """The source, encoded or taken from the cache that `cache` names; its files are open meanwhile."""
         for transformer in self.model.transformers:
-            select_layers(len(self.model.arch.attentions(transformer)), lock.layers)
+            count = len(self.model.arch.attentions(transformer))
+            if len(select_layers(count, lock.layers)) < count and lock.compute == "foreground":
+                left_out = f"layers {list(lock.layers)} leaves out some of {count}"
+                raise InputError(f"compute 'foreground' needs every layer locked: {left_out}")
+        if lock.compute == "foreground" and not hasattr(self.model, "predict_foreground"):
+            raise InputError(f"compute 'foreground' is not there for the family {self.model.arch.family}")
         saved = None if cache.path is None else SavedSource.open(cache.path)
         try:
             video, mask, height, width, policy = clip
@@ -226,6 +231,10 @@ class KVLockPipeline:
             with _stage(recorder, progress, "encode"):
                 mask = self._project(pixel_mask)
                 clean = None if saved is not None else self.model.encode_video(frames)
+            if lock.compute == "foreground" and mask.tokens.all():
+                message = "mask covers every token: compute 'foreground' has nothing to leave out, computing in full"
+                warnings.warn(message, InputWarning, stacklevel=4)
+                lock = replace(lock, compute="full")
             scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved, loops)
             scene.place(clean, *noise)
             yield scene

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvlock_fast.config import LockConfig
 from kvlock_fast.controller import Controller, VarianceWindow, compares_with_source, first_dynamic_step
+from kvlock_fast.foreground import mix_seam, seam_weights
 from kvlock_fast.forwards import Task
 from kvlock_fast.kernels.epilogue import step_epilogue
 from kvlock_fast.kernels.guidance import cfg_projection_reference, guided_prediction_reference
@@ -36,9 +37,11 @@ def schedule_of(lock: LockConfig, steps: int, tau: float | Tensor) -> Schedule:
         alpha_floor=lock.alpha_floor,
         omega_floor=lock.omega_floor,
         s_star=lock.s_star,
-        s_star_region=lock.s_star_region,
+        s_star_region=lock.projection_region,
         detection=lock.detection,
         zero_init_steps=lock.zero_init_steps,
+        alpha_snap=lock.alpha_snap,
+        alpha_lag=lock.alpha_lag,
     )
 
 
@@ -50,7 +53,8 @@ class DeviceStepper:
         lock, steps = task.lock, solver.num_steps
         self.solver = solver
         self.foreground = task.mask.token_latents.contiguous()
-        self.path = source.path if lock.background_latents == "source" else None
+        self.path = source.path if lock.keeps_background else None
+        self.seam = seam_weights(task.mask, lock)
         window = max(2, min(lock.window, steps))
         self.source_window, self.tau = None, lock.tau
         if lock.tau == "auto":
@@ -71,6 +75,11 @@ class DeviceStepper:
         """[B] fp32, of the step that comes next."""
         return self.state.alpha
 
+    @property
+    def later_alpha(self) -> Tensor:
+        """[B] fp32, of the step after that, where alpha lags."""
+        return self.state.alpha if self.state.later_alpha is None else self.state.later_alpha
+
     def advance(
         self, k: int, source: Tensor | None, source_latent: Tensor, cond: Tensor | None, uncond: Tensor | None
     ) -> None:
@@ -83,7 +92,11 @@ class DeviceStepper:
             if variance is not None:
                 self.tau.copy_(variance.clamp_min(LEAST_VARIANCE))
         cond = torch.zeros_like(self.latents) if cond is None else _by_rows(cond)
-        step_epilogue(self.state, cond, _by_rows(uncond), self.foreground, self.schedule, self.path)
+        path = self.path if self.seam is None else None
+        step_epilogue(self.state, cond, _by_rows(uncond), self.foreground, self.schedule, path)
+        if self.seam is not None:
+            source = self.path.index_select(0, self.state.step)[0]
+            self.state.latents.copy_(mix_seam(self.state.latents, source, self.seam))
 
     def trace(self) -> Tensor:
         """[steps, B, 5]: variance, alpha, omega, s* and whether the latents hold NaN or inf, of each step."""
@@ -91,13 +104,14 @@ class DeviceStepper:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that `advance` reads and writes, by name (but for the source's window); the mask as a copy."""
-        named = {**vars(self.state), "foreground": self.foreground.clone(), "path": self.path}
+        own = {"foreground": self.foreground.clone(), "path": self.path, "seam": self.seam}
+        named = {**vars(self.state), **own}
         return {name: x for name, x in named.items() if x is not None}
 
     def use(self, tensors: dict[str, Tensor]) -> None:
         """Read and write these instead."""
         self.state = StepState(**{field.name: tensors.get(field.name) for field in fields(StepState)})
-        self.foreground, self.path = tensors["foreground"], tensors.get("path")
+        self.foreground, self.path, self.seam = tensors["foreground"], tensors.get("path"), tensors.get("seam")
 
 
 class SchedulerStepper:
@@ -111,6 +125,7 @@ class SchedulerStepper:
         self.latents = _start(task, source)
         self.alpha = self.controller.alpha(0)
         self._trace: list[Tensor] = []
+        self._taken = 0
 
     def advance(
         self, k: int, source: Tensor | None, source_latent: Tensor, cond: Tensor | None, uncond: Tensor | None
@@ -120,6 +135,7 @@ class SchedulerStepper:
         omega = controller.omega(k, self.omega0[k], task.guided(self.omega0[k]))
         if cond is None:
             prediction, s_star, variance = torch.zeros_like(self.latents), controller.ones, controller.no_variance
+            controller.skip()
         else:
             prediction, s_star = guide(task, cond, uncond, omega, self.omega0[k])
             clean = solver.predict_clean(k, prediction, self.latents)
@@ -130,6 +146,12 @@ class SchedulerStepper:
         bad = (~self.latents.isfinite()).flatten(1).any(1).float()
         self._trace.append(torch.stack([variance, self.alpha, omega, s_star, bad], dim=-1))
         self.alpha = controller.alpha(k + 1)
+        self._taken = k + 1
+
+    @property
+    def later_alpha(self) -> Tensor:
+        """As DeviceStepper's."""
+        return self.controller.alpha(self._taken + 1)
 
     def trace(self) -> Tensor:
         """[steps, B, 5], as DeviceStepper's."""
@@ -160,9 +182,12 @@ def _start(task: Task, source: SourcePath) -> Tensor:
 
 
 def keep_background(task: Task, latents: Tensor, source_latent: Tensor) -> Tensor:
-    """Under background_latents="source", the background of the source's path; else the latents as they are."""
-    if task.lock.background_latents == "model":
+    """The background of the source's path, where the lock keeps it; else the latents as they are."""
+    if not task.lock.keeps_background:
         return latents
+    weights = seam_weights(task.mask, task.lock)
+    if weights is not None:
+        return mix_seam(latents, source_latent.to(latents.dtype), weights)
     return torch.where(task.mask.token_latents[:, None], latents, source_latent.to(latents.dtype))
 
 
@@ -177,7 +202,7 @@ def guide(task: Task, cond: Tensor, uncond: Tensor | None, omega: Tensor, omega0
         return uncond + omega0 * (cond - uncond), ones
     s_star = ones
     if lock.s_star:
-        where = task.mask.token_latents[:, None] if lock.s_star_region == "foreground" else None
+        where = task.mask.token_latents[:, None] if lock.projection_region == "foreground" else None
         c, u = (x if where is None else torch.where(where, x, 0.0) for x in (cond, uncond))
         s_star = cfg_projection_reference(c, u)
     return guided_prediction_reference(cond, uncond, omega, s_star), s_star

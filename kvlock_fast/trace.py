@@ -10,12 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.nvtx import span
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One step of one sample. variance is None before two predictions exist."""
+    """One step of one sample.
+
+    variance is None before two predictions exist; tokens: computed for each of its branches.
+    """
 
     step: int
     sample: int
@@ -26,6 +30,7 @@ class StepRecord:
     omega: float
     s_star: float
     seconds: float
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,8 @@ class Trace:
     """The schedule as it ran, and how long each stage took.
 
     forwards: rows that went through a transformer (a batch of 3 counts 3); foreground_share: of the tokens; cache:
-    where the source's K and V were (tier, and where they were stored format, steps and bytes).
+    where the source's K and V were (tier, and where they were stored format, steps and bytes); tokens: of the video;
+    alpha_wait_seconds: what it cost to have alpha on the host, where it decides how a step is computed.
     """
 
     prompts: list[str]
@@ -44,6 +50,8 @@ class Trace:
     stage_seconds: dict[str, float]
     records: list[StepRecord]
     cache: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    alpha_wait_seconds: float = 0.0
 
     def __iter__(self) -> Iterator[StepRecord]:
         return iter(self.records)
@@ -62,6 +70,8 @@ class Trace:
             "forwards": self.forwards,
             "stage_seconds": self.stage_seconds,
             "cache": self.cache,
+            "tokens": self.tokens,
+            "alpha_wait_seconds": self.alpha_wait_seconds,
             "records": [vars(record) for record in self.records],
         }
 
@@ -101,6 +111,8 @@ class Run:
     def __init__(self, device: torch.device):
         self.clock = Clock(device)
         self.steps: Tensor | None = None
+        self.tokens: list[list[int]] = []
+        self.waited = 0.0
 
 
 @dataclass
@@ -139,17 +151,27 @@ class Recorder:
         """A step has been given to the device."""
         self.runs[-1].clock.mark()
 
-    def end(self, steps: Tensor) -> None:
-        """The run's figures, [steps, B, 5]: variance, alpha, omega, s* and whether the latents hold NaN or inf."""
-        self.runs[-1].steps = steps
+    def computed(self, tokens: list[int]) -> None:
+        """Of each sample, in this step."""
+        self.runs[-1].tokens.append(tokens)
+
+    def end(self, steps: Tensor, waited: float = 0.0) -> None:
+        """The run's figures, [steps, B, 5]: variance, alpha, omega, s* and whether the latents hold NaN or inf.
+
+        waited: seconds for alpha.
+        """
+        self.runs[-1].steps, self.runs[-1].waited = steps, waited
 
     def first_bad_step(self) -> tuple[int, int] | None:
         """(step, sample) where the latents first became NaN or inf."""
         bad = torch.cat([run.steps[..., 4] for run in self.runs], dim=1).nonzero().tolist()
         return tuple(bad[0]) if bad else None
 
-    def finish(self, prompts: list[str], warmup_steps: int, share: float, timesteps: Tensor, sigmas: Tensor) -> Trace:
+    def finish(
+        self, prompts: list[str], warmup_steps: int, mask: ProjectedMask, timesteps: Tensor, sigmas: Tensor
+    ) -> Trace:
         """The whole trace."""
+        share, tokens, waited = mask.share, mask.tokens.shape[1], sum(run.waited for run in self.runs)
         timesteps, sigmas, records, sample = timesteps.tolist(), sigmas.tolist(), [], 0
         for run in self.runs:
             variance, alpha, omega, s_star = (run.steps[..., i].tolist() for i in range(4))
@@ -165,10 +187,22 @@ class Recorder:
                     omega=omega[k][i],
                     s_star=s_star[k][i],
                     seconds=seconds[k],
+                    tokens=run.tokens[k][i],
                 )
                 for k in range(len(seconds))
                 for i in range(size)
             ]
             sample += size
         records.sort(key=lambda record: (record.step, record.sample))
-        return Trace(prompts, len(timesteps), warmup_steps, share, self.forwards, self.stages, records, self.cache)
+        return Trace(
+            prompts,
+            len(timesteps),
+            warmup_steps,
+            share,
+            self.forwards,
+            self.stages,
+            records,
+            self.cache,
+            tokens,
+            waited,
+        )

@@ -170,7 +170,7 @@ def simulate_sample(run, b):
     tau = f64(lock.tau)[b if lock.tau.numel() > 1 else 0] if isinstance(lock.tau, torch.Tensor) else lock.tau
     x, corrected, clean, window = f64(run.latents)[b], None, [], []
     alpha, omega = lock.warmup_alpha if lock.alpha is None else lock.alpha, run.omega0[0]
-    latents, trace = [], []
+    latents, trace, ratios = [], [], []
     for k in range(run.steps):
         idle = k < lock.zero_init_steps
         v, s = f64(run.cond[k])[b], 1.0
@@ -196,8 +196,12 @@ def simulate_sample(run, b):
         dynamic = k + 1 >= lock.first_dynamic_step and len(window) >= 2
         omega = run.omega0[min(k + 1, run.steps - 1)]
         ratio = variance / max(tau, 1e-12)
+        ratios.append(ratio)
+        seen = ratios[k + 1 - lock.alpha_lag] if k + 1 >= lock.alpha_lag else NAN
         if lock.alpha is None:
-            alpha = min(max(ratio, lock.alpha_floor), 1.0) if dynamic else lock.warmup_alpha
+            alpha = lock.warmup_alpha
+            if k + 1 >= lock.first_dynamic_step and not np.isnan(seen):
+                alpha = 1.0 if seen >= lock.alpha_snap else min(max(seen, lock.alpha_floor), 1.0)
         if dynamic and lock.dynamic_omega and run.uncond is not None and omega > 1:
             omega = max(omega * min(ratio, lock.b), lock.omega_floor)
     return np.array(latents), np.array(clean), np.array(trace)
@@ -236,6 +240,10 @@ MODES = {
     "small-tau": {"tau": 1e-4, "b": 0.7},
     "large-tau": {"tau": 100.0},
     "floors": {"tau": 100.0, "alpha_floor": 0.3, "omega_floor": 2.5},
+    "snap": {"tau": 0.9, "alpha_snap": 0.5, "steps": 5},
+    "lag": {"tau": 0.9, "alpha_lag": 2, "warmup_alpha": 0.2, "steps": 6},
+    "lag-after-warm-up": {"tau": 0.9, "alpha_lag": 2, "first_dynamic_step": 3, "alpha_snap": 0.6, "steps": 6},
+    "lag-of-a-fixed-alpha": {"alpha": 0.5, "alpha_lag": 2},
     "warm-up": {"first_dynamic_step": 3, "warmup_alpha": 0.25, "steps": 5},
     "always-warm-up": {"first_dynamic_step": 50},
     "window-2": {"window": 2, "steps": 4},
@@ -360,6 +368,7 @@ def runs(draw):
         detection=draw(st.sampled_from(["global", "foreground"])),
         first_dynamic_step=draw(st.integers(0, 4)),
         zero_init_steps=draw(st.integers(0, 2)),
+        alpha_lag=draw(st.integers(1, 2)),
     )
 
 

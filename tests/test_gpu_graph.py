@@ -42,7 +42,7 @@ def test_no_step_waits(monkeypatch, lock):
     begin, end = trace.Recorder.begin, trace.Recorder.end
     monkeypatch.setattr(trace.Recorder, "begin", lambda self: (begin(self), torch.cuda.set_sync_debug_mode("error"))[0])
     monkeypatch.setattr(
-        trace.Recorder, "end", lambda self, steps: (torch.cuda.set_sync_debug_mode("default"), end(self, steps))[1]
+        trace.Recorder, "end", lambda self, *ended: (torch.cuda.set_sync_debug_mode("default"), end(self, *ended))[1]
     )
     pipe = tiny_wan().to("cuda")
     call(pipe, lock=lock, steps=2)

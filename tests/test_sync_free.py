@@ -47,12 +47,12 @@ def guarded(monkeypatch):
             guards[-1][1].setattr(torch.Tensor, name, refuse)
         guards[-1][0].__enter__()
 
-    def end_guarded(self, steps):
+    def end_guarded(self, steps, waited=0.0):
         mode, patch = guards.pop()
         mode.__exit__(None, None, None)
         patch.undo()
         ran.append(True)
-        end(self, steps)
+        end(self, steps, waited)
 
     monkeypatch.setattr(trace.Recorder, "begin", begin_guarded)
     monkeypatch.setattr(trace.Recorder, "end", end_guarded)

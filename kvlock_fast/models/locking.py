@@ -25,6 +25,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.blend import as_heads, blend_
 from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
 from kvlock_fast.models.arch import ArchSpec, first_submodule, refuse_wrapped, select_layers
+from kvlock_fast.models.foreground import View, attend
 from kvlock_fast.nvtx import span
 
 KeptKV = dict[tuple[int, str], Tensor | QuantizedKV]
@@ -38,6 +39,7 @@ class Mode(Enum):
     CAPTURE = auto()  # keep this forward's K and V
     STORED = auto()  # blend every row with K and V that were kept
     IN_BATCH = auto()  # blend rows 1.. with row 0
+    FOREGROUND = auto()  # only some tokens are there: the attention adds what was kept of the others
 
 
 class LockState:
@@ -49,6 +51,7 @@ class LockState:
         self.weight: Tensor | None = None
         self.background = background
         self.kept: KeptKV = {}
+        self.view: View | None = None
         self.fired = 0
 
     def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
@@ -93,6 +96,29 @@ def lock_output_(x: Tensor, number: Tensor) -> None:
 @lock_output_.register_fake
 def _(x: Tensor, number: Tensor) -> None:
     return None
+
+
+def _attend_kept(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
+    state, (layer, _), _ = _LOCKED[number]
+    with span("attend"):
+        return attend(q, k, v, (state.kept[layer, "k"], state.kept[layer, "v"]), state.view)
+
+
+@torch.library.custom_op("kvlock_fast::attend_kept", mutates_args=())
+def _attend_kept_op(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
+    return _attend_kept(q, k, v, int(number)).contiguous()
+
+
+@_attend_kept_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+def attend_kept(q: Tensor, k: Tensor, v: Tensor, locked: nn.Module) -> Tensor:
+    """`foreground.attend` by what is kept of the layer whose keys come out of the locked module."""
+    if torch.compiler.is_compiling():
+        return _attend_kept_op(q, k, v, locked.kvlock_number_tensor)
+    return _attend_kept(q, k, v, locked.kvlock_number)
 
 
 class _Locked:
@@ -160,6 +186,11 @@ class TransformerLock:
         target.kvlock_number, target.kvlock_number_tensor = number, torch.tensor(number)
         target.__class__ = _locked(type(target))
 
+    @property
+    def attentions(self) -> list[nn.Module]:
+        """The locked self-attentions."""
+        return list(dict.fromkeys(attention for attention, *_ in self._targets))
+
     def detach(self) -> None:
         """Take the lock off; the transformer is as it was."""
         for _, _, target, kind in self._targets:
@@ -172,8 +203,8 @@ class TransformerLock:
         """One forward in `mode`; afterwards every locked module must have run once.
 
         weight: [rows, S] fp32 (for IN_BATCH without the source's row), needed where the mode blends. kept: the
-        background's K and V to blend with (STORED), or the places to pack them into (CAPTURE; where there is none for
-        a layer, a tensor is added).
+        background's K and V to blend with (STORED) or to see (FOREGROUND), or the places to pack them into (CAPTURE;
+        where there is none for a layer, a tensor is added).
 
         Raises RuntimeError where modules were skipped or replaced, as by an adapter that was added later.
         """
@@ -188,7 +219,7 @@ class TransformerLock:
         try:
             yield
         finally:
-            state.mode, state.weight, state.kept = Mode.OFF, None, {}
+            state.mode, state.weight, state.kept, state.view = Mode.OFF, None, {}, None
         expected = 2 * len(self.layers)
         if state.fired != expected:
             raise RuntimeError(

@@ -13,8 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from kvlock_fast.errors import InputError
+from kvlock_fast.foreground import Region
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models.arch import ArchSpec
+from kvlock_fast.models.foreground import whole_forward
+from kvlock_fast.models.locking import TransformerLock
+from kvlock_fast.models.wan_foreground import foreground_forward
 
 WAN = ArchSpec(family="wan", transformers=("WanTransformer3DModel",), attention=r"blocks\.\d+\.attn1")
 
@@ -118,19 +122,39 @@ class WanModel:
     def predict(self, which: int, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The velocity [B, C, T, h, w] in the transformer's dtype, at latents [B, ...], timestep [], text [B, L, C]."""
         transformer = self.transformers[which]
-        rows = latents.shape[0]
-        if self.pipe.config.get("expand_timesteps"):
-            _, ph, pw = transformer.config.patch_size
-            tokens = latents.shape[2] * (latents.shape[3] // ph) * (latents.shape[4] // pw)
-            timestep = timestep.expand(rows, tokens)
-        else:
-            timestep = timestep.expand(rows)
+        _, ph, pw = transformer.config.patch_size
+        tokens = latents.shape[2] * (latents.shape[3] // ph) * (latents.shape[4] // pw)
         return transformer(
             hidden_states=latents.to(transformer.dtype),
-            timestep=timestep,
+            timestep=self._timesteps(timestep, latents.shape[0], tokens),
             encoder_hidden_states=text,
             return_dict=False,
         )[0]
+
+    def predict_foreground(
+        self, lock: TransformerLock, latents: Tensor, timestep: Tensor, text: Tensor, region: Region,
+        background: Tensor, rows: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The velocity of the region's tokens [B, C, T, h, w], 0 elsewhere, under a lock that has the background's K
+        and V: of the tokens `background`, of which `rows` (None: all) are outside the mask.
+        """
+        transformer, tokens = lock.transformer, len(region.computed)
+        timestep = self._timesteps(timestep, latents.shape[0], tokens)
+        with whole_forward(transformer):
+            return foreground_forward(
+                lock,
+                latents.to(transformer.dtype),
+                timestep,
+                text,
+                region.computed,
+                region.foreground,
+                background,
+                rows,
+            )
+
+    def _timesteps(self, timestep: Tensor, rows: int, tokens: int) -> Tensor:
+        """A timestep a sample, or a token."""
+        return timestep.expand(rows, tokens) if self.pipe.config.get("expand_timesteps") else timestep.expand(rows)
 
 
 @contextmanager

@@ -1,0 +1,76 @@
+"""Attention of the tokens that are computed, to themselves and to the source's background: for forwards without it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kvlock_fast.errors import InputError
+from kvlock_fast.kernels.attention import attention
+from kvlock_fast.kernels.quantize import QuantizedKV
+
+
+@dataclass(frozen=True)
+class View:
+    """What a forward of some tokens sees of the others.
+
+    foreground: how many of its tokens, from the first on, bring keys and values of their own; rows: which of the kept
+    tokens are the background, indices [N], None for all; rope: cosine and sine of their positions, each [1, N, 1, D].
+    """
+
+    foreground: int
+    rows: Tensor | None
+    rope: tuple[Tensor, Tensor]
+
+
+@contextmanager
+def whole_forward(transformer: nn.Module) -> Iterator[None]:
+    """What is done around a transformer's forward while its parts are called: accelerate's hook brings its weights.
+
+    Raises InputError where something else has replaced the forward.
+    """
+    hook = getattr(transformer, "_hf_hook", None)
+    if hook is None and "forward" in vars(transformer):
+        raise InputError(
+            "compute 'foreground' calls the parts of the transformer, whose forward was replaced (as by offloading in "
+            "groups): use compute 'full'"
+        )
+    if hook is not None:
+        hook.pre_forward(transformer)
+    yield
+    if hook is not None:
+        hook.post_forward(transformer, None)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor | QuantizedKV, Tensor | QuantizedKV], view: View
+) -> Tensor:
+    """Attention of q [B, N, H, D] to the foreground's k and v (of [B, N, H, D]) and to those kept of the background.
+
+    q and k are rotated; kept: K after its norm, not rotated, and V, [1, M, H, D] or [1, M, H * D].
+    """
+    background_k, background_v = (_unpacked(x, q, view.rows) for x in kept)
+    background_k = rotate(background_k, *view.rope)
+    rows = q.shape[0]
+    k = torch.cat([k[:, : view.foreground], background_k.expand(rows, -1, -1, -1)], dim=1)
+    v = torch.cat([v[:, : view.foreground], background_v.expand(rows, -1, -1, -1)], dim=1)
+    if q.device.type == "cuda":
+        return attention(q, k, v)  # splits the keys, as the queries are few
+    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+    return out.transpose(1, 2)
+
+
+def _unpacked(x: Tensor | QuantizedKV, like: Tensor, rows: Tensor | None) -> Tensor:
+    """[1, N, H, D] in like's dtype."""
+    x = x.dequantize(like.dtype) if isinstance(x, QuantizedKV) else x.to(like.dtype)
+    x = x if rows is None else x.index_select(1, rows)
+    return x.view(*x.shape[:2], *like.shape[2:])
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE of neighbouring pairs of x [B, N, H, D], as diffusers' Wan has it; cos, sin: [1, N, 1, D], angles twice."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)

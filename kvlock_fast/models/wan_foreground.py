@@ -1,0 +1,100 @@
+"""Wan's forward of some of the tokens: as `WanTransformer3DModel.forward`, on rows of the sequence.
+
+All but self-attention works token by token; self-attention sees the rest of the sequence as the source's keys and
+values, which are kept (models/foreground.py). The blocks are the model's own, compiled or not.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvlock_fast.models.foreground import View, rotate
+from kvlock_fast.models.locking import TransformerLock, attend_kept
+
+
+class ForegroundProcessor:
+    """In place of diffusers' `WanAttnProcessor`, while not all tokens are there. The attention is locked."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        out = attend_kept(rotate(q, *rotary_emb), rotate(k, *rotary_emb), v, attn.norm_k)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(hidden_states)))
+
+
+PROCESSOR = ForegroundProcessor()
+
+
+def foreground_forward(
+    lock: TransformerLock,
+    latents: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    computed: Tensor,
+    foreground: int,
+    background: Tensor,
+    rows: Tensor | None,
+) -> Tensor:
+    """The velocity [B, C, T, h, w] of the tokens `computed` [N]; 0 elsewhere.
+
+    latents: [B, C, T, h, w] whole, in the transformer's dtype; timestep: [B], or [B, N]; foreground: how many of the
+    tokens have keys and values of their own, from the first on; background: indices of the kept tokens, of which
+    `rows` (None: all) are seen.
+    """
+    transformer = lock.transformer
+    cos, sin = transformer.rope(latents)
+    rope = cos.index_select(1, computed), sin.index_select(1, computed)
+    seen = background if rows is None else background.index_select(0, rows)
+    lock.state.view = View(foreground, rows, (cos.index_select(1, seen), sin.index_select(1, seen)))
+    x = transformer.patch_embedding(latents).flatten(2).transpose(1, 2)
+    tokens = x.shape[1]
+    x = x.index_select(1, computed)
+    per_token = timestep.shape[1] if timestep.ndim == 2 else None
+    temb, timestep_proj, text, _ = transformer.condition_embedder(
+        timestep.flatten(), text, None, timestep_seq_len=per_token
+    )
+    timestep_proj = timestep_proj.unflatten(-1, (6, -1))
+    with _processors(lock):
+        for block in transformer.blocks:
+            x = block(x, text, timestep_proj, rope)
+    table = transformer.scale_shift_table.to(temb.device)
+    if per_token is None:
+        shift, scale = (table + temb.unsqueeze(1)).chunk(2, dim=1)
+    else:
+        shift, scale = (part.squeeze(2) for part in (table.unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2))
+    x = transformer.proj_out((transformer.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
+    whole = x.new_zeros(x.shape[0], tokens, x.shape[2]).index_copy_(1, computed, x)
+    return _unpatchify(whole, latents.shape, transformer.config.patch_size)
+
+
+@contextmanager
+def _processors(lock: TransformerLock) -> Iterator[None]:
+    """The locked attentions with the processor for some tokens, and their own again afterwards."""
+    before: list[tuple[nn.Module, Any]] = [(attention, attention.processor) for attention in lock.attentions]
+    try:
+        for attention, _ in before:
+            attention.processor = PROCESSOR
+        yield
+    finally:
+        for attention, processor in before:
+            attention.processor = processor
+
+
+def _unpatchify(x: Tensor, shape: torch.Size, patch: tuple[int, int, int]) -> Tensor:
+    """Tokens [B, S, pt * ph * pw * C] as latents [B, C, T, h, w] of this shape (C may differ)."""
+    t, h, w = (size // p for size, p in zip(shape[2:], patch, strict=True))
+    x = x.view(x.shape[0], t, h, w, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
+    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
