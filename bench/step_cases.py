@@ -159,8 +159,11 @@ class Steps:
         sigma = scheduler.sigmas[k].to(self.device)
         return (1 - sigma) * self.subject.clean + sigma * self.noise
 
-    def ours(self, cache: CacheConfig, graph: str = "off") -> Contender:
+    def ours(
+        self, cache: CacheConfig, graph: str = "off", lock: LockConfig | None = None, prompts: int = 1
+    ) -> Contender:
         """This project's loop; the source's own pass, where it is stored, is not marked."""
+        lock = lock or self.lock
         loops = CapturedLoops(CudaCapture(self.device)) if graph == "on" else None
 
         @torch.no_grad()
@@ -171,10 +174,10 @@ class Steps:
 
             solver = FlowSolver(self.scheduler(steps), steps, self.device)
             frames = torch.from_numpy(self.subject.clip.video)
-            scene = Scene(self.model, self.lock, solver, frames, len(frames), self.mask, "", None, loops)
+            scene = Scene(self.model, lock, solver, frames, len(frames), self.mask, "", None, loops)
             scene.place(self.subject.clean, self.noise, None)
-            texts = self.prompt, self.negative, self.source_prompt
-            task = Task(self.mask, *texts, guidance=(GUIDANCE, GUIDANCE), lock=self.lock)
+            texts = *(x.expand(prompts, -1, -1) for x in (self.prompt, self.negative)), self.source_prompt
+            task = Task(self.mask, *texts, guidance=(GUIDANCE, GUIDANCE), lock=lock)
             with TemporaryDirectory() as folder:
                 there = replace(cache, root=str(Path(folder)))
                 return edit_prompts(task, scene, there, Recorder(self.device), progress)

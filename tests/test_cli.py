@@ -55,7 +55,7 @@ def test_an_edit_from_files_to_files(clip, model, tmp_path, capsys):
     data = json.loads(trace.read_text(), parse_constant=pytest.fail)
     assert data["samples"] == 1 and len(data["records"]) == 2 and data["settings"]["tau"] == 0.01
     assert set(data["records"][0]) == {
-        "step", "sample", "timestep", "sigma", "variance", "alpha", "omega", "s_star", "seconds"
+        "step", "sample", "timestep", "sigma", "variance", "alpha", "omega", "s_star", "seconds", "tokens"
     }  # fmt: skip
     assert "<html" in report.read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["o.mp4", "r.html", "t.json"]
