@@ -285,6 +285,7 @@ def plan(
     kappa: Kappa = None,
     warmup_alpha: Annotated[float | None, _option("Alpha before them; 0 stores the last kappa steps only.")] = None,
     layers: Annotated[str | None, _option("Locked self-attention layers, like 0-11,15.")] = None,
+    compute: Annotated[str | None, _option("'foreground' or 'full', as of edit.")] = None,
     step_stride: Annotated[int, _option(_STRIDE, "--step-stride", "--cache-stride")] = 1,
     cache_steps: CacheSteps = "all",
     dtype: Annotated[str, _option("bf16, fp16, fp32, or auto (the model's own).")] = "auto",
@@ -300,7 +301,7 @@ def plan(
     if (config is None) == (model is None):
         raise InputError(f"one of --config and --model must be given, not {'both' if config else 'neither'}")
     overrides = {"alpha": number_or("dynamic", alpha, "--alpha"), "kappa": kappa, "warmup_alpha": warmup_alpha,
-                 "layers": parse_layers(layers)}  # fmt: skip
+                 "layers": parse_layers(layers), "compute": compute}  # fmt: skip
     lock = commands.lock_config(preset, {name: value for name, value in overrides.items() if value is not None})
     commands.plan(
         json_file, model=config or model or "", frames=frames, size=parse_size(size), mask_share=mask_share, mask=mask,

@@ -51,6 +51,24 @@ def mix_seam(latents: Tensor, source: Tensor, weights: Tensor) -> Tensor:
     return torch.where(weights == 0, source, mixed)
 
 
+def known_beforehand(lock: LockConfig, num_steps: int, k: int) -> bool | None:
+    """Whether alpha of step k is 1; None where only the run can tell."""
+    if lock.alpha != "dynamic":
+        return lock.alpha == 1
+    # As many predictions as the lag must have been made before a variance can decide.
+    if k < max(first_dynamic_step(lock, num_steps), lock.alpha_lag):
+        return lock.warmup_alpha == 1
+    return None
+
+
+def sparse_steps(lock: LockConfig, num_steps: int) -> tuple[int, int] | None:
+    """How many steps compute the foreground alone: at least and at most; None where all are computed in full."""
+    if lock.compute == "full":
+        return None
+    known = [known_beforehand(lock, num_steps, k) for k in range(lock.zero_init_steps, num_steps)]
+    return known.count(True), len(known) - known.count(False)
+
+
 class Saturation:
     """Which samples have alpha = 1 at a step, without waiting for more than alpha.
 
@@ -66,12 +84,10 @@ class Saturation:
 
     def samples(self, k: int) -> tuple[int, ...]:
         """Those whose alpha is 1 at step k."""
-        lock = self.lock
-        if lock.alpha != "dynamic":
-            return self.everyone if lock.alpha == 1 else ()
-        if k < max(first_dynamic_step(lock, self.num_steps), lock.alpha_lag):
-            return self.everyone if lock.warmup_alpha == 1 else ()
-        slot = k % lock.alpha_lag
+        known = known_beforehand(self.lock, self.num_steps, k)
+        if known is not None:
+            return self.everyone if known else ()
+        slot = k % self.lock.alpha_lag
         start = time.perf_counter()
         if self._arrived[slot] is not None:
             self._arrived[slot].synchronize()

@@ -16,6 +16,7 @@ from kvlock_fast.cache.planner import TIERS, Plan, plan
 from kvlock_fast.config import CacheConfig
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.files import user_cache_folder
+from kvlock_fast.foreground import sparse_steps
 from kvlock_fast.forwards import Task
 from kvlock_fast.models.arch import select_layers
 from kvlock_fast.scene import Scene
@@ -80,6 +81,7 @@ def _plan(scene: Scene, task: Task, cache: CacheConfig, pipe: Any) -> Plan | Non
         guided=task.negative is not None,
         layers=select_layers(model.layers, lock.layers),
         window=max(2, min(lock.window, steps)),
+        sparse_steps=sparse_steps(lock, steps),
     )
 
 

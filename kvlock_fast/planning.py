@@ -15,6 +15,7 @@ from kvlock_fast.cache.units import parse_bytes
 from kvlock_fast.config import LockConfig
 from kvlock_fast.controller import can_lock, first_dynamic_step
 from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.foreground import sparse_steps
 from kvlock_fast.inputs import MOST_STEPS, nearest_size
 from kvlock_fast.kernels.quantize import FORMATS
 from kvlock_fast.masks import project_mask
@@ -77,6 +78,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         guided=settings.guidance > 1,
         layers=select_layers(model.layers, settings.lock.layers),
         window=max(2, min(settings.lock.window, settings.steps)),
+        sparse_steps=sparse_steps(settings.lock, settings.steps),
     )
 
 

@@ -1,6 +1,7 @@
 """Foreground-only computation against the whole: the same foreground, the source's background, less work."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kvlock_fast as kvf
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputWarning
-from kvlock_fast.foreground import Saturation, edit_region, mix_seam, seam_weights
+from kvlock_fast.foreground import Saturation, edit_region, mix_seam, seam_weights, sparse_steps
 from kvlock_fast.masks import Geometry, project_mask
 from kvlock_fast.models.locking import Mode, TransformerLock, blend_weight
 from kvlock_fast.models.wan import WanModel
@@ -234,7 +235,7 @@ def test_a_cache_that_holds_more_than_the_background(tmp_path):
     lock = LockConfig(alpha=1.0)
     pipe.invert(a_video(), a_mask(), tmp_path / "cache", generator=generator, lock=lock, **arguments)
     larger = a_mask()
-    larger[:, :, : larger.shape[2] // 2 + 12] = True
+    larger[:, :, :32] = True
     edits = [
         pipe(a_video(), larger, prompt="a dog", lock=LockConfig(**SATURATED, compute=compute), output="latent",
              cache=CacheConfig(path=str(tmp_path / "cache")), **arguments)
@@ -414,3 +415,43 @@ def test_who_is_saturated():
     assert late.samples(0) == ()
     late.publish(3, torch.ones(1)), late.publish(4, torch.zeros(1))
     assert late.samples(3) == (0,) and late.samples(4) == ()
+
+
+@given(
+    st.integers(1, 12),
+    st.integers(0, 14),
+    st.sampled_from([0.0, 1.0]),
+    st.integers(1, 2),
+    st.sampled_from(["dynamic", 1.0]),
+)
+def test_the_plan_counts_what_a_run_computes(steps, kappa, warmup, lag, alpha):
+    """By an outside count: of the steps whose alpha is decided before, and of those that the variance may saturate."""
+    lock = LockConfig(alpha=alpha, kappa=kappa, warmup_alpha=warmup, alpha_lag=lag, compute="foreground")
+    decided = [k for k in range(steps) if k < steps - kappa or k < lag]
+    surely = steps if alpha == 1.0 else len(decided) * (warmup == 1.0)
+    most = steps if alpha == 1.0 else surely + steps - len(decided)
+    assert sparse_steps(lock, steps) == (surely, most)
+    assert sparse_steps(LockConfig(alpha=alpha, kappa=kappa), steps) is None
+
+
+def test_plan_says_how_many_tokens(capsys):
+    from kvlock_fast.cli import main
+
+    arguments = ["plan", "--config", "wan-1.3b", "--mask-share", "0.2", "--compute", "foreground", "--json"]
+    assert main([*arguments, "-"]) == 0
+    found = json.loads(capsys.readouterr().out)["tokens_computed"]
+    assert found == {"full_step": 32760, "foreground_step": 6552, "foreground_steps_at_least": 30,
+                     "foreground_steps_at_most": 50}  # fmt: skip
+    assert main(arguments[:-1]) == 0
+    assert "tokens 6552 of 32760 computed in 30 to 50 steps, as alpha turns out, of 50" in capsys.readouterr().out
+
+
+def test_a_source_along_keeps_a_step_of_its_keys():
+    from kvlock_fast.cache.job import Job
+    from kvlock_fast.cache.model_sizes import find_model
+
+    sizes = find_model("wan-1.3b"), 81, 480, 832, 26208, 50, 50
+    sparse, full = Job(*sizes, sparse_steps=(30, 50)), Job(*sizes)
+    more = sparse.needed("lockstep", None, 1, True).gpu - full.needed("lockstep", None, 1, True).gpu
+    assert more >= 26208 * 1536 * 2 * 2 * 30 and more < 1.001 * 26208 * 1536 * 2 * 2 * 30
+    assert sparse.needed("host", "int4", 1, True) == full.needed("host", "int4", 1, True)

@@ -38,7 +38,8 @@ class Job:
     where warm-up steps are not stored); steps_along: those of them at which the source runs along though a tier
     stores; prompts: edits of the source made together; edits: how often, with the same cache; layers: the locked
     ones, None for all; dtype: of the weights; window: predictions kept for the variance; encoders_on_device: text
-    encoders and autoencoder stay there.
+    encoders and autoencoder stay there; sparse_steps: how many steps compute the foreground alone, at least and at most
+    (None: computation in full).
     """
 
     model: ModelSize
@@ -57,6 +58,7 @@ class Job:
     dtype: torch.dtype = torch.bfloat16
     window: int = 10
     encoders_on_device: bool = True
+    sparse_steps: tuple[int, int] | None = None
 
     def __post_init__(self):
         if self.steps_locked is None:
@@ -128,6 +130,8 @@ class Job:
         device += self.rows(prompts, tier == "lockstep" or self.steps_along > 0) * self.activation_bytes
         arena = 0 if format is None else self.layout(format).nbytes
         stored = self.steps_stored * arena
+        if self.sparse_steps is not None and (tier == "lockstep" or self.steps_along):
+            device += self.layout("native").nbytes  # of the source's forward, which comes first
         device += {"resident": stored, "host": DEVICE_SLOTS * arena, "disk": DEVICE_SLOTS * arena}.get(tier, 0)
         host = {"host": stored, "disk": STAGING_ARENAS * arena * gpu}.get(tier, 0)
         disk = stored + self.num_steps * self.video_latent_bytes if tier == "disk" else 0

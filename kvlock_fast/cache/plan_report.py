@@ -41,6 +41,10 @@ def _heading(job: Job) -> str:
         ("steps", f"{job.num_steps}, {job.steps_locked} of them locked{stored}"),
         ("edits", f"{job.prompts} prompt{'s' * (job.prompts > 1)}{edits}, {branches}"),
     ]
+    if job.sparse_steps is not None:
+        surely, most = job.sparse_steps
+        steps = f"{surely} steps" if surely == most else f"{surely} to {most} steps, as alpha turns out,"
+        facts.append(("tokens", f"{job.foreground_tokens} of {job.tokens} computed in {steps} of {job.num_steps}"))
     return "\n".join(f"{name:<7}{line}" for name, line in facts)
 
 
@@ -169,10 +173,18 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "forward_seconds": job.forward_seconds,
         "tiers": [_row_figures(row) for row in plan.rows],
         "foreground_only": {"pays": gains["stored"] > PAYS, "gain": gains},
+        "tokens_computed": _tokens_computed(job),
         "choice": vars(plan.choice),
         "rates": costs.RATES,
         "note": NOTE,
     }
+
+
+def _tokens_computed(job: Job) -> dict[str, int]:
+    """Of the video, in a full step and in one of the foreground alone, and how many of these there are."""
+    surely, most = job.sparse_steps or (0, 0)
+    per_step = {"full_step": job.tokens, "foreground_step": job.foreground_tokens}
+    return {**per_step, "foreground_steps_at_least": surely, "foreground_steps_at_most": most}
 
 
 def _format_figures(plan: Plan) -> dict[str, dict[str, float | int | None]]:
