@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,53 @@ def check_writable(path: str | os.PathLike) -> None:
         raise _refusal(final, error) from error
 
 
+def check_writable_folder(path: str | os.PathLike) -> None:
+    """Raise OutputError unless a folder is, or can be made, at `path` and takes files; makes none."""
+    folder = Path(path)
+    if folder.is_dir():
+        check_writable(folder / f".kvlock-{secrets.token_hex(6)}")
+        return
+    _refuse_file(folder)
+    check_writable(folder)
+
+
+@contextlib.contextmanager
+def new_folder_content(path: str | os.PathLike, replaced: str) -> Iterator[Path]:
+    """Give a temporary folder; its files go to the folder `path` when the block ends well.
+
+    A new folder appears whole, by one move. In one that exists, the files come in one by one, each whole, and older
+    ones that match the pattern `replaced` go; all else stays. If the block raises, nothing changes.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    folder = Path(path)
+    check_writable_folder(folder)
+    name = f".kvlock-{secrets.token_hex(6)}"
+    # Inside a folder that exists: it may be the root of a file system.
+    temporary = folder / name if folder.is_dir() else folder.with_name(name)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            _fsync(file)
+        if not folder.is_dir():
+            temporary.replace(folder)
+            _fsync(folder.parent)
+            return
+        fresh = {file.name for file in temporary.iterdir()}
+        for file in fresh:
+            (temporary / file).replace(folder / file)
+        for older in folder.glob(replaced):
+            if older.name not in fresh:
+                older.unlink()
+        _fsync(folder)
+    except OSError as error:
+        raise _refusal(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Write `data` to `path`, all or nothing. Raises OutputError as `atomic_path` does."""
     with atomic_path(path) as temporary:
@@ -98,6 +146,15 @@ def _refuse_folder(path: Path) -> None:
     try:
         if path.is_dir():
             raise OutputError(f"cannot write '{path}': a folder has this name")
+    # A name that is too long.
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def _refuse_file(path: Path) -> None:
+    try:
+        if path.exists() or path.is_symlink():
+            raise OutputError(f"cannot write the folder '{path}': a file has this name")
     # A name that is too long.
     except OSError as error:
         raise _refusal(path, error) from error
