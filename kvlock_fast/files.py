@@ -59,11 +59,14 @@ def check_writable(path: str | os.PathLike) -> None:
 def check_writable_folder(path: str | os.PathLike) -> None:
     """Raise OutputError unless a folder is, or can be made, at `path` and takes files; makes none."""
     folder = Path(path)
-    if folder.is_dir():
-        check_writable(folder / f".kvlock-{secrets.token_hex(6)}")
-        return
-    _refuse_file(folder)
-    check_writable(folder)
+    try:
+        there, file = folder.is_dir(), folder.exists() and not folder.is_dir()
+    # A name that is too long.
+    except OSError as error:
+        raise _refusal(folder, error) from error
+    if file:
+        raise OutputError(f"cannot write the folder '{folder}': a file has this name")
+    check_writable(folder / f".kvlock-{secrets.token_hex(6)}" if there else folder)
 
 
 @contextlib.contextmanager
@@ -146,15 +149,6 @@ def _refuse_folder(path: Path) -> None:
     try:
         if path.is_dir():
             raise OutputError(f"cannot write '{path}': a folder has this name")
-    # A name that is too long.
-    except OSError as error:
-        raise _refusal(path, error) from error
-
-
-def _refuse_file(path: Path) -> None:
-    try:
-        if path.exists() or path.is_symlink():
-            raise OutputError(f"cannot write the folder '{path}': a file has this name")
     # A name that is too long.
     except OSError as error:
         raise _refusal(path, error) from error

@@ -171,7 +171,8 @@ def _pictures(container, stream, path: Path) -> Iterator[np.ndarray]:
     from av.video.reformatter import VideoReformatter
 
     reformatter, packets, count, end = VideoReformatter(), 0, 0, 0.0
-    stream.thread_type = "AUTO"
+    # Threads that take a frame each would swallow what is wrong with the last ones.
+    stream.thread_type = "SLICE"
     # All streams, not the video's alone: the stated duration is that of the longest.
     for packet in container.demux():
         if packet.pts is not None:
