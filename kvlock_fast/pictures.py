@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from kvlock_fast.media import resize_video
+
 LEGIBLE = 256
 """Videos whose longer side is smaller than this are enlarged, or nobody would see anything."""
 
 OUTLINE = np.array([255, 64, 129], dtype=np.uint8)
 
-SCALES = (8, 16, 32, 64, 128, 255)
+SCALES = (32, 64, 128, 255)
 """Where the scale of a difference map may end, in levels."""
 
 
@@ -37,6 +39,15 @@ def border(mask: np.ndarray) -> np.ndarray:
 def as_pictures(mask: np.ndarray) -> np.ndarray:
     """A bool `[F, H, W]` in black and white: uint8 `[F, H, W, 3]`."""
     return np.repeat(mask[..., None].astype(np.uint8) * 255, 3, axis=3)
+
+
+def at_most(frames: np.ndarray, longest: int) -> np.ndarray:
+    """Large uint8 frames `[F, H, W, 3]` made smaller, until the longer side is no longer than `longest`."""
+    height, width = frames.shape[1:3]
+    shrink = longest / max(height, width)
+    if shrink >= 1:
+        return frames
+    return resize_video(frames, max(1, round(height * shrink)), max(1, round(width * shrink)))
 
 
 def legible(frames: np.ndarray) -> np.ndarray:

@@ -15,9 +15,18 @@ import numpy as np
 
 from kvlock_fast import charts
 from kvlock_fast.files import write_text
-from kvlock_fast.media import resize_video, write_video
+from kvlock_fast.media import write_video
 from kvlock_fast.metrics import measure_edit
-from kvlock_fast.pictures import as_pictures, difference, difference_scale, heat, heat_colours, legible, outline
+from kvlock_fast.pictures import (
+    as_pictures,
+    at_most,
+    difference,
+    difference_scale,
+    heat,
+    heat_colours,
+    legible,
+    outline,
+)
 from kvlock_fast.version import __version__
 
 LARGEST = 1280
@@ -104,11 +113,7 @@ def _prompts(trace: dict[str, Any], count: int) -> list[str]:
 
 def _clip(name: str, frames: np.ndarray, fps: Fraction | float) -> dict[str, Any]:
     """A name, a size and the mp4 as a data URI; even sizes, because browsers do not all decode 4:4:4."""
-    height, width = frames.shape[1:3]
-    shrink = LARGEST / max(height, width)
-    if shrink < 1:
-        frames = resize_video(frames, max(1, round(height * shrink)), max(1, round(width * shrink)))
-    shown = legible(frames)
+    shown = legible(at_most(frames, LARGEST))
     shown = np.pad(shown, [(0, 0), (0, shown.shape[1] % 2), (0, shown.shape[2] % 2), (0, 0)], mode="edge")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
@@ -172,6 +177,8 @@ def _rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, float):
         return f"{value:g}"
     return ", ".join(_text(v) for v in value) if isinstance(value, (list, tuple)) else str(value)

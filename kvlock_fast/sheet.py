@@ -8,7 +8,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvlock_fast.files import atomic_path
-from kvlock_fast.pictures import difference, difference_scale, heat, legible, outline, typeface
+from kvlock_fast.pictures import at_most, difference, difference_scale, heat, legible, outline, typeface
+
+LARGEST = 480
+"""Pixels of the longer side above which frames are made smaller."""
 
 
 def write_sheet(
@@ -29,7 +32,7 @@ def write_sheet(
     edits = [edited] if isinstance(edited, np.ndarray) and edited.ndim == 4 else list(edited)
     index = np.linspace(0, len(source) - 1, min(columns, len(source))).round().astype(int)
     names, rows = _rows(source[index], mask[index], [edit[index] for edit in edits])
-    rows = [legible(row) for row in rows]
+    rows = [legible(at_most(row, LARGEST)) for row in rows]
     height, width = rows[0].shape[1:3]
     gap, margin, caption = 8, 24, 24
     band = height + caption + gap

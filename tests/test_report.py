@@ -209,9 +209,9 @@ def test_a_heat_map_grows_brighter_up_to_its_scale():
 def test_the_difference_can_be_played_and_says_its_scale(tmp_path):
     source, mask, edited = clip()
     page = write(tmp_path / "r.html")
-    assert "8 levels or more" in " ".join(" ".join(page.text).split())
+    assert "32 levels or more" in " ".join(" ".join(page.text).split())
     shown = videos(page, tmp_path)[3].frames[:, 3::6, 3::6]
-    expected = pictures.heat(pictures.difference(source, edited), 8)
+    expected = pictures.heat(pictures.difference(source, edited), 32)
     assert np.abs(shown.astype(int) - expected)[~mask].mean() < 6 and shown[mask].mean() > 120
 
 
@@ -230,6 +230,8 @@ def test_large_videos_are_shown_smaller(tmp_path):
     source = noise(2, 40, 1400)
     page = write(tmp_path / "r.html", source=source, mask=np.ones(source.shape[:3], bool), edited=source)
     assert {video["width"] for video in page.all("video")} == {str(report.LARGEST)}
+    sheet.write_sheet(tmp_path / "s.png", source, np.ones(source.shape[:3], bool), source)
+    assert Image.open(tmp_path / "s.png").width < 3 * sheet.LARGEST
 
 
 def test_outline_marks_the_border_and_nothing_else():
