@@ -24,7 +24,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         OutputError: the place cannot be written (no such folder, a folder of that name, no permission, disk full).
     """
     final = Path(path)
-    _refuse_folder(final)
+    _refuse_what_is_no_file(final)
     # Short and of its own, so that a long final name still fits the file system's limit.
     temporary = final.with_name(f".kvlock-{secrets.token_hex(6)}{final.suffix}")
     try:
@@ -47,7 +47,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 def check_writable(path: str | os.PathLike) -> None:
     """Raise OutputError unless a file can be put at `path`; leaves nothing behind and touches no earlier file."""
     final = Path(path)
-    _refuse_folder(final)
+    _refuse_what_is_no_file(final)
     probe = final.with_name(f".kvlock-{secrets.token_hex(6)}")
     try:
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -145,10 +145,13 @@ def user_cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"kvlock_fast-{os.getuid()}"
 
 
-def _refuse_folder(path: Path) -> None:
+def _refuse_what_is_no_file(path: Path) -> None:
     try:
         if path.is_dir():
             raise OutputError(f"cannot write '{path}': a folder has this name")
+        # A device or a pipe, which the finished file would replace for good.
+        if path.exists() and not path.is_file():
+            raise OutputError(f"cannot write '{path}': it is not a regular file")
     # A name that is too long.
     except OSError as error:
         raise _refusal(path, error) from error
