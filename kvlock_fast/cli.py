@@ -75,7 +75,7 @@ _SOFT = "A soft edge around it: so many more pixels that may change, over which 
 MaskThreshold = Annotated[float, _option("Marked is what is brighter than this share, 0 to 1.")]
 MaskInvert = Annotated[bool, _option("What is marked stays, the rest may change.", "--mask-invert")]
 MaskGrow = Annotated[int, _option(_GROW, min=-1024, max=1024)]
-MaskFeather = Annotated[int, _option(_SOFT, min=0, max=1024)]
+MaskFeather = Annotated[int, _option(_SOFT, min=0, max=256)]
 MaskPreview = Annotated[
     Path | None, _option("Write a video of what the model sees of the mask: its tokens. Before any step is run.")
 ]

@@ -9,6 +9,7 @@ import pytest
 from clipmaker import encode, encode_with_tone, noise
 
 from kvlock_fast import media
+from kvlock_fast.cli import main
 from kvlock_fast.errors import InputWarning
 
 # Sources: file, codec of the pictures, codec of the sound.
@@ -136,3 +137,17 @@ def test_layouts_and_rates_become_what_the_codec_has(tmp_path, layout):
     assert rate == 48000 and pitch(samples, rate) == pytest.approx(1000, abs=2)
     with av.open(str(tmp_path / "o.webm")) as container:
         assert container.streams.audio[0].layout.name == ("mono" if layout == "mono" else "stereo")
+
+
+def test_an_edit_keeps_the_sound_unless_told_otherwise(tmp_path, capsys):
+    make(tmp_path, "aac.mp4")
+    arguments = ["edit", "--source", str(tmp_path / "aac.mp4"), "--mask", "box:8,8,16,16", "--source-prompt", "a"]
+    arguments += ["--prompt", "b", "--steps", "1", "--max-frames", "9", "--size", "16x24", "-q"]
+    for name, flags, kept in (("o.mp4", [], True), ("p.mp4", ["--no-audio"], False), ("q.gif", [], False)):
+        assert main([*arguments, *flags, "--output", str(tmp_path / name)]) == 0
+        found = sound(tmp_path / name)
+        assert (found is not None) == kept
+        said = "q.gif' is without the sound of" in capsys.readouterr().err
+        assert said == (name == "q.gif")
+        if kept:
+            assert len(found[1]) / found[2] == pytest.approx(9 / 16, abs=0.08)

@@ -10,8 +10,8 @@ import numpy as np
 
 from kvlock_fast.errors import InputError
 
-MOST_PIXELS = 1024
-"""The farthest a mask is grown, shrunk or softened, in pixels."""
+MOST_GROW, MOST_FEATHER = 1024, 256
+"""The farthest a mask is grown or shrunk, and softened, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class MaskShape:
             raise InputError(f"the mask threshold must be at least 0 and below 1, not {self.threshold}")
         if not isinstance(self.invert, bool):
             raise InputError(f"mask_invert must be true or false, got {self.invert!r}")
-        for name, least in (("grow", -MOST_PIXELS), ("feather", 0)):
+        for name, least, most in (("grow", -MOST_GROW, MOST_GROW), ("feather", 0, MOST_FEATHER)):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST_PIXELS:
-                raise InputError(f"mask_{name} must be a whole number from {least} to {MOST_PIXELS}, got {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise InputError(f"mask_{name} must be a whole number from {least} to {most}, got {value!r}")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, named as the command line names them."""
