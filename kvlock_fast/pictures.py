@@ -65,7 +65,7 @@ def difference(source: np.ndarray, edited: np.ndarray) -> np.ndarray:
 
 
 def difference_scale(maps: Sequence[np.ndarray], background: np.ndarray | None = None) -> int:
-    """Where a scale for `difference` maps should end: the least of SCALES that covers 99.5 % of the pixels.
+    """Where a scale for `difference` maps should end: the least of SCALES that covers 98 % of the pixels.
 
     background: bool `[F, H, W]`, the pixels that count (all by default, or where there are none): what was to stay is
     what one looks for, and the edit itself would outshine it.
@@ -73,7 +73,7 @@ def difference_scale(maps: Sequence[np.ndarray], background: np.ndarray | None =
     if background is None or not background.any():
         background = np.ones_like(maps[0], dtype=bool)
     counts = sum(np.bincount(one[background], minlength=256) for one in maps)
-    level = int(np.searchsorted(np.cumsum(counts), 0.995 * counts.sum()))
+    level = int(np.searchsorted(np.cumsum(counts), 0.98 * counts.sum()))
     return next(scale for scale in SCALES if scale >= level)
 
 

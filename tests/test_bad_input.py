@@ -1,5 +1,6 @@
 """What is refused, as a table: exit status 2, a last line that names the offender, earlier outputs as they were."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from clipmaker import encode, noise
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny import tiny_wan
 
 from kvlock_fast import commands
@@ -371,6 +373,80 @@ def test_refused_by_other_commands(files, tmp_path, monkeypatch, capsys, name):
     command, arguments, named, make = OTHERS[name]
     line = refusal(files, tmp_path, monkeypatch, capsys, command, arguments, make)
     assert named in line, line
+
+
+# --- caches, and what shows only while it runs ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inverted(files, tmp_path_factory):
+    """The files with a cache of the source beside them."""
+    folder = tmp_path_factory.mktemp("inverted")
+    shutil.copytree(files, folder, dirs_exist_ok=True)
+    with contextlib.chdir(folder):
+        assert main(["invert", *BASE["invert"].split(), "--seed", "3"]) == 0
+    return folder
+
+
+def spoil_shard():
+    shard = next(Path("cache").glob("data-*/*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-5] ^= 1
+    shard.write_bytes(bytes(data))
+
+
+def change_manifest(old, new):
+    def make():
+        text = Path("cache/manifest.json").read_text()
+        assert old in text
+        Path("cache/manifest.json").write_text(text.replace(old, new, 1))
+
+    return make
+
+
+def another_video():
+    write_video("other.mkv", noise(6, 48, 64, seed=9), Fraction(15))
+
+
+def another_weight():
+    path = next(Path("model/transformer").glob("*.safetensors"))
+    weights = load_file(path)
+    weights["proj_out.bias"] += 1
+    save_file(weights, path)
+
+
+CACHES = {
+    "seed": ("--seed 4", "--seed is 4, but the cache 'cache' was made with 3", None),
+    "steps": ("--steps 3", "--steps is 3, but the cache 'cache' was made with 2", None),
+    "source prompt": ("--source-prompt c", "--source-prompt is 'c', but the cache 'cache' was made with 'a'", None),
+    "video": ("--source other.mkv", "cache", another_video),
+    "size": ("--size 32x32", "cache", None),
+    "a smaller mask": ("--mask box:22,12,4,4", "cache", None),
+    "model": ("", "cache", another_weight),
+    "a damaged shard": ("", "cache/data-", spoil_shard),
+    "a truncated manifest": ("", "cache/manifest.json", change_manifest("{", "")),
+    "a shard that is gone": ("", "cache/", lambda: next(Path("cache").glob("data-*/*.safetensors")).unlink()),
+    "output into it": ("--output cache/o.mkv", "lies in the folder of the cache 'cache'", None),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_that_does_not_fit(inverted, tmp_path, monkeypatch, capsys, name):
+    arguments, named, make = CACHES[name]
+    more = ["--cache", "cache", "--seed", "3", *arguments.split()]
+    line = refusal(inverted, tmp_path, monkeypatch, capsys, "edit", more, make)
+    assert named in line, line
+
+
+def test_latents_that_become_nan(files, tmp_path, monkeypatch, capsys):
+    def poisoned():
+        path = next(Path("model/transformer").glob("*.safetensors"))
+        weights = load_file(path)
+        weights["proj_out.bias"][0] = float("nan")
+        save_file(weights, path)
+
+    line = refusal(files, tmp_path, monkeypatch, capsys, "edit", "--trace t.json --report r.html", poisoned)
+    assert "the latents became NaN or inf at step 0 of 2, prompt 'b'" in line, line
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read and write everything")
