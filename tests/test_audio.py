@@ -19,6 +19,8 @@ SOURCES = {
     "opus.webm": ("libvpx-vp9", "libopus"),
     "pcm.mov": ("libx264", "pcm_s16le"),
     "flac.mkv": ("ffv1", "flac"),
+    "aac.ts": ("libx264", "aac"),
+    "mp3.avi": ("mpeg4", "libmp3lame"),
 }
 # What becomes of the sound: copied where the container takes it.
 BECOMES = {

@@ -200,7 +200,9 @@ def _ends_early(container, stream, path: Path, packets: int, end: float) -> bool
             file.seek(-min(64, path.stat().st_size), os.SEEK_END)
             return not file.read().rstrip(b"\0").endswith(b";")
     if stream.frames:
-        return packets < stream.frames
+        # An AVI counts frames that were skipped when it was made, for which it holds nothing.
+        skipped = 1 + stream.frames // 100 if container.format.name == "avi" else 0
+        return packets < stream.frames - skipped
     if not container.duration:
         return False
     missing = container.duration / 1e6 - (end - (container.start_time or 0) / 1e6)
