@@ -95,6 +95,28 @@ def test_sound_keeps_its_time(tmp_path, kind):
     assert begin + loud == pytest.approx(0.5, abs=0.06)
 
 
+@pytest.mark.parametrize("kind", ["mkv", "webm", "mp4"])
+def test_a_pause_stays_a_pause(tmp_path, kind):
+    """Sound that is missing for a second in the file is missing in the output, copied or encoded anew."""
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        video, audio = container.add_stream("ffv1", rate=16), container.add_stream("pcm_s16le", rate=48000)
+        video.height, video.width, video.pix_fmt, audio.codec_context.layout = 32, 48, "bgr0", "mono"
+        for picture in noise(32, 32, 48):
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format="bgr0")))
+        tone = (np.sin(np.arange(24000) / 8) * 20000).astype(np.int16)[None]
+        for begin in (0, 72000):
+            for i in range(0, 24000, 960):
+                frame = av.AudioFrame.from_ndarray(tone[:, i : i + 960], format="s16", layout="mono")
+                frame.sample_rate, frame.pts, frame.time_base = 48000, begin + i, Fraction(1, 48000)
+                container.mux(audio.encode(frame))
+    video = media.read_video(tmp_path / "a.mkv")
+    media.write_video(tmp_path / f"o.{kind}", video.frames, video.fps, audio=video.audio)
+    with av.open(str(tmp_path / f"o.{kind}")) as container:
+        loud = [float(f.pts * f.time_base) for f in container.decode(audio=0) if np.abs(f.to_ndarray()).mean() > 0.1]
+    assert max(t for t in loud if t < 1) == pytest.approx(0.48, abs=0.06)
+    assert min(t for t in loud if t > 1) == pytest.approx(1.5, abs=0.06)
+
+
 def test_the_first_of_several_tracks(tmp_path):
     video = media.read_video(make(tmp_path, "mp3.mkv", tracks=2))
     media.write_video(tmp_path / "o.mp4", video.frames, video.fps, audio=video.audio)

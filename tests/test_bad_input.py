@@ -464,7 +464,7 @@ def test_without_permission(files, tmp_path, monkeypatch, capsys, name, flag):
 
 @pytest.mark.parametrize(("arguments", "named"), [
     ("--source no.mp4", "'no.mp4'"), ("--tau -1", "tau"), ("--output no/o.mkv", "'no/o.mkv'"),
-    ("--model no/such/model", "no/such/model"), ("--mask box:0,0,99,99", "'box:0,0,99,99'"),
+    ("--size 0x5", "'0x5'"), ("--mask box:0,0,99,99", "'box:0,0,99,99'"),
 ])  # fmt: skip
 def test_in_a_real_process(files, tmp_path, arguments, named):
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)

@@ -86,10 +86,15 @@ def test_a_webm_says_its_colours(tmp_path):
 def test_a_folder_keeps_what_else_is_in_it(tmp_path):
     folder = tmp_path / "frames"
     media.write_video(folder, noise(7, 8, 8), 16)
-    (folder / "notes.txt").write_text("mine")
+    for name in ("notes.txt", "frame-a.png", "frame-000001.png"):
+        (folder / name).write_text("mine")
     shorter = noise(3, 8, 8, seed=1)
     media.write_video(folder, shorter, 16)
-    assert sorted(p.name for p in folder.iterdir()) == [*(f"frame-{i:05d}.png" for i in range(3)), "notes.txt"]
+    mine = {"notes.txt", "frame-a.png", "frame-000001.png"}
+    assert {p.name for p in folder.iterdir()} == {*(f"frame-{i:05d}.png" for i in range(3)), *mine}
+    for name in mine:
+        assert (folder / name).read_text() == "mine"
+        (folder / name).unlink()
     assert np.array_equal(media.read_video(folder).frames, shorter)
 
 

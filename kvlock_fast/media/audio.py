@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ _KINDS = {
     ".mkv": (None, "flac"),
     ".webm": (("opus", "vorbis"), "libopus"),
 }
+
+LEAST_GAP = 0.1
+"""Seconds of missing sound that are kept as a pause; what is shorter is rounding."""
 
 Mux = Callable[[float], None]
 
@@ -112,6 +116,7 @@ def _encoded(source: Any, stream: Any, target: Any, start: float, seconds: float
 
     context = target.codec_context
     resampler = AudioResampler(context.format, context.layout, context.sample_rate, frame_size=context.frame_size)
+    clock: _Clock | None = None
     for frame in source.decode(stream):
         if frame.pts is None:
             continue
@@ -120,12 +125,36 @@ def _encoded(source: Any, stream: Any, target: Any, start: float, seconds: float
             break
         if time + frame.samples / frame.sample_rate <= 0:
             continue
-        frame.pts -= round(start / frame.time_base)
+        clock = clock or _Clock(time, context.sample_rate)
+        clock.heard(time, frame.samples / frame.sample_rate)
+        frame.pts = None
         for resampled in resampler.resample(frame):
-            yield from target.encode(resampled)
-    for resampled in resampler.resample(None):
-        yield from target.encode(resampled)
-    yield from target.encode(None)
+            yield from target.encode(clock.stamped(resampled))
+    if clock is not None:
+        for resampled in resampler.resample(None):
+            yield from target.encode(clock.stamped(resampled))
+        yield from target.encode(None)
+
+
+class _Clock:
+    """Times of encoded samples: counted, because containers round theirs, but following where the source has a gap."""
+
+    def __init__(self, begin: float, rate: int):
+        self.rate, self.expected, self.next = rate, begin, round(begin * rate)
+
+    def heard(self, time: float, duration: float) -> None:
+        """A piece of the source at `time`, in seconds."""
+        gap = time - self.expected
+        if gap > LEAST_GAP:
+            self.next += round(gap * self.rate)
+            self.expected = time
+        self.expected += duration
+
+    def stamped(self, frame: Any) -> Any:
+        """The next piece for the encoder, with its time."""
+        frame.pts, frame.time_base = self.next, Fraction(1, self.rate)
+        self.next += frame.samples
+        return frame
 
 
 def _encoder(container: Any, codec: str, stream: Any) -> Any:

@@ -132,6 +132,6 @@ def _gif_rate(path: Path, rate: Fraction) -> Fraction:
 def _write_images(folder: Path, frames: np.ndarray) -> None:
     from PIL import Image
 
-    with new_folder_content(folder, "frame-*.png") as place:
+    with new_folder_content(folder, "frame-[0-9][0-9][0-9][0-9][0-9].png") as place:
         for i, picture in enumerate(frames):
             Image.fromarray(np.ascontiguousarray(picture)).save(place / f"frame-{i:05d}.png", compress_level=3)
