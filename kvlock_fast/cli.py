@@ -208,12 +208,13 @@ def edit(
         made.or_given("num_inference_steps", steps, "--steps", made.steps or 50), guidance, guidance_2,
         made.or_given("seed", seed, "--seed", 0 if cache is None else None), parse_size(size) or made.size,
         frames_policy.value, lock, composite, feather, kept, graph,
-        commands.MaskShape(mask_threshold, mask_invert, mask_grow, mask_feather),
+        mask_shape=commands.MaskShape(mask_threshold, mask_invert, mask_grow, mask_feather),
     )  # fmt: skip
     max_frames = made.or_given("max_frames", max_frames, "--max-frames", None)
     files = commands.EditFiles(
-        source, mask, output, trace, report, json_file, max_frames, sheet, mask_preview, not no_audio
-    )
+        source, mask, output, trace, report, json_file, max_frames,
+        sheet=sheet, mask_preview=mask_preview, audio=not no_audio,
+    )  # fmt: skip
     commands.edit(files, settings, model, device, dtype, _command_line(), quiet)
 
 
