@@ -88,7 +88,7 @@ def _with_palette(picture: np.ndarray) -> Any:
     if len(own) <= 256:
         table = np.stack([own >> 16, own >> 8 & 255, own & 255], axis=1)
     else:
-        quantised = Image.fromarray(picture).quantize(256, kmeans=1)
+        quantised = Image.fromarray(picture).quantize(256)
         index, table = np.asarray(quantised), np.array(quantised.getpalette()).reshape(-1, 3)
     # Packed as alpha, red, green, blue in the machine's 32-bit words; little-endian bytes are B, G, R, A.
     palette = np.zeros((256, 4), dtype=np.uint8)
