@@ -58,6 +58,27 @@ Alpha = Annotated[str | None, _option("'dynamic' or a fixed ratio of the source'
 Policy = Annotated[FramesPolicy, _option("For a frame count the model cannot take.")]
 MaxFrames = Annotated[int | None, _option("Use only the first so many frames.", min=1)]
 Size = Annotated[str | None, _option("Work at HEIGHTxWIDTH; else the source's size (demo: small).")]
+_OUTPUT = (
+    "The edit: .mp4, .m4v, .mov, .webm, .gif, .mkv (lossless), or a folder, which has no suffix (PNG, lossless); "
+    "NAME-1, NAME-2, ... for several prompts."
+)
+_FEATHER = "Pixels outside the mask over which --composite mixes; those of --mask-feather, or else 8."
+Mask = Annotated[
+    str,
+    _option(
+        "Where it may change: video, image, folder, .npy, .npz, or box:x,y,w,h, which moves as "
+        "'box:0=x,y,w,h;24=x,y,w,h' (at frame 0, at frame 24, straight in between)."
+    ),
+]
+_GROW = "Grow it by so many pixels of the source in every direction; a negative number shrinks it."
+_SOFT = "A soft edge around it: so many more pixels that may change, over which --composite fades to the source."
+MaskThreshold = Annotated[float, _option("Marked is what is brighter than this share, 0 to 1.")]
+MaskInvert = Annotated[bool, _option("What is marked stays, the rest may change.", "--mask-invert")]
+MaskGrow = Annotated[int, _option(_GROW, min=-1024, max=1024)]
+MaskFeather = Annotated[int, _option(_SOFT, min=0, max=256)]
+MaskPreview = Annotated[
+    Path | None, _option("Write a video of what the model sees of the mask: its tokens. Before any step is run.")
+]
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -108,9 +129,9 @@ def number_or(word: str, text: str | None, option: str) -> float | str | None:
 @app.command()
 def edit(
     source: Source,
-    mask: Annotated[str, _option("Where it may change: video, image, folder, .npy, .npz, or box:x,y,w,h.")],
+    mask: Mask,
     prompt: Annotated[list[str], _option("What the edit shall show; once for each edit of the same source.")],
-    output: Annotated[Path, _option("The edit, .mp4 or .mkv (lossless); NAME-1, NAME-2, ... for several prompts.")],
+    output: Annotated[Path, _option(_OUTPUT)],
     source_prompt: Annotated[str | None, _option("What the source shows; with --cache, as it was made.")] = None,
     model: Model = "demo",
     negative_prompt: Annotated[str | None, _option("What guidance shall lead away from.")] = None,
@@ -118,6 +139,11 @@ def edit(
     guidance: Annotated[float, _option("The guidance scale (omega0); 1 or less: no guidance.")] = 5.0,
     guidance_2: Annotated[float | None, _option("For the low-noise transformer, where there are two.")] = None,
     seed: Annotated[int | None, _option("Of the noise; 0, or the cache's.", min=0, max=MOST_SEED)] = None,
+    mask_threshold: MaskThreshold = 0.5,
+    mask_invert: MaskInvert = False,
+    mask_grow: MaskGrow = 0,
+    mask_feather: MaskFeather = 0,
+    mask_preview: MaskPreview = None,
     size: Size = None,
     max_frames: MaxFrames = None,
     frames_policy: Policy = FramesPolicy.pad,
@@ -156,9 +182,11 @@ def edit(
     graph: Annotated[str, _option("Capture the steps in CUDA graphs: 'off', 'on', or 'auto' where it can.")] = "off",
     compile: Annotated[str, _option("torch.compile: 'off', or 'regional' for the transformer's blocks.")] = "off",
     composite: Annotated[bool, _option("Paste the source's background back, at its size.")] = False,
-    feather: Annotated[int, _option("Pixels outside the mask over which --composite mixes.", min=0, max=256)] = 8,
+    feather: Annotated[int | None, _option(_FEATHER, min=0, max=256)] = None,
+    no_audio: Annotated[bool, _option("Leave the source's sound out of the edit.", "--no-audio")] = False,
     trace: Annotated[Path | None, _option("Write what happened at each step, as JSON.")] = None,
     report: Annotated[Path | None, _option("Write an HTML page about the edit.")] = None,
+    sheet: Annotated[Path | None, _option("Write one picture of the edit, PNG.")] = None,
     json_file: JsonFile = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -187,9 +215,13 @@ def edit(
         made.or_given("num_inference_steps", steps, "--steps", made.steps or 50), guidance, guidance_2,
         made.or_given("seed", seed, "--seed", 0 if cache is None else None), parse_size(size) or made.size,
         frames_policy.value, lock, composite, feather, kept, graph, compile,
+        mask_shape=commands.MaskShape(mask_threshold, mask_invert, mask_grow, mask_feather),
     )  # fmt: skip
     max_frames = made.or_given("max_frames", max_frames, "--max-frames", None)
-    files = commands.EditFiles(source, mask, output, trace, report, json_file, max_frames)
+    files = commands.EditFiles(
+        source, mask, output, trace, report, json_file, max_frames,
+        sheet=sheet, mask_preview=mask_preview, audio=not no_audio,
+    )  # fmt: skip
     commands.edit(files, settings, model, device, dtype, _command_line(), quiet)
 
 
@@ -202,6 +234,11 @@ def invert(
     model: Model = "demo",
     steps: Steps = 50,
     seed: Annotated[int, _option("Of the noise.", min=0, max=MOST_SEED)] = 0,
+    mask_threshold: MaskThreshold = 0.5,
+    mask_invert: MaskInvert = False,
+    mask_grow: MaskGrow = 0,
+    mask_feather: MaskFeather = 0,
+    mask_preview: MaskPreview = None,
     size: Size = None,
     max_frames: MaxFrames = None,
     frames_policy: Policy = FramesPolicy.pad,
@@ -231,8 +268,49 @@ def invert(
     settings = commands.EditSettings(
         source_prompt, [], steps=steps, seed=seed, size=parse_size(size), frames_policy=frames_policy.value, lock=lock,
         cache=commands.cache_config(format=format, step_stride=stride, steps=store),
+        mask_shape=commands.MaskShape(mask_threshold, mask_invert, mask_grow, mask_feather),
     )  # fmt: skip
-    commands.invert(source, mask, output, settings, model, max_frames, device, dtype, json_file, quiet)
+    commands.invert(source, mask, output, settings, model, max_frames, device, dtype, json_file, quiet, mask_preview)
+
+
+@app.command("mask")
+def show_mask(
+    source: Source,
+    mask: Mask,
+    output: Annotated[Path, _option("The picture of it: a video, as for edit.")],
+    model: Annotated[str, _option("Whose tokens: a known size like wan-1.3b, a config file, or as for edit.")] = "demo",
+    mask_threshold: MaskThreshold = 0.5,
+    mask_invert: MaskInvert = False,
+    mask_grow: MaskGrow = 0,
+    mask_feather: MaskFeather = 0,
+    size: Size = None,
+    max_frames: MaxFrames = None,
+    frames_policy: Policy = FramesPolicy.pad,
+    json_file: JsonFile = None,
+) -> None:
+    """Show a mask as the model sees it: its tokens over the video. Needs the model's configs only."""
+    from kvlock_fast import show
+    from kvlock_fast.media import MaskShape
+
+    shape = MaskShape(mask_threshold, mask_invert, mask_grow, mask_feather)
+    show.show_mask(
+        source, mask, output, model, parse_size(size), max_frames, frames_policy.value, shape, json_file
+    )  # fmt: skip
+
+
+@app.command()
+def report(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="What edit --trace or demo wrote.")],
+    output: Annotated[Path, _option("The HTML page.")],
+    source: Annotated[str | None, _option("The source's video; else the file that the trace names.")] = None,
+    mask: Annotated[str | None, _option("Its mask, as for edit; else what the trace names.")] = None,
+    edited: Annotated[list[str] | None, _option("The edit; once for each prompt. Else as the trace names.")] = None,
+    sheet: Annotated[Path | None, _option("Write one picture of the edit as well, PNG.")] = None,
+) -> None:
+    """Make the page about an edit again, from its trace and what is left of its videos."""
+    from kvlock_fast import show
+
+    show.report(trace, output, sheet, source, mask, edited or [])
 
 
 @app.command()
