@@ -154,7 +154,7 @@ def edit(
     s_star_region: Annotated[str | None, _option("'all' or 'foreground'.")] = None,
     tau: Annotated[str | None, _option("The variance at which locking saturates, or 'auto'.")] = None,
     b: Annotated[float | None, _option("The largest factor on the guidance scale.")] = None,
-    window: Annotated[int | None, _option("W: predictions the variance looks back on.")] = None,
+    variance_window: Annotated[int | None, _option("W: predictions the variance looks back on.")] = None,
     kappa: Kappa = None,
     warmup_alpha: Annotated[float | None, _option("Alpha before them.")] = None,
     alpha_floor: Annotated[float | None, _option("Least alpha.")] = None,
@@ -166,6 +166,8 @@ def edit(
     inversion_solver: InversionSolver = None,
     zero_init_steps: Annotated[int | None, _option("First steps with a prediction of 0.")] = None,
     guidance_batching: Annotated[str | None, _option("'separate' or 'batched' forwards, or 'auto'.")] = None,
+    window: Annotated[int | None, _option("The most frames at once: longer clips go in stretches.")] = None,
+    overlap: Annotated[int | None, _option("Frames that they share and blend; else a quarter.")] = None,
     compute: Annotated[str | None, _option("'foreground' leaves out what alpha = 1 makes needless, or 'full'.")] = None,
     alpha_snap: Annotated[float | None, _option("A dynamic alpha from here on counts as 1.")] = None,
     alpha_lag: Annotated[int | None, _option("Alpha follows the variance 1 or 2 steps back.")] = None,
@@ -197,7 +199,7 @@ def edit(
 
     overrides = {
         "alpha": number_or("dynamic", alpha, "--alpha"), "omega": omega, "s_star": s_star,
-        "s_star_region": s_star_region, "tau": number_or("auto", tau, "--tau"), "b": b, "window": window,
+        "s_star_region": s_star_region, "tau": number_or("auto", tau, "--tau"), "b": b, "window": variance_window,
         "kappa": kappa, "warmup_alpha": warmup_alpha, "alpha_floor": alpha_floor, "omega_floor": omega_floor,
         "detection": detection, "layers": parse_layers(layers), "background_latents": background_latents,
         "source_path": source_path, "inversion_solver": inversion_solver, "zero_init_steps": zero_init_steps,
@@ -216,6 +218,7 @@ def edit(
         made.or_given("seed", seed, "--seed", 0 if cache is None else None), parse_size(size) or made.size,
         frames_policy.value, lock, composite, feather, kept, graph, compile,
         mask_shape=commands.MaskShape(mask_threshold, mask_invert, mask_grow, mask_feather),
+        window_frames=window, window_overlap=overlap,
     )  # fmt: skip
     max_frames = made.or_given("max_frames", max_frames, "--max-frames", None)
     files = commands.EditFiles(

@@ -76,6 +76,8 @@ class EditSettings:
     graph: str = "off"
     compile: str = "off"
     mask_shape: MaskShape = field(default_factory=MaskShape)
+    window_frames: int | None = None
+    window_overlap: int | None = None
 
     @property
     def composite_feather(self) -> int:
@@ -218,6 +220,8 @@ def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress |
         guidance_scale_2=settings.guidance_2,
         generator=None if settings.seed is None else torch.Generator().manual_seed(settings.seed),
         frames_policy=settings.frames_policy,
+        window=settings.window_frames,
+        overlap=settings.window_overlap,
         lock=settings.lock,
         cache=settings.cache,
         graph=settings.graph,
