@@ -3,8 +3,8 @@
     python bench/windows.py               # 8 held-out clips of 49 frames a row; a few minutes on two cores
     python bench/windows.py --cases 2     # a quick look
 
-The bundled model was trained on 17 frames. Each clip is edited whole (three times that) and in stretches of 17 frames by
-overlap. Judged from pixels: whether the edit is right, the background's PSNR, and the seam: how much more the masked
+The bundled model was trained on 17 frames. Each clip is edited whole (three times that) and in stretches of 17 frames
+by overlap. Judged from pixels: whether the edit is right, the background's PSNR, and the seam: how much more the masked
 pixels change from frame to frame where stretches meet than elsewhere, as a ratio (the source's own beside it: 1 is no
 seam at all). Each finished edit is a line of --work: a second call goes on where the first stopped.
 """
@@ -12,6 +12,7 @@ seam at all). Each finished edit is a line of --work: a second call goes on wher
 import argparse
 import json
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def seam_frames(overlap: int, geometry: Any) -> np.ndarray:
     stride = geometry.temporal_stride
     places = places_of((FRAMES - 1) // stride + 1, window, shared)
     met = np.zeros(FRAMES - 1, bool)
-    for before, after in zip(places[:-1], places[1:], strict=True):
+    for before, after in pairwise(places):
         first, last = stride * (after.start - 1), stride * before.stop
         met[max(0, first) : last] = True
     return met

@@ -33,7 +33,7 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Windows:
-    """At most `frames` pixel frames at once, of which `overlap` are shared with the stretch before (None: a quarter)."""
+    """At most `frames` pixel frames at once, `overlap` of them shared with the stretch before (None: a quarter)."""
 
     frames: int
     overlap: int | None = None
