@@ -188,9 +188,7 @@ def edit(
 
 @app.command()
 def batch(
-    manifest: Annotated[
-        Path | None, typer.Argument(help="The jobs: .jsonl or .csv, a line each; see --schema.")
-    ] = None,
+    manifest: Annotated[Path | None, typer.Argument(help="The jobs: .jsonl or .csv; see --schema.")] = None,
     output: Annotated[Path | None, _option("The folder for results, ledger and index; files in it stay.")] = None,
     model: Annotated[str | None, _option("A folder, a hub id, or demo; for jobs that name none.")] = None,
     defaults: Annotated[Path | None, _option("A .yaml or .toml file of fields for jobs that lack them.")] = None,

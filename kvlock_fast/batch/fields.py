@@ -109,6 +109,8 @@ def _sentence(name: str, fault: dict[str, Any], values: dict[str, Any]) -> str:
     value = values[name]
     if value is None:
         return "must not be null: leave it out instead"
+    if why := _text_problem(value):
+        return why
     if name in LOCK_NAMES and (why := lock_problem(name, value)):
         return why
     if name == "prompt":

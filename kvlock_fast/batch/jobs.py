@@ -29,10 +29,10 @@ class Setup:
     size: tuple[int, int] | None = None
     max_frames: int | None = None
     frames_policy: str = "pad"
-    lock: LockConfig = LockConfig()
+    lock: LockConfig = field(default_factory=lambda: LockConfig.preset("kvlock"))
     composite: bool = False
     feather: int = 8
-    cache: CacheConfig = CacheConfig()
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
     def edit_settings(self, prompts: list[str]) -> EditSettings:
         """As `edit` takes them."""

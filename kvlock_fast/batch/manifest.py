@@ -38,6 +38,10 @@ class Reading:
         ]
 
 
+def _printable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
 def read_manifest(path: Path, folder: Path, defaults: dict[str, Any], dtype: str = "auto") -> Reading:
     """Every job of a .jsonl or .csv file; folder: where results go; defaults: fields for lines that lack them.
 
