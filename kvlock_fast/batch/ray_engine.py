@@ -7,6 +7,7 @@ dies takes its passes back to the queue, and another one is asked for.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -181,14 +182,25 @@ def _connected(address: str | None) -> Any:
         raise InputError("--engine ray needs the package ray: pip install 'kvlock-fast[ray]'") from error
     import logging
 
-    if address is not None and address != "auto" and "://" not in address and ":" not in address:
-        raise InputError(f"--address must be auto, HOST:PORT or ray://HOST:PORT, got '{address}'")
+    if address not in (None, "auto"):
+        _refuse_unreachable(address)
     more = {} if address is not None else {"include_dashboard": False}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR, **more)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise InputError(f"--address '{address or 'local'}' is no Ray cluster: {_first_line(error)}") from error
     return ray
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Raise InputError unless something listens there: Ray itself tries for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and host and port.isascii() and port.isdecimal() and int(port) < 65536):
+        raise InputError(f"--address must be auto, HOST:PORT or ray://HOST:PORT, got '{address}'")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise InputError(f"--address '{address}' is no Ray cluster: {error.strerror or error}") from error
 
 
 def _first_line(error: BaseException) -> str:
