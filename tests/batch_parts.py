@@ -115,6 +115,6 @@ def ledger_rows(folder: Path) -> dict[str, dict]:
 
 
 def frame_hashes(folder: Path) -> dict[str, str]:
-    """Of the decoded frames of every video below a folder."""
-    videos = sorted(path for path in folder.rglob("*") if path.suffix in (".mkv", ".mp4"))
+    """Of the decoded frames of every video below a folder; not of temporary files, which a kill leaves."""
+    videos = sorted(path for path in folder.rglob("[!.]*") if path.suffix in (".mkv", ".mp4"))
     return {str(p.relative_to(folder)): hashlib.sha256(read_video(p).frames.tobytes()).hexdigest() for p in videos}
