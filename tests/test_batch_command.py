@@ -300,7 +300,7 @@ def test_places(folder):
 def state(**more) -> State:
     counts = {"pending": 5, "running": 2, "done": 3, "failed": 0}
     running = [Running(1, ("a", "b"), "denoise", 5, 20, 10.0), Running(2, ("c",), "read", 0, 1, 1.0)]
-    return State(**{"counts": counts, "running": running, "finished": 3, "seconds": 60.0, **more})
+    return State(**{"counts": counts, "running": running, "finished": 4, "made": 3, "seconds": 60.0, **more})
 
 
 def test_what_is_shown():
@@ -337,7 +337,7 @@ def test_a_display_on_a_terminal():
 
 def test_the_figures_for_prometheus_are_well_formed():
     sample = re.compile(r"[a-z_]+(\{[a-z]+=\"[a-z ]+\"\})? (NaN|[0-9.e+-]+)")
-    for text in (watching.metrics_text(state()), watching.metrics_text(state(finished=0, running=[]))):
+    for text in (watching.metrics_text(state()), watching.metrics_text(state(made=0, running=[]))):
         lines = text.splitlines()
         names = [line.split()[2] for line in lines if line.startswith("# TYPE")]
         assert len(names) == len(set(names)) and text.endswith("\n")

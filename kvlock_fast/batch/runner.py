@@ -26,11 +26,14 @@ TICK = 0.25
 
 @dataclass(frozen=True)
 class State:
-    """Where a batch is. counts: jobs by state; finished: done or failed since the program began, in `seconds`."""
+    """Where a batch is. counts: jobs by state; finished: done or failed since the program began `seconds` ago; made: of
+    these the ones that are done.
+    """
 
     counts: dict[str, int]
     running: Sequence[Running]
     finished: int
+    made: int
     seconds: float
     latest: Sequence[Outcome] = ()
 
@@ -40,9 +43,9 @@ class State:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the rate so far; None before there is one."""
+        """At the rate so far, which what failed early does not raise; None before there is one."""
         left = self.counts["pending"] + self.counts["running"]
-        return left * self.seconds / self.finished if self.finished else None
+        return left * self.seconds / self.made if self.made else None
 
 
 class Watcher(Protocol):
@@ -73,7 +76,7 @@ class Runner:
         self._waiting = Waiting(self.ledger.passes(self._ids, self.most))
         self._given: dict[str, list[Pass]] = {}
         self._held: dict[str, str] = {}
-        self._finished, self._begun, asked = 0, time.monotonic(), False
+        self._finished, self._made, self._begun, asked = 0, 0, time.monotonic(), False
         while self._in_flight or (len(self._waiting) and not (self.stop.is_set() or self.fatal)):
             if (self.stop.is_set() or self.fatal) and not asked:
                 self.engine.stop()
@@ -151,13 +154,14 @@ class Runner:
                     report=report,
                     thumbnail=outcome.thumbnail,
                 )
+                self._made += 1
                 return outcome
         self.ledger.failed(job, outcome.error)
         return outcome
 
     def _state(self, latest: Sequence[Outcome]) -> State:
-        seconds = time.monotonic() - self._begun
-        return State(self.ledger.counts(self._ids), self.engine.running(), self._finished, seconds, latest)
+        counts, seconds = self.ledger.counts(self._ids), time.monotonic() - self._begun
+        return State(counts, self.engine.running(), self._finished, self._made, seconds, latest)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kvlock_fast.batch.runner import State, Watcher
-from kvlock_fast.batch.worker import Outcome, Running
+from kvlock_fast.batch.worker import Running
 from kvlock_fast.files import write_text
 from kvlock_fast.progress import STAGES
 
@@ -31,8 +31,8 @@ def summary_line(state: State) -> str:
     counts = state.counts
     parts = [f"{counts['done']} of {state.total} done"]
     parts += [f"{counts[name]} {name}" for name in ("failed", "running") if counts[name]]
-    if state.finished:
-        parts.append(f"{3600 * state.finished / max(state.seconds, 1e-9):.0f} an hour")
+    if state.made:
+        parts.append(f"{3600 * state.made / max(state.seconds, 1e-9):.0f} an hour")
     if state.seconds_left:
         parts.append(f"{clock(state.seconds_left)} left")
     return ", ".join(parts)
@@ -112,7 +112,6 @@ class MetricsFile:
 
     def __init__(self, path: Path):
         self.path, self.last = path, -SECONDS_PER_FILE
-        self.seconds = self.tries = 0.0
 
     def __call__(self, state: State) -> None:
         now = time.monotonic()
@@ -127,7 +126,7 @@ def metrics_text(state: State) -> str:
     stages: dict[str, int] = {}
     for running in state.running:
         stages[running.stage] = stages.get(running.stage, 0) + 1
-    rate = 3600 * state.finished / state.seconds if state.finished and state.seconds else 0.0
+    rate = 3600 * state.made / state.seconds if state.made and state.seconds else 0.0
     families: list[tuple[str, str, str, Sequence[tuple[str, Any]]]] = [
         ("kvlock_batch_jobs", "gauge", "Jobs of the manifest by state.",
          [(f'{{state="{name}"}}', count) for name, count in state.counts.items()]),
@@ -135,7 +134,7 @@ def metrics_text(state: State) -> str:
          [(f'{{stage="{name}"}}', count) for name, count in sorted(stages.items())]),
         ("kvlock_batch_finished_total", "counter", "Jobs done or failed since the program began.",
          [("", state.finished)]),
-        ("kvlock_batch_edits_per_hour", "gauge", "Jobs an hour since the program began.", [("", rate)]),
+        ("kvlock_batch_edits_per_hour", "gauge", "Jobs done an hour since the program began.", [("", rate)]),
         ("kvlock_batch_seconds_left", "gauge", "Seconds left at that rate; NaN before there is one.",
          [("", "NaN" if state.seconds_left is None else state.seconds_left)]),
         ("kvlock_batch_updated_seconds", "gauge", "Unix time of this file.", [("", time.time())]),
@@ -164,6 +163,3 @@ def all_of(watchers: Sequence[Watcher]) -> Watcher:
             watcher(state)
 
     return watch
-
-
-__all__ = ["Lines", "MetricsFile", "Outcome", "all_of", "failures_table", "metrics_text", "shown", "summary_line"]
