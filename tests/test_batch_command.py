@@ -40,7 +40,7 @@ def folder(tmp_path):
 
 
 def batch(manifest: Path, output: Path, *more) -> int:
-    return main(["batch", str(manifest), "--output", str(output), "--steps", "2", *map(str, more)])
+    return main(["batch", str(manifest), "--output", str(output), "--steps", "2", "--size", "32x48", *map(str, more)])
 
 
 def test_a_batch_from_files_to_files(folder, model, capsys):
@@ -67,7 +67,7 @@ def test_a_batch_from_files_to_files(folder, model, capsys):
         "results.jsonl",
     ]
     assert sorted(p.name for p in (folder / "out/reports").iterdir()) == [f"j{i}.html" for i in range(4)]
-    assert read_video(folder / "out/j0.mp4").frames.shape == (3, 16, 16, 3)
+    assert read_video(folder / "out/j0.mp4").frames.shape == (3, 32, 48, 3)
     rows = [json.loads(line) for line in (folder / "out/results.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [f"j{i}" for i in range(5)]
     assert [row["state"] for row in rows] == ["done"] * 4 + ["failed"]
@@ -77,7 +77,7 @@ def test_a_batch_from_files_to_files(folder, model, capsys):
     assert samples["kvlock_batch_finished_total"] == "5"
     # Nothing is loaded for what is done.
     capsys.readouterr()
-    assert main(["batch", str(manifest), "--output", str(folder / "out"), "--steps", "2", "--model", str(model)]) == 1
+    assert batch(manifest, folder / "out", "--model", model) == 1
     assert "5 of 5 jobs are known here" in capsys.readouterr().err
 
 
@@ -86,7 +86,8 @@ def test_the_frames_are_those_of_edit(folder, model):
     tier = ("--set", "cache_tier=lockstep")
     assert batch(manifest, folder / "out", "--model", model, *tier, "--no-reports", "--quiet") == 0
     arguments = ["edit", "--source", folder / "s0.mkv", "--mask", folder / "m.npy", "--source-prompt", "a square"]
-    arguments += ["--prompt", "prompt 0", "--seed", 3, "--steps", 2, "--output", folder / "b.mkv", "--model", model]
+    arguments += ["--prompt", "prompt 0", "--seed", 3, "--steps", 2, "--size", "32x48"]
+    arguments += ["--output", folder / "b.mkv", "--model", model]
     assert main([*map(str, arguments), "--cache-tier", "lockstep", "--quiet"]) == 0
     assert np.array_equal(read_video(folder / "out/a.mkv").frames, read_video(folder / "b.mkv").frames)
 
@@ -129,13 +130,13 @@ def test_memory_that_runs_out_on_the_device_is_told_apart(model, monkeypatch):
     from kvlock_fast import scene as scene_room
 
     editor = ModelEditor("cpu")
-    clip = Clip(np.zeros((5, 16, 16, 3), np.uint8), np.zeros((5, 16, 16), bool), 8)
+    clip = Clip(np.zeros((5, 32, 48, 3), np.uint8), np.zeros((5, 32, 48), bool), 8)
     clip.mask[:, 4:9, 4:9] = True
     setup = Setup("s", "m", "a square", model=str(model), steps=2)
     decision = editor.decide(setup, clip, 3)
     assert decision.at_once == 3 and not decision.ladder
     frames, trace = editor.edit(setup, clip, ["a", "b"], Decision("host", "int8", 1), lambda *a: None)
-    assert [f.shape for f in frames] == [(5, 16, 16, 3)] * 2
+    assert [f.shape for f in frames] == [(5, 32, 48, 3)] * 2
     assert trace["cache"]["tier"] == "host" and trace["cache"]["format"] == "int8"
 
     def full(*arguments):

@@ -17,6 +17,7 @@ from kvlock_fast.batch.manifest import read_manifest
 from kvlock_fast.batch.places import Results
 from kvlock_fast.batch.ray_engine import RayEngine
 from kvlock_fast.batch.runner import Runner
+from kvlock_fast.cli import main
 from kvlock_fast.errors import InputError
 
 TESTS = Path(__file__).parent
@@ -119,6 +120,39 @@ def test_failures_on_ray_are_those_of_one_process(tmp_path):
     # A source went to one actor: two passes of each were read by the one that held it.
     edits = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
     assert {edit["source"] for edit in edits} == {"s0.mkv", "s1.mkv"}
+
+
+@pytest.mark.timeout(300)
+def test_the_command_on_ray(tmp_path, capsys):
+    from tiny import tiny_wan
+
+    write_clips(tmp_path, 2)
+    tiny_wan().save_pretrained(tmp_path / "model")
+    lines = [job(i, source=i % 2, steps=2, size="32x48", model=str(tmp_path / "model")) for i in range(4)]
+    manifest = write_manifest(tmp_path, lines)
+    assert main(["batch", str(manifest), "--output", str(tmp_path / "here"), "--quiet"]) == 0
+    more = ["--engine", "ray", "--workers", "1", "--cpus-per-worker", "1"]
+    assert main(["batch", str(manifest), "--output", str(tmp_path / "there"), *more]) == 0, capsys.readouterr().err
+    assert frame_hashes(tmp_path / "here") == frame_hashes(tmp_path / "there")
+    assert len(list((tmp_path / "there/reports").iterdir())) == 4
+
+
+@pytest.mark.timeout(300)
+def test_workers_that_cannot_start_end_the_batch(monkeypatch):
+    from kvlock_fast.batch import ray_engine
+
+    class Broken(ray_engine.RayWorker):
+        def __init__(self, *arguments):
+            raise ModuleNotFoundError("No module named 'kvlock_fast'")
+
+    monkeypatch.setattr(ray_engine, "RayWorker", Broken)
+    engine = RayEngine(StandIn, Path(), False, "test", workers=1)
+    try:
+        with pytest.raises(InputError, match="no worker can be started on the Ray cluster"):
+            for _ in range(600):
+                engine.wait(0.1)
+    finally:
+        engine.close()
 
 
 @pytest.mark.timeout(60)

@@ -106,24 +106,26 @@ def run(settings: BatchSettings) -> int:
         changes = ledger.take(reading.jobs, results.size, settings.retry_failed)
         _say_changes(changes, len(reading.jobs), settings.quiet)
         title = settings.manifest.name
-        came, runner = _run(settings, reading.jobs, ledger, results, title, stack)
+        came, runner = _run(settings, reading.jobs, ledger, results, title)
         write_index(folder, ledger, results, title)
         return _report(settings, runner, ledger, came)
 
 
 def _run(
-    settings: BatchSettings, jobs: list[Job], ledger: Ledger, results: Results, title: str, stack: ExitStack
+    settings: BatchSettings, jobs: list[Job], ledger: Ledger, results: Results, title: str
 ) -> tuple[list[int], Runner]:
     with ExitStack() as running:
         watchers = [IndexWatcher(settings.output, ledger, results, title)]
         if settings.metrics_file is not None:
             watchers.append(MetricsFile(settings.metrics_file))
         running.enter_context(_warnings_once())
-        runner = Runner(ledger, _NoEngine(), results, jobs, settings.edits_per_pass)
-        came = running.enter_context(stopped_by_signals(runner.stop))
+        engine: Any = _NoEngine()
         if ledger.counts([job.id for job in jobs])["pending"]:
-            runner.engine = make_engine(settings)
-            running.callback(runner.engine.close)
+            engine = make_engine(settings)
+            running.callback(engine.close)
+        runner = Runner(ledger, engine, results, jobs, settings.edits_per_pass)
+        # After the engine: Ray sets handlers of its own when it is imported.
+        came = running.enter_context(stopped_by_signals(runner.stop))
         watchers.insert(0, running.enter_context(shown(settings.quiet)))
         runner.watch = all_of(watchers)
         runner.run()

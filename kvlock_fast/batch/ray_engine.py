@@ -22,6 +22,8 @@ from kvlock_fast.errors import InputError
 LANES = 2
 """Passes in an actor at once: one computed, one read or written."""
 SECONDS_PER_LOOK = 1.0
+MOST_FAILED_STARTS = 3
+"""How often each actor may fail to start before the batch is given up, while no other runs."""
 STOP_SECONDS = 600
 """How long an actor may take to end its running step."""
 
@@ -63,23 +65,30 @@ class RayEngine:
         cpus: int | None = None,
     ):
         """address: of a cluster (None: one is started here); workers: actors (None: one a GPU, or as many as fit the
-        cores); cpus: cores of an actor. Raises InputError where there is no Ray or no such cluster.
+        cores); cpus: cores of an actor, which then has no GPU. Raises InputError where there is no Ray, no such
+        cluster, or nothing to run on.
         """
         self.ray = _connected(address)
         resources = self.ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
-        cpus = cpus or 1
-        self.count = workers or gpus or max(1, int(resources.get("CPU", 1)) // cpus)
+        gpus, cores = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+        on_cores = cpus is not None or (address is None and gpus == 0)
+        if not (on_cores or gpus or workers):
+            self.ray.shutdown()
+            raise InputError(
+                f"the Ray cluster '{address}' has no GPU: give --cpus-per-worker to use cores, or --workers for as "
+                "many GPUs as are still to come"
+            )
+        self.count = workers or (max(1, cores // (cpus or 1)) if on_cores else gpus)
         # Calls of `running` and `stop` come in between the passes.
-        options = {"num_cpus": cpus, "num_gpus": 1 if gpus else 0, "max_restarts": 0, "max_concurrency": LANES + 2}
-        self._class = self.ray.remote(**options)(RayWorker)
+        options = {"num_cpus": cpus or 1, "num_gpus": int(not on_cores), "max_concurrency": LANES + 2}
+        self._class = self.ray.remote(**options, max_restarts=0)(RayWorker)
         self._arguments = (make_editor, str(base), reports, command)
         self._actors: dict[str, Any] = {}
         self._starting: dict[Any, tuple[str, Any]] = {}
         self._passes: dict[Any, tuple[str, Pass]] = {}
         self._looks: dict[Any, str] = {}
         self._seen: dict[str, list[Running]] = {}
-        self._number, self._last_look, self._stop_at = 0, 0.0, None
+        self._number, self._last_look, self._stop_at, self._failed_starts = 0, 0.0, None, 0
         for _ in range(self.count):
             self._start()
 
@@ -135,9 +144,13 @@ class RayEngine:
         name, actor = self._starting.pop(ref)
         try:
             self.ray.get(ref)
-            self._actors[name] = actor
-        except self.ray.exceptions.RayActorError:
+        except self.ray.exceptions.RayError as error:
+            self._failed_starts += 1
+            if not self._actors and self._failed_starts >= MOST_FAILED_STARTS * self.count:
+                raise InputError(f"no worker can be started on the Ray cluster: {_first_line(error)}") from error
             self._start()
+            return
+        self._actors[name], self._failed_starts = actor, 0
 
     def _ended(self, ref: Any) -> Finished | Crashed:
         name, work = self._passes.pop(ref)
