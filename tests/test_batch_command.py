@@ -166,6 +166,16 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(model, monkeypatch):
     assert len(calls) == 1
 
 
+def test_the_model_is_loaded_once(folder, model, monkeypatch):
+    from kvlock_fast.batch import editor as room
+
+    loaded, load = [], room.load_pipeline
+    monkeypatch.setattr(room, "load_pipeline", lambda *a: loaded.append(a[0]) or load(*a))
+    manifest = write_manifest(folder, [job(i, source=i % 2, seed=i) for i in range(4)])
+    assert batch(manifest, folder / "out", "--model", model, "--no-reports", "--quiet") == 0
+    assert loaded == [str(model)]
+
+
 def test_check_decodes_nothing_twice_and_loads_no_model(folder, model, monkeypatch, capsys):
     from kvlock_fast.batch import check
     from kvlock_fast.media import read_mask

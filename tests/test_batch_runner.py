@@ -11,6 +11,7 @@ from batch_parts import StandIn, frame_hashes, job, ledger_rows, run_batch, writ
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvlock_fast.batch.editor import DeviceLost
 from kvlock_fast.batch.groups import grouped
 from kvlock_fast.batch.jobs import Decision, Job, Pass, Setup
 from kvlock_fast.batch.ledger import Ledger
@@ -224,22 +225,63 @@ def test_memory_that_never_suffices_ends_in_the_ladder(folder):
 def test_the_next_source_is_read_while_one_is_computed(folder, monkeypatch):
     from kvlock_fast.batch import worker
 
-    seen, computing = [], threading.Event()
+    write_clips(folder, 6)
+    beside, computing = [], threading.Event()
 
     class Slow(StandIn):
         def edit(self, *arguments):
             computing.set()
-            time.sleep(0.3)
+            time.sleep(0.2)
             try:
                 return super().edit(*arguments)
             finally:
                 computing.clear()
 
     read = worker.read_clip
-    monkeypatch.setattr(worker, "read_clip", lambda *a: seen.append(computing.is_set()) or time.sleep(0.1) or read(*a))
-    lines = [job(i, source=i % 2, seed=i) for i in range(4)]
+    monkeypatch.setattr(worker, "read_clip", lambda *files: beside.append(computing.is_set()) or read(*files))
+    # Two seeds of each source: two passes, one reading.
+    lines = [job(i, source=i % 6, seed=i // 6) for i in range(12)]
     run_batch(write_manifest(folder, lines), folder / "out", Slow)
-    assert len(seen) == 2  # each source once, though four passes want one
+    assert len(beside) == 6 and any(beside)
+
+
+def test_results_are_written_while_the_next_pass_is_computed(folder, monkeypatch):
+    from kvlock_fast.batch import worker
+
+    write_clips(folder, 4)
+    beside, computing = [], threading.Event()
+
+    class Slow(StandIn):
+        def edit(self, *arguments):
+            computing.set()
+            time.sleep(0.1)
+            try:
+                return super().edit(*arguments)
+            finally:
+                computing.clear()
+
+    def finish(*arguments):
+        time.sleep(0.05)
+        beside.append(computing.is_set())
+        return finished_files(*arguments)
+
+    finished_files = worker.finished_files
+    monkeypatch.setattr(worker, "finished_files", finish)
+    run_batch(write_manifest(folder, [job(i, source=i) for i in range(4)]), folder / "out", Slow)
+    assert len(beside) == 4 and any(beside)
+
+
+def test_a_device_that_is_lost_ends_the_batch_and_costs_no_job(folder):
+    class Lost(StandIn):
+        def edit(self, setup, clip, prompts, decision, progress):
+            if "prompt 3" in prompts:
+                raise DeviceLost("the device answers no more")
+            return super().edit(setup, clip, prompts, decision, progress)
+
+    manifest = write_manifest(folder, [job(i, seed=i) for i in range(8)])
+    counts = run_batch(manifest, folder / "out", Lost)
+    assert counts["failed"] == counts["running"] == 0 and 0 < counts["pending"] < 8
+    assert run_batch(manifest, folder / "out")["done"] == 8
 
 
 def test_a_result_that_cannot_be_written_is_a_failure(folder):

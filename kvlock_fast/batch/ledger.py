@@ -4,7 +4,6 @@ A job is a row. Its state goes from pending to running to done or failed; what a
 again at the next start. A result counts once its row says done, which is written after its files are whole.
 """
 
-import fcntl
 import json
 import math
 import sqlite3
@@ -273,8 +272,20 @@ def _locked(folder: Path) -> Any:
     except OSError as error:
         raise OutputError(f"cannot write '{folder}': {error.strerror or error}") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _hold(file)
     except OSError as error:
         file.close()
         raise InputError(f"another batch is running in '{folder}'") from error
     return file
+
+
+def _hold(file: Any) -> None:
+    """Raises OSError if another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -87,6 +87,8 @@ class Results:
         if self.system is None:
             path = self.folder / name
             output_folder(path.parent)
+            if not path.resolve().is_relative_to(self.folder.resolve()):  # by a link made since the check
+                raise OutputError(f"cannot write '{path}': it leads out of '{self.folder}'")
             write_bytes(path, data)
             return
         path = f"{self.root}/{name}"

@@ -7,6 +7,7 @@ dies takes its passes back to the queue, and another one is asked for.
 from __future__ import annotations
 
 import os
+import platform
 import socket
 import time
 from collections.abc import Callable
@@ -36,7 +37,7 @@ class RayWorker:
 
     def where(self) -> tuple[str, int]:
         """Machine and process."""
-        return os.uname().nodename, os.getpid()
+        return platform.node(), os.getpid()
 
     def run(self, work: Pass) -> Finished:
         return self.worker.run(work)

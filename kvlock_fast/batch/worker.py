@@ -70,6 +70,17 @@ class Running:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What the device made of a pass: a video for each row; seconds: a job's share."""
+
+    decision: Decision
+    rows: list[Job]
+    videos: list[np.ndarray]
+    trace: dict[str, Any]
+    seconds: float
+
+
 class Worker:
     """Runs passes with an editor, which is made in the thread that has the device."""
 
@@ -85,12 +96,12 @@ class Worker:
 
     def run(self, work: Pass) -> Finished:
         """A pass from files to files. Raises DeviceLost."""
-        begun = time.monotonic()
         self._report(work, "read", 0, 1)
         try:
             clip = self._clip(work.setup)
             self._report(work, "wait", 0, 1)
-            return self._device.submit(self._edited, work, clip).result()(begun)
+            made = self._device.submit(self._edited, work, clip).result()
+            return made if isinstance(made, Finished) else self._finish(work, clip, made)
         except Stopped:
             return Finished(work, stopped=True)
         except DeviceLost:
@@ -98,14 +109,17 @@ class Worker:
         except Exception as error:  # whatever it is, the other passes go on
             return _all_failed(work, error)
         finally:
-            self._running.pop(work.id, None)
+            with self._lock:
+                self._running.pop(work.id, None)
 
     def running(self) -> list[Running]:
         """The passes in this worker."""
         now = time.monotonic()
+        with self._lock:
+            passes = sorted(self._running.items())
         return [
             Running(number, tuple(job.id for job in work.jobs), stage, done, total, now - since)
-            for number, (work, stage, done, total, since) in sorted(self._running.items())
+            for number, (work, stage, done, total, since) in passes
         ]
 
     def stop(self) -> None:
@@ -115,8 +129,8 @@ class Worker:
     def close(self) -> None:
         self._device.shutdown(wait=True, cancel_futures=True)
 
-    def _edited(self, work: Pass, clip: Clip) -> Callable[[float], Finished]:
-        """In the device's thread: the frames of a pass; what is left to do with them, which needs no device."""
+    def _edited(self, work: Pass, clip: Clip) -> Finished | _Made:
+        """In the device's thread: the frames of a pass, or why there are none."""
         self._refuse_if_stopped()
         if self._editor is None:
             self._editor = self.make_editor()
@@ -131,12 +145,8 @@ class Worker:
             raise InputError(str(error)) from error
         except Exception as error:
             # What one prompt breaks is no reason for the others to fail; what is left is a fault, said in the ledger.
-            failed = _all_failed(work, error)
-            if len(work.jobs) > 1:
-                failed = Finished(work, halve=True)
-            return lambda since: failed
-        seconds = (time.monotonic() - begun) / len(work.jobs)
-        return lambda since: self._finish(work, clip, decision, rows, videos, trace, seconds)
+            return Finished(work, halve=True) if len(work.jobs) > 1 else _all_failed(work, error)
+        return _Made(decision, rows, videos, trace, (time.monotonic() - begun) / len(work.jobs))
 
     def _with_memory(
         self, work: Pass, clip: Clip, decision: Decision
@@ -157,30 +167,24 @@ class Worker:
                 halved = replace(decision, at_once=ceil(decision.at_once / 2))
                 decision = halved if decision.at_once > 1 else replace(decision, ladder=True)
 
-    def _finish(
-        self,
-        work: Pass,
-        clip: Clip,
-        decision: Decision,
-        rows: list[Job],
-        videos: list[np.ndarray],
-        trace: dict[str, Any],
-        seconds: float,
-    ) -> Finished:
+    def _finish(self, work: Pass, clip: Clip, made: _Made) -> Finished:
         """Files and figures of each job; one that cannot be finished keeps no other from it."""
         outcomes = []
         for i, job in enumerate(work.jobs):
             self._report(work, "write", i, len(work.jobs))
             begun = time.monotonic()
             try:
-                at = rows.index(job)
-                command = f"{self.command}  # job {job.id}"
-                files = finished_files(job, clip, videos[at], one_of(trace, at), command if self.reports else None)
+                at = made.rows.index(job)
+                files = self._files(job, clip, made.videos[at], one_of(made.trace, at))
             except Exception as error:
                 outcomes.append(Outcome(job, _sentence(error)))
                 continue
-            outcomes.append(Outcome(job, None, *files, seconds=seconds + time.monotonic() - begun))
-        return Finished(work, tuple(outcomes), decision)
+            outcomes.append(Outcome(job, None, *files, seconds=made.seconds + time.monotonic() - begun))
+        return Finished(work, tuple(outcomes), made.decision)
+
+    def _files(self, job: Job, clip: Clip, video: np.ndarray, trace: dict[str, Any]) -> tuple[Any, ...]:
+        command = f"{self.command}  # job {job.id}"
+        return finished_files(job, clip, video, trace, command if self.reports else None)
 
     def _clip(self, setup: Setup) -> Clip:
         """Read once for all the passes that want it, also where they ask at the same time."""
@@ -215,9 +219,10 @@ class Worker:
                 raise InputError(message) from error
 
     def _report(self, work: Pass, stage: str, done: int, total: int) -> None:
-        before = self._running.get(work.id)
-        since = before[4] if before is not None and before[1] == stage else time.monotonic()
-        self._running[work.id] = (work, stage, done, total, since)
+        with self._lock:
+            before = self._running.get(work.id)
+            since = before[4] if before is not None and before[1] == stage else time.monotonic()
+            self._running[work.id] = (work, stage, done, total, since)
         if stage in ("load", "encode", "text", "source pass", "denoise") and (stage != "denoise" or done < total):
             self._refuse_if_stopped()
 
