@@ -51,8 +51,10 @@ class Killer:
                 self.left -= 1
 
     def places(self) -> dict:
+        """Machine and process of each actor that is ready."""
         try:
-            return self.engine.processes()
+            actors = self.engine._actors.items()
+            return {name: self.engine.ray.get(actor.where.remote()) for name, actor in actors}
         except self.engine.ray.exceptions.RayError:  # one has just died
             return {}
 

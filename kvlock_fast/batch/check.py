@@ -85,7 +85,7 @@ class Checker:
         found = []
         for done, (mask, groups) in enumerate(masks.items()):
             self.progress("checking masks", done, len(masks))
-            pixels = None if mask.startswith("box:") else self._read_mask(mask, groups)
+            pixels = None if mask.startswith("box:") else self._read_mask(mask)
             found += [(group, self._check_group(group, pixels)) for group in groups]
         return found
 
@@ -103,7 +103,7 @@ class Checker:
             except (InputError, OSError) as error:
                 self._sources[source] = str(error)
 
-    def _read_mask(self, mask: str, groups: Sequence[list[Job]]) -> np.ndarray | str:
+    def _read_mask(self, mask: str) -> np.ndarray | str:
         try:
             with fetched(mask, self.base) as path:
                 self.decoded += 1

@@ -132,10 +132,6 @@ class RayEngine:
             self.ray.kill(actor)
         self.ray.shutdown()
 
-    def processes(self) -> dict[str, tuple[str, int]]:
-        """Machine and process of each actor that is ready."""
-        return {name: self.ray.get(actor.where.remote()) for name, actor in self._actors.items()}
-
     def _start(self) -> None:
         self._number += 1
         actor = self._class.remote(*self._arguments)
