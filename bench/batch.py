@@ -10,7 +10,9 @@ Four ways take turns in each round, in changing order, on the same sources with 
   to end, loading included.
 - grouped, single: the batch's runner in this process, the model loaded before, 8 prompts and 1 prompt a pass.
 
-No way writes reports. The rates are medians over the rounds. Exit status 1 if a job failed or frames are missing.
+No way writes reports. Rates are medians over the rounds, ratios medians of the rounds' own.
+Threads that spin for each other make figures of a busy machine worthless: OMP_NUM_THREADS=1 there. Exit status 1 if a
+job failed.
 """
 
 from __future__ import annotations
@@ -149,12 +151,12 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
             rates[name].append(3600 * count / seconds)
             print(f"round {turn + 1}: {name}: {rates[name][-1]:.0f} edits an hour", file=sys.stderr, flush=True)
     median = {name: statistics.median(found) for name, found in rates.items()}
-    ratios = {
-        "batch_over_edit": median["batch"] / median["edit"],
-        "grouped_over_single": median["grouped"] / median["single"],
+    by_round = {
+        f"{one}_over_{other}": [a / b for a, b in zip(rates[one], rates[other], strict=True)]
+        for one, other in (("batch", "edit"), ("grouped", "single"))
     }
-    by_round = [g / s for g, s in zip(rates["grouped"], rates["single"], strict=True)]
-    return {"edits_per_hour": rates, "median": median, "ratios": ratios, "grouped_over_single_by_round": by_round}
+    ratios = {name: statistics.median(found) for name, found in by_round.items()}
+    return {"edits_per_hour": rates, "median": median, "ratios": ratios, "ratios_by_round": by_round}
 
 
 def text_of(found: dict[str, Any]) -> str:
