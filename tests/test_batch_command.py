@@ -166,6 +166,13 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(model, monkeypatch):
     assert len(calls) == 1
 
 
+def test_a_models_folder_is_relative_to_where_the_command_was_given(model):
+    setup = Setup("s", "m", "p", model=model.name)
+    assert ModelEditor("cpu", folder=model.parent)._load(setup).model.device.type == "cpu"
+    with pytest.raises(InputError, match="cannot be loaded"):
+        ModelEditor("cpu", folder=model)._load(Setup("s", "m", "p", model="./nowhere/at/all"))
+
+
 def test_the_model_is_loaded_once(folder, model, monkeypatch):
     from kvlock_fast.batch import editor as room
 

@@ -134,10 +134,10 @@ def _run(
 
 def make_engine(settings: BatchSettings) -> Engine:
     """Who runs the passes, as asked."""
-    base = settings.manifest.parent.resolve()
+    base, here = settings.manifest.parent.resolve(), Path.cwd()
 
     def make_editor() -> ModelEditor:
-        return ModelEditor(settings.device, settings.graph)
+        return ModelEditor(settings.device, settings.graph, here)
 
     if settings.engine == "local":
         return LocalEngine(Worker(make_editor, base, settings.reports, settings.command))

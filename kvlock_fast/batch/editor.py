@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,10 +41,14 @@ class Editor(Protocol):
 
 @dataclass
 class ModelEditor:
-    """Edits with a diffusers pipeline, which stays loaded until a setup asks for another."""
+    """Edits with a diffusers pipeline, which stays loaded until a setup asks for another.
+
+    folder: what a model's folder is relative to, where that is not the working directory.
+    """
 
     device: str = "auto"
     graph: str = "off"
+    folder: Path = Path()
     _loaded: tuple[str, str] | None = None
     _pipe: Any = None
     _failed: dict[tuple[str, str], str] = field(default_factory=dict)
@@ -89,7 +94,8 @@ class ModelEditor:
         if wanted != self._loaded:
             self._pipe = self._loaded = None  # the memory of the one before
             try:
-                self._pipe = load_pipeline(setup.model, self.device, setup.dtype)
+                path = self.folder / setup.model
+                self._pipe = load_pipeline(str(path) if path.is_dir() else setup.model, self.device, setup.dtype)
             except InputError as error:
                 self._failed[wanted] = str(error)
                 raise
