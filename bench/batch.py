@@ -8,9 +8,10 @@ Four ways take turns in each round, in changing order, on the same sources with 
 
 - edit: a process of `kvlock-fast edit` a job; batch: one process of `kvlock-fast batch` for all jobs. Both from start
   to end, loading included.
-- grouped, single: the batch's runner in this process, the model loaded before, 8 prompts and 1 prompt a pass.
+- grouped, single: the batch's runner in this process, the model loaded before, 8 prompts and 1 prompt a pass, one source
+  after the other. Their seconds of processor time are there too, which others on the machine lengthen less.
 
-No way writes reports. Rates are medians over the rounds, ratios medians of the rounds' own.
+No way writes reports. Rates are medians, ratios medians of those of neighbours in time.
 Threads that spin for each other make figures of a busy machine worthless: OMP_NUM_THREADS=1 there. Exit status 1 if a
 job failed.
 """
@@ -26,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,7 @@ def command(*arguments: object) -> float:
 
 def edit_processes(manifest: Path, folder: Path, count: int) -> tuple[int, float]:
     """The first `count` jobs, a process each."""
+    folder.mkdir()
     seconds = 0.0
     for line in manifest.read_text().splitlines()[:count]:
         job = json.loads(line)
@@ -91,7 +92,7 @@ def edit_processes(manifest: Path, folder: Path, count: int) -> tuple[int, float
     return count, seconds
 
 
-def batch_process(manifest: Path, folder: Path) -> tuple[int, float]:
+def batch_process(manifest: Path, folder: Path, _: int) -> tuple[int, float]:
     """All jobs in one process."""
     seconds = command("batch", manifest, "--output", folder, "--no-reports", "--quiet")
     return len(manifest.read_text().splitlines()), seconds
@@ -108,8 +109,8 @@ class InProcess:
         self.jobs = read_manifest(manifest, manifest.parent, {}).jobs
         self.editor._load(self.jobs[0].setup)
 
-    def run(self, folder: Path, most: int, only: int | None = None) -> tuple[int, float]:
-        """The jobs (or the first so many), at most `most` a pass."""
+    def run(self, folder: Path, most: int, jobs: list[Any]) -> dict[str, float]:
+        """Edits an hour and processor seconds an edit, with at most `most` jobs a pass."""
         from kvlock_fast.batch.engine import LocalEngine
         from kvlock_fast.batch.ledger import Ledger
         from kvlock_fast.batch.places import Results
@@ -117,8 +118,7 @@ class InProcess:
         from kvlock_fast.batch.worker import Worker
 
         folder.mkdir(parents=True)
-        jobs = self.jobs[:only]
-        begun = time.perf_counter()
+        begun, processor = time.perf_counter(), time.process_time()
         with Ledger(folder) as ledger:
             results = Results(str(folder))
             ledger.take(jobs, results.size)
@@ -129,34 +129,46 @@ class InProcess:
                 engine.close()
         if counts["done"] != len(jobs):
             raise SystemExit(f"only {counts['done']} of {len(jobs)} jobs were done")
-        return len(jobs), time.perf_counter() - begun
+        seconds, processor = time.perf_counter() - begun, time.process_time() - processor
+        return {"edits_per_hour": 3600 * len(jobs) / seconds, "cpu_seconds_per_edit": processor / len(jobs)}
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Edits an hour of each way in each round, and what they come to."""
     manifest = write_jobs(folder, arguments.sources, arguments)
-    inside = InProcess(manifest)
-    inside.run(folder / "warm-up", PROMPTS, only=2)
-    ways: dict[str, Callable[[Path], tuple[int, float]]] = {
-        "edit": lambda out: (out.mkdir(), edit_processes(manifest, out, arguments.edits))[1],
-        "batch": lambda out: batch_process(manifest, out),
-        "grouped": lambda out: inside.run(out, PROMPTS),
-        "single": lambda out: inside.run(out, 1),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    shuffle = random.Random(0)
+    inside, shuffle = InProcess(manifest), random.Random(0)
+    by_source = [inside.jobs[first : first + PROMPTS] for first in range(0, len(inside.jobs), PROMPTS)]
+    inside.run(folder / "warm-up", PROMPTS, inside.jobs[:2])
+    rates: dict[str, list[float]] = {name: [] for name in ("edit", "batch", "grouped", "single")}
+    processor: dict[str, list[float]] = {"grouped": [], "single": []}
     for turn in range(arguments.rounds):
-        for name in shuffle.sample(list(ways), len(ways)):
-            count, seconds = ways[name](folder / f"{name}-{turn}")
+        for number, jobs in enumerate(by_source):
+            for name, most in shuffle.sample([("grouped", PROMPTS), ("single", 1)], 2):
+                found = inside.run(folder / f"{name}-{turn}-{number}", most, jobs)
+                rates[name].append(found["edits_per_hour"])
+                processor[name].append(found["cpu_seconds_per_edit"])
+        for name, way in shuffle.sample([("edit", edit_processes), ("batch", batch_process)], 2):
+            count, seconds = way(manifest, folder / f"{name}-{turn}", arguments.edits)
             rates[name].append(3600 * count / seconds)
-            print(f"round {turn + 1}: {name}: {rates[name][-1]:.0f} edits an hour", file=sys.stderr, flush=True)
-    median = {name: statistics.median(found) for name, found in rates.items()}
-    by_round = {
-        f"{one}_over_{other}": [a / b for a, b in zip(rates[one], rates[other], strict=True)]
-        for one, other in (("batch", "edit"), ("grouped", "single"))
+        said = ", ".join(f"{name} {found[-1]:.0f}" for name, found in rates.items())
+        print(f"round {turn + 1}: {said} edits an hour", file=sys.stderr, flush=True)
+    ratios = {
+        "batch_over_edit": pairwise(rates["batch"], rates["edit"]),
+        "grouped_over_single": pairwise(rates["grouped"], rates["single"]),
+        "grouped_over_single_by_cpu_seconds": pairwise(processor["single"], processor["grouped"]),
     }
-    ratios = {name: statistics.median(found) for name, found in by_round.items()}
-    return {"edits_per_hour": rates, "median": median, "ratios": ratios, "ratios_by_round": by_round}
+    return {
+        "edits_per_hour": rates,
+        "cpu_seconds_per_edit": processor,
+        "ratios_of_neighbours": ratios,
+        "median": {name: statistics.median(found) for name, found in rates.items()},
+        "ratios": {name: statistics.median(found) for name, found in ratios.items()},
+        "load_average": os.getloadavg(),
+    }
+
+
+def pairwise(ones: list[float], others: list[float]) -> list[float]:
+    return [one / other for one, other in zip(ones, others, strict=True)]
 
 
 def text_of(found: dict[str, Any]) -> str:
@@ -166,6 +178,7 @@ def text_of(found: dict[str, Any]) -> str:
         ratio = found["ratios"][name]
         verdict = "record met" if ratio >= record else "met" if ratio >= must else "MISSED"
         lines.append(f"{name}: {ratio:.2f}x, must be {must}x, record {record}x: {verdict}")
+    lines.append(f"the same by processor time: {found['ratios']['grouped_over_single_by_cpu_seconds']:.2f}x")
     return "\n".join([*lines, f"the ceiling of grouping {PROMPTS} prompts by forwards alone: {CEILING:.2f}x"])
 
 
