@@ -8,8 +8,8 @@ Four ways take turns in each round, in changing order, on the same sources with 
 
 - edit: a process of `kvlock-fast edit` a job; batch: one process of `kvlock-fast batch` for all jobs. Both from start
   to end, loading included.
-- grouped, single: the batch's runner in this process, the model loaded before, 8 prompts and 1 prompt a pass, one source
-  after the other. Their seconds of processor time are there too, which others on the machine lengthen less.
+- grouped, single: the batch's runner in this process, the model loaded before, 8 prompts and 1 prompt a pass, one
+  source after the other. Their seconds of processor time are there too, which others on the machine lengthen less.
 
 No way writes reports. Rates are medians, ratios medians of those of neighbours in time.
 Threads that spin for each other make figures of a busy machine worthless: OMP_NUM_THREADS=1 there. Exit status 1 if a
