@@ -4,6 +4,7 @@ import csv
 import html.parser
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from kvlock_fast.batch.places import Results, fetched, is_there
 from kvlock_fast.batch.runner import State
 from kvlock_fast.batch.worker import Running
 from kvlock_fast.cli import main
+from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.edit import Clip
 from kvlock_fast.errors import InputError, OutputError
 from kvlock_fast.media import read_video
@@ -164,6 +166,34 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(model, monkeypatch):
         with pytest.raises(InputError, match="no such model"):
             editor._load(Setup("s", "m", "p", model="some/model"))
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"lock": LockConfig.preset("paper", kappa=1, warmup_alpha=0.0)},
+                                  {"guidance": 1.0, "cache": CacheConfig(step_stride=2, format="int8")},
+                                  {"size": (48, 32), "frames_policy": "trim"}])  # fmt: skip
+def test_the_planner_is_asked_what_an_edit_would_ask(model, monkeypatch, more):
+    from kvlock_fast import memory
+    from kvlock_fast.cache import planner
+
+    asked, plan = [], planner.plan
+
+    def noted(*arguments, machine, **named):
+        asked.append((arguments, named))
+        return plan(*arguments, machine=machine, **named)
+
+    monkeypatch.setattr(planner, "plan", noted)
+    monkeypatch.setattr(memory, "plan", noted)
+    clip = Clip(np.zeros((6, 32, 48, 3), np.uint8), np.zeros((6, 32, 48), bool), 8)
+    clip.mask[:, 4:9, 4:9] = True
+    setup = Setup("s", "m", "a square", model=str(model), steps=3, **more)
+    editor = ModelEditor("cpu")
+    decision = editor.decide(setup, clip, 2)
+    editor.edit(setup, clip, ["a", "b"], replace(decision, ladder=True), lambda *a: None)
+    assert len(asked) == 2
+    for mine, theirs in zip(*((list(arguments), named) for arguments, named in asked), strict=True):
+        if isinstance(mine, dict):  # what was decided is what the edit asks for
+            mine, theirs = ({k: v for k, v in one.items() if k != "tiers"} for one in (mine, theirs))
+        assert mine == theirs
 
 
 def test_a_models_folder_is_relative_to_where_the_command_was_given(model):
