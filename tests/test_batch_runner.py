@@ -4,7 +4,6 @@ import itertools
 import json
 import sqlite3
 import threading
-import time
 
 import pytest
 from batch_parts import StandIn, frame_hashes, job, ledger_rows, run_batch, write_clips, write_manifest
@@ -225,50 +224,53 @@ def test_memory_that_never_suffices_ends_in_the_ladder(folder):
 def test_the_next_source_is_read_while_one_is_computed(folder, monkeypatch):
     from kvlock_fast.batch import worker
 
-    write_clips(folder, 6)
-    beside, computing = [], threading.Event()
+    write_clips(folder, 3)
+    # The first pass's computation and the second source's reading wait for each other: each needs the other beside it.
+    meeting, edits, reads = threading.Barrier(2), [], []
 
-    class Slow(StandIn):
+    class Meeting(StandIn):
         def edit(self, *arguments):
-            computing.set()
-            time.sleep(0.2)
-            try:
-                return super().edit(*arguments)
-            finally:
-                computing.clear()
+            edits.append(arguments[0].source)
+            if len(edits) == 1:
+                meeting.wait(20)
+            return super().edit(*arguments)
 
-    read = worker.read_clip
-    monkeypatch.setattr(worker, "read_clip", lambda *files: beside.append(computing.is_set()) or read(*files))
+    def read(*files):
+        reads.append(files)
+        if len(reads) == 2:
+            meeting.wait(20)
+        return read_clip(*files)
+
+    read_clip = worker.read_clip
+    monkeypatch.setattr(worker, "read_clip", read)
     # Two seeds of each source: two passes, one reading.
-    lines = [job(i, source=i % 6, seed=i // 6) for i in range(12)]
-    run_batch(write_manifest(folder, lines), folder / "out", Slow)
-    assert len(beside) == 6 and any(beside)
+    manifest = write_manifest(folder, [job(i, source=i % 3, seed=i // 3) for i in range(6)])
+    assert run_batch(manifest, folder / "out", Meeting)["done"] == 6
+    assert len(reads) == 3 and len(edits) == 6
 
 
 def test_results_are_written_while_the_next_pass_is_computed(folder, monkeypatch):
     from kvlock_fast.batch import worker
 
-    write_clips(folder, 4)
-    beside, computing = [], threading.Event()
+    meeting, edits, finished = threading.Barrier(2), [], []
 
-    class Slow(StandIn):
+    class Meeting(StandIn):
         def edit(self, *arguments):
-            computing.set()
-            time.sleep(0.1)
-            try:
-                return super().edit(*arguments)
-            finally:
-                computing.clear()
+            edits.append(arguments[0].source)
+            if len(edits) == 2:
+                meeting.wait(20)
+            return super().edit(*arguments)
 
     def finish(*arguments):
-        time.sleep(0.05)
-        beside.append(computing.is_set())
+        finished.append(arguments[0].id)
+        if len(finished) == 1:
+            meeting.wait(20)
         return finished_files(*arguments)
 
     finished_files = worker.finished_files
     monkeypatch.setattr(worker, "finished_files", finish)
-    run_batch(write_manifest(folder, [job(i, source=i) for i in range(4)]), folder / "out", Slow)
-    assert len(beside) == 4 and any(beside)
+    manifest = write_manifest(folder, [job(i, source=i) for i in range(2)])
+    assert run_batch(manifest, folder / "out", Meeting)["done"] == 2
 
 
 def test_a_device_that_is_lost_ends_the_batch_and_costs_no_job(folder):
