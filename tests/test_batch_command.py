@@ -392,3 +392,21 @@ def test_the_figures_for_prometheus_are_well_formed():
         for line in lines:
             assert line.startswith(("# HELP kvlock_batch_", "# TYPE kvlock_batch_")) or sample.fullmatch(line), line
             assert line.startswith("#") or re.match(r"[a-z_]+", line)[0] in names
+
+
+def test_a_figure_file_that_cannot_be_written_costs_no_job(folder):
+    metrics = folder / "there" / "m.prom"
+    metrics.parent.mkdir()
+
+    class Remover:
+        def __call__(self, state):
+            metrics.unlink(missing_ok=True)
+            if metrics.parent.exists():
+                metrics.parent.rmdir()
+
+    states = []
+    watch = watching.all_of([Remover(), watching.MetricsFile(metrics), states.append])
+    with pytest.warns(UserWarning, match=r"cannot write '.*m.prom'") as warned:
+        for _ in range(3):
+            watch(state(ended=True))
+    assert len(warned) == 1 and len(states) == 3

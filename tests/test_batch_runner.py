@@ -15,7 +15,7 @@ from kvlock_fast.batch.groups import grouped
 from kvlock_fast.batch.jobs import Decision, Job, Pass, Setup
 from kvlock_fast.batch.ledger import Ledger
 from kvlock_fast.batch.passes import Waiting
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, OutputError
 from kvlock_fast.media import read_video
 
 setups = st.builds(
@@ -317,6 +317,15 @@ def test_a_ledger_of_another_version_or_none_at_all_is_refused(tmp_path):
     (tmp_path / "b/ledger.sqlite").write_bytes(b"no database" * 1000)
     with pytest.raises(InputError, match=r"ledger.*cannot be used"):
         Ledger(tmp_path / "b")
+
+
+def test_a_ledger_that_cannot_be_written_is_one_sentence(tmp_path):
+    with Ledger(tmp_path) as ledger:
+        ledger.db.execute("PRAGMA query_only = ON")
+        with pytest.raises(OutputError, match=r"ledger.*cannot be written"):
+            ledger.take([Job("j", "p", "j.mkv", Setup("s", "m", "p"))], lambda name: None)
+        ledger.db.execute("PRAGMA query_only = OFF")
+        assert ledger.take([Job("j", "p", "j.mkv", Setup("s", "m", "p"))], lambda name: None).new == 1
 
 
 def test_a_job_is_committed_once(tmp_path):

@@ -82,13 +82,16 @@ class Ledger:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        self.db.execute("BEGIN IMMEDIATE")
         try:
+            self.db.execute("BEGIN IMMEDIATE")
             yield self.db
-        except BaseException:
-            self.db.execute("ROLLBACK")
+            self.db.execute("COMMIT")
+        except BaseException as error:
+            if self.db.in_transaction:
+                self.db.execute("ROLLBACK")
+            if isinstance(error, sqlite3.Error):
+                raise OutputError(f"the ledger '{self.path}' cannot be written: {error}") from error
             raise
-        self.db.execute("COMMIT")
 
     def take(self, jobs: Iterable[Job], size_of: Callable[[str], int | None], retry_failed: bool = False) -> Changes:
         """Enter the jobs of a manifest; what is not done is pending afterwards, but for what failed.

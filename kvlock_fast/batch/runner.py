@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from kvlock_fast.batch.engine import Crashed, Engine
@@ -36,6 +36,7 @@ class State:
     made: int
     seconds: float
     latest: Sequence[Outcome] = ()
+    ended: bool = False
 
     @property
     def total(self) -> int:
@@ -85,7 +86,7 @@ class Runner:
                 self._give()
             latest = [outcome for event in self.engine.wait(TICK) for outcome in self._take(event)]
             self.watch(self._state(latest))
-        self.watch(self._state([]))
+        self.watch(replace(self._state([]), ended=True))
         return self.ledger.counts(self._ids)
 
     @property

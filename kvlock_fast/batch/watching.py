@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, TextIO
 
 from kvlock_fast.batch.runner import State, Watcher
 from kvlock_fast.batch.worker import Running
+from kvlock_fast.errors import InputWarning, OutputError
 from kvlock_fast.files import write_text
 from kvlock_fast.progress import STAGES
 
@@ -115,8 +117,7 @@ class MetricsFile:
 
     def __call__(self, state: State) -> None:
         now = time.monotonic()
-        ended = not state.running and not state.counts["running"]
-        if now - self.last >= SECONDS_PER_FILE or ended:
+        if now - self.last >= SECONDS_PER_FILE or state.ended:
             self.last = now
             write_text(self.path, metrics_text(state))
 
@@ -156,10 +157,16 @@ def failures_table(failures: Sequence[tuple[str, int, str]]) -> str:
 
 
 def all_of(watchers: Sequence[Watcher]) -> Watcher:
-    """One watcher that tells several."""
+    """One watcher that tells several. One that cannot write its file is said once, and costs no job."""
+    said: set[str] = set()
 
     def watch(state: State) -> None:
         for watcher in watchers:
-            watcher(state)
+            try:
+                watcher(state)
+            except OutputError as error:
+                if str(error) not in said:
+                    said.add(str(error))
+                    warnings.warn(str(error), InputWarning, stacklevel=2)
 
     return watch
