@@ -11,10 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlock_fast.batch.editor import DeviceLost
+from kvlock_fast.batch.engine import Crashed
 from kvlock_fast.batch.groups import grouped
 from kvlock_fast.batch.jobs import Decision, Job, Pass, Setup
 from kvlock_fast.batch.ledger import Ledger
 from kvlock_fast.batch.passes import Waiting
+from kvlock_fast.batch.places import Results
+from kvlock_fast.batch.runner import Runner
 from kvlock_fast.errors import InputError, OutputError
 from kvlock_fast.media import read_video
 
@@ -284,6 +287,42 @@ def test_a_device_that_is_lost_ends_the_batch_and_costs_no_job(folder):
     counts = run_batch(manifest, folder / "out", Lost)
     assert counts["failed"] == counts["running"] == 0 and 0 < counts["pending"] < 8
     assert run_batch(manifest, folder / "out")["done"] == 8
+
+
+class KilledOnStop:
+    """An engine with one worker that is killed when it is told to stop."""
+
+    lanes = 2
+
+    def __init__(self):
+        self.works, self.stopped = [], False
+
+    def ready(self):
+        return ["w"]
+
+    def submit(self, worker, work):
+        self.works.append(work)
+
+    def wait(self, seconds):
+        works = self.works if self.stopped else []
+        self.works = [] if self.stopped else self.works
+        return [Crashed(work, "the worker died") for work in works]
+
+    def running(self):
+        return []
+
+    def stop(self):
+        self.stopped = True
+
+
+def test_a_worker_that_is_killed_while_it_stops_is_held_against_no_job(tmp_path):
+    jobs = [Job(f"j{i}", "p", f"j{i}.mkv", Setup("s", "m", "p", seed=i)) for i in range(5)]
+    with Ledger(tmp_path) as ledger:
+        ledger.take(jobs, lambda name: None)
+        runner = Runner(ledger, KilledOnStop(), Results(str(tmp_path)), jobs, 4)
+        runner.watch = lambda state: runner.stop.set()
+        assert runner.run() == {"pending": 5, "running": 0, "done": 0, "failed": 0}
+        assert [(row["tries"], row["crashes"]) for row in ledger.rows()] == [(1, 0), (1, 0), (0, 0), (0, 0), (0, 0)]
 
 
 def test_a_result_that_cannot_be_written_is_a_failure(folder):

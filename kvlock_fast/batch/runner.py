@@ -114,8 +114,8 @@ class Runner:
         """Enter what became of a pass; the outcomes of its jobs, as far as they are final."""
         for at_work in self._given.values():
             at_work[:] = [work for work in at_work if work.id != event.work.id]
-        if isinstance(event, Crashed) and event.fatal:
-            self.fatal = event.reason
+        if isinstance(event, Crashed) and (event.fatal or self.stop.is_set()):  # who is told to stop may be killed
+            self.fatal = event.reason if event.fatal else self.fatal
             self.ledger.stopped(event.work)
         elif isinstance(event, Crashed):
             again = self.ledger.crashed(event.work, event.reason)
