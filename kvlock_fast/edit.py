@@ -204,10 +204,16 @@ def _quieten_libraries() -> None:
 
 def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress | None = None) -> EditResult:
     """Edit a clip in memory."""
+    out = call_pipeline(pipe, clip, settings, progress)
+    return finish_edit(clip, out.frames, out.trace.as_dict(), settings)
+
+
+def call_pipeline(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress | None = None, **more: Any) -> Any:
+    """The part of an edit that the model does: its `EditOutput`. more: further arguments of the pipeline."""
     import torch
 
     height, width = settings.size or (None, None)
-    out = pipe(
+    return pipe(
         clip.video,
         clip.mask,
         height=height,
@@ -227,9 +233,13 @@ def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress |
         graph=settings.graph,
         compile=settings.compile,
         progress=progress,
+        **more,
     )
-    count = len(out.frames[0])
-    videos = out.frames
+
+
+def finish_edit(clip: Clip, videos: list[np.ndarray], trace: dict[str, Any], settings: EditSettings) -> EditResult:
+    """The part that the model is not needed for: composite and metrics. videos: uint8 [F, h, w, 3], one a prompt."""
+    count = len(videos[0])
     source, shown_mask = clip.video[:count], clip.mask[:count]
     if settings.composite:
         solid = shown_mask if clip.solid is None else clip.solid[:count]
@@ -239,7 +249,7 @@ def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress |
         size = videos[0].shape[1:3]
         source, shown_mask = resize_video(source, *size), resize_mask(shown_mask, *size)
     metrics = [measure_edit(source, shown_mask, edited) for edited in videos]
-    return EditResult(videos, source, shown_mask, out.trace.as_dict(), metrics)
+    return EditResult(videos, source, shown_mask, trace, metrics)
 
 
 def output_names(output: str, prompts: int) -> list[Path]:

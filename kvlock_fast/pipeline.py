@@ -100,6 +100,7 @@ class KVLockPipeline:
         cache: CacheConfig | None = None,
         graph: str = "off",
         compile: str = "off",
+        ladder: bool = True,
         output: str = "frames",
         progress: Progress | None = None,
     ) -> EditOutput:
@@ -115,8 +116,9 @@ class KVLockPipeline:
         window); lock: default LockConfig.preset("kvlock"); cache: where the source's K and V come from (one made by
         `invert` brings its noise along: give no generator or latents, or the same); graph: whether the steps are
         captured in CUDA graphs, "off", "on", or "auto" (where they can be; a warning says why not); compile: "regional"
-        has torch.compile take the transformer's blocks, "off" leaves them as they are; output: "frames" or "latent";
-        progress(stage, done, total) is called along the way.
+        has torch.compile take the transformer's blocks, "off" leaves them as they are; ladder: whether the cache is
+        planned for and smaller ways are tried when memory runs out (without, `cache` is taken to the letter, and "auto"
+        is lockstep); output: "frames" or "latent"; progress(stage, done, total) is called along the way.
 
         Raises InputError (a ValueError) on bad input; warns where the input is changed to fit.
         """
@@ -151,7 +153,7 @@ class KVLockPipeline:
                     videos = self.model.decode(edited, tiled=way.tiled_decoding)
                 return edited, [video[: scene.count].numpy() for video in videos]
 
-            edited, decoded = run_with_memory(run, scene, task, cache, self.pipe)
+            edited, decoded = run_with_memory(run, scene, task, cache, self.pipe) if ladder else run(Way(cache))
         warmup, solver = max(0, num_inference_steps - lock.kappa), scene.solver
         trace = recorder.finish(prompts, warmup, scene.mask, solver.timesteps, solver.sigmas)
         return EditOutput(decoded, edited.float(), trace, scene.mask)
