@@ -164,6 +164,9 @@ def _facts(
     if records:
         seconds = sum({r["step"]: r["seconds"] for r in records}.values())
         facts += [f"{trace['steps']} steps", f"{seconds:.1f} s denoising"]
+        if charts.computes_less(trace):
+            share = sum(r["tokens"] for r in records) / (len(records) * trace["tokens"])
+            facts.append(f"{share:.0%} of {trace['tokens']} tokens computed")
     return facts
 
 

@@ -11,6 +11,7 @@ from kvlock_fast.errors import InputError
 
 MOST_BYTES = 256 << 20
 MOST_STEPS = 10_000
+MOST_TOKENS = 10**9
 
 _VALUES = ("variance", "alpha", "omega", "s_star", "seconds")
 
@@ -57,6 +58,8 @@ def _checked(data: Any) -> dict[str, Any]:
     records = data["records"]
     if not isinstance(records, list) or len(records) > steps * len(prompts):
         raise _Wrong("records is not a list with at most one of each step and prompt")
+    if not _whole(data.get("tokens", 0), 0, MOST_TOKENS):
+        raise _Wrong(f"tokens is {_short(data['tokens'])}")
     for i, record in enumerate(records):
         _check_record(i, record, steps, len(prompts))
     kinds = {"settings": dict, "metrics": list, "files": dict, "command": str}
@@ -73,6 +76,8 @@ def _checked(data: Any) -> dict[str, Any]:
 def _check_record(index: int, record: Any, steps: int, prompts: int) -> None:
     if not isinstance(record, dict):
         raise _Wrong(f"record {index} is {_short(record)}")
+    if not _whole(record.get("tokens", 0), 0, MOST_TOKENS):
+        raise _Wrong(f"record {index} has {_short(record['tokens'])} as its tokens")
     for name, most in (("step", steps), ("sample", prompts)):
         if not _whole(record.get(name), 0, most - 1):
             raise _Wrong(f"record {index} has {_short(record.get(name))} as its {name}")

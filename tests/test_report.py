@@ -306,3 +306,25 @@ def test_doctor_survives_an_empty_and_a_broken_installation(monkeypatch):
     assert all(part["version"] is None for part in facts["parts"].values())
     assert facts["will_use"]["attention"] == "nothing"
     assert doctor.render(facts).count("missing") >= len(facts["parts"])
+
+
+def test_tokens_computed_are_shown_where_they_are_fewer(tmp_path):
+    """A chart and a line of facts; nothing where every step computed all, or the trace is older than the figure."""
+    from kvlock_fast.charts import schedule_charts
+
+    record = {"sample": 0, "variance": 1.0, "alpha": 1.0, "omega": 1.0, "s_star": 1.0, "seconds": 0.1}
+    trace = {"prompts": ["a"], "steps": 4, "warmup_steps": 2, "tokens": 40}
+    counts = {"few": [10, 10, 10, 40], "all": [40] * 4, "unknown": None}
+    for name, tokens in counts.items():
+        records = [{**record, "step": k} | ({"tokens": tokens[k]} if tokens else {}) for k in range(4)]
+        found = (
+            {**trace, "records": records}
+            if tokens
+            else {"prompts": ["a"], "steps": 4, "warmup_steps": 2, "records": records}
+        )
+        titles = [chart["title"] for chart in schedule_charts(found, {})]
+        report.write_report(
+            tmp_path / f"{name}.html", source=None, mask=None, edited=[], trace=found, settings={}, command="c"
+        )
+        page = (tmp_path / f"{name}.html").read_text()
+        assert ("Tokens computed" in titles) == ("44% of 40 tokens computed" in page) == (name == "few")
