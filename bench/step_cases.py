@@ -23,7 +23,7 @@ from kvlock_fast.masks import project_mask
 from kvlock_fast.profile_extent import find_extent
 from kvlock_fast.profile_subjects import RandomSubject, transformer_config
 from kvlock_fast.scene import Scene, edit_prompts
-from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder
 
 Mark = Callable[[], None]
@@ -172,7 +172,7 @@ class Steps:
                 if stage == "denoise" and done:
                     mark()
 
-            solver = FlowSolver(self.scheduler(steps), steps, self.device)
+            solver = Solver(self.scheduler(steps), steps, self.device)
             frames = torch.from_numpy(self.subject.clip.video)
             scene = Scene(self.model, lock, solver, frames, len(frames), self.mask, "", None, loops)
             scene.place(self.subject.clean, self.noise, None)

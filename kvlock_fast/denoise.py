@@ -21,7 +21,7 @@ from kvlock_fast.forwards import Forwards, Predictor, Task
 from kvlock_fast.graph import CapturedLoops, StepGraphs, launch_facts
 from kvlock_fast.models.locking import KeptKV
 from kvlock_fast.nvtx import span
-from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.solvers import Solver
 from kvlock_fast.source import SourcePath
 from kvlock_fast.source_pass import StoredSource
 from kvlock_fast.steppers import DeviceStepper, Stepper, new_stepper, stepper_kind
@@ -33,7 +33,7 @@ def denoise(
     predict: Predictor,
     source: SourcePath,
     stored: StoredSource | None,
-    solver: FlowSolver,
+    solver: Solver,
     recorder: Recorder,
     progress: Callable[[int], None],
     loops: CapturedLoops | None = None,
@@ -199,7 +199,7 @@ class _Steps:
         return compares_with_source(self.task.lock)
 
 
-def why_not_captured(model: Any, lock: LockConfig, solver: FlowSolver) -> str | None:
+def why_not_captured(model: Any, lock: LockConfig, solver: Solver) -> str | None:
     """What in an edit a replay of its steps would miss; None if nothing."""
     if stepper_kind(lock, solver) is not DeviceStepper:
         return "it takes the scheduler's own steps"

@@ -124,14 +124,15 @@ def fit_to_model(
 
 def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> None:
     """Raise InputError where the model's position codes end."""
-    most = geometry.most_tokens
-    if most is None or max(geometry.token_grid(frames, height, width)) <= most:
+    if geometry.knows(frames, height, width):
         return
-    down, across = geometry.size_multiple()
-    longest = geometry.temporal_stride * (most * geometry.patch_size[0] - 1) + 1
+    (down, across), (long, high, wide) = geometry.size_multiple(), geometry.limits
+    longest = (
+        "" if long is None else f"{geometry.temporal_stride * (long * geometry.patch_size[0] - 1) + 1} frames and "
+    )
     raise InputError(
         f"{frames} frames of {height}x{width} are too many for this model: "
-        f"it takes at most {longest} frames and {most * down}x{most * across}"
+        f"it takes at most {longest}{high * down}x{wide * across}"
     )
 
 

@@ -25,7 +25,8 @@ from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.arch import select_layers
 from kvlock_fast.models.compiling import COMPILE, compiled_blocks
 from kvlock_fast.scene import Scene, edit_prompts
-from kvlock_fast.solvers import FlowSolver, check_scheduler
+from kvlock_fast.schedulers import check_scheduler
+from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder, Trace
 
 Progress = Callable[[str, int, int], None]
@@ -50,7 +51,7 @@ class KVLockPipeline:
         self.pipe = pipe
         self.model = wrap_pipeline(pipe)
         self._loops: CapturedLoops | None = None
-        check_scheduler(pipe.scheduler)
+        check_scheduler(pipe.scheduler, self.model.arch.flow)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, torch_dtype: torch.dtype | dict | None = None) -> "KVLockPipeline":
@@ -132,7 +133,7 @@ class KVLockPipeline:
             with _stage(recorder, progress, "text"):
                 texts = self._texts(prompts, negative_prompt, source_prompt, guidance_scale)
             scales = (guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2)
-            task = Task(scene.mask, *texts, guidance=scales, lock=scene.lock)
+            task = Task(scene.mask, *texts, scales, scene.lock, self.model.latents_dtype)
 
             def run(way: Way) -> tuple[Tensor, list[np.ndarray]]:
                 blocks = compiled_blocks(self.model.transformers, compile)
@@ -142,7 +143,7 @@ class KVLockPipeline:
                 if output == "latent":
                     return edited, []
                 with _stage(recorder, progress, "decode"):
-                    videos = self.model.decode(edited, tiled=way.tiled_decoding)
+                    videos = self.model.decode(edited, len(scene.frames), tiled=way.tiled_decoding)
                 return edited, [video[: scene.count].numpy() for video in videos]
 
             edited, decoded = run_with_memory(run, scene, task, cache, self.pipe)
@@ -222,7 +223,8 @@ class KVLockPipeline:
             if saved is not None and height is None and width is None:
                 height, width = saved.size
             frames, pixel_mask, count = fit_to_model(video, mask, self.model.geometry, height, width, policy)
-            solver = FlowSolver(self.pipe.scheduler, num_steps, self.model.device)
+            check_scheduler(self.pipe.scheduler, self.model.arch.flow)
+            solver = Solver(self.pipe.scheduler, num_steps, self.model.device)
             if solver.table is None and not lock.stock:
                 name = type(self.pipe.scheduler).__name__
                 message = f"scheduler {name} has no table of its steps: it is called itself, which is slower"

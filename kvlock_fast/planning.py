@@ -159,11 +159,10 @@ def _foreground(path: str, mask: Any, model: ModelSize, frames: int, size: tuple
 
 def _check_extent(model: ModelSize, frames: int, size: tuple[int, int]) -> None:
     """Raise InputError where the model's position codes end."""
-    most = model.geometry.most_tokens
-    if most is not None and max(model.geometry.token_grid(frames, *size)) > most:
+    if not model.geometry.knows(frames, *size):
         raise InputError(
             f"{frames} frames of {size[0]}x{size[1]} are too many for {model.name}: "
-            f"it takes at most {most} tokens along each side"
+            f"it takes at most {model.geometry.limits_text}"
         )
 
 

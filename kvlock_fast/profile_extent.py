@@ -66,11 +66,10 @@ def find_extent(model: ModelSize, frames: int | None, size: tuple[int, int] | No
     whole = frames + -(frames - 1) % stride
     if whole != frames:
         _warn(f"{frames} frames are not {stride}n+1: profiling {whole}, as an edit would pad them")
-    most = model.geometry.most_tokens
-    if most is not None and max(model.geometry.token_grid(whole, *fitting)) > most:
+    if not model.geometry.knows(whole, *fitting):
         raise InputError(
             f"{whole} frames of {fitting[0]}x{fitting[1]} are too many for {model.name}: "
-            f"it takes at most {most} tokens along each side"
+            f"it takes at most {model.geometry.limits_text}"
         )
     return Extent(model, whole, *fitting)
 

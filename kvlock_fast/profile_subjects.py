@@ -25,7 +25,7 @@ from kvlock_fast.models.wan import WAN, WanModel
 from kvlock_fast.nvtx import span
 from kvlock_fast.profile_extent import FOREGROUND, Extent, find_extent, refuse_too_large
 from kvlock_fast.scene import Scene, edit_prompts
-from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder
 
 Progress = Callable[[str, int, int], None]
@@ -65,7 +65,7 @@ class RandomSubject:
         """Denoise one edit; an automatic cache goes below `folder`."""
         recorder, extent, frames = Recorder(self.device), self.extent, torch.from_numpy(self.clip.video)
         mask = project_mask(torch.from_numpy(self.clip.mask).to(self.device), extent.model.geometry)
-        solver = FlowSolver(_wan_scheduler(), steps, self.device)
+        solver = Solver(_wan_scheduler(), steps, self.device)
         scene = Scene(self.model, self.lock, solver, frames, extent.frames, mask, "", None)
         scene.place(self.clean, None, torch.Generator().manual_seed(1))
         prompt, negative, source = self.texts
