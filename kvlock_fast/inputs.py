@@ -111,14 +111,14 @@ def fit_to_model(
         _warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: working at {size[0]}x{size[1]}")
     _check_extent(geometry, count, *size)
     video, mask = resize_video(video, *size), resize_mask(mask, *size)
-    video, _ = fit_frames(video, policy, geometry.temporal_stride)
-    mask, _ = fit_frames(mask, policy, geometry.temporal_stride)
+    video, _ = fit_frames(video, policy, geometry.frame_step)
+    mask, _ = fit_frames(mask, policy, geometry.frame_step)
     if not mask.any():
         raise InputError(f"mask is empty on the {len(mask)} frames that frames_policy={policy!r} keeps")
     if len(video) > count:
         _warn(f"{count} frames padded to {len(video)} by repeating the last; cut back afterwards")
     elif len(video) < count:
-        _warn(f"{count} frames trimmed to {len(video)}, a multiple of {geometry.temporal_stride} plus 1")
+        _warn(f"{count} frames trimmed to {len(video)}, a multiple of {geometry.frame_step} plus 1")
     return torch.from_numpy(np.ascontiguousarray(video)), torch.from_numpy(np.ascontiguousarray(mask)), count
 
 

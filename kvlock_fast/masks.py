@@ -17,7 +17,8 @@ class Geometry:
 
     Strides in pixels, patch_size (t, h, w) in latents; most_tokens: the most along one axis that the model knows, or
     along each (None: any number); lead_in: where the patch does not divide the latent frames, the model has the first
-    of them repeated in front (else its last patch is incomplete).
+    of them repeated in front (else its last patch is incomplete); latents_together: how many latent frames after the
+    first the autoencoder decodes at once, and needs whole.
     """
 
     temporal_stride: int
@@ -26,6 +27,7 @@ class Geometry:
     causal: bool = True
     most_tokens: int | tuple[int | None, int | None, int | None] | None = None
     lead_in: bool = False
+    latents_together: int = 1
 
     def __post_init__(self):
         sizes = (self.temporal_stride, self.spatial_stride, *self.patch_size)
@@ -41,6 +43,11 @@ class Geometry:
         latents = alone + -(-(frames - alone) // self.temporal_stride)
         sizes = (latents, -(-height // self.spatial_stride), -(-width // self.spatial_stride))
         return tuple(-(-size // patch) for size, patch in zip(sizes, self.patch_size, strict=True))
+
+    @property
+    def frame_step(self) -> int:
+        """The frames that a video has are a multiple of this, plus 1."""
+        return self.temporal_stride * self.latents_together
 
     def lead(self, latent_frames: int) -> int:
         """How many times the first of so many latent frames is repeated in front."""

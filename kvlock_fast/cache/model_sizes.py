@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ class ModelSize:
 @dataclass(frozen=True)
 class _Family:
     """How the configs of a family are read. patch: (t, h, w) of a transformer's config; strides: temporal and spatial,
-    of an autoencoder's; default: strides, frames, height, width where the configs do not tell.
+    of an autoencoder's; default: strides, frames, height, width where the configs do not tell; most_tokens and more:
+    of `Geometry`.
     """
 
     name: str
@@ -98,6 +99,8 @@ class _Family:
     feed_forward: Callable[[Config], int] = lambda c: 4 * c["num_attention_heads"] * c["attention_head_dim"]
     text_tokens: Callable[[Config], int] = lambda c: 0
     frame_size: Callable[[Config, int], tuple[int, int, int]] | None = None
+    most_tokens: Callable[[Config], Any] = lambda c: c.get("rope_max_seq_len")
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _flat_patch(c: Config) -> tuple[int, int, int]:
@@ -109,6 +112,13 @@ def _ltx_strides(vae: Config) -> tuple[int, int]:
     halvings = 2 ** sum(vae["spatio_temporal_scaling"])
     time, space = vae.get("temporal_compression_ratio"), vae.get("spatial_compression_ratio")
     return time or vae["patch_size_t"] * halvings, space or vae["patch_size"] * halvings
+
+
+def _cogvideox_limits(c: Config) -> tuple[int | None, int, int] | None:
+    """Only 1.5's rotary codes are cut from a table, as large as its sample."""
+    if c["patch_size_t"] is None or not c.get("use_rotary_positional_embeddings"):
+        return None
+    return None, c["sample_height"] // c["patch_size"], c["sample_width"] // c["patch_size"]
 
 
 FAMILIES = {
@@ -128,6 +138,8 @@ FAMILIES = {
         default=(4, 8, 49, 480, 720),
         text_tokens=lambda c: c["max_text_seq_length"],
         frame_size=lambda c, stride: (c["sample_frames"], c["sample_height"] * stride, c["sample_width"] * stride),
+        most_tokens=_cogvideox_limits,
+        more={"lead_in": True, "latents_together": 2},
     ),
     "LTXVideoTransformer3DModel": _Family(
         "ltx",
@@ -185,7 +197,7 @@ def _size_of(family: _Family, c: Config, vae: Config | None, name: str) -> Model
         feed_forward=family.feed_forward(c),
         text_tokens=family.text_tokens(c),
         channels=c["in_channels"],
-        geometry=Geometry(time, space, family.patch(c), causal=True, most_tokens=c.get("rope_max_seq_len")),
+        geometry=Geometry(time, space, family.patch(c), causal=True, most_tokens=family.most_tokens(c), **family.more),
         frames=shape[0],
         height=shape[1],
         width=shape[2],

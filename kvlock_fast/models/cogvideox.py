@@ -27,6 +27,8 @@ COGVIDEOX = ArchSpec(
     flow=False,
     one_call=True,
 )
+DECODED_TOGETHER = 2
+"""Latent frames, by AutoencoderKLCogVideoX: of an even number it would make four frames of the first one."""
 OFS = 2.0
 """What diffusers' pipelines give a transformer that embeds an "ofs"."""
 
@@ -72,7 +74,7 @@ class CogVideoXModel:
             most = None, config.sample_height // patch, config.sample_width // patch  # its codes are cut from a table
         return Geometry(
             vae.temporal_compression_ratio, spatial, (config.patch_size_t or 1, patch, patch), most_tokens=most,
-            lead_in=True,
+            lead_in=True, latents_together=DECODED_TOGETHER,
         )  # fmt: skip
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
