@@ -136,7 +136,7 @@ class KVLockPipeline:
             task = Task(scene.mask, *texts, scales, scene.lock, self.model.latents_dtype)
 
             def run(way: Way) -> tuple[Tensor, list[np.ndarray]]:
-                blocks = compiled_blocks(self.model.transformers, compile)
+                blocks = compiled_blocks(self.model.transformers, compile, self.model.arch.blocks)
                 with _stage(recorder, progress, "denoise"), blocks:
                     edited = edit_prompts(task, scene, way.cache, recorder, progress)
                 _refuse_nan(recorder, prompts, num_inference_steps)

@@ -17,7 +17,8 @@ class ArchSpec:
     self-attention modules match whole; key, value: submodules whose output is the key (after its norm) and the value,
     the first that exists; token_dim: the dimension of the key's output that holds the tokens (the value's is 1); text:
     where the text's tokens are among them, "none", "prefix" or "suffix"; flow: whether the model predicts a flow's
-    velocity; one_call: whether the family's pipeline runs both branches of guidance in one forward.
+    velocity; one_call: whether the family's pipeline runs both branches of guidance in one forward; blocks: the class
+    names of the blocks that are alike, where diffusers does not say.
     """
 
     family: str
@@ -29,6 +30,7 @@ class ArchSpec:
     text: str = "none"
     flow: bool = True
     one_call: bool = False
+    blocks: tuple[str, ...] = ()
 
     def attentions(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
         """The self-attention modules with their names, in the model's order; the index in it is the layer's number."""

@@ -26,6 +26,7 @@ COGVIDEOX = ArchSpec(
     text="prefix",
     flow=False,
     one_call=True,
+    blocks=("CogVideoXBlock",),
 )
 DECODED_TOGETHER = 2
 """Latent frames, by AutoencoderKLCogVideoX: of an even number it would make four frames of the first one."""
