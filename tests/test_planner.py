@@ -709,7 +709,7 @@ def test_sizes_and_lengths_are_rounded_with_a_warning(capsys):
     assert status == 0 and (data["frames"], data["height"], data["width"]) == (49, 480, 720)
     assert data["tokens"] == 17550 and data["text_tokens"] == 226
     assert "warning: size 475x719 is not a multiple of 16x16: planning for 480x720" in err
-    assert "warning: 47 frames are not 4n+1: planning for 49" in err
+    assert "warning: 47 frames are not 8n+1: planning for 49" in err
 
 
 BAD = {

@@ -286,12 +286,12 @@ def _wan(heads: int, head_dim: int, layers: int, ffn: int, channels: int = 16, *
     }  # fmt: skip
 
 
-def _cogvideox(heads: int, layers: int) -> Config:
+def _cogvideox(heads: int, layers: int, rotary: bool) -> Config:
     return {
         "_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": heads, "attention_head_dim": 64,
         "num_layers": layers, "in_channels": 16, "out_channels": 16, "patch_size": 2, "patch_size_t": None,
         "time_embed_dim": 512, "text_embed_dim": 4096, "max_text_seq_length": 226, "sample_frames": 49,
-        "sample_height": 60, "sample_width": 90,
+        "sample_height": 60, "sample_width": 90, "use_rotary_positional_embeddings": rotary,
     }  # fmt: skip
 
 
@@ -306,27 +306,36 @@ HUNYUAN_VIDEO = {
     "out_channels": 16, "patch_size": 2, "patch_size_t": 1, "guidance_embeds": True, "text_embed_dim": 4096,
     "pooled_projection_dim": 768,
 }  # fmt: skip
-DEMO = _wan(3, 64, 5, 512, 12, patch_size=(1, 1, 1), text_dim=96, freq_dim=64, rope_max_seq_len=64)
+CONFIGS: dict[str, Config] = {
+    "wan-1.3b": _wan(12, 128, 30, 8960),
+    "wan-14b": _wan(40, 128, 40, 13824),
+    "cogvideox-2b": _cogvideox(30, 30, rotary=False),
+    "cogvideox-5b": _cogvideox(48, 42, rotary=True),
+    "ltx": LTX,
+    "hunyuan-video": HUNYUAN_VIDEO,
+    "demo": _wan(3, 64, 5, 512, 12, patch_size=(1, 1, 1), text_dim=96, freq_dim=64, rope_max_seq_len=64),
+}
+"""Of the known models' transformers."""
 
 UMT5_XXL, T5_XXL, LLAMA_3_8B, CLIP_L = 5_680_910_336, 4_762_310_656, 7_505_186_816, 123_060_480
 """Parameters of the text encoders: encoders alone, HunyuanVideo's Llama without its output matrix."""
 
 
-def _known(name: str, config: Config, text_encoder: int, vae: int, **changes: Any) -> ModelSize:
+def _known(name: str, text_encoder: int, vae: int, **changes: Any) -> ModelSize:
     changes = {"text_encoder_parameters": text_encoder, "vae_parameters": vae, **changes}
-    return replace(size_of(config, name=name), **changes)
+    return replace(size_of(CONFIGS[name], name=name), **changes)
 
 
 MODELS = {
     size.name: size
     for size in (
-        _known("wan-1.3b", _wan(12, 128, 30, 8960), UMT5_XXL, 126_892_531),
-        _known("wan-14b", _wan(40, 128, 40, 13824), UMT5_XXL, 126_892_531),
-        _known("cogvideox-2b", _cogvideox(30, 30), T5_XXL, 215_583_907, dtype=torch.float16),
-        _known("cogvideox-5b", _cogvideox(48, 42), T5_XXL, 215_583_907),
-        _known("ltx", LTX, T5_XXL, 419_193_649),
-        _known("hunyuan-video", HUNYUAN_VIDEO, LLAMA_3_8B + CLIP_L, 246_478_803),
-        _known("demo", DEMO, 226_048, 2_659_448, frames=17, height=64, width=64, dtype=torch.float32),
+        _known("wan-1.3b", UMT5_XXL, 126_892_531),
+        _known("wan-14b", UMT5_XXL, 126_892_531),
+        _known("cogvideox-2b", T5_XXL, 215_583_907, dtype=torch.float16),
+        _known("cogvideox-5b", T5_XXL, 215_583_907),
+        _known("ltx", T5_XXL, 419_193_649),
+        _known("hunyuan-video", LLAMA_3_8B + CLIP_L, 246_478_803),
+        _known("demo", 226_048, 2_659_448, frames=17, height=64, width=64, dtype=torch.float32),
     )
 }
 
