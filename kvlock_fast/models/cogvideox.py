@@ -14,8 +14,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from kvlock_fast.errors import InputError
+from kvlock_fast.foreground import Region
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models.arch import ArchSpec
+from kvlock_fast.models.cogvideox_foreground import foreground_forward
+from kvlock_fast.models.foreground import whole_forward
+from kvlock_fast.models.locking import TransformerLock
 from kvlock_fast.models.pixels import decode_each, encode_mode
 
 COGVIDEOX = ArchSpec(
@@ -125,11 +129,36 @@ class CogVideoXModel:
             hidden_states=rows,
             encoder_hidden_states=text,
             timestep=timestep.expand(rows.shape[0]),
-            ofs=None if transformer.config.ofs_embed_dim is None else rows.new_full((1,), OFS),
+            ofs=self._ofs(rows),
             image_rotary_emb=self.rotary(latents),
             return_dict=False,
         )[0]
         return prediction.float().transpose(1, 2)
+
+    def predict_foreground(
+        self, lock: TransformerLock, latents: Tensor, timestep: Tensor, text: Tensor, region: Region,
+        background: Tensor, rows: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The prediction of the region's tokens [B, C, T, h, w] fp32, 0 elsewhere, under a lock that has the
+        background's K and V: of the tokens `background`, of which `rows` (None: all) are outside the mask.
+        """
+        x = latents.to(lock.transformer.dtype)
+        with whole_forward(lock.transformer):
+            return foreground_forward(
+                lock,
+                x,
+                timestep.expand(x.shape[0]),
+                text,
+                self._ofs(x),
+                self.rotary(x),
+                region.computed,
+                region.foreground,
+                background,
+                rows,
+            ).float()
+
+    def _ofs(self, rows: Tensor) -> Tensor | None:
+        return None if self.transformers[0].config.ofs_embed_dim is None else rows.new_full((1,), OFS)
 
     def rotary(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosine and sine [S, D] of the tokens' positions; None where the patches are given theirs.

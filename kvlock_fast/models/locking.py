@@ -106,9 +106,11 @@ def _(x: Tensor, number: Tensor) -> None:
 
 
 def _attend_kept(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
-    state, (layer, _), _ = _LOCKED[number]
+    state, (layer, _), token_dim = _LOCKED[number]
+    kept = ((state.kept[layer, "k"], token_dim), (state.kept[layer, "v"], 1))
+    heads = (x if isinstance(x, QuantizedKV) else as_heads(x, dim, q.shape[2]) for x, dim in kept)
     with span("attend"):
-        return attend(q, k, v, (state.kept[layer, "k"], state.kept[layer, "v"]), state.view)
+        return attend(q, k, v, tuple(heads), state.view)
 
 
 @torch.library.custom_op("kvlock_fast::attend_kept", mutates_args=())
