@@ -94,7 +94,7 @@ class SourceMaker:
         if len(sizes) > 1:
             raise InputError(f"the model's transformers have self-attentions of different sizes: {sorted(sizes)}")
         shape = KVShape(predict.locks[0].layers, len(source.background), *sizes.pop())
-        self.layout = StepLayout(shape, cache.format, model.transformers[0].dtype)
+        self.layout = StepLayout.usual(shape, cache.format, model.transformers[0].dtype)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -142,6 +142,8 @@ class SourceMaker:
         """All the facts of an entry: of the source, and what is kept of it."""
         shape = self.layout.shape
         kv = {"tokens": shape.tokens, "heads": shape.heads, "dim": shape.dim, "dtype": dtype_name(self.layout.dtype)}
+        if self.layout.tokens_per_scale > 1:
+            kv["tokens_per_scale"] = self.layout.tokens_per_scale
         return {
             **source_facts,
             "format": self.layout.format,

@@ -17,6 +17,7 @@ from test_pipeline import FRAMES, HEIGHT, WIDTH, Spy, a_mask, a_video, call, lat
 from tiny import COGVIDEOX_KINDS, COGVIDEOX_SCHEDULE, tiny_cogvideox, tiny_wan, untouched
 
 import kvlock_fast as kvf
+from kvlock_fast.cache import layout
 from kvlock_fast.cache.model_sizes import from_pipeline
 from kvlock_fast.config import PRESETS, CacheConfig, LockConfig
 from kvlock_fast.errors import InputWarning
@@ -271,6 +272,23 @@ def test_every_tier_and_format(tmp_path, tier, format):
     error = ((kept.latents - along.latents).norm() / along.latents.norm()).item()
     assert error < {"native": 1e-5, "bf16": 1e-2, "fp8_e4m3": 3e-2, "int8": 1e-2, "int4": 1e-1}[format]
     assert kept.trace.cache["tier"] == tier and kept.trace.cache["format"] == format
+
+
+@pytest.mark.parametrize("compute", ["full", "foreground"])
+@pytest.mark.parametrize("tier", ["resident", "host", "disk"])
+def test_scales_that_tokens_share(monkeypatch, tmp_path, tier, compute):
+    """As in long sequences; a saved source says so, and one that was made before is read as it is."""
+    lock = LockConfig(alpha=1.0, s_star_region="foreground", background_latents="source", compute=compute)
+    pipe, arguments = tiny_cogvideox("5b"), {"lock": lock, "prompt": ["a dog", "a cat"]}
+    cache = CacheConfig(tier=tier, root=str(tmp_path))
+    along, alone = call(pipe, **arguments), call(pipe, cache=cache, **arguments)
+    monkeypatch.setattr(layout, "LONG", 1)
+    shared = call(pipe, cache=cache, **arguments)
+    assert not torch.equal(shared.latents, alone.latents)
+    for kept in (alone, shared):
+        assert (kept.latents - along.latents).norm() < 0.03 * along.latents.norm()
+    again = call(pipe, cache=cache, **arguments)
+    assert torch.equal(again.latents, shared.latents)
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))

@@ -80,7 +80,10 @@ class LockState:
         if place is None:
             self.kept[key] = x.clone() if self.background is None else x.index_select(token_dim, self.background)
             return
-        packed = quantize_kv(as_heads(x, token_dim, place.shape[2]), place.format, place.kind, tokens=self.background)
+        heads = as_heads(x, token_dim, place.shape[2])
+        packed = quantize_kv(
+            heads, place.format, place.kind, tokens=self.background, tokens_per_scale=place.tokens_per_scale
+        )
         place.copy_(packed)
 
 
