@@ -259,7 +259,7 @@ class Edits:
         shape = KVShape(layers, int((~foreground).sum()), heads, dim)
         if variant.format is None:
             return {}
-        layout = StepLayout(shape, variant.format, transformer.dtype)
+        layout = StepLayout.usual(shape, variant.format, transformer.dtype)
         stored = len(variant.stored_steps(self.setting))
         return cache_bytes(layout, stored, len(foreground), self.setting.steps)
 

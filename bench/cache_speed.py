@@ -56,7 +56,7 @@ def shape_of(model: str, frames: int, format: str) -> Shape:
     tokens = grid[0] * grid[1] * grid[2]
     background = tokens - round(FOREGROUND * tokens)
     kv = KVShape(tuple(range(size.layers)), background, size.heads, size.head_dim)
-    return Shape(f"{model} {frames}f", tokens, background, StepLayout(kv, format, torch.bfloat16))
+    return Shape(f"{model} {frames}f", tokens, background, StepLayout.usual(kv, format, torch.bfloat16))
 
 
 def packing() -> list[dict[str, Any]]:

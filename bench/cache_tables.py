@@ -65,7 +65,7 @@ def errors(rows: list[dict[str, Any]]) -> str:
 ERROR_NOTE = """Keys and values of background tokens of held-out clips, in the demo model: the only real weights
 measured. By layer over all steps, by step over all layers. RoPE turns vectors and keeps their
 lengths, so errors before and after it weigh the same in attention. A scale per 128: fp8 with one
-scale for 128 tokens of a head, which `quantize_kv` has and the cache does not use."""
+scale for 128 tokens of a head, as the cache has it where heads are of 64 and sequences long."""
 
 
 def on_front(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:

@@ -168,5 +168,6 @@ class RandomEdits:
         """Of the source's own forward, which each stored step costs once."""
         made = self.steps
         with _counted(self.device) as counter, torch.no_grad():
-            made.forward(made.noise, made.scheduler(1).timesteps[0], made.source_prompt)
+            family = made.family(1)
+            family.forward(made.noise, family.scheduler.timesteps[0], made.source_prompt, made.transformer)
         return float(counter.get_total_flops())

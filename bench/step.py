@@ -1,6 +1,6 @@
 """A whole denoising step at real shapes, random weights: this project beside diffusers and the lock in plain torch.
 
-    python bench/step.py --output out/step.json           # on a GPU: Wan-1.3B at 81 and 33 frames, demo
+    python bench/step.py --output out/step.json           # on a GPU: Wan-1.3B at 81 and 33 frames, CogVideoX-2B, demo
     python bench/step.py --shapes demo --steps 6          # on a CPU too: launches, host reads and allocations count
     python bench/step.py --quick                          # seconds; what the tests run
 
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench import machine
 from bench.measure import relative_error
-from bench.step_cases import SHAPES, UNSUPPORTED, Steps, StepShape
+from bench.step_cases import QUICK, SHAPES, Steps, StepShape
 from kvlock_fast.cache import costs
 from kvlock_fast.trace import Clock
 
@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], help="default: all but quick on a GPU, demo on a CPU")
     parser.add_argument("--steps", type=int, default=12, help="in a run; at least 4")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--quick", action="store_true", help="one tiny shape")
+    parser.add_argument("--quick", action="store_true", help="a tiny shape of each family")
     parser.add_argument("--cpu", action="store_true", help="on the CPU though there is a GPU")
     parser.add_argument("--commit", help="for a copy of the tree without its history")
     given = parser.parse_args(arguments)
@@ -193,17 +193,15 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--steps must be at least 4 and --rounds at least 1")
     cuda = torch.cuda.is_available() and not given.cpu
     device, dtype = (torch.device("cuda"), torch.bfloat16) if cuda else (torch.device("cpu"), torch.float32)
-    names = given.shapes or (["quick"] if given.quick else [n for n in SHAPES if n != "quick"] if cuda else ["demo"])
+    names = given.shapes or (QUICK if given.quick else [n for n in SHAPES if n not in QUICK] if cuda else ["demo"])
     found = []
     for name in names:
         found.append(measure(SHAPES[name], device, dtype, given.steps, given.rounds))
         print(table(found[-1]), end="\n\n", flush=True)
-    for name, why in UNSUPPORTED.items():
-        print(f"{name}: unmeasured, {why}")
     if not cuda:
         print("no GPU: milliseconds are this CPU's; captured and compiled steps are unmeasured")
     if given.output is not None:
-        facts = {"machine": machine.machine(given.commit), "dtype": str(dtype), "unmeasured": UNSUPPORTED}
+        facts = {"machine": machine.machine(given.commit), "dtype": str(dtype)}
         given.output.write_text(json.dumps({**facts, "shapes": found}, indent=1))
     wrong = any(row["problem"] for shape in found for name, row in shape["contenders"].items() if "ours" in name)
     return 1 if wrong else 0

@@ -12,9 +12,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import UniPCMultistepScheduler
 from torch import Tensor, nn
 
+from bench.step_families import STEPS, WanSteps
 from kvlock_fast.cache.model_sizes import find_model
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.forwards import Task
@@ -23,7 +23,7 @@ from kvlock_fast.masks import project_mask
 from kvlock_fast.profile_extent import find_extent
 from kvlock_fast.profile_subjects import RandomSubject, transformer_config
 from kvlock_fast.scene import Scene, edit_prompts
-from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder
 
 Mark = Callable[[], None]
@@ -33,7 +33,7 @@ GUIDANCE, EPS = 5.0, 1e-8
 
 @dataclass(frozen=True)
 class StepShape:
-    """A known model at a length and size; layers: fewer than it has, None for all."""
+    """A known model, or a config file, at a length and size; layers: fewer than it has, None for all."""
 
     name: str
     config: str
@@ -47,11 +47,13 @@ SHAPES = {
     for shape in (
         StepShape("wan-1.3b 81f", "wan-1.3b", 81, (480, 832)),
         StepShape("wan-1.3b 33f", "wan-1.3b", 33, (480, 832)),
+        StepShape("cogvideox-2b", "cogvideox-2b", 49, (480, 720)),
         StepShape("demo", "demo", 17, (64, 64)),
         StepShape("quick", "demo", 5, (32, 32), 2),
+        StepShape("quick cogvideox", str(Path(__file__).with_name("cogvideox-tiny.json")), 9, (32, 48)),
     )
 }
-UNSUPPORTED = {"cogvideox-2b": "edits of this family are not there yet"}
+QUICK = ("quick", "quick cogvideox")
 
 
 class Steps:
@@ -70,17 +72,9 @@ class Steps:
         generator = torch.Generator().manual_seed(1)
         self.noise = torch.randn(self.subject.clean.shape, generator=generator).to(device)
 
-    def scheduler(self, steps: int) -> Any:
-        """As Wan 2.1's pipelines have it, with its timesteps set."""
-        scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-        scheduler.set_timesteps(steps, device=self.device)
-        return scheduler
-
-    def forward(self, rows: Tensor, timestep: Tensor, text: Tensor, transformer: nn.Module | None = None) -> Tensor:
-        """The velocity of rows [B, C, T, H, W]."""
-        transformer = transformer or self.transformer
-        latents = rows.to(transformer.dtype)
-        return transformer(latents, timestep.expand(len(rows)), text, return_dict=False)[0]
+    def family(self, steps: int) -> WanSteps:
+        """What a step is made of, ready for so many."""
+        return STEPS[self.model.arch.family](self.model, steps)
 
     def contenders(self) -> dict[str, Contender]:
         """By name; ours come last."""
@@ -104,12 +98,11 @@ class Steps:
         return 2 if "no lock" in name or "fp8" in name else 3
 
     def diffusers(self, steps: int, mark: Mark) -> Tensor:
-        """As WanPipeline steps: a forward for each branch, the scheduler's own step."""
-        scheduler, latents = self.scheduler(steps), self.noise
-        for t in scheduler.timesteps:
-            cond = self.forward(latents, t, self.prompt)
-            uncond = self.forward(latents, t, self.negative)
-            latents = scheduler.step(uncond + GUIDANCE * (cond - uncond), t, latents, return_dict=False)[0]
+        """As the family's pipeline steps: its forwards, plain guidance, the scheduler's own step."""
+        family, latents = self.family(steps), self.noise
+        for k, t in enumerate(family.scheduler.timesteps):
+            cond, uncond = family.branches(latents, t, self.prompt, self.negative, self.transformer)
+            latents = family.advance(k, uncond + GUIDANCE * (cond - uncond), latents)
             mark()
         return latents
 
@@ -123,21 +116,21 @@ class Steps:
     def plain(self, steps: int, mark: Mark, transformer: nn.Module | None = None) -> Tensor:
         """The lock as one would write it on top of diffusers: hooks, lines of torch, numbers read by the host."""
         transformer, lock = transformer or self.transformer, self.lock
-        scheduler, latents, history = self.scheduler(steps), self.noise, []
+        family, latents, history = self.family(steps), self.noise, []
         inside, clean = self.mask.token_latents[:, None], self.subject.clean
-        latents = torch.where(inside, latents, self.renoised(scheduler, 0))
+        latents = torch.where(inside, latents, self.renoised(family, 0))
         alpha, omega, first = lock.warmup_alpha, GUIDANCE, max(0, steps - lock.kappa)
-        with plain_lock(transformer, self.mask.tokens[0]) as state:
-            for k, t in enumerate(scheduler.timesteps):
-                state["alpha"], sigma = alpha, scheduler.sigmas[k].item()
-                rows = torch.cat([self.renoised(scheduler, k), latents, latents])
+        with plain_lock(transformer, self.mask.tokens[0], family) as state:
+            for k, t in enumerate(family.scheduler.timesteps):
+                state["alpha"] = alpha
+                rows = torch.cat([self.renoised(family, k), latents, latents])
                 texts = torch.cat([self.source_prompt, self.prompt, self.negative])
-                _, cond, uncond = self.forward(rows, t, texts, transformer).float().split(1)
+                _, cond, uncond = family.forward(rows, t, texts, transformer).float().split(1)
                 s_star = (cond * uncond).sum() / ((uncond * uncond).sum() + EPS)
-                velocity = s_star * uncond + omega * (cond - s_star * uncond)
-                history = [*history, latents - sigma * velocity][-lock.window :]
-                latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
-                after = self.renoised(scheduler, k + 1) if k + 1 < steps else clean
+                prediction = s_star * uncond + omega * (cond - s_star * uncond)
+                history = [*history, family.clean(k, latents, prediction)][-lock.window :]
+                latents = family.advance(k, prediction, latents)
+                after = self.renoised(family, k + 1) if k + 1 < steps else clean
                 latents = torch.where(inside, latents, after)
                 if len(history) > 1:
                     variance = torch.stack(history).var(0)[inside.expand_as(latents)].mean().item()
@@ -151,13 +144,14 @@ class Steps:
         """The same with the transformer's blocks compiled; the first run compiles."""
         if not hasattr(self, "_compiled"):
             self._compiled = copy.deepcopy(self.transformer)
-            self._compiled.compile_repeated_blocks()
+            for block in getattr(self._compiled, self.family(1).blocks):
+                block.compile()
         return self.plain(steps, mark, self._compiled)
 
-    def renoised(self, scheduler: Any, k: int) -> Tensor:
+    def renoised(self, family: WanSteps, k: int) -> Tensor:
         """The source's latent at step k."""
-        sigma = scheduler.sigmas[k].to(self.device)
-        return (1 - sigma) * self.subject.clean + sigma * self.noise
+        a, b = family.levels(k)
+        return a * self.subject.clean + b * self.noise
 
     def ours(
         self, cache: CacheConfig, graph: str = "off", lock: LockConfig | None = None, prompts: int = 1
@@ -172,7 +166,7 @@ class Steps:
                 if stage == "denoise" and done:
                     mark()
 
-            solver = FlowSolver(self.scheduler(steps), steps, self.device)
+            solver = Solver(self.family(steps).scheduler, steps, self.device)
             frames = torch.from_numpy(self.subject.clip.video)
             scene = Scene(self.model, lock, solver, frames, len(frames), self.mask, "", None, None, loops)
             scene.place(self.subject.clean, self.noise, None)
@@ -186,16 +180,18 @@ class Steps:
 
 
 @contextmanager
-def plain_lock(transformer: nn.Module, foreground: Tensor) -> Iterator[dict[str, float]]:
+def plain_lock(transformer: nn.Module, foreground: Tensor, family: WanSteps) -> Iterator[dict[str, float]]:
     """Forward hooks that blend the background's keys and values of rows 1.. with row 0's by state["alpha"]."""
     state, handles = {"alpha": 1.0}, []
 
     def blend(module: nn.Module, arguments: Any, out: Tensor) -> Tensor:
-        alpha = state["alpha"]
-        mixed = torch.where(foreground[None, :, None], out[1:], alpha * out[:1] + (1 - alpha) * out[1:])
-        return torch.cat([out[:1], mixed])
+        alpha, video = state["alpha"], family.video(out)
+        source, own = video[:1], video[1:]
+        where = foreground.view(1, -1, *[1] * (video.ndim - 2))
+        video[1:] = torch.where(where, own, alpha * source + (1 - alpha) * own)
+        return out
 
-    for block in transformer.blocks:
+    for block in getattr(transformer, family.blocks):
         handles += [block.attn1.norm_k.register_forward_hook(blend), block.attn1.to_v.register_forward_hook(blend)]
     try:
         yield state

@@ -20,7 +20,7 @@ from kvlock_fast.foreground import Saturation
 from kvlock_fast.forwards import Predictor, Task
 from kvlock_fast.graph import CapturedLoops, StepGraphs, launch_facts
 from kvlock_fast.nvtx import span
-from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.solvers import Solver
 from kvlock_fast.source import SourcePath
 from kvlock_fast.source_pass import StoredSource
 from kvlock_fast.step_forwards import StepForwards, Velocities
@@ -47,7 +47,7 @@ def denoise(
     predict: Predictor,
     source: SourcePath,
     parts: Sequence[Part],
-    solver: FlowSolver,
+    solver: Solver,
     recorder: Recorder,
     progress: Callable[[int], None],
     loops: CapturedLoops | None = None,
@@ -159,7 +159,7 @@ class _Steps:
             self.saturation.publish(k - 1 + lag, self.stepper.alpha if lag == 1 else self.stepper.later_alpha)
 
 
-def why_not_captured(model: Any, lock: LockConfig, solver: FlowSolver) -> str | None:
+def why_not_captured(model: Any, lock: LockConfig, solver: Solver) -> str | None:
     """What in an edit a replay of its steps would miss; None if nothing."""
     if stepper_kind(lock, solver) is not DeviceStepper:
         return "it takes the scheduler's own steps"

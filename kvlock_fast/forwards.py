@@ -13,7 +13,7 @@ from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.models.ranges import layer_ranges
 from kvlock_fast.nvtx import span
-from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder
 
 
@@ -22,7 +22,7 @@ class Task:
     """What is asked of the loop, on the device.
 
     prompt, negative: [B, L, C]; source_prompt: [1, L, C]; negative is None without classifier-free guidance; guidance:
-    omega0 for each stage.
+    omega0 for each stage; latents_dtype: of the latents between steps that are diffusers' own.
     """
 
     mask: ProjectedMask
@@ -31,6 +31,7 @@ class Task:
     source_prompt: Tensor
     guidance: tuple[float, ...]
     lock: LockConfig
+    latents_dtype: torch.dtype = torch.float32
 
     def of(self, samples: tuple[int, ...]) -> "Task":
         """Of some of the samples."""
@@ -51,7 +52,7 @@ class Task:
 class Predictor:
     """The model's transformers with the lock attached while the context is open."""
 
-    def __init__(self, model: Any, solver: FlowSolver, lock: LockConfig, background: Tensor, recorder: Recorder):
+    def __init__(self, model: Any, solver: Solver, lock: LockConfig, background: Tensor, recorder: Recorder):
         """background: indices [N] of the tokens whose K and V are kept apart from the batch."""
         self.model, self.solver, self.lock, self.recorder = model, solver, lock, recorder
         self.background = background
@@ -98,7 +99,7 @@ class Predictor:
         which, timestep = self._count(k, latents, timestep)
         if not self.locks:
             return self.model.predict(which, latents, timestep, text)
-        with self.locks[which].forward(mode, weight, kept):
+        with self.locks[which].forward(mode, weight, kept, text.shape[1]):
             return self.model.predict(which, latents, timestep, text)
 
     def foreground(
@@ -107,7 +108,7 @@ class Predictor:
         """The velocity of the region's tokens, 0 elsewhere; rows: which of the tokens kept are background."""
         which, timestep = self._count(k, latents, timestep)
         lock = self.locks[which]
-        with lock.forward(Mode.FOREGROUND, kept=kept):
+        with lock.forward(Mode.FOREGROUND, kept=kept, text_tokens=text.shape[1]):
             return self.model.predict_foreground(lock, latents, timestep, text, region, self.background, rows)
 
     def _count(self, k: int, latents: Tensor, timestep: Tensor | None) -> tuple[int, Tensor]:
@@ -124,7 +125,8 @@ class Forwards:
         """timestep: where each step's timestep is read from [], None for the solver's table."""
         self.task, self.predict, self.timestep = task, predict, timestep
         batching = task.lock.guidance_batching
-        self.batched = batching == "batched" or (batching == "auto" and task.lock.locks)
+        together = task.lock.locks or predict.model.arch.one_call
+        self.batched = batching == "batched" or (batching == "auto" and together)
 
     def run_along(
         self, k: int, latents: Tensor, source_latent: Tensor, alpha: Tensor
@@ -136,7 +138,7 @@ class Forwards:
             return source, *self._branches(k, latents, self._locked(Mode.STORED), alpha, kept)
         branches = 1 if task.negative is None else 2
         rows = torch.cat([source_latent, *[latents.float()] * branches])
-        texts = torch.cat([task.source_prompt, task.prompt, *([] if task.negative is None else [task.negative])])
+        texts = torch.cat([task.source_prompt, self._texts()])
         weight = blend_weight(alpha.repeat(branches), task.mask.tokens)
         with span("forward all"):
             out = self._predict(k, rows, texts, self._locked(Mode.IN_BATCH), weight)
@@ -161,8 +163,7 @@ class Forwards:
 
         if not self.batched:
             return predict(latents, task.prompt), None if branches == 1 else predict(latents, task.negative)
-        texts = task.prompt if branches == 1 else torch.cat([task.prompt, task.negative])
-        return self._split(predict(torch.cat([latents.float()] * branches), texts))
+        return self._split(predict(torch.cat([latents.float()] * branches), self._texts()))
 
     def from_kept(self, k: int, latents: Tensor, kept: KeptKV, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
         """The edit alone, locked to K and V that were kept: conditional and unconditional [B, ...]."""
@@ -184,11 +185,10 @@ class Forwards:
         """Both branches, in one forward or one after the other."""
         task, branches = self.task, 1 if self.task.negative is None else 2
         if self.batched:
-            texts = task.prompt if branches == 1 else torch.cat([task.prompt, task.negative])
             weight = None if alpha is None else blend_weight(alpha.repeat(branches), task.mask.tokens)
             rows = torch.cat([latents.float()] * branches)
             with span("forward edit"):
-                return self._split(self._predict(k, rows, texts, mode, weight, kept))
+                return self._split(self._predict(k, rows, self._texts(), mode, weight, kept))
         weight = None if alpha is None else blend_weight(alpha, task.mask.tokens)
         with span("forward edit"):
             cond = self._predict(k, latents, task.prompt, mode, weight, kept)
@@ -197,6 +197,10 @@ class Forwards:
         with span("forward edit"):
             return cond, self._predict(k, latents, task.negative, mode, weight, kept)
 
+    def _texts(self) -> Tensor:
+        """Of all branches in one batch: unconditional rows first, as diffusers has them."""
+        return self.task.prompt if self.task.negative is None else torch.cat([self.task.negative, self.task.prompt])
+
     def _split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        cond, uncond = (*out.split(self.task.batch), None)[:2]
-        return cond, uncond
+        *uncond, cond = out.split(self.task.batch)
+        return cond, uncond[0] if uncond else None

@@ -118,28 +118,28 @@ def fit_to_model(
         _warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: working at {size[0]}x{size[1]}")
     _check_extent(geometry, min(count, at_once or count), *size)
     video, mask = resize_video(video, *size), resize_mask(mask, *size)
-    video, _ = fit_frames(video, policy, geometry.temporal_stride)
-    mask, _ = fit_frames(mask, policy, geometry.temporal_stride)
+    video, _ = fit_frames(video, policy, geometry.frame_step)
+    mask, _ = fit_frames(mask, policy, geometry.frame_step)
     if not mask.any():
         raise InputError(f"mask is empty on the {len(mask)} frames that frames_policy={policy!r} keeps")
     if len(video) > count:
         _warn(f"{count} frames padded to {len(video)} by repeating the last; cut back afterwards")
     elif len(video) < count:
-        _warn(f"{count} frames trimmed to {len(video)}, a multiple of {geometry.temporal_stride} plus 1")
+        _warn(f"{count} frames trimmed to {len(video)}, a multiple of {geometry.frame_step} plus 1")
     return torch.from_numpy(np.ascontiguousarray(video)), torch.from_numpy(np.ascontiguousarray(mask)), count
 
 
 def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> None:
     """Raise InputError where the model's position codes end."""
-    most = geometry.most_tokens
-    if most is None or max(geometry.token_grid(frames, height, width)) <= most:
+    if geometry.knows(frames, height, width):
         return
-    down, across = geometry.size_multiple()
-    longest = geometry.temporal_stride * (most * geometry.patch_size[0] - 1) + 1
-    way_out = ": give it a window" if frames > longest else ""
+    (down, across), (long, high, wide) = geometry.size_multiple(), geometry.limits
+    most = None if long is None else geometry.temporal_stride * (long * geometry.patch_size[0] - 1) + 1
+    longest = "" if most is None else f"{most} frames and "
+    way_out = ": give it a window" if most is not None and frames > most else ""
     raise InputError(
         f"{frames} frames of {height}x{width} are too many for this model: "
-        f"it takes at most {longest} frames and {most * down}x{most * across}{way_out}"
+        f"it takes at most {longest}{high * down}x{wide * across}{way_out}"
     )
 
 

@@ -15,14 +15,19 @@ from torch import Tensor
 class Geometry:
     """How pixels become latents and latents become tokens.
 
-    Strides in pixels, patch_size (t, h, w) in latents; most_tokens: the most along one axis that the model knows.
+    Strides in pixels, patch_size (t, h, w) in latents; most_tokens: the most along one axis that the model knows, or
+    along each (None: any number); lead_in: where the patch does not divide the latent frames, the model has the first
+    of them repeated in front (else its last patch is incomplete); latents_together: how many latent frames after the
+    first the autoencoder decodes at once, and needs whole.
     """
 
     temporal_stride: int
     spatial_stride: int
     patch_size: tuple[int, int, int]
     causal: bool = True
-    most_tokens: int | None = None
+    most_tokens: int | tuple[int | None, int | None, int | None] | None = None
+    lead_in: bool = False
+    latents_together: int = 1
 
     def __post_init__(self):
         sizes = (self.temporal_stride, self.spatial_stride, *self.patch_size)
@@ -39,6 +44,32 @@ class Geometry:
         sizes = (latents, -(-height // self.spatial_stride), -(-width // self.spatial_stride))
         return tuple(-(-size // patch) for size, patch in zip(sizes, self.patch_size, strict=True))
 
+    @property
+    def frame_step(self) -> int:
+        """The frames that a video has are a multiple of this, plus 1."""
+        return self.temporal_stride * self.latents_together
+
+    def lead(self, latent_frames: int) -> int:
+        """How many times the first of so many latent frames is repeated in front."""
+        return -latent_frames % self.patch_size[0] if self.lead_in else 0
+
+    @property
+    def limits(self) -> tuple[int | None, int | None, int | None]:
+        """The most tokens along each axis."""
+        return self.most_tokens if isinstance(self.most_tokens, tuple) else (self.most_tokens,) * 3
+
+    @property
+    def limits_text(self) -> str:
+        """The limits in words."""
+        sides = zip(("in time", "down", "across"), self.limits, strict=True)
+        each = " and ".join(f"{most} {side}" for side, most in sides if most is not None)
+        return f"{each} tokens" if isinstance(self.most_tokens, tuple) else f"{self.most_tokens} tokens along each side"
+
+    def knows(self, frames: int, height: int, width: int) -> bool:
+        """Whether the model's position codes reach over a video of this extent."""
+        grid = self.token_grid(frames, height, width)
+        return all(most is None or size <= most for size, most in zip(grid, self.limits, strict=True))
+
     def size_multiple(self) -> tuple[int, int]:
         """What height and width in pixels must be multiples of."""
         return self.spatial_stride * self.patch_size[1], self.spatial_stride * self.patch_size[2]
@@ -48,8 +79,9 @@ class Geometry:
 class ProjectedMask:
     """A mask at each stage, True on the foreground.
 
-    latents: [B, T, h, w] by pixels alone; tokens: [B, S] in (t, h, w) raster order; token_latents: [B, T, h, w], the
-    latents of the foreground tokens (what the model can change); patch_size: latents a token, along each axis.
+    latents: [B, T, h, w] by pixels alone (with the model's lead-in); tokens: [B, S] in (t, h, w) raster order;
+    token_latents: [B, T, h, w], the latents of the foreground tokens (what the model can change); patch_size: latents a
+    token, along each axis.
     """
 
     latents: Tensor
@@ -115,6 +147,7 @@ def project_mask(mask: Tensor, geometry: Geometry) -> ProjectedMask:
     if mask.ndim not in (3, 4) or 0 in mask.shape:
         raise ValueError(f"mask must be a non-empty [F, H, W] or [B, F, H, W], got {tuple(mask.shape)}")
     latents = latent_mask(mask if mask.ndim == 4 else mask[None], geometry)
+    latents = torch.cat([latents[:, :1]] * geometry.lead(latents.shape[1]) + [latents], dim=1)
     tokens = _any_pool(latents, geometry.patch_size)
     mask = ProjectedMask(latents, tokens.flatten(1), latents, geometry.patch_size)
     return replace(mask, token_latents=mask.on_latents(mask.tokens))

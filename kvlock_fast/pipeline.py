@@ -25,7 +25,8 @@ from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.arch import select_layers
 from kvlock_fast.models.compiling import COMPILE, compiled_blocks
 from kvlock_fast.scene import Scene, edit_prompts
-from kvlock_fast.solvers import FlowSolver, check_scheduler
+from kvlock_fast.schedulers import check_scheduler
+from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder, Trace
 from kvlock_fast.windows import Windows
 
@@ -51,7 +52,7 @@ class KVLockPipeline:
         self.pipe = pipe
         self.model = wrap_pipeline(pipe)
         self._loops: CapturedLoops | None = None
-        check_scheduler(pipe.scheduler)
+        check_scheduler(pipe.scheduler, self.model.arch.flow)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, torch_dtype: torch.dtype | dict | None = None) -> "KVLockPipeline":
@@ -140,17 +141,17 @@ class KVLockPipeline:
             with _stage(recorder, progress, "text"):
                 texts = self._texts(prompts, negative_prompt, source_prompt, guidance_scale)
             scales = (guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2)
-            task = Task(scene.mask, *texts, guidance=scales, lock=scene.lock)
+            task = Task(scene.mask, *texts, scales, scene.lock, self.model.latents_dtype)
 
             def run(way: Way) -> tuple[Tensor, list[np.ndarray]]:
-                blocks = compiled_blocks(self.model.transformers, compile)
+                blocks = compiled_blocks(self.model.transformers, compile, self.model.arch.blocks)
                 with _stage(recorder, progress, "denoise"), blocks:
                     edited = edit_prompts(task, scene, way.cache, recorder, progress)
                 _refuse_nan(recorder, prompts, num_inference_steps)
                 if output == "latent":
                     return edited, []
                 with _stage(recorder, progress, "decode"):
-                    videos = self.model.decode(edited, tiled=way.tiled_decoding)
+                    videos = self.model.decode(edited, len(scene.frames), tiled=way.tiled_decoding)
                 return edited, [video[: scene.count].numpy() for video in videos]
 
             edited, decoded = run_with_memory(run, scene, task, cache, self.pipe) if ladder else run(Way(cache))
@@ -233,7 +234,8 @@ class KVLockPipeline:
             at_once = None if windows is None else windows.frames
             fitted = fit_to_model(video, mask, self.model.geometry, height, width, policy, at_once)
             frames, pixel_mask, count = fitted
-            solver = FlowSolver(self.pipe.scheduler, num_steps, self.model.device)
+            check_scheduler(self.pipe.scheduler, self.model.arch.flow)
+            solver = Solver(self.pipe.scheduler, num_steps, self.model.device)
             if solver.table is None and not lock.stock:
                 name = type(self.pipe.scheduler).__name__
                 message = f"scheduler {name} has no table of its steps: it is called itself, which is slower"

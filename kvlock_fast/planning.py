@@ -124,7 +124,7 @@ def _video(settings: PlanSettings, model: ModelSize) -> tuple[int, int, int, int
         down, across = model.geometry.size_multiple()
         _warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: planning for {size[0]}x{size[1]}")
     frames = settings.frames or (len(mask) if mask is not None and len(mask) > 1 else model.frames)
-    stride = model.geometry.temporal_stride
+    stride = model.geometry.frame_step
     padded = frames + -(frames - 1) % stride
     if padded != frames:
         _warn(f"{frames} frames are not {stride}n+1: planning for {padded}, as an edit would pad them")
@@ -153,17 +153,16 @@ def _foreground(path: str, mask: Any, model: ModelSize, frames: int, size: tuple
         mask = fit_mask(mask, frames, *size)
     except InputError as error:
         raise InputError(f"the mask '{path}' does not fit {frames} frames of {size[0]}x{size[1]}: {error}") from error
-    mask, _ = fit_frames(mask, "pad", model.geometry.temporal_stride)
+    mask, _ = fit_frames(mask, "pad", model.geometry.frame_step)
     return int(project_mask(torch.from_numpy(mask), model.geometry).tokens.sum())
 
 
 def _check_extent(model: ModelSize, frames: int, size: tuple[int, int]) -> None:
     """Raise InputError where the model's position codes end."""
-    most = model.geometry.most_tokens
-    if most is not None and max(model.geometry.token_grid(frames, *size)) > most:
+    if not model.geometry.knows(frames, *size):
         raise InputError(
             f"{frames} frames of {size[0]}x{size[1]} are too many for {model.name}: "
-            f"it takes at most {most} tokens along each side"
+            f"it takes at most {model.geometry.limits_text}"
         )
 
 

@@ -59,18 +59,17 @@ def find_extent(model: ModelSize, frames: int | None, size: tuple[int, int] | No
     frames = model.frames if frames is None else frames
     if not 1 <= frames <= MOST_FRAMES:
         raise InputError(f"--frames must be a whole number from 1 to {MOST_FRAMES}, got {frames}")
-    stride, wanted = model.geometry.temporal_stride, size or (model.height, model.width)
+    stride, wanted = model.geometry.frame_step, size or (model.height, model.width)
     fitting = nearest_size(model.geometry, *wanted)
     if fitting != wanted:
         _warn(f"{model.name} cannot take the size {wanted[0]}x{wanted[1]}: profiling {fitting[0]}x{fitting[1]}")
     whole = frames + -(frames - 1) % stride
     if whole != frames:
         _warn(f"{frames} frames are not {stride}n+1: profiling {whole}, as an edit would pad them")
-    most = model.geometry.most_tokens
-    if most is not None and max(model.geometry.token_grid(whole, *fitting)) > most:
+    if not model.geometry.knows(whole, *fitting):
         raise InputError(
             f"{whole} frames of {fitting[0]}x{fitting[1]} are too many for {model.name}: "
-            f"it takes at most {most} tokens along each side"
+            f"it takes at most {model.geometry.limits_text}"
         )
     return Extent(model, whole, *fitting)
 
@@ -126,7 +125,7 @@ def _advice(extent: Extent, smaller: Extent | None, seconds: Callable[[Extent], 
 
 def _largest(extent: Extent, fits: Callable[[Extent], bool]) -> Extent | None:
     """Of what is left when depth, length and size are cut, the most work that fits."""
-    model, stride = extent.model, extent.model.geometry.temporal_stride
+    model, stride = extent.model, extent.model.geometry.frame_step
     depths = sorted({model.layers, *(n for n in (1, 2, 4, 8, 16) if n < model.layers)})
     lengths = sorted({extent.frames, *(n for n in (1 + i * stride for i in (0, 1, 4, 8)) if n < extent.frames)})
     sizes = {nearest_size(model.geometry, extent.height // n, extent.width // n) for n in (1, 2, 4)}

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from kvlock_fast.cache.model_sizes import ModelSize, find_model, from_pipeline
+from kvlock_fast.cache.model_sizes import CONFIGS, ModelSize, find_model, from_pipeline
 from kvlock_fast.composite import composite
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.edit import Clip, load_pipeline
@@ -20,12 +19,12 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.forwards import Task
 from kvlock_fast.masks import project_mask
 from kvlock_fast.media import resize_mask, resize_video, write_video
-from kvlock_fast.models.random_weights import cut_depth, random_transformer
-from kvlock_fast.models.wan import WAN, WanModel
+from kvlock_fast.models import FAMILIES
+from kvlock_fast.models.random_weights import cut_depth, random_model, usual_scheduler
 from kvlock_fast.nvtx import span
 from kvlock_fast.profile_extent import FOREGROUND, Extent, find_extent, refuse_too_large
 from kvlock_fast.scene import Scene, edit_prompts
-from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder
 
 Progress = Callable[[str, int, int], None]
@@ -41,31 +40,23 @@ class RandomSubject:
         self.extent, self.lock, self.cache = extent, lock, cache
         self.device, self.dtype = place
         self.clip = made_up_clip(extent)
-        transformer = random_transformer(config, extent.model.layers, *place)
         geometry, channels = extent.model.geometry, extent.model.channels
-        vae = SimpleNamespace(
-            z_dim=channels,
-            scale_factor_temporal=geometry.temporal_stride,
-            scale_factor_spatial=geometry.spatial_stride,
-        )
-        self.model = WanModel(
-            SimpleNamespace(
-                transformer=transformer, vae=SimpleNamespace(config=vae), config={}, _execution_device=self.device
-            )
-        )
+        self.model = random_model(config, extent.model.layers, geometry, *place)
         generator = torch.Generator().manual_seed(0)
         grid = [n * p for n, p in zip(geometry.token_grid(extent.frames, extent.height, extent.width),
                                       geometry.patch_size, strict=True)]  # fmt: skip
         self.clean = torch.randn(1, channels, *grid, generator=generator).to(self.device)
-        text = torch.randn(3, extent.model.cross_tokens, config.get("text_dim", 4096), generator=generator)
-        self.texts = text.to(self.device, transformer.dtype).split(1)
+        length = extent.model.cross_tokens + extent.model.text_tokens
+        channels = config.get("text_dim") or config.get("text_embed_dim") or 4096
+        text = torch.randn(3, length, channels, generator=generator)
+        self.texts = text.to(self.device, self.model.transformers[0].dtype).split(1)
 
     @torch.no_grad()
     def run(self, steps: int, folder: Path, progress: Progress) -> None:
         """Denoise one edit; an automatic cache goes below `folder`."""
         recorder, extent, frames = Recorder(self.device), self.extent, torch.from_numpy(self.clip.video)
         mask = project_mask(torch.from_numpy(self.clip.mask).to(self.device), extent.model.geometry)
-        solver = FlowSolver(_wan_scheduler(), steps, self.device)
+        solver = Solver(usual_scheduler(self.model.arch.family), steps, self.device)
         scene = Scene(self.model, self.lock, solver, frames, extent.frames, mask, "", None)
         scene.place(self.clean, None, torch.Generator().manual_seed(1))
         prompt, negative, source = self.texts
@@ -85,7 +76,7 @@ class PipelineSubject:
         self.lock, self.cache, self.guidance = lock, cache, guidance
         self.device, self.dtype = pipe.model.device, pipe.model.transformers[0].dtype
         for transformer in pipe.model.transformers:
-            cut_depth(transformer, extent.model.layers)
+            cut_depth(transformer, pipe.model.arch, extent.model.layers)
 
     def run(self, steps: int, folder: Path, progress: Progress) -> None:
         """Edit the clip; the video and an automatic cache go below `folder`."""
@@ -171,15 +162,11 @@ def _demo_clip(extent: Extent) -> tuple[Clip, tuple[str, str], float]:
 
 def transformer_config(name: str, model: ModelSize) -> dict[str, Any]:
     """What diffusers' transformer of a known size, a config file or a folder is made of."""
-    if model.family != WAN.family:
-        raise InputError(f"{model.name} is of the family {model.family}; profile runs {WAN.family}")
+    if model.family not in FAMILIES:
+        raise InputError(f"{model.name} is of the family {model.family}; profile runs {', '.join(FAMILIES)}")
     path = Path(name)
     if not path.exists() or name == model.name:
-        return {
-            "num_attention_heads": model.heads, "attention_head_dim": model.head_dim, "num_layers": model.layers,
-            "ffn_dim": model.feed_forward, "in_channels": model.channels, "out_channels": model.channels,
-            "patch_size": model.geometry.patch_size, "rope_max_seq_len": model.geometry.most_tokens,
-        }  # fmt: skip
+        return {**CONFIGS[model.name], "num_layers": model.layers}
     config = json.loads((path / "transformer" / "config.json" if path.is_dir() else path).read_text())
     if config.get("image_dim") is not None or config["in_channels"] != config.get("out_channels"):
         raise InputError(f"'{name}' takes an image beside the text: image-to-video is not supported yet")
@@ -195,13 +182,6 @@ def made_up_clip(extent: Extent) -> Clip:
     side = math.sqrt(FOREGROUND)
     near = (np.abs(2 * y + 1 - height) <= side * height) & (np.abs(2 * x + 1 - width) <= side * width)
     return Clip(video, np.repeat(near[None], frames, axis=0), Fraction(16))
-
-
-def _wan_scheduler() -> Any:
-    """As Wan 2.1's pipelines have it."""
-    from diffusers import UniPCMultistepScheduler
-
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

@@ -23,7 +23,7 @@ from kvlock_fast.graph import CapturedLoops
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.models.arch import select_layers
 from kvlock_fast.nvtx import span
-from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.solvers import Solver
 from kvlock_fast.source import SourcePath, invert, renoise
 from kvlock_fast.source_pass import StoredSource
 from kvlock_fast.source_store import Source, SourceMaker, check_saved, read_saved, saved_path, source_facts
@@ -43,7 +43,7 @@ class Scene:
 
     model: Any
     lock: LockConfig
-    solver: FlowSolver
+    solver: Solver
     frames: Tensor
     count: int
     mask: ProjectedMask
@@ -57,12 +57,12 @@ class Scene:
     def place(self, clean: Tensor | None, latents: Tensor | None, generator: torch.Generator | None) -> None:
         """Fix the clean latent [1, C, T, h, w] and the starting noise, or take both from the saved source."""
         if self.saved is None:
-            self.clean, self.noise = clean, start_noise(latents, clean, generator)
+            self.clean, self.noise = clean, start_noise(self.model, latents, clean, generator)
             return
         start = self.saved.start
         seeded = latents is not None or generator is not None
         if seeded and not self.saved.inverted:  # an inverted source ends in a noise of its own
-            noise = start_noise(latents, start.to(self.mask.tokens.device), generator)
+            noise = start_noise(self.model, latents, start.to(self.mask.tokens.device), generator)
             if not torch.equal(noise.cpu(), start):
                 folder = self.saved.folder
                 raise InputError(f"cache '{folder}' was made with other noise than generator or latents give")
@@ -223,12 +223,10 @@ def _own_velocity(predict: Predictor, text: Tensor, parts: list[Stretch], latent
     return said[0] if len(parts) == 1 else blend(said, parts, latents.shape[2])
 
 
-def start_noise(latents: Tensor | None, clean: Tensor, generator: torch.Generator | None) -> Tensor:
+def start_noise(model: Any, latents: Tensor | None, clean: Tensor, generator: torch.Generator | None) -> Tensor:
     """The noise the edit starts from, [1, C, T, h, w] fp32."""
     if latents is None:
-        from diffusers.utils.torch_utils import randn_tensor
-
-        return randn_tensor(clean.shape, generator=generator, device=clean.device, dtype=torch.float32)
+        return model.draw_noise(clean.shape, generator, clean.device)
     if not isinstance(latents, Tensor):
         raise InputError(f"latents must be a torch.Tensor, got {type(latents).__name__}")
     if latents.shape != clean.shape:

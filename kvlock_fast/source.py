@@ -5,9 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.errors import InputError
+from kvlock_fast.solvers import Solver
 
-Velocity = Callable[[Tensor, int], Tensor]
+Prediction = Callable[[Tensor, int], Tensor]
 
 
 class SourcePath:
@@ -22,8 +23,8 @@ class SourcePath:
         return self.path[k]
 
 
-def renoise(clean: Tensor, noise: Tensor, solver: FlowSolver) -> SourcePath:
-    """x_k = (1 - sigma_k) x0 + sigma_k n with one noise n, the one the edit starts from (as the paper does).
+def renoise(clean: Tensor, noise: Tensor, solver: Solver) -> SourcePath:
+    """x_k = a_k x0 + b_k n with one noise n, the one the edit starts from (as the paper does).
 
     clean, noise: [1, C, T, H, W] fp32.
     """
@@ -31,21 +32,27 @@ def renoise(clean: Tensor, noise: Tensor, solver: FlowSolver) -> SourcePath:
     return SourcePath(torch.stack([*noisy, clean]), noise)
 
 
-def invert(clean: Tensor, solver: FlowSolver, velocity: Velocity, method: str = "euler") -> SourcePath:
+def invert(clean: Tensor, solver: Solver, predict: Prediction, method: str = "euler") -> SourcePath:
     """The ODE integrated from the clean source up to noise; the edit starts at its end.
 
-    velocity(x, k): the model's prediction [1, C, T, H, W] at sigma_k; method: "euler" or "heun".
+    predict(x, k): the model's prediction [1, C, T, H, W] at x_k; method: "euler" (DDIM inversion, where the scheduler
+    is one of a diffusion) or "heun". Raises InputError where the model predicts the clean latent: at its own, it says
+    nothing of the noise.
     """
+    if solver.prediction == "sample":
+        raise InputError(
+            "source_path 'invert' cannot start from a scheduler of prediction type 'sample': use 'renoise'"
+        )
     path = [clean]
     for k in reversed(range(solver.num_steps)):
-        path.append(_step_up(path[-1], k, solver, velocity, method))
+        path.append(_step_up(path[-1], k, solver, predict, method))
     return SourcePath(torch.stack(path[::-1]), path[-1])
 
 
-def _step_up(x: Tensor, k: int, solver: FlowSolver, velocity: Velocity, method: str) -> Tensor:
-    """x at sigma_k from x at sigma_{k+1}."""
-    rise = solver.sigmas[k] - solver.sigmas[k + 1]
-    slope = velocity(x, k + 1).float()
+def _step_up(x: Tensor, k: int, solver: Solver, predict: Prediction, method: str) -> Tensor:
+    """x_k from x_{k+1}."""
+    slope = solver.slope(k + 1, predict(x, k + 1), x)
     if method == "heun":
-        slope = (slope + velocity(x + rise * slope, k).float()) / 2
-    return x + rise * slope
+        up = solver.rise(k, x, slope)
+        slope = (slope + solver.slope(k, predict(up, k), up)) / 2
+    return solver.rise(k, x, slope)

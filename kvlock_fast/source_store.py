@@ -19,7 +19,7 @@ from kvlock_fast.controller import can_lock, compares_with_source, first_dynamic
 from kvlock_fast.errors import InputError, OutputError
 from kvlock_fast.forwards import Predictor
 from kvlock_fast.models.locking import kv_sizes
-from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.solvers import Solver
 from kvlock_fast.source import SourcePath, renoise
 from kvlock_fast.source_pass import StoredSource, run_source, thinned_steps
 from kvlock_fast.version import __version__
@@ -40,7 +40,7 @@ class Source:
 
 
 def source_facts(
-    model: Any, solver: FlowSolver, lock: LockConfig, frames: Tensor, source_prompt: str, noise: Tensor
+    model: Any, solver: Solver, lock: LockConfig, frames: Tensor, source_prompt: str, noise: Tensor
 ) -> dict[str, Any]:
     """The facts that an edit and a cache must share; frames: uint8 [F, H, W, 3] as the model takes them."""
     scheduler = solver.scheduler
@@ -55,6 +55,7 @@ def source_facts(
         },
         "scheduler": {
             "class": type(scheduler).__name__,
+            "prediction": solver.prediction,
             "steps": solver.num_steps,
             "timesteps": [float(t) for t in solver.timesteps],
             "sigmas": solver.sigmas.tolist(),
@@ -93,7 +94,7 @@ class SourceMaker:
         if len(sizes) > 1:
             raise InputError(f"the model's transformers have self-attentions of different sizes: {sorted(sizes)}")
         shape = KVShape(predict.locks[0].layers, len(source.background), *sizes.pop())
-        self.layout = StepLayout(shape, cache.format, model.transformers[0].dtype)
+        self.layout = StepLayout.usual(shape, cache.format, model.transformers[0].dtype)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -141,6 +142,8 @@ class SourceMaker:
         """All the facts of an entry: of the source, and what is kept of it."""
         shape = self.layout.shape
         kv = {"tokens": shape.tokens, "heads": shape.heads, "dim": shape.dim, "dtype": dtype_name(self.layout.dtype)}
+        if self.layout.tokens_per_scale > 1:
+            kv["tokens_per_scale"] = self.layout.tokens_per_scale
         return {
             **source_facts,
             "format": self.layout.format,
@@ -213,7 +216,7 @@ def _copied(saved: SavedSource, tier: str, device: torch.device) -> KVStore:
     return store
 
 
-def saved_path(saved: SavedSource, solver: FlowSolver, device: torch.device) -> SourcePath:
+def saved_path(saved: SavedSource, solver: Solver, device: torch.device) -> SourcePath:
     """The source's path, as the pass that made the cache took it."""
     latents = {name: x.to(device, copy=True) for name, x in saved.latents.items()}
     if "path" in latents:

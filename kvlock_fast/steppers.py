@@ -17,7 +17,7 @@ from kvlock_fast.forwards import Task
 from kvlock_fast.kernels.epilogue import step_epilogue
 from kvlock_fast.kernels.guidance import cfg_projection_reference, guided_prediction_reference
 from kvlock_fast.kernels.step_state import Schedule, StepState, new_step_state
-from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.solvers import Solver
 from kvlock_fast.source import SourcePath
 
 LEAST_VARIANCE = 1e-12
@@ -48,7 +48,7 @@ def schedule_of(lock: LockConfig, steps: int, tau: float | Tensor) -> Schedule:
 class DeviceStepper:
     """No host reads: the step's number, alpha, omega, the window and the solver's coefficients are device tensors."""
 
-    def __init__(self, task: Task, solver: FlowSolver, source: SourcePath, omega0: list[float]):
+    def __init__(self, task: Task, solver: Solver, source: SourcePath, omega0: list[float]):
         """omega0: the guidance scale of each step."""
         lock, steps = task.lock, solver.num_steps
         self.solver = solver
@@ -117,12 +117,12 @@ class DeviceStepper:
 class SchedulerStepper:
     """By diffusers' scheduler, a step at a time."""
 
-    def __init__(self, task: Task, solver: FlowSolver, source: SourcePath, omega0: list[float]):
+    def __init__(self, task: Task, solver: Solver, source: SourcePath, omega0: list[float]):
         """omega0: the guidance scale of each step."""
         solver.restart()
         self.task, self.solver, self.source, self.omega0 = task, solver, source, omega0
         self.controller = Controller(task.lock, solver.num_steps, task.batch, task.mask.token_latents)
-        self.latents = _start(task, source)
+        self.latents = self._as_diffusers(_start(task, source))
         self.alpha = self.controller.alpha(0)
         self._trace: list[Tensor] = []
         self._taken = 0
@@ -142,11 +142,15 @@ class SchedulerStepper:
             source_clean = None if source is None else solver.predict_clean(k, source, source_latent)
             variance = controller.observe(clean, source_clean)
         latents = solver.step(k, prediction, self.latents)
-        self.latents = keep_background(task, latents, self.source.at(k + 1))
+        self.latents = self._as_diffusers(keep_background(task, latents, self.source.at(k + 1)))
         bad = (~self.latents.isfinite()).flatten(1).any(1).float()
         self._trace.append(torch.stack([variance, self.alpha, omega, s_star, bad], dim=-1))
         self.alpha = controller.alpha(k + 1)
         self._taken = k + 1
+
+    def _as_diffusers(self, latents: Tensor) -> Tensor:
+        """In the dtype that the family's pipeline keeps them in, where its bits are wanted."""
+        return latents.to(self.task.latents_dtype) if self.task.lock.stock else latents
 
     @property
     def later_alpha(self) -> Tensor:
@@ -161,12 +165,12 @@ class SchedulerStepper:
 Stepper = DeviceStepper | SchedulerStepper
 
 
-def new_stepper(task: Task, solver: FlowSolver, source: SourcePath, omega0: list[float]) -> Stepper:
+def new_stepper(task: Task, solver: Solver, source: SourcePath, omega0: list[float]) -> Stepper:
     """On the device, unless diffusers' own bits are wanted or its scheduler has no table."""
     return stepper_kind(task.lock, solver)(task, solver, source, omega0)
 
 
-def stepper_kind(lock: LockConfig, solver: FlowSolver) -> type[Stepper]:
+def stepper_kind(lock: LockConfig, solver: Solver) -> type[Stepper]:
     """Which of the two takes an edit's steps."""
     return SchedulerStepper if lock.stock or solver.table is None else DeviceStepper
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.errors import InputError
+from kvlock_fast.schedulers import ddim_levels
 
 X, V, CORRECTED, PAST = 0, 1, 2, 3
 CLEAN, NEXT, KEPT = 0, 1, 2
@@ -30,7 +31,7 @@ def solver_table(scheduler: Any) -> Tensor:
     if getattr(scheduler, "_step_index", None) is not None:
         raise InputError(f"scheduler {name} has taken a step already: set its timesteps again")
     for setting, allowed in LINEAR.items():
-        value = scheduler.config.get(setting, allowed[0])
+        value = allowed[0] if (name, setting) in IGNORED else scheduler.config.get(setting, allowed[0])
         if value not in allowed:
             raise InputError(f"scheduler {name} with {setting}={value!r} has no table: not linear in predicted latents")
     table = TABLES[name](scheduler)
@@ -48,20 +49,27 @@ def _flow_euler(scheduler: Any) -> Tensor:
 
 def _ddim(scheduler: Any) -> Tensor:
     """x' = sqrt(a') x0hat + sqrt(1 - a') eps, with x0hat and eps as the prediction type has them (DDIM, eq. 12)."""
-    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    timesteps = scheduler.timesteps.cpu()
-    a = scheduler.alphas_cumprod.double()[timesteps]
-    before = timesteps - stride
-    after = torch.where(before >= 0, scheduler.alphas_cumprod.double()[before], scheduler.final_alpha_cumprod.double())
-    signal, noise = a.sqrt(), (1 - a).sqrt()
-    zeros, ones = torch.zeros_like(a), torch.ones_like(a)
-    clean, eps = {
+    kept, after = ddim_levels(scheduler)
+    clean, eps = clean_and_noise(scheduler.config.prediction_type, kept.sqrt(), (1 - kept).sqrt())
+    both = (after.sqrt() * c + (1 - after).sqrt() * e for c, e in zip(clean, eps, strict=True))
+    return _one_step(clean, next=tuple(both))
+
+
+Weights = tuple[Tensor, Tensor]
+
+
+def clean_and_noise(prediction: str, signal: Tensor, noise: Tensor) -> tuple[Weights, Weights]:
+    """What sample and prediction weigh in x0hat, and in the noise, where x = signal x0 + noise n.
+
+    prediction: what the model predicts (schedulers.py).
+    """
+    zeros, ones = torch.zeros_like(signal), torch.ones_like(signal)
+    return {
+        "flow_prediction": lambda: ((ones, -noise), (ones, signal)),
         "epsilon": lambda: ((1 / signal, -noise / signal), (zeros, ones)),
         "v_prediction": lambda: ((signal, -noise), (noise, signal)),
         "sample": lambda: ((zeros, ones), (1 / noise, -signal / noise)),
-    }[scheduler.config.prediction_type]()
-    both = (after.sqrt() * c + (1 - after).sqrt() * e for c, e in zip(clean, eps, strict=True))
-    return _one_step(clean, next=tuple(both))
+    }[prediction]()
 
 
 def _one_step(clean: tuple[Tensor, Tensor], next: tuple[Tensor, Tensor]) -> Tensor:
@@ -105,6 +113,8 @@ LINEAR = {
     "clip_sample": (False,),
     "solver_p": (None,),
 }
+# Settings that diffusers has for a scheduler, and does not follow.
+IGNORED = {("CogVideoXDDIMScheduler", "clip_sample")}
 
 TABLES: dict[str, Callable[[Any], Tensor]] = {
     "FlowMatchEulerDiscreteScheduler": _flow_euler,

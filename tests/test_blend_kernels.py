@@ -40,6 +40,7 @@ LAYOUTS = {
     "heads-then-tokens-strided": (2, lambda x: x.clone().transpose(1, 2)),
     "one-row-of-channels": (1, lambda x: x.flatten(2).clone()),
     "slice-of-fused-qkv": (1, lambda x: torch.stack([x, x], 2)[:, :, 1]),
+    "behind-text": (2, lambda x: torch.cat([x[:, :3], x], 1).transpose(1, 2).contiguous()[:, :, min(3, x.shape[1]) :]),
     "gaps-between-channels": (1, lambda x: torch.stack([x, x], -1)[..., 1]),
 }
 layouts = pytest.mark.parametrize(("token_dim", "layout"), LAYOUTS.values(), ids=LAYOUTS)

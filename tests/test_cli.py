@@ -187,7 +187,7 @@ BAD_MODELS = {
     "no index": lambda m: (m / "model_index.json").unlink(),
     "broken index": lambda m: _break(m, "model_index.json", "{"),
     "index of a list": lambda m: _break(m, "model_index.json", "[]"),
-    "another family": lambda m: _break(m, "model_index.json", '{"_class_name": "CogVideoXPipeline"}'),
+    "another family": lambda m: _break(m, "model_index.json", '{"_class_name": "LTXPipeline"}'),
     "no tokenizer": lambda m: shutil.rmtree(m / "tokenizer"),
     "truncated text encoder": lambda m: _truncate(m, "text_encoder/model.safetensors"),
     "truncated transformer": lambda m: _truncate(m, "transformer/diffusion_pytorch_model.safetensors"),

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from test_pipeline import a_mask, a_video, call
-from tiny import tiny_wan, untouched
+from tiny import tiny_cogvideox, tiny_wan, untouched
 from torch._dynamo.utils import counters
 
 import kvlock_fast as kvf
@@ -63,6 +63,20 @@ def test_blocks_without_a_lock_are_other_blocks(graphs):
     torch.testing.assert_close(edit(pipe, lock=cfg), edit(pipe, "off", lock=cfg), rtol=1e-5, atol=1e-5)
     edit(pipe, lock=LockConfig(layers=(0, 5)))
     assert graphs() <= 3
+
+
+@pytest.mark.parametrize("kind", ["2b", "1.5"])
+def test_text_in_self_attention(graphs, kind):
+    pipe = kvf.KVLockPipeline.from_pipe(tiny_cogvideox(kind, num_layers=12))
+    for changes in ({}, {"lock": LockConfig(alpha=0.3)}):
+        torch.testing.assert_close(edit(pipe, **changes), edit(pipe, "off", **changes), rtol=1e-5, atol=1e-5)
+    assert graphs() == 2, "of the first block, whose inputs are slices of one tensor, and of all others"
+    cache = {"cache": CacheConfig(tier="resident")}
+    torch.testing.assert_close(edit(pipe, **cache), edit(pipe, "off", **cache), rtol=1e-4, atol=1e-4)
+    edit(pipe, **cache, prompt=["a dog", "a cat", "a circle"])
+    edit(pipe, **cache, prompt=["a dog", "a cat"])
+    assert graphs() <= 6, "those of the source alone, of both branches, and of any other number of rows"
+    assert untouched(pipe.pipe.transformer)
 
 
 def test_with_two_transformers(graphs):

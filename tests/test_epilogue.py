@@ -19,7 +19,7 @@ from kvlock_fast.kernels.guidance import cfg_projection_reference, guided_predic
 from kvlock_fast.kernels.language import HAS_TRITON
 from kvlock_fast.kernels.launch import recorded_launches
 from kvlock_fast.kernels.step_state import TRACE_COLUMNS, Schedule, StepState, new_step_state
-from kvlock_fast.solvers import FlowSolver
+from kvlock_fast.solvers import Solver
 from kvlock_fast.steppers import schedule_of
 from kvlock_fast.tables import solver_table
 
@@ -299,7 +299,7 @@ def test_presets_take_the_controllers_and_the_schedulers_steps(preset, scheduler
     changes = {"tau": "auto"} if preset == "auto-tau" else {}
     lock = LockConfig.preset("paper" if changes else preset, kappa=3, **changes)
     run = make_run(path=lock.background_latents == "source", steps=5)
-    solver, tau = FlowSolver(SCHEDULERS[scheduler](), run.steps, run.latents.device), torch.ones(1, device=DEVICE)
+    solver, tau = Solver(SCHEDULERS[scheduler](), run.steps, run.latents.device), torch.ones(1, device=DEVICE)
     controller = Controller(lock, run.steps, len(run.latents), run.foreground)
     source = VarianceWindow(max(2, min(lock.window, run.steps)), run.foreground)
     schedule = schedule_of(lock, run.steps, tau if lock.tau == "auto" else lock.tau)

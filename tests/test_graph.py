@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from test_pipeline import FRAMES, HEIGHT, WIDTH, a_mask, a_video, call, unipc
-from tiny import tiny_wan
+from tiny import tiny_cogvideox, tiny_wan
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -103,6 +103,21 @@ def test_with_a_stored_source(tmp_path, captured, tier):
     loop_as_it_is = call(pipe, steps=9, prompt=prompts, cache=CacheConfig(tier="resident", prompts_at_once=2))
     assert captured.captures == 2 * slots + 2  # it too was captured: the fixture asks for it
     assert torch.equal(out.latents, loop_as_it_is.latents)
+
+
+@pytest.mark.parametrize("kind", ["2b", "5b", "1.5"])
+def test_text_in_self_attention(monkeypatch, tmp_path, kind):
+    """At a size of its own too, where positions are not a table that the model holds."""
+    for height in (32, 48):
+        pipe, arguments = tiny_cogvideox(kind), {"steps": 8, "prompt": ["a dog", "a cat"], "guidance_scale": 3.0}
+        arguments |= {"video": a_video(9, height, 48), "mask": a_mask(9, height, 48)}
+        for cache in (CacheConfig(), CacheConfig(tier="host", root=str(tmp_path))):
+            eager = call(pipe, lock="kvlock", cache=cache, **arguments)
+            capture = RecordedCapture()
+            with monkeypatch.context() as patch:
+                patch.setattr(pipeline, "choose_capture", lambda wish, device, why, c=capture: None if why else c)
+                replayed = call(pipe, lock="kvlock", cache=cache, graph="on", **arguments)
+            assert torch.equal(replayed.latents, eager.latents) and capture.replays >= 2
 
 
 def test_two_transformers_are_two_kinds(captured):

@@ -301,14 +301,28 @@ def cases(draw):
     return shape, draw(st.sampled_from(FORMATS)), draw(st.sampled_from([torch.float32, torch.bfloat16]))
 
 
-@given(cases())
+def test_long_sequences_of_narrow_heads_share_scales():
+    shares = {
+        (tokens, dim, format): StepLayout.usual(KVShape((0,), tokens, 2, dim), format, torch.bfloat16).tokens_per_scale
+        for tokens in (256, 4095, 4096, 14040)
+        for dim in (32, 64, 128)
+        for format in FORMATS
+    }
+    assert {case for case, n in shares.items() if n != 1} == {
+        (tokens, dim, "fp8_e4m3") for tokens in (4096, 14040) for dim in (32, 64)
+    }
+    assert set(shares.values()) == {1, 128}
+
+
+@given(cases(), st.sampled_from([1, 128]))
 @settings(max_examples=30)
-def test_predicted_bytes_are_the_bytes_allocated(case):
+def test_predicted_bytes_are_the_bytes_allocated(case, per_scale):
     shape, format, dtype = case
-    layout = StepLayout(shape, format, dtype)
+    layout = StepLayout(shape, format, dtype, per_scale if format == "fp8_e4m3" else 1)
     arena = layout.new_arena("cpu")
     assert arena.nbytes == layout.nbytes
-    packed = [quantize_kv(torch.randn(shape.tensor).to(dtype), format, kind) for kind in ("k", "v")]
+    shares = {"tokens_per_scale": layout.tokens_per_scale}
+    packed = [quantize_kv(torch.randn(shape.tensor).to(dtype), format, kind, **shares) for kind in ("k", "v")]
     assert layout.payload_bytes == len(shape.layers) * sum(p.codes.nbytes for p in packed)
     assert layout.payload_bytes + layout.scale_bytes == len(shape.layers) * sum(p.nbytes for p in packed)
     parts = [t for q in layout.packed(arena).values() for t in (q.codes, *q.scales)]
@@ -709,7 +723,7 @@ def test_sizes_and_lengths_are_rounded_with_a_warning(capsys):
     assert status == 0 and (data["frames"], data["height"], data["width"]) == (49, 480, 720)
     assert data["tokens"] == 17550 and data["text_tokens"] == 226
     assert "warning: size 475x719 is not a multiple of 16x16: planning for 480x720" in err
-    assert "warning: 47 frames are not 4n+1: planning for 49" in err
+    assert "warning: 47 frames are not 8n+1: planning for 49" in err
 
 
 BAD = {

@@ -18,7 +18,7 @@ from tiny import tiny_transformer, tiny_wan
 import kvlock_fast as kvf
 from kvlock_fast import nsight, nvtx, profile_extent, profile_subjects, profiling
 from kvlock_fast.cache.machine import Machine
-from kvlock_fast.cache.model_sizes import MODELS, find_model
+from kvlock_fast.cache.model_sizes import CONFIGS, MODELS, find_model
 from kvlock_fast.cli import main
 from kvlock_fast.errors import InputWarning
 from kvlock_fast.models import random_weights
@@ -392,11 +392,25 @@ def test_random_weights_are_of_the_right_kind():
     assert not any(p.is_meta for p in (*transformer.parameters(), *transformer.buffers()))
 
 
+def test_a_model_with_text_in_self_attention(tmp_path, capsys):
+    """CogVideoX's own width, one layer of it."""
+    command = ["--config", "cogvideox-2b", "--layers", 1, "--frames", 9, "--size", "32x48", "--steps", 2]
+    assert profile(*command, "--output", tmp_path) == 0
+    out = capsys.readouterr().out
+    assert "cogvideox-2b, 1 layer of random weights\n9 frames of 32x48, 18 tokens; 2 steps, kvlock, lockstep\n" in out
+    transformer = random_weights.random_transformer(
+        {**CONFIGS["cogvideox-5b"], "num_attention_heads": 1}, 3, torch.device("cpu"), torch.float16
+    )
+    assert transformer.dtype == torch.float16 and len(transformer.transformer_blocks) == 3
+    random_weights.cut_depth(transformer, random_weights.model_of(type(transformer).__name__).arch, 2)
+    assert len(transformer.transformer_blocks) == transformer.config.num_layers == 2
+
+
 BAD = {
     "neither": ([], "one of --config and --model must be given, not neither"),
     "both": (["--config", "demo", "--model", "demo"], "not both"),
     "unknown config": (["--config", "wan-2b"], "'wan-2b' is no config file"),
-    "family": (["--config", "ltx"], "ltx is of the family ltx; profile runs wan"),
+    "family": (["--config", "ltx"], "ltx is of the family ltx; profile runs wan, cogvideox"),
     "steps": (["--config", "demo", "--steps", "0"], "--steps must be a whole number from 1 to 10000, got 0"),
     "layers": (["--config", "demo", "--layers", "6"], "--layers must be a whole number from 1 to 5, got 6"),
     "frames": (["--config", "demo", "--frames", "0"], "--frames must be a whole number from 1 to 100000, got 0"),

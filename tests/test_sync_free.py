@@ -1,10 +1,11 @@
 """Between the first and the last step nothing asks the device for a value, whatever the lock, solver and tier."""
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from test_pipeline import call, unipc
-from tiny import tiny_wan
+from test_pipeline import a_video, call, unipc
+from tiny import tiny_cogvideox, tiny_wan
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvlock_fast import trace
@@ -101,6 +102,16 @@ def test_the_loop_reads_nothing(guarded, lock, solver):
 def test_nor_with_a_stored_source(guarded, tmp_path, tier, format):
     cache = CacheConfig(tier=tier, format=format, root=str(tmp_path), prompts_at_once=1)
     call(tiny_wan(second=True), prompt=["a dog", "a cat"], cache=cache)
+    assert len(guarded) == 2
+
+
+@pytest.mark.parametrize("kind", ["2b", "5b", "1.5"])
+@pytest.mark.parametrize("cache", [CacheConfig(), CacheConfig(tier="host")], ids=["along", "kept"])
+def test_nor_with_text_in_self_attention(guarded, kind, cache):
+    for width in (48, 64):  # of the model's own and another, whose positions are made in the loop
+        mask = np.zeros((9, 32, width), bool)
+        mask[:, :16, :16] = True
+        call(tiny_cogvideox(kind), prompt=["a dog", "a cat"], cache=cache, video=a_video(9, 32, width), mask=mask)
     assert len(guarded) == 2
 
 

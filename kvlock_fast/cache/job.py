@@ -140,7 +140,7 @@ class Job:
 
 @lru_cache(maxsize=256)
 def _layout(shape: KVShape, format: str, dtype: torch.dtype) -> StepLayout:
-    return StepLayout(shape, format, dtype)
+    return StepLayout.usual(shape, format, dtype)
 
 
 def _check_whole(name: str, value: object, least: int, most: int | None) -> None:

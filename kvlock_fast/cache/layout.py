@@ -16,6 +16,11 @@ from kvlock_fast.kernels.quantize import QuantizedKV
 ALIGNMENT = 256
 """Bytes: what CUDA's allocator aligns to, and more than any vector load or bulk copy asks for."""
 
+NARROW, LONG = 64, 4096
+"""Channels a head, and tokens: from where on 128 tokens share a scale of fp8. In short sequences 128 tokens are a large
+part of the picture, and their scales few bytes.
+"""
+
 Key = tuple[int, str]
 """Layer number, and "k" or "v"."""
 
@@ -61,11 +66,21 @@ class Part:
 
 @dataclass(frozen=True)
 class StepLayout:
-    """The arena of one step, in one of the formats of `quantize_kv`; `dtype`: the model's, for native."""
+    """The arena of one step, in one of the formats of `quantize_kv`.
+
+    dtype: the model's, for native; tokens_per_scale: how many tokens of a head share a scale of fp8, 1 or 128.
+    """
 
     shape: KVShape
     format: str
     dtype: torch.dtype
+    tokens_per_scale: int = 1
+
+    @classmethod
+    def usual(cls, shape: KVShape, format: str, dtype: torch.dtype) -> "StepLayout":
+        """As new caches are: in long sequences of narrow heads 128 tokens share a scale, which would be 6 % of them."""
+        shares = format == "fp8_e4m3" and shape.dim <= NARROW and shape.tokens >= LONG
+        return cls(shape, format, dtype, 128 if shares else 1)
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -82,7 +97,7 @@ class StepLayout:
     def _tensors(self, kind: str) -> list[tuple[tuple[int, ...], torch.dtype]]:
         if self.format == "native":
             return [(self.shape.tensor, self.dtype)]
-        return packed_layout(self.shape.tensor, self.format, kind)
+        return packed_layout(self.shape.tensor, self.format, kind, self.tokens_per_scale)
 
     @property
     def nbytes(self) -> int:
@@ -120,4 +135,7 @@ class StepLayout:
         for part in self.parts:
             held.setdefault(part.key, {})[part.role] = tensors[part.name]
         shape = torch.Size(self.shape.tensor)
-        return {key: QuantizedKV(self.format, key[1], shape, self.dtype, **parts) for key, parts in held.items()}
+        more = {"tokens_per_scale": self.tokens_per_scale}
+        return {
+            key: QuantizedKV(self.format, key[1], shape, self.dtype, **parts, **more) for key, parts in held.items()
+        }

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,8 @@ class ModelSize:
 @dataclass(frozen=True)
 class _Family:
     """How the configs of a family are read. patch: (t, h, w) of a transformer's config; strides: temporal and spatial,
-    of an autoencoder's; default: strides, frames, height, width where the configs do not tell.
+    of an autoencoder's; default: strides, frames, height, width where the configs do not tell; most_tokens and more:
+    of `Geometry`.
     """
 
     name: str
@@ -98,6 +99,8 @@ class _Family:
     feed_forward: Callable[[Config], int] = lambda c: 4 * c["num_attention_heads"] * c["attention_head_dim"]
     text_tokens: Callable[[Config], int] = lambda c: 0
     frame_size: Callable[[Config, int], tuple[int, int, int]] | None = None
+    most_tokens: Callable[[Config], Any] = lambda c: c.get("rope_max_seq_len")
+    more: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _flat_patch(c: Config) -> tuple[int, int, int]:
@@ -109,6 +112,13 @@ def _ltx_strides(vae: Config) -> tuple[int, int]:
     halvings = 2 ** sum(vae["spatio_temporal_scaling"])
     time, space = vae.get("temporal_compression_ratio"), vae.get("spatial_compression_ratio")
     return time or vae["patch_size_t"] * halvings, space or vae["patch_size"] * halvings
+
+
+def _cogvideox_limits(c: Config) -> tuple[int | None, int, int] | None:
+    """Only 1.5's rotary codes are cut from a table, as large as its sample."""
+    if c["patch_size_t"] is None or not c.get("use_rotary_positional_embeddings"):
+        return None
+    return None, c["sample_height"] // c["patch_size"], c["sample_width"] // c["patch_size"]
 
 
 FAMILIES = {
@@ -128,6 +138,8 @@ FAMILIES = {
         default=(4, 8, 49, 480, 720),
         text_tokens=lambda c: c["max_text_seq_length"],
         frame_size=lambda c, stride: (c["sample_frames"], c["sample_height"] * stride, c["sample_width"] * stride),
+        most_tokens=_cogvideox_limits,
+        more={"lead_in": True, "latents_together": 2},
     ),
     "LTXVideoTransformer3DModel": _Family(
         "ltx",
@@ -185,7 +197,7 @@ def _size_of(family: _Family, c: Config, vae: Config | None, name: str) -> Model
         feed_forward=family.feed_forward(c),
         text_tokens=family.text_tokens(c),
         channels=c["in_channels"],
-        geometry=Geometry(time, space, family.patch(c), causal=True, most_tokens=c.get("rope_max_seq_len")),
+        geometry=Geometry(time, space, family.patch(c), causal=True, most_tokens=family.most_tokens(c), **family.more),
         frames=shape[0],
         height=shape[1],
         width=shape[2],
@@ -274,12 +286,12 @@ def _wan(heads: int, head_dim: int, layers: int, ffn: int, channels: int = 16, *
     }  # fmt: skip
 
 
-def _cogvideox(heads: int, layers: int) -> Config:
+def _cogvideox(heads: int, layers: int, rotary: bool) -> Config:
     return {
         "_class_name": "CogVideoXTransformer3DModel", "num_attention_heads": heads, "attention_head_dim": 64,
         "num_layers": layers, "in_channels": 16, "out_channels": 16, "patch_size": 2, "patch_size_t": None,
         "time_embed_dim": 512, "text_embed_dim": 4096, "max_text_seq_length": 226, "sample_frames": 49,
-        "sample_height": 60, "sample_width": 90,
+        "sample_height": 60, "sample_width": 90, "use_rotary_positional_embeddings": rotary,
     }  # fmt: skip
 
 
@@ -294,27 +306,36 @@ HUNYUAN_VIDEO = {
     "out_channels": 16, "patch_size": 2, "patch_size_t": 1, "guidance_embeds": True, "text_embed_dim": 4096,
     "pooled_projection_dim": 768,
 }  # fmt: skip
-DEMO = _wan(3, 64, 5, 512, 12, patch_size=(1, 1, 1), text_dim=96, freq_dim=64, rope_max_seq_len=64)
+CONFIGS: dict[str, Config] = {
+    "wan-1.3b": _wan(12, 128, 30, 8960),
+    "wan-14b": _wan(40, 128, 40, 13824),
+    "cogvideox-2b": _cogvideox(30, 30, rotary=False),
+    "cogvideox-5b": _cogvideox(48, 42, rotary=True),
+    "ltx": LTX,
+    "hunyuan-video": HUNYUAN_VIDEO,
+    "demo": _wan(3, 64, 5, 512, 12, patch_size=(1, 1, 1), text_dim=96, freq_dim=64, rope_max_seq_len=64),
+}
+"""Of the known models' transformers."""
 
 UMT5_XXL, T5_XXL, LLAMA_3_8B, CLIP_L = 5_680_910_336, 4_762_310_656, 7_505_186_816, 123_060_480
 """Parameters of the text encoders: encoders alone, HunyuanVideo's Llama without its output matrix."""
 
 
-def _known(name: str, config: Config, text_encoder: int, vae: int, **changes: Any) -> ModelSize:
+def _known(name: str, text_encoder: int, vae: int, **changes: Any) -> ModelSize:
     changes = {"text_encoder_parameters": text_encoder, "vae_parameters": vae, **changes}
-    return replace(size_of(config, name=name), **changes)
+    return replace(size_of(CONFIGS[name], name=name), **changes)
 
 
 MODELS = {
     size.name: size
     for size in (
-        _known("wan-1.3b", _wan(12, 128, 30, 8960), UMT5_XXL, 126_892_531),
-        _known("wan-14b", _wan(40, 128, 40, 13824), UMT5_XXL, 126_892_531),
-        _known("cogvideox-2b", _cogvideox(30, 30), T5_XXL, 215_583_907, dtype=torch.float16),
-        _known("cogvideox-5b", _cogvideox(48, 42), T5_XXL, 215_583_907),
-        _known("ltx", LTX, T5_XXL, 419_193_649),
-        _known("hunyuan-video", HUNYUAN_VIDEO, LLAMA_3_8B + CLIP_L, 246_478_803),
-        _known("demo", DEMO, 226_048, 2_659_448, frames=17, height=64, width=64, dtype=torch.float32),
+        _known("wan-1.3b", UMT5_XXL, 126_892_531),
+        _known("wan-14b", UMT5_XXL, 126_892_531),
+        _known("cogvideox-2b", T5_XXL, 215_583_907, dtype=torch.float16),
+        _known("cogvideox-5b", T5_XXL, 215_583_907),
+        _known("ltx", T5_XXL, 419_193_649),
+        _known("hunyuan-video", LLAMA_3_8B + CLIP_L, 246_478_803),
+        _known("demo", 226_048, 2_659_448, frames=17, height=64, width=64, dtype=torch.float32),
     )
 }
 

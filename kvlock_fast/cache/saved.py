@@ -11,7 +11,7 @@ from torch import Tensor
 from kvlock_fast.cache.entry import DamagedCache, Entry, EntryWriter
 from kvlock_fast.cache.layout import KVShape, StepLayout
 from kvlock_fast.cache.store import Packed, shard_name
-from kvlock_fast.kernels.quantize import FORMATS
+from kvlock_fast.kernels.quantize import FORMATS, TOKENS_PER_SCALE
 
 SOURCE_SHARD = "source"
 K_STAGE = "normed"
@@ -63,7 +63,10 @@ class SavedSource:
     def layout(self) -> StepLayout:
         kv = self.facts["kv"]
         shape = KVShape(tuple(self.facts["layers"]), kv["tokens"], kv["heads"], kv["dim"])
-        return StepLayout(shape, self.facts["format"], getattr(torch, kv["dtype"]))
+        shares, dtype = kv.get("tokens_per_scale", 1), getattr(torch, kv["dtype"])
+        if shares not in TOKENS_PER_SCALE:
+            raise ValueError(f"{shares!r} tokens share a scale")
+        return StepLayout(shape, self.facts["format"], dtype, shares)
 
     @cached_property
     def slots(self) -> dict[int, int]:

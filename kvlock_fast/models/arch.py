@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from kvlock_fast.errors import InputError
 
@@ -15,7 +15,10 @@ class ArchSpec:
 
     family: its name; transformers: the class names; attention: a regular expression that the names of the video
     self-attention modules match whole; key, value: submodules whose output is the key (after its norm) and the value,
-    the first that exists; token_dim: the dimension of the key's output that holds the tokens (the value's is 1).
+    the first that exists; token_dim: the dimension of the key's output that holds the tokens (the value's is 1); text:
+    where the text's tokens are among them, "none", "prefix" or "suffix"; flow: whether the model predicts a flow's
+    velocity; one_call: whether the family's pipeline runs both branches of guidance in one forward; blocks: the class
+    names of the blocks that are alike, where diffusers does not say.
     """
 
     family: str
@@ -24,11 +27,22 @@ class ArchSpec:
     key: tuple[str, ...] = ("norm_k", "to_k")
     value: tuple[str, ...] = ("to_v",)
     token_dim: int = 1
+    text: str = "none"
+    flow: bool = True
+    one_call: bool = False
+    blocks: tuple[str, ...] = ()
 
     def attentions(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
         """The self-attention modules with their names, in the model's order; the index in it is the layer's number."""
         pattern = re.compile(self.attention)
         return [(name, module) for name, module in transformer.named_modules() if pattern.fullmatch(name)]
+
+
+def without_text(x: Tensor, dim: int, text: str, length: int) -> Tensor:
+    """A view of the video's tokens of x, which has `length` of the text's along `dim`, placed as `ArchSpec.text`."""
+    if text == "none":
+        return x
+    return x.narrow(dim, length if text == "prefix" else 0, x.shape[dim] - length)
 
 
 def first_submodule(attention: nn.Module, names: tuple[str, ...]) -> nn.Module:

@@ -12,16 +12,17 @@ COMPILE = ("off", "regional")
 
 
 @contextmanager
-def compiled_blocks(transformers: Sequence[nn.Module], wish: str) -> Iterator[None]:
+def compiled_blocks(transformers: Sequence[nn.Module], wish: str, names: tuple[str, ...] = ()) -> Iterator[None]:
     """The blocks compiled while the context is open, by a wish of `COMPILE`; what was compiled before stays so.
 
-    What torch has compiled it keeps: opening the context again costs nothing. Raises InputError for a model that does
-    not name its repeated blocks, and where they cannot be compiled.
+    names: of the blocks' classes, where diffusers does not say. What torch has compiled it keeps: opening the context
+    again costs nothing. Raises InputError for a model that does not name its repeated blocks, and where they cannot be
+    compiled.
     """
     ours: list[nn.Module] = []
     try:
         if wish == "regional":
-            for block in (block for transformer in transformers for block in repeated_blocks(transformer)):
+            for block in (block for transformer in transformers for block in repeated_blocks(transformer, names)):
                 if block._compiled_call_impl is None:
                     block.compile()
                     ours.append(block)
@@ -34,9 +35,9 @@ def compiled_blocks(transformers: Sequence[nn.Module], wish: str) -> Iterator[No
             block._compiled_call_impl = None
 
 
-def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
-    """The blocks that diffusers says are alike."""
-    names = set(getattr(transformer, "_repeated_blocks", None) or ())
+def repeated_blocks(transformer: nn.Module, names: tuple[str, ...] = ()) -> list[nn.Module]:
+    """The blocks that are alike, as diffusers says or, where it does not, by the names of their classes."""
+    names = set(getattr(transformer, "_repeated_blocks", None) or names)
     blocks = [module for module in transformer.modules() if type(module).__name__ in names]
     if not blocks:
         raise InputError(

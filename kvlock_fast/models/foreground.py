@@ -1,8 +1,9 @@
 """Attention of the tokens that are computed, to themselves and to the source's background: for forwards without it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +18,26 @@ class View:
     """What a forward of some tokens sees of the others.
 
     foreground: how many of its tokens, from the first on, bring keys and values of their own; rows: which of the kept
-    tokens are the background, indices [N], None for all; rope: cosine and sine of their positions, each [1, N, 1, D].
+    tokens are the background, indices [N], None for all; rope: cosine and sine of their positions, each [1, N, 1, D],
+    None where keys are not rotated.
     """
 
     foreground: int
     rows: Tensor | None
-    rope: tuple[Tensor, Tensor]
+    rope: tuple[Tensor, Tensor] | None
+
+
+@contextmanager
+def processors(attentions: Sequence[nn.Module], processor: Any) -> Iterator[None]:
+    """Attentions of diffusers with this processor, and their own again afterwards."""
+    before = [(attention, attention.processor) for attention in attentions]
+    try:
+        for attention in attentions:
+            attention.processor = processor
+        yield
+    finally:
+        for attention, own in before:
+            attention.processor = own
 
 
 @contextmanager
@@ -49,10 +64,11 @@ def attend(
 ) -> Tensor:
     """Attention of q [B, N, H, D] to the foreground's k and v (of [B, N, H, D]) and to those kept of the background.
 
-    q and k are rotated; kept: K after its norm, not rotated, and V, [1, M, H, D] or [1, M, H * D].
+    q and k are rotated; kept: K after its norm, not rotated, and V, [1, M, H, D].
     """
     background_k, background_v = (_unpacked(x, q, view.rows) for x in kept)
-    background_k = rotate(background_k, *view.rope)
+    if view.rope is not None:
+        background_k = rotate(background_k, *view.rope)
     rows = q.shape[0]
     k = torch.cat([k[:, : view.foreground], background_k.expand(rows, -1, -1, -1)], dim=1)
     v = torch.cat([v[:, : view.foreground], background_v.expand(rows, -1, -1, -1)], dim=1)
@@ -65,12 +81,14 @@ def attend(
 def _unpacked(x: Tensor | QuantizedKV, like: Tensor, rows: Tensor | None) -> Tensor:
     """[1, N, H, D] in like's dtype."""
     x = x.dequantize(like.dtype) if isinstance(x, QuantizedKV) else x.to(like.dtype)
-    x = x if rows is None else x.index_select(1, rows)
-    return x.view(*x.shape[:2], *like.shape[2:])
+    return x if rows is None else x.index_select(1, rows)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE of neighbouring pairs of x [B, N, H, D], as diffusers' Wan has it; cos, sin: [1, N, 1, D], angles twice."""
+    """RoPE of neighbouring pairs of x [B, N, H, D], as diffusers' Wan and CogVideoX have it.
+
+    cos, sin: [1, N, 1, D], angles twice.
+    """
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)

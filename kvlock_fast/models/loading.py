@@ -1,14 +1,16 @@
 """Loading a diffusers pipeline: whatever is wrong with its files ends in one sentence."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, InputWarning
 
-PIPELINES = ("WanPipeline",)
+PIPELINES = {"wan": ("WanPipeline",), "cogvideox": ("CogVideoXPipeline",)}
+"""By family."""
 
 
 def load_diffusers(path: str | Path, torch_dtype: torch.dtype | dict | None) -> Any:
@@ -28,7 +30,19 @@ def load_diffusers(path: str | Path, torch_dtype: torch.dtype | dict | None) -> 
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module) and any(p.is_meta for p in part.parameters()):
             raise InputError(f"model {str(path)!r} cannot be loaded: weights of its {name} are missing")
+    _without_noise(pipe)
     return pipe
+
+
+def _without_noise(pipe: Any) -> None:
+    """Put DDIM in the place of the scheduler that the larger CogVideoX models ship, which adds noise at every step."""
+    if type(pipe.scheduler).__name__ != "CogVideoXDPMScheduler":
+        return
+    from diffusers import CogVideoXDDIMScheduler
+
+    message = "scheduler CogVideoXDPMScheduler adds noise at every step: taking CogVideoXDDIMScheduler of its config"
+    warnings.warn(message, InputWarning, stacklevel=4)
+    pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
 
 
 def _check_index(folder: Path) -> None:
@@ -40,8 +54,9 @@ def _check_index(folder: Path) -> None:
         name = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"model {str(folder)!r} has no valid model_index.json: {_one_line(error)}") from error
-    if name not in PIPELINES:
-        raise InputError(f"model {str(folder)!r} is a {name}, of no known family; known: {', '.join(PIPELINES)}")
+    known = [pipeline for pipelines in PIPELINES.values() for pipeline in pipelines]
+    if name not in known:
+        raise InputError(f"model {str(folder)!r} is a {name}, of no known family; known: {', '.join(known)}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.blend import as_heads, blend_
 from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
-from kvlock_fast.models.arch import ArchSpec, first_submodule, refuse_wrapped, select_layers
+from kvlock_fast.models.arch import ArchSpec, first_submodule, refuse_wrapped, select_layers, without_text
 from kvlock_fast.models.foreground import View, attend
 from kvlock_fast.nvtx import span
 
@@ -43,11 +43,17 @@ class Mode(Enum):
 
 
 class LockState:
-    """What all locked modules of a transformer share: the mode, the weight, the kept K/V, how many of them have run."""
+    """What all locked modules of a transformer share: the mode, the weight, the kept K/V, how many of them have run.
 
-    def __init__(self, background: Tensor | None = None):
-        """background: indices [N] of the tokens to keep and blend in CAPTURE and STORED; None for all."""
+    Tokens are the video's: those of the text, where there are any beside them, keep their own keys and values.
+    """
+
+    def __init__(self, background: Tensor | None = None, text: str = "none"):
+        """background: indices [N] of the tokens to keep and blend in CAPTURE and STORED, None for all; text: as
+        `ArchSpec.text`.
+        """
         self.mode = Mode.OFF
+        self.text, self.text_tokens = text, 0
         self.weight: Tensor | None = None
         self.background = background
         self.kept: KeptKV = {}
@@ -57,6 +63,7 @@ class LockState:
     def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
         """A module's output x, taken for what the mode wants, or blended in place."""
         self.fired += 1
+        x = without_text(x, token_dim, self.text, self.text_tokens)
         if self.mode is Mode.CAPTURE:
             with span("capture"):
                 self._keep(key, x, token_dim)
@@ -73,7 +80,10 @@ class LockState:
         if place is None:
             self.kept[key] = x.clone() if self.background is None else x.index_select(token_dim, self.background)
             return
-        packed = quantize_kv(as_heads(x, token_dim, place.shape[2]), place.format, place.kind, tokens=self.background)
+        heads = as_heads(x, token_dim, place.shape[2])
+        packed = quantize_kv(
+            heads, place.format, place.kind, tokens=self.background, tokens_per_scale=place.tokens_per_scale
+        )
         place.copy_(packed)
 
 
@@ -99,9 +109,11 @@ def _(x: Tensor, number: Tensor) -> None:
 
 
 def _attend_kept(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
-    state, (layer, _), _ = _LOCKED[number]
+    state, (layer, _), token_dim = _LOCKED[number]
+    kept = ((state.kept[layer, "k"], token_dim), (state.kept[layer, "v"], 1))
+    heads = (x if isinstance(x, QuantizedKV) else as_heads(x, dim, q.shape[2]) for x, dim in kept)
     with span("attend"):
-        return attend(q, k, v, (state.kept[layer, "k"], state.kept[layer, "v"]), state.view)
+        return attend(q, k, v, tuple(heads), state.view)
 
 
 @torch.library.custom_op("kvlock_fast::attend_kept", mutates_args=())
@@ -165,7 +177,7 @@ class TransformerLock:
             raise InputError(f"{type(transformer).__name__} has no self-attention named {arch.attention!r}")
         self.transformer = transformer
         self.layers = select_layers(len(attentions), layers)
-        self.state = LockState(background)
+        self.state = LockState(background, arch.text)
         self._targets: list[tuple[nn.Module, tuple[str, ...], nn.Module, type[nn.Module]]] = []
         try:
             for layer in self.layers:
@@ -199,12 +211,14 @@ class TransformerLock:
         self._targets = []
 
     @contextmanager
-    def forward(self, mode: Mode, weight: Tensor | None = None, kept: KeptKV | None = None) -> Iterator[None]:
+    def forward(
+        self, mode: Mode, weight: Tensor | None = None, kept: KeptKV | None = None, text_tokens: int = 0
+    ) -> Iterator[None]:
         """One forward in `mode`; afterwards every locked module must have run once.
 
         weight: [rows, S] fp32 (for IN_BATCH without the source's row), needed where the mode blends. kept: the
         background's K and V to blend with (STORED) or to see (FOREGROUND), or the places to pack them into (CAPTURE;
-        where there is none for a layer, a tensor is added).
+        where there is none for a layer, a tensor is added). text_tokens: the text's, where self-attention has them.
 
         Raises RuntimeError where modules were skipped or replaced, as by an adapter that was added later.
         """
@@ -216,6 +230,7 @@ class TransformerLock:
                 )
         state = self.state
         state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, 0
+        state.text_tokens = text_tokens
         try:
             yield
         finally:

@@ -1,19 +1,69 @@
-"""Transformers to measure with: of a config, with random weights, as deep as wanted."""
+"""Models to measure with: of a transformer's config, with random weights, as deep as wanted."""
 
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from kvlock_fast.errors import InputError
+from kvlock_fast.masks import Geometry
+from kvlock_fast.models import FAMILIES, family_models
+from kvlock_fast.models.arch import ArchSpec
 
-def random_transformer(config: dict[str, Any], layers: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Wan's transformer with normal weights, norms of 1 and no bias; what diffusers keeps in fp32 is in fp32."""
+
+def random_model(config: Mapping[str, Any], layers: int, geometry: Geometry, device: torch.device, dtype: torch.dtype):
+    """A family's model around a random transformer of a config with its class name: no text, no autoencoder.
+
+    geometry: of the autoencoder that is not there. Raises InputError for a family that is not known.
+    """
+    model = model_of(config["_class_name"])
+    transformer = random_transformer(config, layers, device, dtype)
+    vae = SimpleNamespace(config=_vae_config(model.arch.family, config["in_channels"], geometry))
+    pipe = {"transformer": transformer, "vae": vae, "config": {}, "_execution_device": device}
+    return model(SimpleNamespace(**pipe, vae_scale_factor_spatial=geometry.spatial_stride))
+
+
+def model_of(transformer: str) -> type:
+    """The family's model for a transformer's class name. Raises InputError for one that is not known."""
+    for model in family_models():
+        if transformer in model.arch.transformers:
+            return model
+    raise InputError(f"there is no model for a {transformer}; known families: {', '.join(FAMILIES)}")
+
+
+def _vae_config(family: str, channels: int, geometry: Geometry) -> Any:
+    """What the family's model reads of its autoencoder."""
+    time, space = geometry.temporal_stride, geometry.spatial_stride
+    if family == "wan":
+        return SimpleNamespace(z_dim=channels, scale_factor_temporal=time, scale_factor_spatial=space)
+    halvings = range(space.bit_length())
+    return SimpleNamespace(
+        latent_channels=channels, temporal_compression_ratio=time, block_out_channels=[1 for _ in halvings]
+    )
+
+
+def usual_scheduler(family: str) -> Any:
+    """As the family's checkpoints have it."""
+    if family == "wan":
+        return diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
+    return diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+    )
+
+
+def random_transformer(config: Mapping[str, Any], layers: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """With normal weights, norms of 1 and no bias; what diffusers keeps in fp32 is in fp32."""
+    kind = getattr(diffusers, config["_class_name"])
     with init_empty_weights(include_buffers=False):
-        transformer = WanTransformer3DModel.from_config({**config, "num_layers": layers})
+        transformer = kind.from_config({**config, "num_layers": layers})
     generator = torch.Generator(device).manual_seed(0)
-    kept = set(WanTransformer3DModel._keep_in_fp32_modules or ())
+    kept = set(kind._keep_in_fp32_modules or ())
     for name, module in transformer.named_modules():
         for key, meta in list(module.named_parameters(recurse=False)):
             wide = kept & set(f"{name}.{key}".split("."))
@@ -28,8 +78,10 @@ def _filled(x: Tensor, name: str, generator: torch.Generator) -> Tensor:
     return x.fill_(1.0) if x.ndim == 1 else x.normal_(0.0, 0.02, generator=generator)
 
 
-def cut_depth(transformer: nn.Module, layers: int) -> None:
+def cut_depth(transformer: nn.Module, arch: ArchSpec, layers: int) -> None:
     """Keep the first layers only."""
-    if layers < len(transformer.blocks):
-        transformer.blocks = transformer.blocks[:layers]
+    first, _ = arch.attentions(transformer)[0]
+    blocks = first.partition(".")[0]
+    if layers < len(getattr(transformer, blocks)):
+        setattr(transformer, blocks, getattr(transformer, blocks)[:layers])
         transformer.register_to_config(num_layers=layers)

@@ -5,11 +5,10 @@ transformer takes (latents, timestep, text) and predicts the flow's velocity; Wa
 at `boundary_ratio`; Wan 2.2 TI2V-5B takes one timestep a token (`expand_timesteps`).
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from kvlock_fast.errors import InputError
@@ -18,6 +17,7 @@ from kvlock_fast.masks import Geometry
 from kvlock_fast.models.arch import ArchSpec
 from kvlock_fast.models.foreground import whole_forward
 from kvlock_fast.models.locking import TransformerLock
+from kvlock_fast.models.pixels import decode_each, encode_mode
 from kvlock_fast.models.wan_foreground import foreground_forward
 
 WAN = ArchSpec(family="wan", transformers=("WanTransformer3DModel",), attention=r"blocks\.\d+\.attn1")
@@ -73,28 +73,23 @@ class WanModel:
         )
         return embeds.to(self.transformers[0].dtype)
 
+    latents_dtype = torch.float32
+    """Of the latents between steps, in WanPipeline."""
+
+    def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """[1, C, T, h, w] fp32, as WanPipeline draws it."""
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
     def encode_video(self, frames: Tensor) -> Tensor:
         """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
-        vae = self.pipe.vae
-        pixels = frames.permute(3, 0, 1, 2)[None].to(device=self.device, dtype=vae.dtype) / 127.5 - 1.0
-        latents = vae.encode(pixels).latent_dist.mode().float()
+        latents = encode_mode(self.pipe.vae, frames, self.device)
         mean, std = self._latent_statistics(latents)
         return (latents - mean) / std
 
-    def decode(self, latents: Tensor, tiled: bool = False) -> Tensor:
-        """Normalised latents [B, C, T, h, w] to uint8 [B, F, H, W, 3] on the CPU, a video at a time.
-
-        tiled: in tiles that are blended where they overlap, which takes less memory.
-        """
-        vae = self.pipe.vae
+    def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
+        """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
         mean, std = self._latent_statistics(latents)
-        latents = (latents.float() * std + mean).to(vae.dtype)
-        videos = []
-        with _tiling(vae) if tiled else nullcontext():
-            for one in latents.split(1):
-                pixels = vae.decode(one, return_dict=False)[0].float()
-                videos.append(((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu())
-        return torch.cat(videos).permute(0, 2, 3, 4, 1)
+        return decode_each(self.pipe.vae, latents.float() * std + mean, tiled)
 
     def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         config = self.pipe.vae.config
@@ -155,14 +150,3 @@ class WanModel:
     def _timesteps(self, timestep: Tensor, rows: int, tokens: int) -> Tensor:
         """A timestep a sample, or a token."""
         return timestep.expand(rows, tokens) if self.pipe.config.get("expand_timesteps") else timestep.expand(rows)
-
-
-@contextmanager
-def _tiling(vae: Any) -> Iterator[None]:
-    """The autoencoder in tiles, and as it was afterwards."""
-    before = vae.use_tiling
-    vae.enable_tiling()
-    try:
-        yield
-    finally:
-        vae.use_tiling = before

@@ -4,14 +4,10 @@ All but self-attention works token by token; self-attention sees the rest of the
 values, which are kept (models/foreground.py). The blocks are the model's own, compiled or not.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from kvlock_fast.models.foreground import View, rotate
+from kvlock_fast.models.foreground import View, processors, rotate
 from kvlock_fast.models.locking import TransformerLock, attend_kept
 
 
@@ -67,7 +63,7 @@ def foreground_forward(
         timestep.flatten(), text, None, timestep_seq_len=per_token
     )
     timestep_proj = timestep_proj.unflatten(-1, (6, -1))
-    with _processors(lock):
+    with processors(lock.attentions, PROCESSOR):
         for block in transformer.blocks:
             x = block(x, text, timestep_proj, rope)
     table = transformer.scale_shift_table.to(temb.device)
@@ -78,19 +74,6 @@ def foreground_forward(
     x = transformer.proj_out((transformer.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
     whole = x.new_zeros(x.shape[0], tokens, x.shape[2]).index_copy_(1, computed, x)
     return _unpatchify(whole, latents.shape, transformer.config.patch_size)
-
-
-@contextmanager
-def _processors(lock: TransformerLock) -> Iterator[None]:
-    """The locked attentions with the processor for some tokens, and their own again afterwards."""
-    before: list[tuple[nn.Module, Any]] = [(attention, attention.processor) for attention in lock.attentions]
-    try:
-        for attention, _ in before:
-            attention.processor = PROCESSOR
-        yield
-    finally:
-        for attention, processor in before:
-            attention.processor = processor
 
 
 def _unpatchify(x: Tensor, shape: torch.Size, patch: tuple[int, int, int]) -> Tensor:

@@ -1,0 +1,177 @@
+"""The CogVideoX family: CogVideoX and CogVideoX 1.5 text-to-video.
+
+Facts of diffusers' `CogVideoXPipeline`: latents are the autoencoder's times its `scaling_factor`, and lie as
+[B, F, C, h, w]; text and video share the self-attention, the text first; both branches of guidance are one forward,
+unconditional rows first; predictions are taken in fp32, latents kept in the model's dtype. In 1.5 a token holds two
+latent frames: an odd number gets one more in front, which is dropped before decoding.
+"""
+
+from typing import Any
+
+import torch
+from diffusers import CogVideoXPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from kvlock_fast.errors import InputError
+from kvlock_fast.foreground import Region
+from kvlock_fast.masks import Geometry
+from kvlock_fast.models.arch import ArchSpec
+from kvlock_fast.models.cogvideox_foreground import foreground_forward
+from kvlock_fast.models.foreground import whole_forward
+from kvlock_fast.models.locking import TransformerLock
+from kvlock_fast.models.pixels import decode_each, encode_mode
+
+COGVIDEOX = ArchSpec(
+    family="cogvideox",
+    transformers=("CogVideoXTransformer3DModel",),
+    attention=r"transformer_blocks\.\d+\.attn1",
+    token_dim=2,
+    text="prefix",
+    flow=False,
+    one_call=True,
+    blocks=("CogVideoXBlock",),
+)
+DECODED_TOGETHER = 2
+"""Latent frames, by AutoencoderKLCogVideoX: of an even number it would make four frames of the first one."""
+OFS = 2.0
+"""What diffusers' pipelines give a transformer that embeds an "ofs"."""
+
+
+class CogVideoXModel:
+    """What the loop needs of a diffusers `CogVideoXPipeline`."""
+
+    arch = COGVIDEOX
+    two_stages = False
+
+    def __init__(self, pipe: Any):
+        """Raises InputError for a pipeline of another kind."""
+        name = type(getattr(pipe.transformer, "_orig_mod", pipe.transformer)).__name__
+        if name not in COGVIDEOX.transformers:
+            raise InputError(f"the model is not of the family cogvideox: it has a {name}")
+        config = pipe.transformer.config
+        if config.in_channels != pipe.vae.config.latent_channels or config.use_learned_positional_embeddings:
+            raise InputError("the model takes an image beside the text: image-to-video is not supported yet")
+        self.pipe = pipe
+        self.transformers: list[nn.Module] = [pipe.transformer]
+        self._rotary: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def device(self) -> torch.device:
+        return self.pipe._execution_device
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All whose weights a source's keys and values come from."""
+        named = (getattr(self.pipe, name, None) for name in ("vae", "text_encoder"))
+        return [*self.transformers, *(part for part in named if isinstance(part, nn.Module))]
+
+    def facts(self) -> dict[str, Any]:
+        """What decides, beside the weights, which forward serves a step."""
+        return {}
+
+    @property
+    def geometry(self) -> Geometry:
+        vae, config = self.pipe.vae.config, self.transformers[0].config
+        spatial, patch = 2 ** (len(vae.block_out_channels) - 1), config.patch_size
+        most = None
+        if config.patch_size_t is not None and config.use_rotary_positional_embeddings:
+            most = None, config.sample_height // patch, config.sample_width // patch  # its codes are cut from a table
+        return Geometry(
+            vae.temporal_compression_ratio, spatial, (config.patch_size_t or 1, patch, patch), most_tokens=most,
+            lead_in=True, latents_together=DECODED_TOGETHER,
+        )  # fmt: skip
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """[len(prompts), L, C] in the transformer's dtype."""
+        length = self.transformers[0].config.max_text_seq_length
+        embeds, _ = self.pipe.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=length, device=self.device
+        )
+        return embeds.to(self.transformers[0].dtype)
+
+    @property
+    def latents_dtype(self) -> torch.dtype:
+        """Of the latents between steps, in CogVideoXPipeline."""
+        return self.transformers[0].dtype
+
+    def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """[1, C, T, h, w] fp32, as CogVideoXPipeline draws it: frame by frame, in the model's dtype."""
+        batch, channels, frames, *size = shape
+        shape = (batch, frames, channels, *size)
+        noise = randn_tensor(shape, generator=generator, device=device, dtype=self.latents_dtype)
+        return noise.transpose(1, 2).float().contiguous()
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode; the lead-in first."""
+        latents = encode_mode(self.pipe.vae, frames, self.device) * self.pipe.vae.config.scaling_factor
+        return torch.cat([latents[:, :, :1]] * self.geometry.lead(latents.shape[2]) + [latents], dim=2)
+
+    def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
+        """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
+        own = (frames - 1) // self.geometry.temporal_stride + 1
+        latents = latents[:, :, self.geometry.lead(own) :].float()
+        return decode_each(self.pipe.vae, latents / self.pipe.vae.config.scaling_factor, tiled)
+
+    def stage_at(self, timestep: float, num_train_timesteps: int) -> int:
+        """One transformer serves all steps."""
+        return 0
+
+    def transformer_of(self, stage: int) -> int:
+        """The only one."""
+        return 0
+
+    def predict(self, which: int, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """The prediction [B, C, T, h, w] fp32, at latents [B, ...], timestep [], text [B, L, C]."""
+        transformer = self.transformers[which]
+        rows = latents.transpose(1, 2).to(transformer.dtype).contiguous()
+        prediction = transformer(
+            hidden_states=rows,
+            encoder_hidden_states=text,
+            timestep=timestep.expand(rows.shape[0]),
+            ofs=self._ofs(rows),
+            image_rotary_emb=self.rotary(latents),
+            return_dict=False,
+        )[0]
+        return prediction.float().transpose(1, 2)
+
+    def predict_foreground(
+        self, lock: TransformerLock, latents: Tensor, timestep: Tensor, text: Tensor, region: Region,
+        background: Tensor, rows: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The prediction of the region's tokens [B, C, T, h, w] fp32, 0 elsewhere, under a lock that has the
+        background's K and V: of the tokens `background`, of which `rows` (None: all) are outside the mask.
+        """
+        x = latents.to(lock.transformer.dtype)
+        with whole_forward(lock.transformer):
+            return foreground_forward(
+                lock,
+                x,
+                timestep.expand(x.shape[0]),
+                text,
+                self._ofs(x),
+                self.rotary(x),
+                region.computed,
+                region.foreground,
+                background,
+                rows,
+            ).float()
+
+    def _ofs(self, rows: Tensor) -> Tensor | None:
+        return None if self.transformers[0].config.ofs_embed_dim is None else rows.new_full((1,), OFS)
+
+    def rotary(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Cosine and sine [S, D] of the tokens' positions; None where the patches are given theirs.
+
+        Kept for good: captured steps read them where they are.
+        """
+        if not self.transformers[0].config.use_rotary_positional_embeddings:
+            return None
+        frames, height, width = latents.shape[2:]
+        key = frames, height, width, latents.device
+        if key not in self._rotary:
+            stride = self.geometry.spatial_stride
+            self._rotary[key] = CogVideoXPipeline._prepare_rotary_positional_embeddings(
+                self.pipe, height * stride, width * stride, frames, latents.device
+            )
+        return self._rotary[key]

@@ -1,0 +1,38 @@
+"""Videos in and out of an autoencoder of diffusers, as all families need it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def encode_mode(vae: Any, frames: Tensor, device: torch.device) -> Tensor:
+    """uint8 [F, H, W, 3] to the posterior's mode [1, C, T, h, w] fp32, not normalised."""
+    pixels = frames.permute(3, 0, 1, 2)[None].to(device=device, dtype=vae.dtype) / 127.5 - 1.0
+    return vae.encode(pixels).latent_dist.mode().float()
+
+
+def decode_each(vae: Any, latents: Tensor, tiled: bool) -> Tensor:
+    """Latents [B, C, T, h, w] as the autoencoder made them to uint8 [B, F, H, W, 3] on the CPU, a video at a time.
+
+    tiled: in tiles that are blended where they overlap, which takes less memory.
+    """
+    videos = []
+    with _tiling(vae) if tiled else nullcontext():
+        for one in latents.to(vae.dtype).split(1):
+            pixels = vae.decode(one, return_dict=False)[0].float()
+            videos.append(((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu())
+    return torch.cat(videos).permute(0, 2, 3, 4, 1)
+
+
+@contextmanager
+def _tiling(vae: Any) -> Iterator[None]:
+    """The autoencoder in tiles, and as it was afterwards."""
+    before = vae.use_tiling
+    vae.enable_tiling()
+    try:
+        yield
+    finally:
+        vae.use_tiling = before

@@ -1,0 +1,126 @@
+"""Which of diffusers' schedulers an edit can follow: deterministic ones, of a flow or of a diffusion.
+
+x_k = a_k x0 + b_k n. A flow has a = 1 - sigma, b = sigma and predicts v = n - x0; a diffusion has a^2 + b^2 = 1 and
+predicts the noise n ("epsilon"), a n - b x0 ("v_prediction") or x0 itself ("sample").
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.errors import InputError
+
+FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
+DDIM_SCHEDULERS = ("DDIMScheduler", "CogVideoXDDIMScheduler")
+DIFFUSION_SCHEDULERS = (*DDIM_SCHEDULERS, *FLOW_SCHEDULERS[1:])
+DIFFUSION_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+FLOW = "flow_prediction"
+
+
+def prediction_of(scheduler: Any) -> str:
+    """What a scheduler takes the model's output for: one of DIFFUSION_PREDICTIONS, or "flow_prediction"."""
+    config = getattr(scheduler, "config", {})
+    diffusion = type(scheduler).__name__ in DIFFUSION_SCHEDULERS and not config.get("use_flow_sigmas")
+    return config.get("prediction_type") if diffusion else FLOW
+
+
+def check_scheduler(scheduler: Any, flow: bool | None = None) -> None:
+    """Raise InputError unless the scheduler integrates an ODE from noise to data, without noise of its own.
+
+    flow: whether the model predicts a flow's velocity; None: whatever the scheduler says. One that is not known is
+    tried: with the true velocity it has to go down the line from noise to data.
+    """
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    if config.get("use_dynamic_shifting"):
+        raise InputError(f"scheduler {name} with use_dynamic_shifting=True (a shift by resolution) is not supported")
+    if config.get("invert_sigmas"):
+        raise InputError(f"scheduler {name} with invert_sigmas=True (time runs backwards) is not supported")
+    if name == "CogVideoXDPMScheduler":
+        raise InputError(
+            f"scheduler {name} adds noise at every step, so that the source's path would not be the edit's: set "
+            'pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")'
+        )
+    if config.get("stochastic_sampling") or str(config.get("algorithm_type", "")).startswith("sde"):
+        raise InputError(f"scheduler {name} adds noise at every step: the source's path would not be the edit's")
+    kind = prediction_of(scheduler)
+    if kind in DIFFUSION_PREDICTIONS:
+        if flow:
+            _refuse(name, kind, "the model predicts a flow's velocity", FLOW_SCHEDULERS)
+        return
+    reason = _no_flow(scheduler)
+    if reason is None and flow is False:
+        reason = "the model was not trained on a flow"
+    if reason is not None:
+        known = DIFFUSION_SCHEDULERS if flow is False else FLOW_SCHEDULERS
+        _refuse(name, config.get("prediction_type", "unknown"), reason, known)
+
+
+def _refuse(name: str, kind: str, reason: str, known: tuple[str, ...]) -> None:
+    kinds = "flow matching" if known is FLOW_SCHEDULERS else " or ".join(DIFFUSION_PREDICTIONS)
+    raise InputError(
+        f"scheduler {name} (prediction type {kind!r}) is not supported, as {reason}: use {kinds}, "
+        f"by one of {', '.join(known)}"
+    )
+
+
+def _no_flow(scheduler: Any) -> str | None:
+    """Why a scheduler that is not one of a diffusion does not follow a flow; None if it does."""
+    name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
+    if name == "FlowMatchEulerDiscreteScheduler":
+        return None
+    if name in DIFFUSION_SCHEDULERS:
+        flow = config.get("use_flow_sigmas") and config.get("prediction_type") == FLOW
+        return None if flow else "it is not flow matching"
+    return _strays(scheduler)
+
+
+def _strays(scheduler: Any, steps: int = 8) -> str | None:
+    """Why a scheduler does not follow the flow, tried on four numbers; None if it does."""
+    scheduler = copy.deepcopy(scheduler)
+    clean, noise = torch.tensor([[0.5, -1.0, 2.0, 0.0], [1.0, 0.25, -0.5, -2.0]]).view(2, 1, 1, 1, 2, 2)
+    try:
+        make_ready(scheduler, steps, torch.device("cpu"))
+        timesteps, sigmas = scheduler.timesteps, scheduler.sigmas.float()
+        if len(timesteps) != steps or len(sigmas) != steps + 1:
+            return f"it makes {len(timesteps)} timesteps and {len(sigmas)} sigmas for {steps} steps"
+        if not 0.5 < sigmas[0] <= 1.001:
+            return f"its sigmas begin at {sigmas[0]:.3g}, and a flow's at 1"
+        x = (1 - sigmas[0]) * clean + sigmas[0] * noise
+        for timestep, sigma in zip(timesteps, sigmas[1:], strict=True):
+            x = scheduler.step(noise - clean, timestep, x, return_dict=False)[0]
+            if not torch.allclose(x.float(), (1 - sigma) * clean + sigma * noise, rtol=1e-3, atol=1e-3):
+                return f"with the true velocity it leaves the line from noise to data at sigma {sigma:.3g}"
+    except Exception as error:  # whatever a foreign class raises
+        return f"its steps cannot be taken ({type(error).__name__}: {error})"
+    return None
+
+
+def make_ready(scheduler: Any, num_steps: int, device: torch.device) -> None:
+    """Set its timesteps, at the first of them."""
+    scheduler.set_timesteps(num_steps, device=device)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+
+
+def noise_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
+    """a and b [T + 1] fp32 of a scheduler whose timesteps are set: of each step, and of where the last one ends."""
+    if prediction_of(scheduler) == FLOW:
+        sigmas = scheduler.sigmas.float()
+        return 1 - sigmas, sigmas
+    if type(scheduler).__name__ in DDIM_SCHEDULERS:
+        here, after = ddim_levels(scheduler)
+        kept = torch.cat([here, after[-1:]])
+        return kept.sqrt().float(), (1 - kept).sqrt().float()
+    ratio = scheduler.sigmas.double()  # b / a
+    signal = (1 + ratio.square()).rsqrt()
+    return signal.float(), (ratio * signal).float()
+
+
+def ddim_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
+    """a^2 [T] fp64 on the CPU, at each step of a DDIM scheduler and after it."""
+    stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    timesteps, kept = scheduler.timesteps.cpu(), scheduler.alphas_cumprod.double().cpu()
+    before = timesteps - stride
+    return kept[timesteps], torch.where(before >= 0, kept[before], scheduler.final_alpha_cumprod.double().cpu())
