@@ -24,7 +24,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["kvlock_fast", "kvlock_fast.*"]),
-    package_data={"": ["*.json", "*.safetensors", "*.txt", "*.jinja", "py.typed"]},
+    package_data={"": ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.md", "*.png", "py.typed"]},
     entry_points={"console_scripts": ["kvlock-fast = kvlock_fast.cli:main"]},
     install_requires=[
         "torch>=2.11",
