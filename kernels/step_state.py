@@ -105,17 +105,17 @@ def new_step_state(latents: Tensor, table: Tensor, omega0: float | Sequence[floa
     device = latents.device
     latents = latents.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     entries = max(2, min(schedule.window, steps), inputs - 2)
-    ones, nan = torch.ones(batch, device=device), float("nan")
+    ones, nan = torch.ones(batch, dtype=torch.float32, device=device), float("nan")
     alpha = ones * (schedule.warmup_alpha if schedule.alpha is None else schedule.alpha)
     return StepState(
         latents=latents,
-        window=torch.empty((entries, *latents.shape), device=device),
+        window=torch.empty((entries, *latents.shape), dtype=torch.float32, device=device),
         step=torch.zeros(1, dtype=torch.int32, device=device),
         alpha=alpha,
         omega=ones * scales[0],
         s_star=ones.clone(),
         variance=ones * nan,
-        trace=torch.full((steps, batch, len(TRACE_COLUMNS)), nan, device=device),
+        trace=torch.full((steps, batch, len(TRACE_COLUMNS)), nan, dtype=torch.float32, device=device),
         table=table.to(device, torch.float32).contiguous(),
         omega0=torch.tensor(scales, dtype=torch.float32, device=device),
         corrected=torch.empty_like(latents) if table[:, 1, 2].any() else None,

@@ -79,7 +79,7 @@ class Saturation:
         self.lock, self.num_steps, self.everyone = lock, num_steps, tuple(range(batch))
         self.waited = 0.0
         cuda = device.type == "cuda"
-        self._alphas = [torch.zeros(batch, pin_memory=cuda) for _ in range(lock.alpha_lag)]
+        self._alphas = [torch.zeros(batch, dtype=torch.float32, pin_memory=cuda) for _ in range(lock.alpha_lag)]
         self._arrived = [torch.cuda.Event() if cuda else None for _ in range(lock.alpha_lag)]
 
     def samples(self, k: int) -> tuple[int, ...]:

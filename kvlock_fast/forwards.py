@@ -37,8 +37,9 @@ class Task:
         """Of some of the samples."""
         if samples == tuple(range(self.batch)):
             return self
-        negative = None if self.negative is None else self.negative[list(samples)]
-        return replace(self, prompt=self.prompt[list(samples)], negative=negative)
+        # By slices: an index would be a copy from the host.
+        some = [None if x is None else torch.cat([x[i : i + 1] for i in samples]) for x in (self.prompt, self.negative)]
+        return replace(self, prompt=some[0], negative=some[1])
 
     @property
     def batch(self) -> int:

@@ -6,6 +6,7 @@ memory serves later runs of the same shapes: `CapturedLoops` keeps it, and the c
 """
 
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -76,16 +77,19 @@ class CapturedLoops:
     def take(self, constants: Hashable, tensors: dict[str, Tensor], slots: list[Tensor]) -> HeldLoop:
         """The loop to run: with these tensors, or with earlier ones of their shapes that have taken over their values.
 
-        constants: whatever else the kernels are launched with; slots: those of the cache, empty yet. None of the
-        tensors may be anyone else's.
+        constants: whatever else the kernels are launched with; slots: those of the cache, empty yet, which become the
+        loop's own.
         """
         shapes = tuple((name, x.shape, x.stride(), x.dtype) for name, x in tensors.items())
         key = constants, shapes, tuple(slot.nbytes for slot in slots)
         held = self.loops.pop(key, None)
         if held is None:
-            held = HeldLoop(tensors, slots, StepGraphs(self.capture))
-        for name, x in tensors.items():
-            if x is not held.tensors[name]:
+            # Copies, as callers keep theirs; and none of an inference mode, which later calls may not be in.
+            with torch.inference_mode(False):
+                own = {name: x.clone(memory_format=torch.contiguous_format) for name, x in tensors.items()}
+            held = HeldLoop(own, slots, StepGraphs(self.capture))
+        else:
+            for name, x in tensors.items():
                 held.tensors[name].copy_(x)
         self.loops[key] = held
         while len(self.loops) > MOST_LOOPS:
@@ -98,37 +102,49 @@ class CapturedLoops:
 
 
 class CudaCapture:
-    """Captures on a device; all graphs share one pool of memory, as they never run at once."""
+    """Captures on a device; graphs that are there together share a pool of memory, as they never run at once."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.pool: Any = None
+        self._pool: Any = None
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __call__(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):
             torch.cuda.synchronize()
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            # The pool goes with the last of its graphs; its number means nothing from then on.
+            pool = self._pool if len(self._graphs) else None
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 work()
-            self.pool = graph.pool()
+            self._pool = graph.pool()
+        self._graphs.add(graph)
         return graph.replay
 
 
 def launch_facts(transformer: Any) -> Hashable:
-    """What a captured forward of a transformer took along by value: where its weights are, how adapters weigh."""
+    """What a captured forward of a transformer took along by value: where its weights are, how adapters weigh, whose
+    attention and which numerics it runs by, which of its parts are compiled.
+    """
     where = tuple(x.data_ptr() for x in (*transformer.parameters(), *transformer.buffers()))
     adapters = tuple(
         (name, str(module.scaling), str(module.active_adapters), module.disable_adapters, str(module.merged_adapters))
         for name, module in transformer.named_modules()
         if hasattr(module, "merged_adapters")  # peft's layers
     )
-    processors = tuple(id(processor) for processor in getattr(transformer, "attn_processors", {}).values())
+    processors = tuple(
+        (processor, str(getattr(processor, "_attention_backend", None)))
+        for processor in getattr(transformer, "attn_processors", {}).values()
+    )
+    compiled = tuple(module._compiled_call_impl is not None for module in transformer.modules())
     backends = torch.backends.cuda
     numerics = (
         backends.matmul.allow_tf32, torch.get_float32_matmul_precision(), backends.flash_sdp_enabled(),
         backends.mem_efficient_sdp_enabled(), backends.cudnn_sdp_enabled(), backends.math_sdp_enabled(),
+        backends.matmul.allow_bf16_reduced_precision_reduction, torch.is_autocast_enabled("cuda"),
+        str(torch.get_autocast_dtype("cuda")), torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(),
     )  # fmt: skip
-    return where, adapters, processors, numerics
+    return where, adapters, processors, compiled, numerics
 
 
 def choose_capture(wish: str, device: torch.device, why_not: str | None) -> Capture | None:

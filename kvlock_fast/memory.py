@@ -42,7 +42,7 @@ def run_with_memory(run: Callable[[Way], Result], scene: Scene, task: Task, cach
         named = scene.saved is not None
         format = scene.saved.layout.format if named else way.cache.format
         prompts = way.cache.prompts_at_once or task.batch
-        below = [] if planned is None else ladder(planned, way.cache.tier, format, prompts)
+        below = _unplanned(way, prompts) if planned is None else ladder(planned, way.cache.tier, format, prompts)
         # A cache that is there has its format, and is to be read.
         return [rung for rung in below if not named or (rung.format == format and rung.tier != "lockstep")]
 
@@ -122,6 +122,16 @@ def _tier_of_saved(planned: Plan, cache: CacheConfig) -> str:
     return next((tier for tier in ("resident", "host") if tier in fitting), "disk")
 
 
+def _unplanned(way: Way, prompts: int) -> list[Rung]:
+    """Of a clip in stretches, or of a model whose sizes are not known."""
+    below = []
+    if way.cache.tier in ("resident", "host"):
+        below.append(Rung("lockstep", None, prompts, False, "running the source along"))
+    if prompts > 1:
+        below.append(Rung("lockstep", None, 1, False, "running the source along, one prompt at a time"))
+    return below
+
+
 def _downwards(way: Way, rungs: Callable[[], list[Rung]], run: Callable[[Way], Result], scene: Scene) -> Result:
     """`run` by way, then by the ladder's rungs while memory runs out; each is said in a warning.
 
@@ -131,9 +141,14 @@ def _downwards(way: Way, rungs: Callable[[], list[Rung]], run: Callable[[Way], R
         return run(way)
     except torch.OutOfMemoryError:
         pass  # what it held is free once the handler is left
+    if scene.kept_loops is not None and scene.kept_loops.loops:
+        scene.kept_loops.clear()
+        _free()
+        try:
+            return run(way)
+        except torch.OutOfMemoryError:
+            scene.kept_loops.clear()
     for rung in rungs():
-        if scene.loops is not None:
-            scene.loops.clear()
         _free()
         warnings.warn(f"memory ran out: {rung.reason}", InputWarning, stacklevel=2)
         changes: dict[str, Any] = {"tier": rung.tier, "prompts_at_once": rung.prompts}
@@ -143,7 +158,8 @@ def _downwards(way: Way, rungs: Callable[[], list[Rung]], run: Callable[[Way], R
         try:
             return run(way)
         except torch.OutOfMemoryError:
-            continue
+            if scene.kept_loops is not None:
+                scene.kept_loops.clear()
     raise InputError("there is too little memory on the device: use a smaller size or fewer frames")
 
 

@@ -132,7 +132,7 @@ class KVLockPipeline:
             raise InputError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
         if output not in ("frames", "latent"):
             raise InputError(f"output must be frames or latent, got {output!r}")
-        windows = self._windows(window, overlap, cache)
+        windows = self._windows(window, overlap)
         recorder = Recorder(self.model.device)
         with self._scene(
             (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
@@ -234,6 +234,7 @@ class KVLockPipeline:
             at_once = None if windows is None else windows.frames
             fitted = fit_to_model(video, mask, self.model.geometry, height, width, policy, at_once)
             frames, pixel_mask, count = fitted
+            windows = _if_longer(windows, len(frames), cache)
             check_scheduler(self.pipe.scheduler, self.model.arch.flow)
             solver = Solver(self.pipe.scheduler, num_steps, self.model.device)
             if solver.table is None and not lock.stock:
@@ -250,6 +251,7 @@ class KVLockPipeline:
                 warnings.warn(message, InputWarning, stacklevel=4)
                 lock = replace(lock, compute="full")
             scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved, windows, loops)
+            scene.kept_loops = self._loops
             scene.place(clean, *noise)
             yield scene
         except torch.OutOfMemoryError as error:  # outside of the ladder
@@ -259,15 +261,14 @@ class KVLockPipeline:
                 saved.entry.close()
             self.pipe.maybe_free_model_hooks()
 
-    def _windows(self, window: int | None, overlap: int | None, cache: CacheConfig) -> Windows | None:
+    def _windows(self, window: int | None, overlap: int | None) -> Windows | None:
         """How a long clip is cut. Raises InputError where it cannot be."""
         if window is None:
+            if overlap is not None:
+                raise InputError(f"overlap is {overlap!r}, but there is no window")
             return None
         windows = Windows(window, overlap)
         windows.latent_sizes(self.model.geometry)
-        if cache.path is not None or cache.tier == "disk":
-            where = f"the cache {str(cache.path)!r}" if cache.path is not None else "the cache tier disk"
-            raise InputError(f"window does not go with {where}: stretches are kept in memory or run along only")
         return windows
 
     def _captured(self, graph: str, why_not: str | None) -> CapturedLoops | None:
@@ -275,7 +276,8 @@ class KVLockPipeline:
         capture = choose_capture(graph, self.model.device, why_not)
         if capture is None:
             return None
-        if self._loops is None:
+        kept = self._loops and getattr(self._loops.capture, "device", None)
+        if self._loops is None or kept != getattr(capture, "device", None):
             self._loops = CapturedLoops(capture)
         return self._loops
 
@@ -304,6 +306,16 @@ def _stage(recorder: Recorder, progress: Progress, name: str) -> Iterator[None]:
         yield
     if name not in ("denoise", "source pass"):  # which report their steps
         progress(name, 1, 1)
+
+
+def _if_longer(windows: Windows | None, frames: int, cache: CacheConfig) -> Windows | None:
+    """The windows of a clip that is longer than one; InputError where stretches cannot have this cache."""
+    if windows is None or frames <= windows.frames:
+        return None
+    if cache.path is not None or cache.tier == "disk":
+        where = f"the cache {str(cache.path)!r}" if cache.path is not None else "the cache tier disk"
+        raise InputError(f"window does not go with {where}: stretches are kept in memory or run along only")
+    return windows
 
 
 def _lock(lock: Any) -> LockConfig:

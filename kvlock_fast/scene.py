@@ -38,7 +38,8 @@ class Scene:
     """A source as the model takes it.
 
     frames: uint8 [F, H, W, 3]; count: how many of them to give back; saved: the cache that the user named; windows: of
-    a clip that goes through the model in stretches; loops: where the steps are captured. `place` comes first.
+    a clip that goes through the model in stretches; loops: where the steps are captured; kept_loops: those of earlier
+    calls, whose memory can be had back. `place` comes first.
     """
 
     model: Any
@@ -51,6 +52,7 @@ class Scene:
     saved: SavedSource | None
     windows: Windows | None = None
     loops: CapturedLoops | None = None
+    kept_loops: CapturedLoops | None = None
     clean: Tensor | None = None
     noise: Tensor | None = None
 

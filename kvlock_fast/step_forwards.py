@@ -41,12 +41,12 @@ class StepForwards:
         self.source_latent = source.at(0).clone()
         self.kept: Packed | None = None
         self.saturated: tuple[int, ...] = ()
+        self.idle = False
         self.region, self.rows = None, None
         if task.lock.compute == "foreground":
             self.region = edit_region(task.mask, task.lock)
             outside = ~task.mask.tokens[0].index_select(0, background)
             self.rows = None if outside.all() else outside.nonzero()[:, 0]
-        self._forwards: dict[tuple[int, ...], Forwards] = {}
 
     @contextmanager
     def inputs(self, k: int, saturated: tuple[int, ...]) -> Iterator[Hashable]:
@@ -56,7 +56,8 @@ class StepForwards:
         """
         self.source_latent.copy_(self.source.at(k))
         at, self.saturated = self.predict.stage(k), saturated
-        if k < self.task.lock.zero_init_steps:
+        self.idle = k < self.task.lock.zero_init_steps
+        if self.idle:
             yield "zero", at
         elif not (self.locks(k) or self._compares):
             yield "unlocked", at
@@ -70,7 +71,7 @@ class StepForwards:
 
     def tokens(self) -> list[int]:
         """Computed of each sample, in the step whose inputs are there."""
-        everything = self.task.mask.tokens.shape[1]
+        everything = 0 if self.idle else self.task.mask.tokens.shape[1]
         return [len(self.region.computed) if i in self.saturated else everything for i in range(self.task.batch)]
 
     def locks(self, k: int) -> bool:
@@ -107,9 +108,8 @@ class StepForwards:
         return stored.predictions.get(k), *forwards.from_kept(k, latents, self.kept, alpha)
 
     def _of(self, samples: tuple[int, ...]) -> Forwards:
-        if samples not in self._forwards:
-            self._forwards[samples] = Forwards(self.task.of(samples), self.predict, self.timestep)
-        return self._forwards[samples]
+        """Of some of the samples; made anew in each step, so that a captured one reads the texts where they are."""
+        return Forwards(self.task.of(samples), self.predict, self.timestep)
 
     def _partly(self, k: int, latents: Tensor, alpha: Tensor, kept: KeptKV) -> tuple[Tensor, Tensor | None]:
         """Both branches, of the saturated samples' foreground alone and of the others whole."""
@@ -152,4 +152,3 @@ class StepForwards:
         self.source_latent, self.timestep = tensors["source latent"], tensors["timestep"]
         if self.region is not None:
             self.region = replace(self.region, computed=tensors["computed"])
-        self._forwards = {}

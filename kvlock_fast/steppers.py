@@ -58,8 +58,9 @@ class DeviceStepper:
         window = max(2, min(lock.window, steps))
         self.source_window, self.tau = None, lock.tau
         if lock.tau == "auto":
-            self.tau = torch.ones(1, device=solver.sigmas.device)
+            self.tau = 1.0  # where nothing follows the variance
             if compares_with_source(lock):
+                self.tau = torch.ones(1, device=solver.sigmas.device)
                 region = torch.ones_like(self.foreground) if lock.detection == "global" else self.foreground
                 self.source_window = VarianceWindow(window, region)
         self.schedule = schedule_of(lock, steps, self.tau)
@@ -96,7 +97,10 @@ class DeviceStepper:
         step_epilogue(self.state, cond, _by_rows(uncond), self.foreground, self.schedule, path)
         if self.seam is not None:
             source = self.path.index_select(0, self.state.step)[0]
-            self.state.latents.copy_(mix_seam(self.state.latents, source, self.seam))
+            latents = mix_seam(self.state.latents, source, self.seam)
+            self.state.latents.copy_(latents)
+            bad = (~latents.isfinite()).flatten(1).any(1).float()  # the epilogue counted what is gone now
+            self.state.trace[..., -1].index_copy_(0, self.state.step.long() - 1, bad[None])
 
     def trace(self) -> Tensor:
         """[steps, B, 5]: variance, alpha, omega, s* and whether the latents hold NaN or inf, of each step."""

@@ -74,10 +74,10 @@ def stretches(mask: ProjectedMask, windows: Windows | None, geometry: Geometry) 
     """The stretches of a clip; one of all where it is no longer than a window."""
     total, device = mask.latents.shape[1], mask.latents.device
     if windows is None:
-        return [Stretch(slice(0, total), mask, torch.ones(total, device=device))]
+        return [Stretch(slice(0, total), mask, torch.ones(total, dtype=torch.float32, device=device))]
     window, overlap = windows.latent_sizes(geometry)
     places = places_of(total, window, overlap, geometry.patch_size[0])
-    weights = _normalised([_trapezoid(place, places, total) for place in places], places, total)
+    weights = _normalised([_trapezoid(place, places) for place in places], places, total)
     return [Stretch(place, _cut(mask, place), part.to(device)) for place, part in zip(places, weights, strict=True)]
 
 
@@ -92,7 +92,7 @@ def places_of(total: int, window: int, overlap: int, patch: int = 1) -> list[sli
     return [slice(start, min(start + window, total)) for start in (*range(0, last, window - overlap), last)]
 
 
-def _trapezoid(place: slice, places: list[slice], total: int) -> Tensor:
+def _trapezoid(place: slice, places: list[slice]) -> Tensor:
     """1 in the middle, falling towards the neighbours over what is shared with them; fp64 [n]."""
     at = torch.arange(place.start, place.stop, dtype=torch.float64)
     i = places.index(place)
@@ -125,7 +125,7 @@ def _cut(mask: ProjectedMask, place: slice) -> ProjectedMask:
 def blend(parts: list[Tensor], of: list[Stretch], total: int) -> Tensor:
     """What the stretches say [B, C, n, h, w], as one of the whole clip [B, C, total, h, w] in fp32; fixed order."""
     first = parts[0]
-    whole = torch.zeros(*first.shape[:2], total, *first.shape[3:], device=first.device)
+    whole = torch.zeros(*first.shape[:2], total, *first.shape[3:], dtype=torch.float32, device=first.device)
     for part, stretch in zip(parts, of, strict=True):
         whole[:, :, stretch.frames] += stretch.weights[:, None, None] * part
     return whole

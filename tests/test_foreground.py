@@ -456,3 +456,36 @@ def test_a_source_along_keeps_a_step_of_its_keys():
     more = sparse.needed("lockstep", None, 1, True).gpu - full.needed("lockstep", None, 1, True).gpu
     assert more >= 26208 * 1536 * 2 * 2 * 30 and more < 1.001 * 26208 * 1536 * 2 * 2 * 30
     assert sparse.needed("host", "int4", 1, True) == full.needed("host", "int4", 1, True)
+
+
+def test_a_processor_of_the_users_own_is_refused():
+    pipe = tiny_wan()
+
+    class Mine(type(pipe.transformer.blocks[1].attn1.processor)):
+        pass
+
+    pipe.transformer.blocks[1].attn1.set_processor(Mine())
+    with pytest.raises(kvf.InputError, match="would leave out Mine, an attention processor"):
+        call(pipe, lock=LockConfig(compute="foreground"))
+    assert untouched(pipe.transformer)
+
+
+def test_steps_without_a_forward_compute_nothing():
+    out = call(tiny_wan(), lock=LockConfig(zero_init_steps=2))
+    assert tokens(out)[:2].max() == 0 and tokens(out)[2:].min() == out.trace.tokens
+
+
+def test_nan_far_from_the_mask_is_the_sources_again_with_a_halo_too(monkeypatch):
+    predict = WanModel.predict
+
+    def broken(self, which, latents, timestep, text):
+        velocity = predict(self, which, latents, timestep, text).clone()
+        velocity[..., -1, -1] = float("nan")
+        return velocity
+
+    monkeypatch.setattr(WanModel, "predict", broken)
+    mask = np.zeros((9, 64, 96), bool)
+    mask[:, :16, :16] = True
+    for halo in (0, 1):
+        lock = LockConfig(alpha=1.0, s_star=False, background_latents="source", halo=halo)
+        assert call(tiny_wan(), lock=lock, video=a_video(9, 64, 96), mask=mask).latents.isfinite().all()

@@ -20,6 +20,7 @@ from kvlock_fast import denoise as loop
 from kvlock_fast import pipeline
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputWarning
+from kvlock_fast.foreground import Saturation
 from kvlock_fast.graph import MOST_GRAPHS, MOST_LOOPS, CapturedLoops, StepGraphs
 
 
@@ -184,6 +185,103 @@ def test_a_later_call_replays_what_an_earlier_one_captured(tmp_path, captured, m
     assert torch.equal(first.mask.tokens, again.tokens) and torch.equal(first.mask.token_latents, again.token_latents)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_several_prompts_over_calls_and_batches(captured, monkeypatch, guidance):
+    """The second batch, and the second call, are edited by their own prompts."""
+    pipe = kvf.KVLockPipeline.from_pipe(tiny_wan(unipc()))
+    changes = {"guidance_scale": guidance, "cache": CacheConfig(tier="resident", prompts_at_once=2)}
+    calls = [(1, ["a dog", "a cat", "a circle", "a square"]), (2, ["a square", "red stripes", "a cat", "left"])]
+    replayed = [run(pipe, seed, prompts, **changes).latents for seed, prompts in calls]
+    monkeypatch.setattr(pipeline, "choose_capture", lambda *_: None)
+    for (seed, prompts), latents in zip(calls, replayed, strict=True):
+        fresh = kvf.KVLockPipeline.from_pipe(tiny_wan(unipc()))
+        assert torch.equal(latents, run(fresh, seed, prompts, **changes).latents)
+
+
+def test_samples_that_differ_in_what_is_computed_keep_their_prompts(captured, monkeypatch):
+    """Some are computed for their foreground alone: which prompts these have is the batch's and the call's."""
+    monkeypatch.setattr(Saturation, "samples", lambda self, k: (0,) if k < 5 else (0, 1))
+    lock = LockConfig(alpha=1.0, compute="foreground")
+    changes = {"lock": lock, "steps": 9, "cache": CacheConfig(tier="resident", prompts_at_once=2)}
+    pipe = kvf.KVLockPipeline.from_pipe(tiny_wan())
+    calls = [(1, ["a dog", "a cat", "a circle", "a square"]), (2, ["a square", "red stripes", "a cat", "left"])]
+    replayed = [run(pipe, seed, prompts, **changes).latents for seed, prompts in calls]
+    assert captured.replays > 8
+    monkeypatch.setattr(pipeline, "choose_capture", lambda *_: None)
+    for (seed, prompts), latents in zip(calls, replayed, strict=True):
+        fresh = kvf.KVLockPipeline.from_pipe(tiny_wan())
+        assert torch.equal(latents, run(fresh, seed, prompts, **changes).latents)
+
+
+def out_of_memory_once(method):
+    failing = iter([True])
+
+    def once(*arguments, **named):
+        if next(failing, False):
+            raise torch.OutOfMemoryError("none left")
+        return method(*arguments, **named)
+
+    return once
+
+
+def test_memory_that_runs_out_gives_the_loops_back_and_the_prompts_stay(captured, monkeypatch):
+    """The same way is tried again first, with the captured loops given up."""
+    pipe = kvf.KVLockPipeline.from_pipe(tiny_wan())
+    prompts = ["a dog", "a cat", "a circle", "a square"]
+    arguments = {"source_prompt": "a cat", "num_inference_steps": 5, "graph": "on", "prompt": prompts,
+                 "cache": CacheConfig(tier="lockstep", prompts_at_once=2)}  # fmt: skip
+    monkeypatch.setattr(pipe.model, "decode", out_of_memory_once(pipe.model.decode))
+    found = pipe(a_video(), a_mask(), generator=torch.Generator().manual_seed(1), **arguments)
+    monkeypatch.setattr(pipeline, "choose_capture", lambda *_: None)
+    fresh = kvf.KVLockPipeline.from_pipe(tiny_wan())
+    expected = fresh(a_video(), a_mask(), generator=torch.Generator().manual_seed(1), **arguments)
+    assert torch.equal(found.latents, expected.latents)
+
+
+def test_a_call_without_graphs_has_their_memory_back(captured, monkeypatch):
+    pipe = kvf.KVLockPipeline.from_pipe(tiny_wan())
+    run(pipe)
+    kept = pipe._loops
+    assert kept.loops
+    monkeypatch.setattr(pipe.model, "predict", out_of_memory_once(pipe.model.predict))
+    monkeypatch.setattr(pipeline, "choose_capture", lambda *_: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", InputWarning)  # no smaller way is taken
+        run(pipe, graph="off")
+    assert not kept.loops
+
+
+def test_inference_mode_or_not_between_calls(captured):
+    pipe = kvf.KVLockPipeline.from_pipe(tiny_wan())
+    for cache in (CacheConfig(), CacheConfig(tier="resident")):
+        with torch.inference_mode():
+            first = run(pipe, cache=cache).latents.clone()
+        assert torch.equal(run(pipe, cache=cache).latents, first)
+        with torch.inference_mode():
+            assert torch.equal(run(pipe, cache=cache).latents, first)
+
+
+def test_compiled_blocks_and_another_attention_are_captured_for_themselves(captured, monkeypatch):
+    plain, counted = torch.nn.Module.compile, []
+
+    def backend(graph, inputs):
+        counted.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend=backend))
+    torch.compiler.reset()
+    pipe = kvf.KVLockPipeline.from_pipe(tiny_wan())
+    run(pipe)
+    captures = captured.captures
+    run(pipe, compile="regional")
+    assert counted and captured.captures > captures
+    captures = captured.captures
+    for block in pipe.pipe.transformer.blocks:
+        block.attn1.processor._attention_backend = "_native_math"
+    run(pipe)
+    assert captured.captures > captures
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -260,4 +358,8 @@ def test_why_a_run_declines(monkeypatch):
     call(pipe, lock=LockConfig(tau="auto"))
     pipe.transformer._hf_hook = object()
     call(pipe)
-    assert ["scheduler's own" in said[0], "tau='auto'" in said[1], "offloaded" in said[2]] == [True] * 3
+    del pipe.transformer._hf_hook
+    pipe.transformer.blocks[0].ffn.forward = pipe.transformer.blocks[0].ffn.forward
+    call(pipe)
+    words = ["scheduler's own", "tau='auto'", "replaced, as by offloading", "replaced, as by offloading"]
+    assert all(word in reason for word, reason in zip(words, said, strict=True))

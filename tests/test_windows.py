@@ -94,9 +94,37 @@ def test_a_stretchs_mask_is_the_masks_own(frames, window, overlap, patch, seed):
 
 
 def test_a_window_as_long_as_the_clip_is_the_clip_bit_for_bit():
+    whole = call(tiny_wan(unipc()), steps=4, **long(window=None, overlap=None)).latents
     for window in (FRAMES, 1000):
-        out = call(tiny_wan(unipc()), steps=4, **long(window=window))
-        assert torch.equal(out.latents, call(tiny_wan(unipc()), steps=4, **long(window=None)).latents)
+        assert torch.equal(call(tiny_wan(unipc()), steps=4, **long(window=window)).latents, whole)
+
+
+def test_a_window_that_the_clip_fits_into_forbids_nothing(tmp_path):
+    cache = CacheConfig(tier="disk", root=str(tmp_path))
+    whole = call(tiny_wan(), cache=cache, **long(window=None, overlap=None)).latents
+    assert torch.equal(call(tiny_wan(), cache=cache, **long(window=81)).latents, whole)
+
+
+def test_memory_that_runs_out_in_stretches_is_tried_with_less(monkeypatch):
+    """No plan, but fewer prompts at once, and the source along."""
+    from kvlock_fast import scene
+
+    tried, real = [], scene.denoise
+
+    def little(task, *rest):
+        tried.append((task.batch, rest[2][0].stored is not None))
+        if task.batch > 1:
+            raise torch.OutOfMemoryError("none left")
+        return real(task, *rest)
+
+    monkeypatch.setattr(scene, "denoise", little)
+    prompts = ["a dog", "a cat"]
+    with pytest.warns(InputWarning, match="one prompt at a time"):
+        out = call(tiny_wan(), prompt=prompts, cache=CacheConfig(tier="resident"), steps=2, **long())
+    assert tried == [(2, True), (2, False), (1, False), (1, False)]
+    monkeypatch.undo()
+    along = call(tiny_wan(), prompt=prompts, cache=CacheConfig(prompts_at_once=1), steps=2, **long())
+    assert torch.equal(out.latents, along.latents)
 
 
 def test_every_stretch_is_an_edit_of_its_own_before_it_is_blended():
@@ -185,7 +213,7 @@ def test_longer_than_the_models_position_codes():
     with pytest.raises(
         kvf.InputError, match=r"29 frames of 32x48 are too many .* at most 21 frames .*: give it a window"
     ):
-        call(pipe, **long(window=None))
+        call(pipe, **long(window=None, overlap=None))
     with pytest.raises(kvf.InputError, match="29 frames of 32x48 are too many"):
         call(pipe, **long(window=29))
     assert call(pipe, steps=2, output="frames", **long(window=21)).frames[0].shape == (FRAMES, HEIGHT, WIDTH, 3)
@@ -199,7 +227,7 @@ REFUSED = {
     "nothing": ({"window": 5, "overlap": 4 + 1 - 1}, None),
     "own": ({"window": 8, "overlap": 7}, "window of 8 frames with an overlap of 7 has nothing of its own"),
     "disk": ({"cache": CacheConfig(tier="disk")}, "window does not go with the cache tier disk"),
-    "path": ({"cache": CacheConfig(path="folder")}, "window does not go with the cache 'folder'"),
+    "no window": ({"window": None, "overlap": 3}, "overlap is 3, but there is no window"),
     "graph": ({"graph": "on"}, "graph is 'on', but the steps cannot be captured"),
 }
 
@@ -242,3 +270,12 @@ def test_from_the_command_line(tmp_path):
     assert main([*map(str, arguments)]) == 2 and not (tmp_path / "edit.mkv").exists()
     assert main([*map(str, arguments), "--window", "13", "--overlap", "4"]) == 0
     assert read_video(tmp_path / "edit.mkv").frames.shape == (FRAMES, HEIGHT, WIDTH, 3)
+
+
+def test_a_named_cache_does_not_go_with_stretches(tmp_path):
+    pipe = kvf.KVLockPipeline.from_pipe(tiny_wan())
+    video, mask = a_video(FRAMES), a_mask(FRAMES)
+    arguments = {"source_prompt": "a cat", "num_inference_steps": 2}
+    pipe.invert(video, mask, tmp_path / "cache", generator=torch.Generator().manual_seed(0), **arguments)
+    with pytest.raises(kvf.InputError, match="window does not go with the cache '"):
+        pipe(video, mask, prompt="a dog", window=13, cache=CacheConfig(path=str(tmp_path / "cache")), **arguments)

@@ -119,7 +119,8 @@ class StepLayout:
 
     def new_arena(self, device: torch.device | str) -> Tensor:
         """uint8 [nbytes], what it holds is undefined."""
-        return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+        with torch.inference_mode(False):  # it may be written to after the mode that it was made in
+            return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
 
     def tensors(self, arena: Tensor) -> dict[str, Tensor]:
         """Views of an arena by part name."""

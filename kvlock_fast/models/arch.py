@@ -65,7 +65,7 @@ def select_layers(count: int, layers: tuple[int, ...] | None) -> tuple[int, ...]
 
 
 def refuse_wrapped(transformer: Any) -> None:
-    """Raise InputError for states of a model in which a hook would miss keys, values or whole layers."""
+    """Raise InputError for states of a model in which a lock would miss keys, values or whole layers."""
     if hasattr(transformer, "_orig_mod"):
         raise InputError(
             "the transformer is wrapped by torch.compile(): use its own compile() or compile_repeated_blocks() instead"

@@ -19,13 +19,15 @@ def compiled_blocks(transformers: Sequence[nn.Module], wish: str, names: tuple[s
     again costs nothing. Raises InputError for a model that does not name its repeated blocks, and where they cannot be
     compiled.
     """
+    if wish == "off":
+        yield
+        return
     ours: list[nn.Module] = []
     try:
-        if wish == "regional":
-            for block in (block for transformer in transformers for block in repeated_blocks(transformer, names)):
-                if block._compiled_call_impl is None:
-                    block.compile()
-                    ours.append(block)
+        for block in (block for transformer in transformers for block in repeated_blocks(transformer, names)):
+            if block._compiled_call_impl is None:
+                block.compile()
+                ours.append(block)
         yield
     except torch._dynamo.exc.TorchDynamoException as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

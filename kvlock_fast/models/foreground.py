@@ -31,6 +31,12 @@ class View:
 def processors(attentions: Sequence[nn.Module], processor: Any) -> Iterator[None]:
     """Attentions of diffusers with this processor, and their own again afterwards."""
     before = [(attention, attention.processor) for attention in attentions]
+    for _, own in before:
+        if not type(own).__module__.startswith("diffusers."):
+            raise InputError(
+                f"compute 'foreground' would leave out {type(own).__name__}, an attention processor that is not "
+                "diffusers' own: use compute 'full'"
+            )
     try:
         for attention in attentions:
             attention.processor = processor

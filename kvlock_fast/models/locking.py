@@ -184,7 +184,7 @@ class TransformerLock:
                 name, attention = attentions[layer]
                 for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
                     self._attach(attention, names, (self.state, (layer, kind), token_dim), name)
-        except Exception:
+        except BaseException:
             self.detach()
             raise
 
