@@ -43,6 +43,8 @@ setup(
         "rich>=13",
         "pydantic>=2",
         "xxhash>=3",
+        "pyyaml>=6",
+        "fsspec>=2024.2",
         "nvtx>=0.2.10",
         "ftfy",
     ],
@@ -57,6 +59,9 @@ setup(
             "peft",
             "setuptools>=77",
         ],
+        "ray": ["ray>=2.40"],
+        "s3": ["s3fs"],
+        "parquet": ["pyarrow"],
         "flash-attn": ["flash-attn>=2.7; platform_system == 'Linux'"],
     },
 )

@@ -7,13 +7,15 @@ weights, for a GPU.
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.step_cases import SHAPES, Steps
@@ -48,6 +50,19 @@ def box(frames: int, height: int, width: int, share: float, cell: int) -> np.nda
     mask = np.zeros((frames, height, width), bool)
     mask[:, top * cell : (top + high) * cell, left * cell : (left + wide) * cell] = True
     return mask
+
+
+@contextmanager
+def _counted(device: torch.device) -> Iterator[FlopCounterMode]:
+    """torch's count of FLOPs, attention included: our operator's, and on a CPU by plain products."""
+
+    def ours(q: Any, k: Any, v: Any, *rest: Any, **named: Any) -> int:
+        batch, queries, heads, dim = q
+        return 4 * batch * queries * k[1] * heads * dim
+
+    plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+    with plain, FlopCounterMode(display=False, custom_mapping={torch.ops.kvlock_fast.attention: ours}) as counter:
+        yield counter
 
 
 class ModelEdits:
@@ -111,7 +126,7 @@ class ModelEdits:
         """Of the transformer, in one step."""
         if contender != UNLOCKED:
             self._cache(1)
-        with FlopCounterMode(display=False) as counter:
+        with _counted(self.device) as counter:
             self.run(contender, 1, output="latent")
         counts = counter.get_flop_counts()
         encoder = type(self.pipe.pipe.text_encoder).__name__
@@ -143,7 +158,7 @@ class RandomEdits:
         """Of the transformer in one step, from the difference of two runs' counts."""
         counts = []
         for steps in (1, 2):
-            with FlopCounterMode(display=False) as counter:
+            with _counted(self.device) as counter:
                 self.run(contender, steps)
             counts.append(float(counter.get_total_flops()))
         source = counts[1] - counts[0]
@@ -152,7 +167,7 @@ class RandomEdits:
     def _source_flops(self) -> float:
         """Of the source's own forward, which each stored step costs once."""
         made = self.steps
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with _counted(self.device) as counter, torch.no_grad():
             family = made.family(1)
             family.forward(made.noise, family.scheduler.timesteps[0], made.source_prompt, made.transformer)
         return float(counter.get_total_flops())

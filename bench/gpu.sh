@@ -5,6 +5,7 @@
 #   bash bench/gpu.sh                     all parts
 #   bash bench/gpu.sh tests kernels       some of: compile tests kernels sanitize ncu
 #   bash bench/gpu.sh step                one more, of five minutes: whole steps, also from a cache, beside diffusers'
+#   bash bench/gpu.sh foreground          one more, of five minutes: steps of the foreground alone, beside the whole
 #
 # OUT=FOLDER (out/gpu), PYTHON=COMMAND (python3), COMMIT=HASH where git cannot say, WHEELS=FOLDER (.whl): wheels that
 # this machine lacks are installed from there into a folder of their own, without a network. BUDGET=SECONDS (150) for
@@ -64,8 +65,11 @@ for name in "${PARTS[@]}"; do
         [ ! -f "$OUT/ncu.csv" ] || "$PYTHON" -m bench.ncu "$OUT/ncu.csv" "$OUT/ncu.json" ;;
     step) # whole denoising steps beside diffusers', captured and not
         part step 270 "$PYTHON" bench/step.py --steps 8 --output "$OUT/step.json" ${COMMIT:+--commit "$COMMIT"} ;;
+    foreground)
+        part foreground 270 "$PYTHON" bench/foreground.py --device cuda --shape "wan-1.3b 81f" --mask-share 0.2 0.4 \
+            --steps 6 --batches 1 2 --json "$OUT/foreground.json" ${COMMIT:+--commit "$COMMIT"} ;;
     *)
-        echo "error: unknown part '$name': compile, tests, kernels, sanitize, ncu or step" >&2; exit 2 ;;
+        echo "error: unknown part '$name': compile, tests, kernels, sanitize, ncu, step or foreground" >&2; exit 2 ;;
     esac
 done
 

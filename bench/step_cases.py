@@ -168,7 +168,7 @@ class Steps:
 
             solver = Solver(self.family(steps).scheduler, steps, self.device)
             frames = torch.from_numpy(self.subject.clip.video)
-            scene = Scene(self.model, lock, solver, frames, len(frames), self.mask, "", None, loops)
+            scene = Scene(self.model, lock, solver, frames, len(frames), self.mask, "", None, None, loops)
             scene.place(self.subject.clean, self.noise, None)
             texts = *(x.expand(prompts, -1, -1) for x in (self.prompt, self.negative)), self.source_prompt
             task = Task(self.mask, *texts, guidance=(GUIDANCE, GUIDANCE), lock=lock)

@@ -19,6 +19,8 @@ _PANELS = [
     ("s_star", "Projection s*", "scale of the unconditional prediction"),
 ]
 
+_TOKENS = ("tokens", "Tokens computed", "of each branch; fewer where the foreground alone was")
+
 
 def schedule_charts(trace: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
     """One chart per scheduled quantity, a line per sample; [] where the trace has no records.
@@ -30,7 +32,14 @@ def schedule_charts(trace: dict[str, Any], settings: dict[str, Any]) -> list[dic
         return []
     tau = next((s["tau"] for s in (settings, *settings.values()) if isinstance(s, dict) and "tau" in s), None)
     reference = float(tau) if isinstance(tau, (int, float)) else None
-    return [_chart(trace, key, title, note, reference if key == "variance" else None) for key, title, note in _PANELS]
+    panels = [*_PANELS, *([_TOKENS] if computes_less(trace) else [])]
+    return [_chart(trace, key, title, note, reference if key == "variance" else None) for key, title, note in panels]
+
+
+def computes_less(trace: dict[str, Any]) -> bool:
+    """Whether some step computed less than all tokens; a trace need not know."""
+    whole = trace.get("tokens")
+    return bool(whole) and any(record.get("tokens", whole) < whole for record in trace["records"])
 
 
 def _chart(trace: dict[str, Any], key: str, title: str, note: str, reference: float | None) -> dict[str, Any]:

@@ -58,6 +58,27 @@ Alpha = Annotated[str | None, _option("'dynamic' or a fixed ratio of the source'
 Policy = Annotated[FramesPolicy, _option("For a frame count the model cannot take.")]
 MaxFrames = Annotated[int | None, _option("Use only the first so many frames.", min=1)]
 Size = Annotated[str | None, _option("Work at HEIGHTxWIDTH; else the source's size (demo: small).")]
+_OUTPUT = (
+    "The edit: .mp4, .m4v, .mov, .webm, .gif, .mkv (lossless), or a folder, which has no suffix (PNG, lossless); "
+    "NAME-1, NAME-2, ... for several prompts."
+)
+_FEATHER = "Pixels outside the mask over which --composite mixes; those of --mask-feather, or else 8."
+Mask = Annotated[
+    str,
+    _option(
+        "Where it may change: video, image, folder, .npy, .npz, or box:x,y,w,h, which moves as "
+        "'box:0=x,y,w,h;24=x,y,w,h' (at frame 0, at frame 24, straight in between)."
+    ),
+]
+_GROW = "Grow it by so many pixels of the source in every direction; a negative number shrinks it."
+_SOFT = "A soft edge around it: so many more pixels that may change, over which --composite fades to the source."
+MaskThreshold = Annotated[float, _option("Marked is what is brighter than this share, 0 to 1.")]
+MaskInvert = Annotated[bool, _option("What is marked stays, the rest may change.", "--mask-invert")]
+MaskGrow = Annotated[int, _option(_GROW, min=-1024, max=1024)]
+MaskFeather = Annotated[int, _option(_SOFT, min=0, max=256)]
+MaskPreview = Annotated[
+    Path | None, _option("Write a video of what the model sees of the mask: its tokens. Before any step is run.")
+]
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -108,9 +129,9 @@ def number_or(word: str, text: str | None, option: str) -> float | str | None:
 @app.command()
 def edit(
     source: Source,
-    mask: Annotated[str, _option("Where it may change: video, image, folder, .npy, .npz, or box:x,y,w,h.")],
+    mask: Mask,
     prompt: Annotated[list[str], _option("What the edit shall show; once for each edit of the same source.")],
-    output: Annotated[Path, _option("The edit, .mp4 or .mkv (lossless); NAME-1, NAME-2, ... for several prompts.")],
+    output: Annotated[Path, _option(_OUTPUT)],
     source_prompt: Annotated[str | None, _option("What the source shows; with --cache, as it was made.")] = None,
     model: Model = "demo",
     negative_prompt: Annotated[str | None, _option("What guidance shall lead away from.")] = None,
@@ -118,6 +139,11 @@ def edit(
     guidance: Annotated[float, _option("The guidance scale (omega0); 1 or less: no guidance.")] = 5.0,
     guidance_2: Annotated[float | None, _option("For the low-noise transformer, where there are two.")] = None,
     seed: Annotated[int | None, _option("Of the noise; 0, or the cache's.", min=0, max=MOST_SEED)] = None,
+    mask_threshold: MaskThreshold = 0.5,
+    mask_invert: MaskInvert = False,
+    mask_grow: MaskGrow = 0,
+    mask_feather: MaskFeather = 0,
+    mask_preview: MaskPreview = None,
     size: Size = None,
     max_frames: MaxFrames = None,
     frames_policy: Policy = FramesPolicy.pad,
@@ -128,7 +154,7 @@ def edit(
     s_star_region: Annotated[str | None, _option("'all' or 'foreground'.")] = None,
     tau: Annotated[str | None, _option("The variance at which locking saturates, or 'auto'.")] = None,
     b: Annotated[float | None, _option("The largest factor on the guidance scale.")] = None,
-    window: Annotated[int | None, _option("W: predictions the variance looks back on.")] = None,
+    variance_window: Annotated[int | None, _option("W: predictions the variance looks back on.")] = None,
     kappa: Kappa = None,
     warmup_alpha: Annotated[float | None, _option("Alpha before them.")] = None,
     alpha_floor: Annotated[float | None, _option("Least alpha.")] = None,
@@ -140,6 +166,8 @@ def edit(
     inversion_solver: InversionSolver = None,
     zero_init_steps: Annotated[int | None, _option("First steps with a prediction of 0.")] = None,
     guidance_batching: Annotated[str | None, _option("'separate' or 'batched' forwards, or 'auto'.")] = None,
+    window: Annotated[int | None, _option("The most frames at once: longer clips go in stretches.")] = None,
+    overlap: Annotated[int | None, _option("Frames that they share and blend; else a quarter.")] = None,
     compute: Annotated[str | None, _option("'foreground' leaves out what alpha = 1 makes needless, or 'full'.")] = None,
     alpha_snap: Annotated[float | None, _option("A dynamic alpha from here on counts as 1.")] = None,
     alpha_lag: Annotated[int | None, _option("Alpha follows the variance 1 or 2 steps back.")] = None,
@@ -156,9 +184,11 @@ def edit(
     graph: Annotated[str, _option("Capture the steps in CUDA graphs: 'off', 'on', or 'auto' where it can.")] = "off",
     compile: Annotated[str, _option("torch.compile: 'off', or 'regional' for the transformer's blocks.")] = "off",
     composite: Annotated[bool, _option("Paste the source's background back, at its size.")] = False,
-    feather: Annotated[int, _option("Pixels outside the mask over which --composite mixes.", min=0, max=256)] = 8,
+    feather: Annotated[int | None, _option(_FEATHER, min=0, max=256)] = None,
+    no_audio: Annotated[bool, _option("Leave the source's sound out of the edit.", "--no-audio")] = False,
     trace: Annotated[Path | None, _option("Write what happened at each step, as JSON.")] = None,
     report: Annotated[Path | None, _option("Write an HTML page about the edit.")] = None,
+    sheet: Annotated[Path | None, _option("Write one picture of the edit, PNG.")] = None,
     json_file: JsonFile = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -169,7 +199,7 @@ def edit(
 
     overrides = {
         "alpha": number_or("dynamic", alpha, "--alpha"), "omega": omega, "s_star": s_star,
-        "s_star_region": s_star_region, "tau": number_or("auto", tau, "--tau"), "b": b, "window": window,
+        "s_star_region": s_star_region, "tau": number_or("auto", tau, "--tau"), "b": b, "window": variance_window,
         "kappa": kappa, "warmup_alpha": warmup_alpha, "alpha_floor": alpha_floor, "omega_floor": omega_floor,
         "detection": detection, "layers": parse_layers(layers), "background_latents": background_latents,
         "source_path": source_path, "inversion_solver": inversion_solver, "zero_init_steps": zero_init_steps,
@@ -187,10 +217,62 @@ def edit(
         made.or_given("num_inference_steps", steps, "--steps", made.steps or 50), guidance, guidance_2,
         made.or_given("seed", seed, "--seed", 0 if cache is None else None), parse_size(size) or made.size,
         frames_policy.value, lock, composite, feather, kept, graph, compile,
+        mask_shape=commands.MaskShape(mask_threshold, mask_invert, mask_grow, mask_feather),
+        window_frames=window, window_overlap=overlap,
     )  # fmt: skip
     max_frames = made.or_given("max_frames", max_frames, "--max-frames", None)
-    files = commands.EditFiles(source, mask, output, trace, report, json_file, max_frames)
+    files = commands.EditFiles(
+        source, mask, output, trace, report, json_file, max_frames,
+        sheet=sheet, mask_preview=mask_preview, audio=not no_audio,
+    )  # fmt: skip
     commands.edit(files, settings, model, device, dtype, _command_line(), quiet)
+
+
+@app.command()
+def batch(
+    manifest: Annotated[Path | None, typer.Argument(help="The jobs: .jsonl or .csv; see --schema.")] = None,
+    output: Annotated[Path | None, _option("The folder for results, ledger and index; files in it stay.")] = None,
+    model: Annotated[str | None, _option("A folder, a hub id, or demo; for jobs that name none.")] = None,
+    defaults: Annotated[Path | None, _option("A .yaml or .toml file of fields for jobs that lack them.")] = None,
+    settings: Annotated[list[str] | None, _option("NAME=VALUE: any other field for such jobs.", "--set")] = None,
+    steps: Annotated[int | None, _option("Denoising steps of such jobs.")] = None,
+    guidance: Annotated[float | None, _option("Their guidance scale.")] = None,
+    seed: Annotated[int | None, _option("Of their noise.")] = None,
+    size: Annotated[str | None, _option("Their HEIGHTxWIDTH.")] = None,
+    preset: Annotated[str | None, _option("Their lock's preset.")] = None,
+    check: Annotated[bool, _option("Only look: files, masks, memory. Nothing is loaded or run.", "--check")] = False,
+    schema: Annotated[bool, _option("Print the JSON Schema of a job.", "--schema")] = False,
+    retry_failed: Annotated[bool, _option("Also run what failed before.", "--retry-failed")] = False,
+    edits_per_pass: Annotated[int, _option("Jobs that share a pass of their source at most.", min=1, max=1000)] = 8,
+    reports: Annotated[bool, _option("A page about each job.", "--reports/--no-reports")] = True,
+    results: Annotated[str | None, _option("Where videos go instead: a folder or URL, like s3://bucket/run.")] = None,
+    metrics_file: Annotated[Path | None, _option("Keep figures there in the text format of Prometheus.")] = None,
+    engine: Annotated[str, _option("Who runs it: local, or ray.")] = "local",
+    address: Annotated[str | None, _option("The Ray cluster: auto, ray://HOST:PORT; else one is started.")] = None,
+    workers: Annotated[int | None, _option("Ray actors; else as many as fit.", min=1)] = None,
+    cpus_per_worker: Annotated[int | None, _option("Cores of an actor, without a GPU.", min=1)] = None,
+    graph: Annotated[str, _option("As for edit.")] = "off",
+    json_file: JsonFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quiet: Quiet = False,
+) -> int:
+    """Run the edits of a manifest, none lost: the same command again does what is missing."""
+    from kvlock_fast.batch import command
+
+    if schema:
+        command.print_schema()
+        return 0
+    for name, value in (("argument 'MANIFEST'", manifest), ("option '--output'", output)):
+        if value is None:
+            raise InputError(f"missing {name}")
+    given = {"model": model, "steps": steps, "guidance": guidance, "seed": seed, "size": size, "preset": preset}
+    asked = command.BatchSettings(
+        manifest, output, defaults, {name: value for name, value in given.items() if value is not None},
+        tuple(settings or ()), results, device, dtype, graph, edits_per_pass, reports, retry_failed, engine, address,
+        workers, cpus_per_worker, metrics_file, json_file, _command_line(), quiet,
+    )  # fmt: skip
+    return command.check(asked) if check else command.run(asked)
 
 
 @app.command()
@@ -202,6 +284,11 @@ def invert(
     model: Model = "demo",
     steps: Steps = 50,
     seed: Annotated[int, _option("Of the noise.", min=0, max=MOST_SEED)] = 0,
+    mask_threshold: MaskThreshold = 0.5,
+    mask_invert: MaskInvert = False,
+    mask_grow: MaskGrow = 0,
+    mask_feather: MaskFeather = 0,
+    mask_preview: MaskPreview = None,
     size: Size = None,
     max_frames: MaxFrames = None,
     frames_policy: Policy = FramesPolicy.pad,
@@ -231,8 +318,49 @@ def invert(
     settings = commands.EditSettings(
         source_prompt, [], steps=steps, seed=seed, size=parse_size(size), frames_policy=frames_policy.value, lock=lock,
         cache=commands.cache_config(format=format, step_stride=stride, steps=store),
+        mask_shape=commands.MaskShape(mask_threshold, mask_invert, mask_grow, mask_feather),
     )  # fmt: skip
-    commands.invert(source, mask, output, settings, model, max_frames, device, dtype, json_file, quiet)
+    commands.invert(source, mask, output, settings, model, max_frames, device, dtype, json_file, quiet, mask_preview)
+
+
+@app.command("mask")
+def show_mask(
+    source: Source,
+    mask: Mask,
+    output: Annotated[Path, _option("The picture of it: a video, as for edit.")],
+    model: Annotated[str, _option("Whose tokens: a known size like wan-1.3b, a config file, or as for edit.")] = "demo",
+    mask_threshold: MaskThreshold = 0.5,
+    mask_invert: MaskInvert = False,
+    mask_grow: MaskGrow = 0,
+    mask_feather: MaskFeather = 0,
+    size: Size = None,
+    max_frames: MaxFrames = None,
+    frames_policy: Policy = FramesPolicy.pad,
+    json_file: JsonFile = None,
+) -> None:
+    """Show a mask as the model sees it: its tokens over the video. Needs the model's configs only."""
+    from kvlock_fast import show
+    from kvlock_fast.media import MaskShape
+
+    shape = MaskShape(mask_threshold, mask_invert, mask_grow, mask_feather)
+    show.show_mask(
+        source, mask, output, model, parse_size(size), max_frames, frames_policy.value, shape, json_file
+    )  # fmt: skip
+
+
+@app.command()
+def report(
+    trace: Annotated[Path, typer.Argument(metavar="TRACE", help="What edit --trace or demo wrote.")],
+    output: Annotated[Path, _option("The HTML page.")],
+    source: Annotated[str | None, _option("The source's video; else the file that the trace names.")] = None,
+    mask: Annotated[str | None, _option("Its mask, as for edit; else what the trace names.")] = None,
+    edited: Annotated[list[str] | None, _option("The edit; once for each prompt. Else as the trace names.")] = None,
+    sheet: Annotated[Path | None, _option("Write one picture of the edit as well, PNG.")] = None,
+) -> None:
+    """Make the page about an edit again, from its trace and what is left of its videos."""
+    from kvlock_fast import show
+
+    show.report(trace, output, sheet, source, mask, edited or [])
 
 
 @app.command()

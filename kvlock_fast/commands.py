@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from kvlock_fast.cache.units import text_bytes
 from kvlock_fast.config import LockConfig
 from kvlock_fast.edit import (
     Clip,
+    EditResult,
     EditSettings,
     figures,
     find_device,
@@ -24,17 +26,21 @@ from kvlock_fast.edit import (
     write_demo_files,
     write_page,
 )
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.files import check_writable, output_folder, write_text
 from kvlock_fast.invert import CacheNotes, cache_config, run_invert
-from kvlock_fast.media import check_video_output, write_video
+from kvlock_fast.masks import Geometry
+from kvlock_fast.media import MaskShape, check_video_output, is_box, write_video
 from kvlock_fast.nvtx import span
+from kvlock_fast.preview import geometry_of, is_local, view_tokens, write_preview
 from kvlock_fast.progress import progress_bar
+from kvlock_fast.sheet import write_sheet
 
 __all__ = [
     "CacheNotes",
     "EditFiles",
     "EditSettings",
+    "MaskShape",
     "cache_config",
     "demo",
     "demo_world",
@@ -45,12 +51,15 @@ __all__ = [
     "lock_config",
     "plan",
     "profile",
+    "refuse_same",
 ]
 
 
 @dataclass(frozen=True)
 class EditFiles:
-    """The files of one edit. trace and report are optional; json: a file for the figures, "-" for stdout, or None."""
+    """The files of one edit. trace, report, sheet and mask_preview are optional; json: a file for the figures, "-" for
+    stdout, or None; audio: whether the source's sound is kept.
+    """
 
     source: str
     mask: str
@@ -59,6 +68,9 @@ class EditFiles:
     report: Path | None = None
     json: str | None = None
     max_frames: int | None = None
+    sheet: Path | None = None
+    mask_preview: Path | None = None
+    audio: bool = True
 
 
 def lock_config(preset: str, overrides: dict[str, Any]) -> LockConfig:
@@ -77,26 +89,53 @@ def edit(
     outputs = output_names(str(files.output), len(settings.prompts))
     _check_outputs(outputs, files, model, settings.cache.path)
     find_device(device)
-    clip = read_clip(files.source, files.mask, files.max_frames)
+    clip = read_clip(files.source, files.mask, files.max_frames, settings.mask_shape, files.audio)
     settings = replace(settings, size=working_size(model, clip.video, settings.size))
     with progress_bar(quiet) as progress:
+        show_mask = partial(_preview_edit, files.mask_preview, clip, settings)
+        configs_first = files.mask_preview is not None and is_local(model)
+        if configs_first:
+            show_mask(geometry_of(model))
         progress("load", 0, 1)
         pipe = load_pipeline(model, device, dtype)
         progress("load", 1, 1)
+        if not configs_first:
+            show_mask(pipe.model.geometry)
         result = run_edit(pipe, clip, settings, progress)
         progress("write", 0, 1)
         with span("write"):
             for path, video in zip(outputs, result.videos, strict=True):
-                write_video(path, video, clip.fps)
-        if files.trace is not None:
-            write_text(files.trace, trace_json(result, settings))
-        if files.report is not None:
-            write_page(files.report, clip, result, settings, command)
+                write_video(path, video, clip.fps, audio=clip.audio)
+        _write_about(files, outputs, clip, result, settings, command)
         write_json(files.json, {"outputs": [str(path) for path in outputs], **figures(result, settings)})
         progress("write", 1, 1)
     if files.json != "-":
         for path, prompt, metrics in zip(outputs, settings.prompts, result.metrics, strict=True):
             print(f"{path}: {prompt}{_metrics_text(metrics)}")
+
+
+def _preview_edit(path: Path | None, clip: Clip, settings: EditSettings, geometry: Geometry) -> None:
+    """Write the preview of an edit's mask, if one is wanted; what is changed to fit is said by the edit itself."""
+    if path is None:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", InputWarning)
+        view = view_tokens(clip.video, clip.mask, geometry, settings.size, settings.frames_policy)
+    write_preview(path, view, clip.fps)
+
+
+def _write_about(
+    files: EditFiles, outputs: list[Path], clip: Clip, result: EditResult, settings: EditSettings, command: str
+) -> None:
+    """What is said about an edit beside the videos: trace, page, sheet."""
+    if files.trace is not None:
+        inputs = {"source": files.source, "mask": files.mask, "max_frames": files.max_frames}
+        made = {**inputs, "outputs": [str(path) for path in outputs]}
+        write_text(files.trace, trace_json(result, settings, command, made))
+    if files.report is not None:
+        write_page(files.report, clip, result, settings, command)
+    if files.sheet is not None:
+        write_sheet(files.sheet, result.source, result.mask, result.videos)
 
 
 def invert(
@@ -110,19 +149,24 @@ def invert(
     dtype: str,
     json_file: str | None,
     quiet: bool,
+    mask_preview: Path | None = None,
 ) -> None:
     """`kvlock-fast invert`: run a source once, keep its K and V."""
     _check_texts(settings)
     folder = Path(output)
     _check_cache_folder(folder, model, json_file)
     check_json(json_file)
+    if mask_preview is not None:
+        check_video_output(mask_preview)
+        refuse_same([("--source", source), ("--mask", mask), ("--json", json_file), ("--mask-preview", mask_preview)])
     find_device(device)
-    clip = read_clip(source, mask, max_frames)
+    clip = read_clip(source, mask, max_frames, settings.mask_shape, audio=False)
     settings = replace(settings, size=working_size(model, clip.video, settings.size))
     with progress_bar(quiet) as progress:
         progress("load", 0, 1)
         pipe = load_pipeline(model, device, dtype)
         progress("load", 1, 1)
+        _preview_edit(mask_preview, clip, settings, pipe.model.geometry)
         made = run_invert(pipe, clip, folder, settings, max_frames, progress)
     write_json(json_file, made)
     if json_file != "-":
@@ -294,21 +338,40 @@ def _check_outputs(outputs: list[Path], files: EditFiles, model: str, cache: Any
     """Refuse outputs that cannot be written, or that would replace each other, an input, the model or the cache."""
     for path in outputs:
         check_video_output(path)
-    others = [("--trace", files.trace), ("--report", files.report)]
+    others = [("--trace", files.trace), ("--report", files.report), ("--sheet", files.sheet)]
     others.append(("--json", None if files.json in (None, "-") else Path(files.json)))
-    taken = {Path(given).resolve(): option for option, given in (("--source", files.source), ("--mask", files.mask))}
-    for option, path in [*(("--output", path) for path in outputs), *others]:
+    for _, path in others:
+        if path is not None:
+            check_writable(path)
+    previews = [] if files.mask_preview is None else [files.mask_preview]
+    for path in previews:
+        check_video_output(path)
+    written = [
+        *(("--output", path) for path in outputs),
+        *(("--mask-preview", path) for path in previews),
+        *others,
+    ]
+    refuse_same([("--source", files.source), ("--mask", files.mask), *written])
+    for option, path in written:
         if path is None:
             continue
-        check_writable(path)
         place = path.resolve()
-        if place in taken:
-            raise InputError(f"{option} '{path}' is the same file as {taken[place]}: nothing is overwritten")
         if Path(model).is_dir() and place.is_relative_to(Path(model).resolve()):
             raise InputError(f"{option} '{path}' lies in the model's folder '{model}'")
         if cache is not None and place.is_relative_to(Path(cache).resolve()):
             raise InputError(f"{option} '{path}' lies in the folder of the cache '{cache}'")
-        taken[place] = option
+
+
+def refuse_same(files: list[tuple[str, str | Path | None]]) -> None:
+    """Raise InputError where a file is named twice. (option, path) of inputs, which may be one, then of outputs."""
+    taken: dict[Path, str] = {}
+    for option, path in files:
+        if path is None or path == "-" or is_box(str(path)):
+            continue
+        place = Path(path).resolve()
+        if place in taken and option not in ("--mask", "--edited"):
+            raise InputError(f"{option} '{path}' is the same file as {taken[place]}: nothing is overwritten")
+        taken.setdefault(place, option)
 
 
 def demo_world(clips: int, output: Path, seed: int) -> None:

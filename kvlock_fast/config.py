@@ -234,7 +234,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 def _choice(config: Any, name: str, *allowed: str) -> None:
     value = getattr(config, name)
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        known = ", ".join(choice for choice in allowed if choice is not None)
+        raise ValueError(f"{name} must be one of {known}, got {value!r}")
 
 
 def _number(config: Any, name: str, low: float, high: float | None, *, open_low: bool = False, or_word: str = ""):

@@ -15,27 +15,49 @@ from kvlock_fast.composite import composite
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.files import output_folder, write_text
-from kvlock_fast.media import box_mask, fit_mask, read_mask, read_video, resize_mask, resize_video, write_video
+from kvlock_fast.media import (
+    Audio,
+    MaskShape,
+    box_mask,
+    fit_mask,
+    grow_mask,
+    is_box,
+    read_mask,
+    read_video,
+    resize_mask,
+    resize_video,
+    write_video,
+)
 from kvlock_fast.metrics import measure_edit
 from kvlock_fast.nvtx import span
+from kvlock_fast.version import __version__
 
 Progress = Callable[[str, int, int], None]
+
+FEATHER = 8
+"""Pixels over which a composite mixes, where nothing else was asked for."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A source and its mask, at the source's size: uint8 [F, H, W, 3] and bool [F, H, W]."""
+    """A source and its mask, at the source's size: uint8 [F, H, W, 3] and bool [F, H, W].
+
+    solid: the mask without its soft edge, where it has one; audio: the source's sound, if it shall be kept.
+    """
 
     video: np.ndarray
     mask: np.ndarray
     fps: Fraction
+    solid: np.ndarray | None = None
+    audio: Audio | None = None
 
 
 @dataclass(frozen=True)
 class EditSettings:
     """How to edit.
 
-    size: (height, width) to work at, None for the source's; seed: None for that of the cache, where it knows none.
+    size: (height, width) to work at, None for the source's; seed: None for that of the cache, where it knows none;
+    feather: pixels over which a composite mixes, None for the soft edge of the mask, or 8 where it has none.
     """
 
     source_prompt: str
@@ -49,10 +71,20 @@ class EditSettings:
     frames_policy: str = "pad"
     lock: LockConfig = field(default_factory=lambda: LockConfig.preset("kvlock"))
     composite: bool = False
-    feather: int = 8
+    feather: int | None = None
     cache: CacheConfig = field(default_factory=CacheConfig)
     graph: str = "off"
     compile: str = "off"
+    mask_shape: MaskShape = field(default_factory=MaskShape)
+    window_frames: int | None = None
+    window_overlap: int | None = None
+
+    @property
+    def composite_feather(self) -> int:
+        """Pixels outside the mask over which a composite mixes."""
+        if self.feather is not None:
+            return self.feather
+        return self.mask_shape.feather or FEATHER
 
 
 @dataclass(frozen=True)
@@ -68,26 +100,48 @@ class EditResult:
     metrics: list[dict[str, float | None]]
 
 
-def read_clip(source: str, mask: str, max_frames: int | None = None) -> Clip:
-    """Read a video and its mask (a file, a folder, or box:x,y,w,h). Raises InputError naming what is wrong."""
+def read_clip(
+    source: str, mask: str, max_frames: int | None = None, shape: MaskShape | None = None, audio: bool = True
+) -> Clip:
+    """Read a video and its mask (a file, a folder, or a box in words), which is shaped as asked.
+
+    Raises InputError naming what is wrong.
+    """
     for option, value in (("--source", source), ("--mask", mask)):
         if not value:
             raise InputError(f"{option} is empty")
     video = read_video(source, max_frames=max_frames)
-    count, height, width = video.frames.shape[:3]
-    if mask.startswith("box:"):
-        pixels = box_mask(mask, count, height, width)
+    solid = _read_solid(source, mask, video.frames.shape[:3], max_frames, shape or MaskShape())
+    feather = shape.feather if shape else 0
+    return Clip(
+        video.frames,
+        grow_mask(solid, feather),
+        video.fps,
+        solid if feather else None,
+        video.audio if audio else None,
+    )
+
+
+def _read_solid(
+    source: str, mask: str, extent: tuple[int, int, int], max_frames: int | None, shape: MaskShape
+) -> np.ndarray:
+    """The mask at the source's size, without its soft edge."""
+    if is_box(mask):
+        pixels = box_mask(mask, *extent)
     else:
-        pixels = read_mask(mask)
-        if max_frames is not None and len(pixels) > 1:
-            pixels = pixels[:count]
-        try:
-            pixels = fit_mask(pixels, count, height, width)
-        except InputError as error:
-            raise InputError(f"the mask '{mask}' does not fit '{source}': {error}") from error
+        pixels = read_mask(mask, threshold=shape.threshold, max_frames=max_frames)
+    pixels = ~pixels if shape.invert else pixels
+    try:
+        pixels = fit_mask(pixels, *extent)
+    except InputError as error:
+        raise InputError(f"the mask '{mask}' does not fit '{source}': {error}") from error
     if not pixels.any():
-        raise InputError(f"the mask '{mask}' is empty: no pixel is marked as foreground")
-    return Clip(video.frames, pixels, video.fps)
+        reason = "every pixel is marked, and it is inverted" if shape.invert else "no pixel is marked as foreground"
+        raise InputError(f"the mask '{mask}' is empty: {reason}")
+    grown = grow_mask(pixels, shape.grow)
+    if not grown.any():
+        raise InputError(f"the mask '{mask}' is empty once it is shrunk by {-shape.grow} pixels")
+    return grown
 
 
 def working_size(model: str, video: np.ndarray, size: tuple[int, int] | None) -> tuple[int, int] | None:
@@ -150,10 +204,16 @@ def _quieten_libraries() -> None:
 
 def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress | None = None) -> EditResult:
     """Edit a clip in memory."""
+    out = call_pipeline(pipe, clip, settings, progress)
+    return finish_edit(clip, out.frames, out.trace.as_dict(), settings)
+
+
+def call_pipeline(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress | None = None, **more: Any) -> Any:
+    """The part of an edit that the model does: its `EditOutput`. more: further arguments of the pipeline."""
     import torch
 
     height, width = settings.size or (None, None)
-    out = pipe(
+    return pipe(
         clip.video,
         clip.mask,
         height=height,
@@ -166,23 +226,30 @@ def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress |
         guidance_scale_2=settings.guidance_2,
         generator=None if settings.seed is None else torch.Generator().manual_seed(settings.seed),
         frames_policy=settings.frames_policy,
+        window=settings.window_frames,
+        overlap=settings.window_overlap,
         lock=settings.lock,
         cache=settings.cache,
         graph=settings.graph,
         compile=settings.compile,
         progress=progress,
+        **more,
     )
-    count = len(out.frames[0])
-    videos = out.frames
+
+
+def finish_edit(clip: Clip, videos: list[np.ndarray], trace: dict[str, Any], settings: EditSettings) -> EditResult:
+    """The part that the model is not needed for: composite and metrics. videos: uint8 [F, h, w, 3], one a prompt."""
+    count = len(videos[0])
     source, shown_mask = clip.video[:count], clip.mask[:count]
     if settings.composite:
+        solid = shown_mask if clip.solid is None else clip.solid[:count]
         with span("composite"):
-            videos = [composite(source, edited, shown_mask, settings.feather) for edited in videos]
+            videos = [composite(source, edited, solid, settings.composite_feather) for edited in videos]
     else:
         size = videos[0].shape[1:3]
         source, shown_mask = resize_video(source, *size), resize_mask(shown_mask, *size)
     metrics = [measure_edit(source, shown_mask, edited) for edited in videos]
-    return EditResult(videos, source, shown_mask, out.trace.as_dict(), metrics)
+    return EditResult(videos, source, shown_mask, trace, metrics)
 
 
 def output_names(output: str, prompts: int) -> list[Path]:
@@ -197,16 +264,17 @@ def output_names(output: str, prompts: int) -> list[Path]:
 
 def write_demo_files(folder: Path, clip: Clip, result: EditResult, settings: EditSettings, command: str) -> list[Path]:
     """The six files of a demo: source, mask, edit, report, sheet, trace."""
-    from kvlock_fast.report import write_sheet
+    from kvlock_fast.pictures import as_pictures
+    from kvlock_fast.sheet import write_sheet
 
     folder = output_folder(folder)
-    mask_video = np.repeat(clip.mask[..., None].astype(np.uint8) * 255, 3, axis=3)
     write_video(folder / "source.mp4", clip.video, clip.fps)
-    write_video(folder / "mask.mp4", mask_video, clip.fps)
+    write_video(folder / "mask.mp4", as_pictures(clip.mask), clip.fps)
     write_video(folder / "edited.mp4", result.videos[0], clip.fps)
     write_page(folder / "report.html", clip, result, settings, command)
     write_sheet(folder / "sheet.png", result.source, result.mask, result.videos[0])
-    write_text(folder / "trace.json", trace_json(result, settings))
+    files = {"source": "source.mp4", "mask": "mask.mp4", "outputs": ["edited.mp4"]}
+    write_text(folder / "trace.json", trace_json(result, settings, command, files))
     return sorted(folder / name for name in
                   ("source.mp4", "mask.mp4", "edited.mp4", "report.html", "sheet.png", "trace.json"))  # fmt: skip
 
@@ -229,10 +297,11 @@ def write_page(path: Path, clip: Clip, result: EditResult, settings: EditSetting
 
 
 def settings_table(settings: EditSettings) -> dict[str, Any]:
-    """Every setting by name, the lock's and the cache's beside the rest."""
-    table = {name: value for name, value in vars(settings).items() if name not in ("lock", "cache")}
+    """Every setting by name, the mask's, the lock's and the cache's beside the rest."""
+    table = {name: value for name, value in vars(settings).items() if name not in ("lock", "cache", "mask_shape")}
+    table["feather"] = settings.composite_feather
     cache = {f"cache_{name}": value for name, value in settings.cache.as_dict().items() if value is not None}
-    return {**table, **settings.lock.as_dict(), **cache}
+    return {**table, **settings.mask_shape.as_dict(), **settings.lock.as_dict(), **cache}
 
 
 def figures(result: EditResult, settings: EditSettings) -> dict[str, Any]:
@@ -241,6 +310,10 @@ def figures(result: EditResult, settings: EditSettings) -> dict[str, Any]:
     return {**result.trace, "settings": settings_table(settings), "metrics": finite}
 
 
-def trace_json(result: EditResult, settings: EditSettings) -> str:
-    """`figures` as JSON text."""
-    return json.dumps(figures(result, settings), indent=1)
+def trace_json(result: EditResult, settings: EditSettings, command: str, files: dict[str, Any]) -> str:
+    """All that a page about the edit can be made of again, as JSON text.
+
+    files: source, mask, outputs and max_frames; paths as they were typed, or relative to the trace's own folder.
+    """
+    record = {**figures(result, settings), "command": command, "version": __version__, "files": files}
+    return json.dumps(record, indent=1)

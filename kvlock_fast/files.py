@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +24,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         OutputError: the place cannot be written (no such folder, a folder of that name, no permission, disk full).
     """
     final = Path(path)
-    _refuse_folder(final)
+    _refuse_what_is_no_file(final)
     # Short and of its own, so that a long final name still fits the file system's limit.
     temporary = final.with_name(f".kvlock-{secrets.token_hex(6)}{final.suffix}")
     try:
@@ -46,13 +47,63 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 def check_writable(path: str | os.PathLike) -> None:
     """Raise OutputError unless a file can be put at `path`; leaves nothing behind and touches no earlier file."""
     final = Path(path)
-    _refuse_folder(final)
+    _refuse_what_is_no_file(final)
     probe = final.with_name(f".kvlock-{secrets.token_hex(6)}")
     try:
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         probe.unlink()
     except OSError as error:
         raise _refusal(final, error) from error
+
+
+def check_writable_folder(path: str | os.PathLike) -> None:
+    """Raise OutputError unless a folder is, or can be made, at `path` and takes files; makes none."""
+    folder = Path(path)
+    try:
+        there, file = folder.is_dir(), folder.exists() and not folder.is_dir()
+    # A name that is too long.
+    except OSError as error:
+        raise _refusal(folder, error) from error
+    if file:
+        raise OutputError(f"cannot write the folder '{folder}': a file has this name")
+    check_writable(folder / f".kvlock-{secrets.token_hex(6)}" if there else folder)
+
+
+@contextlib.contextmanager
+def new_folder_content(path: str | os.PathLike, replaced: str) -> Iterator[Path]:
+    """Give a temporary folder; its files go to the folder `path` when the block ends well.
+
+    A new folder appears whole, by one move. In one that exists, the files come in one by one, each whole, and older
+    ones that match the pattern `replaced` go; all else stays. If the block raises, nothing changes.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    folder = Path(path)
+    check_writable_folder(folder)
+    name = f".kvlock-{secrets.token_hex(6)}"
+    # Inside a folder that exists: it may be the root of a file system.
+    temporary = folder / name if folder.is_dir() else folder.with_name(name)
+    try:
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            _fsync(file)
+        if not folder.is_dir():
+            temporary.replace(folder)
+            _fsync(folder.parent)
+            return
+        fresh = {file.name for file in temporary.iterdir()}
+        for file in fresh:
+            (temporary / file).replace(folder / file)
+        for older in folder.glob(replaced):
+            if older.name not in fresh:
+                older.unlink()
+        _fsync(folder)
+    except OSError as error:
+        raise _refusal(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
@@ -94,10 +145,13 @@ def user_cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"kvlock_fast-{os.getuid()}"
 
 
-def _refuse_folder(path: Path) -> None:
+def _refuse_what_is_no_file(path: Path) -> None:
     try:
         if path.is_dir():
             raise OutputError(f"cannot write '{path}': a folder has this name")
+        # A device or a pipe, which the finished file would replace for good.
+        if path.exists() and not path.is_file():
+            raise OutputError(f"cannot write '{path}': it is not a regular file")
     # A name that is too long.
     except OSError as error:
         raise _refusal(path, error) from error

@@ -92,11 +92,18 @@ def nearest_size(geometry: Geometry, height: int, width: int) -> tuple[int, int]
 
 
 def fit_to_model(
-    video: Any, mask: Any, geometry: Geometry, height: int | None, width: int | None, policy: str
+    video: Any,
+    mask: Any,
+    geometry: Geometry,
+    height: int | None,
+    width: int | None,
+    policy: str,
+    at_once: int | None = None,
 ) -> tuple[Tensor, Tensor, int]:
     """Video uint8 [F, H, W, 3] and mask bool [F, H, W] as the model takes them, and how many frames to give back.
 
-    Warns where the size or the number of frames is changed.
+    at_once: the most frames that go through the model together, None for all. Warns where the size or the number of
+    frames is changed.
     """
     video = as_video(video)
     count, *given = video.shape[:3]
@@ -109,7 +116,7 @@ def fit_to_model(
     if size != wanted:
         down, across = geometry.size_multiple()
         _warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: working at {size[0]}x{size[1]}")
-    _check_extent(geometry, count, *size)
+    _check_extent(geometry, min(count, at_once or count), *size)
     video, mask = resize_video(video, *size), resize_mask(mask, *size)
     video, _ = fit_frames(video, policy, geometry.frame_step)
     mask, _ = fit_frames(mask, policy, geometry.frame_step)
@@ -127,12 +134,11 @@ def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> N
     if geometry.knows(frames, height, width):
         return
     (down, across), (long, high, wide) = geometry.size_multiple(), geometry.limits
-    longest = (
-        "" if long is None else f"{geometry.temporal_stride * (long * geometry.patch_size[0] - 1) + 1} frames and "
-    )
+    longest = frames if long is None else geometry.temporal_stride * (long * geometry.patch_size[0] - 1) + 1
+    length, way_out = "" if long is None else f"{longest} frames and ", ": give it a window" if frames > longest else ""
     raise InputError(
         f"{frames} frames of {height}x{width} are too many for this model: "
-        f"it takes at most {longest}{high * down}x{wide * across}"
+        f"it takes at most {length}{high * down}x{wide * across}{way_out}"
     )
 
 

@@ -50,7 +50,9 @@ def run_with_memory(run: Callable[[Way], Result], scene: Scene, task: Task, cach
 
 
 def _plan(scene: Scene, task: Task, cache: CacheConfig, pipe: Any) -> Plan | None:
-    """The plan of a call on this machine, for the tier that was asked for, or for all; None for an unknown model."""
+    """The plan of a call on this machine, for the tier that was asked for, or for all; None where there is none."""
+    if scene.windows is not None:  # a clip in stretches is made for little memory, and not planned
+        return None
     try:
         model = from_pipeline(pipe)
     except InputError:

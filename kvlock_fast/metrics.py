@@ -36,12 +36,17 @@ def ssim(a: np.ndarray, b: np.ndarray, where: np.ndarray | None = None) -> float
     The windows reach over the picture's edge by reflection, and those pixels count like all others. Raises ValueError
     for differing shapes or an empty `where`.
     """
-    where = _checked(a, b, where)
-    total = 0.0
-    for x, y, w in zip(a, b, where, strict=True):
-        if w.any():
-            total += float(_ssim_map(x, y)[w].sum())
-    return total / int(where.sum())
+    return _ssim_in(a, b, [_checked(a, b, where)])[0]
+
+
+def _ssim_in(a: np.ndarray, b: np.ndarray, regions: list[np.ndarray]) -> list[float]:
+    """The mean similarity in each region, none of them empty; the map of a frame is made once."""
+    totals = [0.0] * len(regions)
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        if any(region[i].any() for region in regions):
+            similarity = _ssim_map(x, y)
+            totals = [total + float(similarity[r[i]].sum()) for total, r in zip(totals, regions, strict=True)]
+    return [total / int(region.sum()) for total, region in zip(totals, regions, strict=True)]
 
 
 def flicker(video: np.ndarray, where: np.ndarray | None = None) -> float:
@@ -97,11 +102,19 @@ def _blurred(stack: np.ndarray, axis: int) -> np.ndarray:
 
 
 def measure_edit(source: np.ndarray, mask: np.ndarray, edited: np.ndarray) -> dict[str, float | None]:
-    """Background PSNR (dB, inf where equal) and SSIM against the source. None: there is no background."""
-    background = ~mask
-    if not background.any():
-        return {"background_psnr": None, "background_ssim": None}
-    return {
-        "background_psnr": psnr(source, edited, background),
-        "background_ssim": ssim(source, edited, background),
-    }
+    """How background and foreground of an edit compare with the source, and how calm they are.
+
+    source, edited: uint8 `[F, H, W, 3]`; mask: bool `[F, H, W]`, True on the foreground. For each region its PSNR (dB,
+    inf where equal), SSIM and flicker, and the source's flicker beside it. None: no pixel of the video counts.
+    """
+    regions = {name: where for name, where in (("background", ~mask), ("foreground", mask)) if where.any()}
+    similarity = dict(zip(regions, _ssim_in(source, edited, list(regions.values())), strict=True))
+    measured: dict[str, float | None] = {}
+    for name in ("background", "foreground"):
+        where = regions.get(name)
+        measured[f"{name}_psnr"] = None if where is None else psnr(source, edited, where)
+        measured[f"{name}_ssim"] = similarity.get(name)
+        still = where is None or len(source) < 2 or not (where[:-1] & where[1:]).any()
+        measured[f"{name}_flicker"] = None if still else flicker(edited, where)
+        measured[f"{name}_flicker_source"] = None if still else flicker(source, where)
+    return measured

@@ -28,6 +28,7 @@ from kvlock_fast.scene import Scene, edit_prompts
 from kvlock_fast.schedulers import check_scheduler
 from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder, Trace
+from kvlock_fast.windows import Windows
 
 Progress = Callable[[str, int, int], None]
 
@@ -94,25 +95,31 @@ class KVLockPipeline:
         height: int | None = None,
         width: int | None = None,
         frames_policy: str = "pad",
+        window: int | None = None,
+        overlap: int | None = None,
         lock: LockConfig | None = None,
         cache: CacheConfig | None = None,
         graph: str = "off",
         compile: str = "off",
+        ladder: bool = True,
         output: str = "frames",
         progress: Progress | None = None,
     ) -> EditOutput:
         """Edit `video` where `mask` is True.
 
         video: uint8 [F, H, W, 3] (array, tensor, or a list of frames); mask: bool [F, H, W], [1, H, W] or [H, W] (for
-        all frames), at the video's size; prompt: one, or several for the same source, edited in one batch; latents:
-        the starting noise [1, C, T, h, w] instead of drawing it from `generator`; height, width: the size to work at
+        all frames), at the video's size; prompt: one, or several for the same source, edited in one batch; latents: the
+        starting noise [1, C, T, h, w] instead of drawing it from `generator`; height, width: the size to work at
         (default: the video's; the nearest the model can take); frames_policy: what to do with a frame count that the
         model cannot take: "pad" (repeat the last frame, cut back afterwards), "trim" or "error"; guidance_scale_2: for
-        the low-noise transformer of a model with two; lock: default LockConfig.preset("kvlock"); cache: where the
-        source's K and V come from (one made by `invert` brings its noise along: give no generator or latents, or the
-        same); graph: whether the steps are captured in CUDA graphs, "off", "on", or "auto" (where they can be; a
-        warning says why not); compile: "regional" has torch.compile take the transformer's blocks, "off" leaves them as
-        they are; output: "frames" or "latent"; progress(stage, done, total) is called along the way.
+        the low-noise transformer of a model with two; window: the most frames that go through the model at once, for
+        clips longer than what it was made for, and overlap: frames that neighbours share and blend (a quarter of the
+        window); lock: default LockConfig.preset("kvlock"); cache: where the source's K and V come from (one made by
+        `invert` brings its noise along: give no generator or latents, or the same); graph: whether the steps are
+        captured in CUDA graphs, "off", "on", or "auto" (where they can be; a warning says why not); compile: "regional"
+        has torch.compile take the transformer's blocks, "off" leaves them as they are; ladder: whether the cache is
+        planned for and smaller ways are tried when memory runs out (without, `cache` is taken to the letter, and "auto"
+        is lockstep); output: "frames" or "latent"; progress(stage, done, total) is called along the way.
 
         Raises InputError (a ValueError) on bad input; warns where the input is changed to fit.
         """
@@ -125,10 +132,11 @@ class KVLockPipeline:
             raise InputError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
         if output not in ("frames", "latent"):
             raise InputError(f"output must be frames or latent, got {output!r}")
+        windows = self._windows(window, overlap, cache)
         recorder = Recorder(self.model.device)
         with self._scene(
             (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
-            lock, cache, recorder, progress, graph,
+            lock, cache, recorder, progress, graph, windows,
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
                 texts = self._texts(prompts, negative_prompt, source_prompt, guidance_scale)
@@ -146,7 +154,7 @@ class KVLockPipeline:
                     videos = self.model.decode(edited, len(scene.frames), tiled=way.tiled_decoding)
                 return edited, [video[: scene.count].numpy() for video in videos]
 
-            edited, decoded = run_with_memory(run, scene, task, cache, self.pipe)
+            edited, decoded = run_with_memory(run, scene, task, cache, self.pipe) if ladder else run(Way(cache))
         warmup, solver = max(0, num_inference_steps - lock.kappa), scene.solver
         trace = recorder.finish(prompts, warmup, scene.mask, solver.timesteps, solver.sigmas)
         return EditOutput(decoded, edited.float(), trace, scene.mask)
@@ -208,6 +216,7 @@ class KVLockPipeline:
         recorder: Recorder,
         progress: Progress,
         graph: str = "off",
+        windows: Windows | None = None,
     ) -> Iterator[Scene]:
         """The source, encoded or taken from the cache that `cache` names; its files are open meanwhile."""
         for transformer in self.model.transformers:
@@ -222,14 +231,17 @@ class KVLockPipeline:
             video, mask, height, width, policy = clip
             if saved is not None and height is None and width is None:
                 height, width = saved.size
-            frames, pixel_mask, count = fit_to_model(video, mask, self.model.geometry, height, width, policy)
+            at_once = None if windows is None else windows.frames
+            fitted = fit_to_model(video, mask, self.model.geometry, height, width, policy, at_once)
+            frames, pixel_mask, count = fitted
             check_scheduler(self.pipe.scheduler, self.model.arch.flow)
             solver = Solver(self.pipe.scheduler, num_steps, self.model.device)
             if solver.table is None and not lock.stock:
                 name = type(self.pipe.scheduler).__name__
                 message = f"scheduler {name} has no table of its steps: it is called itself, which is slower"
                 warnings.warn(message, InputWarning, stacklevel=4)
-            loops = self._captured(graph, why_not_captured(self.model, lock, solver))
+            several = "the clip goes through the model in stretches" if windows is not None else None
+            loops = self._captured(graph, several or why_not_captured(self.model, lock, solver))
             with _stage(recorder, progress, "encode"):
                 mask = self._project(pixel_mask)
                 clean = None if saved is not None else self.model.encode_video(frames)
@@ -237,7 +249,7 @@ class KVLockPipeline:
                 message = "mask covers every token: compute 'foreground' has nothing to leave out, computing in full"
                 warnings.warn(message, InputWarning, stacklevel=4)
                 lock = replace(lock, compute="full")
-            scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved, loops)
+            scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved, windows, loops)
             scene.place(clean, *noise)
             yield scene
         except torch.OutOfMemoryError as error:  # outside of the ladder
@@ -246,6 +258,17 @@ class KVLockPipeline:
             if saved is not None:
                 saved.entry.close()
             self.pipe.maybe_free_model_hooks()
+
+    def _windows(self, window: int | None, overlap: int | None, cache: CacheConfig) -> Windows | None:
+        """How a long clip is cut. Raises InputError where it cannot be."""
+        if window is None:
+            return None
+        windows = Windows(window, overlap)
+        windows.latent_sizes(self.model.geometry)
+        if cache.path is not None or cache.tier == "disk":
+            where = f"the cache {str(cache.path)!r}" if cache.path is not None else "the cache tier disk"
+            raise InputError(f"window does not go with {where}: stretches are kept in memory or run along only")
+        return windows
 
     def _captured(self, graph: str, why_not: str | None) -> CapturedLoops | None:
         """Where captured steps are kept; None where they are not captured."""

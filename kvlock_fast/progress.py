@@ -9,6 +9,7 @@ from typing import TextIO
 STAGES = {
     "load": "loading the model",
     "encode": "encoding the source",
+    "source pass": "running the source",
     "text": "reading the prompts",
     "denoise": "denoising",
     "decode": "decoding",
@@ -77,4 +78,14 @@ class PlainLines:
             self.tenths[stage] = tenth
             left = (now - self.begun[stage]) / done * (total - done)
             name = STAGES.get(stage, stage)
-            print(f"{name}: step {done} of {total}, {left:.0f} s left", file=self.stream, flush=True)
+            print(f"{name}: step {done} of {total}, {duration(left)} left", file=self.stream, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """In the two largest units: 45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

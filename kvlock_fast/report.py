@@ -1,4 +1,4 @@
-"""What came out, for people: one self-contained page, and one picture."""
+"""What came out, for people: one self-contained page."""
 
 from __future__ import annotations
 
@@ -14,133 +14,96 @@ from typing import Any
 import numpy as np
 
 from kvlock_fast import charts
-from kvlock_fast.files import atomic_path, write_text
+from kvlock_fast.files import write_text
 from kvlock_fast.media import write_video
-from kvlock_fast.metrics import flicker, measure_edit
+from kvlock_fast.metrics import measure_edit
+from kvlock_fast.pictures import (
+    as_pictures,
+    at_most,
+    difference,
+    difference_scale,
+    heat,
+    heat_colours,
+    legible,
+    outline,
+)
 from kvlock_fast.version import __version__
 
-LEGIBLE = 256
-"""Videos whose longer side is smaller than this are enlarged, or nobody would see anything."""
+LARGEST = 1280
+"""Pixels of the longer side above which the page's copy of a video is made smaller."""
 
-_OUTLINE = np.array([255, 64, 129], dtype=np.uint8)
+Metrics = dict[str, float | None]
 
 
 def write_report(
     path: str | os.PathLike,
     *,
-    source: np.ndarray,
-    mask: np.ndarray,
+    source: np.ndarray | None,
+    mask: np.ndarray | None,
     edited: np.ndarray | Sequence[np.ndarray],
     trace: dict[str, Any],
     settings: dict[str, Any],
     command: str,
-    metrics: dict[str, float | None] | Sequence[dict[str, float | None]] | None = None,
+    metrics: Metrics | Sequence[Metrics] | None = None,
     fps: Fraction | float = 16,
 ) -> None:
-    """Write one HTML file that needs nothing else: videos, figures, plots, settings, command.
+    """Write one HTML file that needs nothing else: videos, differences, figures, plots, settings, command.
 
     Args:
-        source: uint8 `[F, H, W, 3]`.
-        mask: bool `[F, H, W]`, True on the part that was to be edited.
-        edited: one uint8 `[F, H, W, 3]`, or one per prompt in the order of `trace["prompts"]`.
+        source: uint8 `[F, H, W, 3]`; None leaves out what needs it.
+        mask: bool `[F, H, W]`, True on the part that was to be edited; or None.
+        edited: one uint8 `[F, H, W, 3]`, or one per prompt in the order of `trace["prompts"]`; or none.
         trace: prompts, steps, warmup_steps and the records per step and sample, as in trace.json.
         settings: shown as a table; dictionaries within it become headings.
-        metrics: what `metrics.measure_edit` returns, one per edit (or the one); None measures here.
+        metrics: what `metrics.measure_edit` returns, one per edit (or the one); None measures here what it can.
 
     Raises OutputError if the path cannot be written.
     """
-    edits = _edits(edited)
-    outlined = outline(source, mask)
-    given = [metrics] if isinstance(metrics, dict) else metrics or [measure_edit(source, mask, e) for e in edits]
+    edits = [edited] if isinstance(edited, np.ndarray) and edited.ndim == 4 else list(edited)
+    count = max(len(edits), len(trace.get("prompts", [])), 1)
     page = _template().render(
         version=__version__,
-        prompts=_prompts(trace, len(edits)),
-        clips=[_clip("Source", source, fps), _clip("Mask", outlined, fps)]
-        + [_clip(f"Edit {i + 1}" if len(edits) > 1 else "Edit", e, fps) for i, e in enumerate(edits)],
-        figures=[_figures({**_calm(source, mask, e), **m}) for e, m in zip(edits, given, strict=False)],
+        prompts=_prompts(trace, count),
+        clips=_clips(source, mask, edits, fps),
+        heat=", ".join("rgb({}, {}, {})".format(*colour) for colour in heat_colours()[::15].tolist()),
+        figures=[_figures(one) for one in _measured(source, mask, edits, metrics)],
         charts=charts.schedule_charts(trace, settings),
-        facts=_facts(source, mask, trace, fps),
+        facts=_facts(source if source is not None else next(iter(edits), None), mask, trace, fps),
         settings=_rows(settings),
         command=command,
     )
     write_text(path, page)
 
 
-def write_sheet(
-    path: str | os.PathLike,
-    source: np.ndarray,
-    mask: np.ndarray,
-    edited: np.ndarray | Sequence[np.ndarray],
-    *,
-    columns: int = 6,
-) -> None:
-    """Write a contact sheet as PNG: a row each for source, mask and every edit, and a handful of frames across.
-
-    Shapes as in `write_report`. Raises OutputError if the path cannot be written.
-    """
-    from PIL import Image, ImageDraw
-
-    edits = _edits(edited)
-    index = np.linspace(0, len(source) - 1, min(columns, len(source))).round().astype(int)
-    names = ["source", "mask"] + [f"edit {i + 1}" if len(edits) > 1 else "edit" for i in range(len(edits))]
-    rows = [legible(clip) for clip in (source[index], outline(source[index], mask[index]), *(e[index] for e in edits))]
-    height, width = rows[0].shape[1:3]
-    gap, margin, caption = 8, 24, 24
-    band = height + caption + gap
-    sheet = Image.new("RGB", (2 * margin + len(index) * (width + gap) - gap, 2 * margin + len(rows) * band), "#16181d")
-    draw, font = ImageDraw.Draw(sheet), _font(15)
-    for i, (name, row) in enumerate(zip(names, rows, strict=True)):
-        top = margin + i * band
-        draw.text((margin, top), name, fill="#c9ced8", font=font)
-        for j, picture in enumerate(row):
-            sheet.paste(Image.fromarray(picture), (margin + j * (width + gap), top + caption))
-    for j, frame in enumerate(index):
-        draw.text((margin + j * (width + gap), margin + len(rows) * band), f"frame {frame}", fill="#8b92a0", font=font)
-    with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG")
+def _clips(
+    source: np.ndarray | None, mask: np.ndarray | None, edits: list[np.ndarray], fps: Fraction | float
+) -> list[dict[str, Any]]:
+    """What can be played: source, mask, each edit and its difference from the source."""
+    clips = [] if source is None else [_clip("Source", source, fps)]
+    if mask is not None:
+        clips.append(_clip("Mask", as_pictures(mask) if source is None else outline(source, mask), fps))
+    maps = [] if source is None else [difference(source, edit) for edit in edits]
+    scale = difference_scale(maps, None if mask is None else ~mask) if maps else 0
+    for i, edit in enumerate(edits):
+        number = f" {i + 1}" if len(edits) > 1 else ""
+        clips.append({**_clip(f"Edit{number}", edit, fps), "prompt": i})
+        if maps:
+            clips.append({**_clip(f"Difference{number}", heat(maps[i], scale), fps), "scale": scale})
+    return clips
 
 
-def _calm(source: np.ndarray, mask: np.ndarray, edited: np.ndarray) -> dict[str, float | None]:
-    """The flicker of both regions in the edit, and in the source for comparison. None: nothing to compare."""
-
-    def calm(video: np.ndarray, where: np.ndarray) -> float | None:
-        counts = len(video) > 1 and (where[:-1] & where[1:]).any()
-        return flicker(video, where) if counts else None
-
-    regions = {"background": ~mask, "foreground": mask}
-    return {f"{name}_flicker": calm(edited, where) for name, where in regions.items()} | {
-        f"{name}_flicker_source": calm(source, where) for name, where in regions.items()
-    }
-
-
-def outline(source: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The source with the background dimmed and the mask's border drawn: uint8 `[F, H, W, 3]`."""
-    result = np.where(mask[..., None], source, (source * np.float32(0.45) + 20).astype(np.uint8))
-    inner = mask.copy()
-    for axis in (1, 2):
-        for step in (-1, 1):
-            inner &= _shifted(mask, axis, step)
-    result[mask & ~inner] = _OUTLINE
-    return result
-
-
-def legible(frames: np.ndarray) -> np.ndarray:
-    """Small frames enlarged by whole numbers, nearest pixel, until the longer side is legible."""
-    factor = max(1, math.ceil(LEGIBLE / max(frames.shape[1:3])))
-    return frames.repeat(factor, axis=1).repeat(factor, axis=2)
-
-
-def _shifted(mask: np.ndarray, axis: int, step: int) -> np.ndarray:
-    """The mask moved by one pixel; beyond the picture's edge counts as inside, so the edge itself is no border."""
-    moved = np.roll(mask, step, axis)
-    edge = [slice(None)] * 3
-    edge[axis] = 0 if step == 1 else -1
-    moved[tuple(edge)] = True
-    return moved
-
-
-def _edits(edited: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
-    return [edited] if isinstance(edited, np.ndarray) and edited.ndim == 4 else list(edited)
+def _measured(
+    source: np.ndarray | None,
+    mask: np.ndarray | None,
+    edits: list[np.ndarray],
+    given: Metrics | Sequence[Metrics] | None,
+) -> list[Metrics]:
+    """The figures of each edit: those given, and measured ones where none are."""
+    if given:
+        return [given] if isinstance(given, dict) else list(given)
+    if source is None or mask is None:
+        return []
+    return [measure_edit(source, mask, edit) for edit in edits]
 
 
 def _prompts(trace: dict[str, Any], count: int) -> list[str]:
@@ -150,7 +113,7 @@ def _prompts(trace: dict[str, Any], count: int) -> list[str]:
 
 def _clip(name: str, frames: np.ndarray, fps: Fraction | float) -> dict[str, Any]:
     """A name, a size and the mp4 as a data URI; even sizes, because browsers do not all decode 4:4:4."""
-    shown = legible(frames)
+    shown = legible(at_most(frames, LARGEST))
     shown = np.pad(shown, [(0, 0), (0, shown.shape[1] % 2), (0, shown.shape[2] % 2), (0, 0)], mode="edge")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
@@ -159,34 +122,51 @@ def _clip(name: str, frames: np.ndarray, fps: Fraction | float) -> dict[str, Any
     return {"name": name, "uri": f"data:video/mp4;base64,{data}", "height": shown.shape[1], "width": shown.shape[2]}
 
 
-def _figures(values: dict[str, float | None]) -> list[dict[str, str]]:
-    """The tiles of one edit: label, value, and what it is to be read against."""
+def _figures(values: Metrics) -> list[dict[str, Any]]:
+    """The tiles of one edit, by region: label, value, and what it is to be read against."""
 
     def number(key: str, digits: int) -> str:
         value = values.get(key)
         return "–" if value is None else "∞" if math.isinf(value) else f"{value:.{digits}f}"
 
-    decibels = number("background_psnr", 1)
-    if values.get("background_psnr") is None and values.get("background_ssim") is not None:
-        # JSON has no infinity: from there an untouched background comes as null.
-        decibels = "∞"
-    tiles = [
-        ("Background PSNR", decibels, "dB against the source; higher is closer, ∞ untouched"),
-        ("Background SSIM", number("background_ssim", 4), "1 is equal; windows at the border see the edit"),
-    ]
-    for region in ("background", "foreground"):
-        note = f"levels from frame to frame; source {number(f'{region}_flicker_source', 2)}"
-        tiles.append((f"{region.capitalize()} flicker", number(f"{region}_flicker", 2), note))
-    return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in tiles]
+    def decibels(region: str) -> str:
+        # JSON has no infinity: from there an untouched region comes as null.
+        untouched = values.get(f"{region}_psnr") is None and values.get(f"{region}_ssim") is not None
+        return "∞" if untouched else number(f"{region}_psnr", 1)
+
+    notes = {
+        "background": ("dB against the source; higher is closer, ∞ untouched", "1 is equal; its windows see the edit"),
+        "foreground": ("dB against the source; lower is more change", "1 is equal to the source"),
+    }
+    groups = []
+    for region, (of_psnr, of_ssim) in notes.items():
+        calm = f"mean change from frame to frame, in levels; source {number(f'{region}_flicker_source', 2)}"
+        tiles = [
+            ("PSNR", decibels(region), of_psnr),
+            ("SSIM", number(f"{region}_ssim", 4), of_ssim),
+            ("Flicker", number(f"{region}_flicker", 2), calm),
+        ]
+        named = [(f"{region.capitalize()} {label}", value, note) for label, value, note in tiles]
+        groups.append([dict(zip(("label", "value", "note"), tile, strict=True)) for tile in named])
+    return groups
 
 
-def _facts(source: np.ndarray, mask: np.ndarray, trace: dict[str, Any], fps: Fraction | float) -> list[str]:
-    frames, height, width = source.shape[:3]
-    facts = [f"{frames} frames", f"{height}×{width}", f"{float(fps):.4g} fps", f"mask {mask.mean():.1%}"]
+def _facts(
+    video: np.ndarray | None, mask: np.ndarray | None, trace: dict[str, Any], fps: Fraction | float
+) -> list[str]:
+    facts = []
+    if video is not None:
+        frames, height, width = video.shape[:3]
+        facts = [f"{frames} frames", f"{height}×{width}", f"{float(fps):.4g} fps"]
+    if mask is not None:
+        facts.append(f"mask {mask.mean():.1%}")
     records = trace.get("records", [])
     if records:
         seconds = sum({r["step"]: r["seconds"] for r in records}.values())
         facts += [f"{trace['steps']} steps", f"{seconds:.1f} s denoising"]
+        if charts.computes_less(trace):
+            share = sum(r["tokens"] for r in records) / (len(records) * trace["tokens"])
+            facts.append(f"{share:.0%} of {trace['tokens']} tokens computed")
     return facts
 
 
@@ -200,17 +180,11 @@ def _rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, float):
         return f"{value:g}"
     return ", ".join(_text(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
-
-
-def _font(size: int):
-    """matplotlib's own DejaVu Sans: Pillow alone has no scalable font on every build."""
-    import matplotlib
-    from PIL import ImageFont
-
-    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
 
 
 def _template():

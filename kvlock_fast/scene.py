@@ -15,7 +15,7 @@ from kvlock_fast.cache.root import CacheRoot
 from kvlock_fast.cache.saved import SavedSource
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.controller import can_lock, compares_with_source
-from kvlock_fast.denoise import denoise
+from kvlock_fast.denoise import Part, denoise
 from kvlock_fast.errors import InputError, InputWarning, OutputError
 from kvlock_fast.files import user_cache_folder
 from kvlock_fast.forwards import Predictor, Task
@@ -28,6 +28,7 @@ from kvlock_fast.source import SourcePath, invert, renoise
 from kvlock_fast.source_pass import StoredSource
 from kvlock_fast.source_store import Source, SourceMaker, check_saved, read_saved, saved_path, source_facts
 from kvlock_fast.trace import Recorder
+from kvlock_fast.windows import Stretch, Windows, blend, stretches
 
 Progress = Callable[[str, int, int], None]
 
@@ -36,8 +37,8 @@ Progress = Callable[[str, int, int], None]
 class Scene:
     """A source as the model takes it.
 
-    frames: uint8 [F, H, W, 3]; count: how many of them to give back; saved: the cache that the user named; loops: where
-    the steps are captured. `place` comes first.
+    frames: uint8 [F, H, W, 3]; count: how many of them to give back; saved: the cache that the user named; windows: of
+    a clip that goes through the model in stretches; loops: where the steps are captured. `place` comes first.
     """
 
     model: Any
@@ -48,6 +49,7 @@ class Scene:
     mask: ProjectedMask
     source_prompt: str
     saved: SavedSource | None
+    windows: Windows | None = None
     loops: CapturedLoops | None = None
     clean: Tensor | None = None
     noise: Tensor | None = None
@@ -77,6 +79,10 @@ class Scene:
             return self.saved.background.to(self.mask.tokens.device, copy=True)
         return (~self.mask.tokens[0]).nonzero()[:, 0]
 
+    def stretches(self) -> list[Stretch]:
+        """What goes through the model at once."""
+        return stretches(self.mask, self.windows, self.model.geometry)
+
     def stage(self, k: int) -> int:
         """0, or 1 in the low-noise steps of a model that has two stages."""
         return self.model.stage_at(float(self.solver.timesteps[k]), self.solver.num_train_timesteps)
@@ -92,7 +98,7 @@ class Scene:
                 return saved_path(self.saved, self.solver, self.mask.tokens.device)
             if self.lock.source_path == "renoise":
                 return renoise(self.clean, self.noise, self.solver)
-            velocity = partial(_own_velocity, predict, text)
+            velocity = partial(_own_velocity, predict, text, self.stretches())
             return invert(self.clean, self.solver, velocity, self.lock.inversion_solver)
 
     def save(
@@ -121,20 +127,32 @@ def edit_prompts(task: Task, scene: Scene, cache: CacheConfig, recorder: Recorde
     recorder.start_over()
     with scene.predictor(recorder) as predict:
         path = scene.path(predict, task.source_prompt, recorder)
-        source = Source(path, task.source_prompt, scene.background())
-        stored = _stored_source(source, scene, predict, cache, recorder, progress)
-        recorder.cache = _facts(cache.tier, stored)
-        _warn_of_source_runs(scene, stored)
+        parts: list[Part] = []
         try:
+            for stretch in scene.stretches():
+                source = _source_of(stretch, scene, path, task.source_prompt)
+                stored = _stored_source(source, scene, predict, cache, recorder, progress)
+                parts.append(Part(stretch, source.path, stored, source.background))
+            recorder.cache = _facts(cache.tier, [part.stored for part in parts if part.stored is not None])
+            _warn_of_source_runs(scene, parts[0].stored)
             done = _StepCounter(progress, task, cache, scene.solver.num_steps)
             edits = [
-                denoise(part, predict, path, stored, scene.solver, recorder, done, scene.loops)
-                for part in _batches(task, cache)
+                denoise(some, predict, path, parts, scene.solver, recorder, done, scene.loops)
+                for some in _batches(task, cache)
             ]
         finally:
-            if stored is not None:
-                stored.store.close()
+            for part in parts:
+                if part.stored is not None:
+                    part.stored.store.close()
     return torch.cat(edits)
+
+
+def _source_of(stretch: Stretch, scene: Scene, path: SourcePath, prompt: Tensor) -> Source:
+    """The source in a stretch."""
+    if scene.windows is None:
+        return Source(path, prompt, scene.background())
+    part = SourcePath(stretch.of(path.path), stretch.of(path.start))
+    return Source(part, prompt, stretch.background())
 
 
 def _stored_source(
@@ -171,11 +189,11 @@ def _warn_of_source_runs(scene: Scene, stored: StoredSource | None) -> None:
         warnings.warn(message, InputWarning, stacklevel=4)
 
 
-def _facts(tier: str, stored: StoredSource | None) -> dict[str, Any]:
-    if stored is None:
+def _facts(tier: str, stored: list[StoredSource]) -> dict[str, Any]:
+    if not stored:
         return {"tier": "lockstep"}
-    store = stored.store
-    return {"tier": tier, "format": store.layout.format, "steps": len(store.steps), "bytes": store.nbytes}
+    store, count = stored[0].store, sum(part.store.nbytes for part in stored)
+    return {"tier": tier, "format": store.layout.format, "steps": len(store.steps), "bytes": count}
 
 
 def _batches(task: Task, cache: CacheConfig) -> Iterator[Task]:
@@ -198,10 +216,11 @@ class _StepCounter:
         self.progress("denoise", self.done, self.total)
 
 
-def _own_velocity(predict: Predictor, text: Tensor, latents: Tensor, k: int) -> Tensor:
+def _own_velocity(predict: Predictor, text: Tensor, parts: list[Stretch], latents: Tensor, k: int) -> Tensor:
     """The source's own velocity [1, ...] at sigma_k, nothing locked."""
     with span("forward source"):
-        return predict(k, latents, text)
+        said = [predict(k, part.of(latents), text) for part in parts]
+    return said[0] if len(parts) == 1 else blend(said, parts, latents.shape[2])
 
 
 def start_noise(model: Any, latents: Tensor | None, clean: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -171,6 +171,7 @@ class SourceMaker:
 
     def _run(self, store: KVStore, watched: frozenset[int]) -> dict[int, Tensor]:
         source = self.source
+        self.predict.use_background(source.background)
         return run_source(self.predict, source.path, source.prompt, store, watched, self.progress)
 
 

@@ -24,6 +24,38 @@ def encode(path, codec, pix_fmt, pictures, *, source_format="rgb24", fps=16, **c
     return path
 
 
+def encode_with_tone(
+    path, codec, audio, *, seconds=2.0, fps=16, rate=44100, frequency=1000.0, begin=0.0, tracks=1, layout="stereo"
+):
+    """Grey pictures that change and a sine beside them, in every channel, which begins at `begin` seconds."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream(codec, rate=Fraction(fps))
+        video.height, video.width, video.pix_fmt = 32, 48, "yuv420p"
+        streams = [container.add_stream(audio, rate=rate) for _ in range(tracks)]
+        for stream in streams:
+            stream.codec_context.layout = layout
+        for i in range(round(seconds * fps)):
+            picture = np.full((32, 48, 3), 40 + 4 * i % 200, dtype=np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode())
+        for stream in streams:
+            for packet in _tone(stream, seconds - begin, rate, frequency, begin):
+                container.mux(packet)
+    return path
+
+
+def _tone(stream, seconds, rate, frequency, begin):
+    wave = np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)
+    context = stream.codec_context
+    samples = np.repeat((wave * 20000).astype(np.int16), context.layout.nb_channels)[None]
+    frame = av.AudioFrame.from_ndarray(samples, format="s16", layout=context.layout.name)
+    frame.sample_rate, frame.pts, frame.time_base = rate, round(begin * rate), Fraction(1, rate)
+    resampler = av.AudioResampler(context.format, context.layout, rate, frame_size=context.frame_size or 1024)
+    for part in [*resampler.resample(frame), *resampler.resample(None)]:
+        yield from stream.encode(part)
+    yield from stream.encode(None)
+
+
 def encode_planes(path, pix_fmt, values, size, *, colorspace, color_range, codec="ffv1"):
     """One frame whose planes are constant: the exact numbers of a file, by no conversion at all."""
     height, width = size

@@ -81,7 +81,8 @@ def test_several_prompts_make_several_files(clip, model, tmp_path, capsys):
 def test_same_seed_same_pixels_and_every_lock_parameter_arrives(clip, model, tmp_path):
     flags = (
         "--preset paper --alpha dynamic --omega constant --no-s-star --s-star-region foreground --tau auto --b 1.5 "
-        "--window 4 --kappa 7 --warmup-alpha 0.5 --alpha-floor 0.1 --omega-floor 0.2 --detection global --layers 0,2 "
+        "--variance-window 4 --kappa 7 --warmup-alpha 0.5 --alpha-floor 0.1 --omega-floor 0.2 --detection global "
+        "--layers 0,2 "
         "--background-latents source --source-path invert --inversion-solver heun --zero-init-steps 1 "
         "--guidance-batching separate"
     ).split()
@@ -106,7 +107,9 @@ BAD = {
     "tau": (["--tau", "-1"], "tau must be greater than 0 or 'auto', got -1.0"),
     "tau word": (["--tau", "often"], "--tau must be a number or 'auto', got 'often'"),
     "kappa": (["--kappa", "-2"], "kappa must be a whole number of at least 0, got -2"),
-    "window": (["--window", "1"], "window must be a whole number of at least 2, got 1"),
+    "variance window": (["--variance-window", "1"], "window must be a whole number of at least 2, got 1"),
+    "window": (["--window", "1"], "window must be at least 2 frames, got 1"),
+    "overlap": (["--window", "9", "--overlap", "9"], "overlap must be from 1 to 8 frames, less than the window, got 9"),
     "steps": (["--steps", "0"], "num_inference_steps must be a whole number from 1 to 10000, got 0"),
     "steps text": (["--steps", "many"], "got 'many'"),
     "steps text joined": (["--steps=much"], "'--steps'"),

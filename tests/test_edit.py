@@ -13,7 +13,7 @@ from kvlock_fast.composite import composite, feathered
 from kvlock_fast.edit import output_names, working_size
 from kvlock_fast.errors import InputWarning
 from kvlock_fast.media import read_video
-from kvlock_fast.progress import progress_bar
+from kvlock_fast.progress import duration, progress_bar
 
 DEMO_FILES = ["edited.mp4", "mask.mp4", "report.html", "sheet.png", "source.mp4", "trace.json"]
 
@@ -101,6 +101,22 @@ def test_progress_is_plain_lines_off_a_terminal_and_nothing_when_quiet():
     with progress_bar(quiet=True, stream=stream) as report:
         report("load", 0, 1)
     assert stream.getvalue().splitlines() == lines
+
+
+def test_the_time_left_is_what_the_pace_so_far_says(monkeypatch):
+    clock = iter([0.0, 0.0, 500.0])
+    monkeypatch.setattr("kvlock_fast.progress.time.monotonic", lambda: next(clock))
+    stream = io.StringIO()
+    with progress_bar(stream=stream) as report:
+        report("source pass", 0, 1)
+        report("denoise", 0, 50)
+        report("denoise", 5, 50)
+    assert stream.getvalue().splitlines() == [
+        "running the source", "denoising", "denoising: step 5 of 50, 1 h 15 min left"
+    ]  # fmt: skip
+    assert [duration(seconds) for seconds in (0, 59.4, 59.6, 200, 3599.6)] == [
+        "0 s", "59 s", "1 min 0 s", "3 min 20 s", "1 h 0 min"
+    ]  # fmt: skip
 
 
 def test_progress_is_a_bar_on_a_terminal():

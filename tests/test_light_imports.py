@@ -33,7 +33,7 @@ def test_the_rooms_for_media_are_light():
     assert loaded_by(rooms, "torch", "PIL", "matplotlib", "jinja2", *HEAVY) == set()
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["edit", "--help"], ["demo", "--help"]], ids=" ".join)
-def test_help_is_light(arguments):
-    run = f"from kvlock_fast.cli import main\nassert main({arguments!r}) == 0"
-    assert loaded_by(run, "torch", "matplotlib", *HEAVY) == set()
+@pytest.mark.parametrize("command", [[], ["edit"], ["demo"], ["batch"]], ids=" ".join)
+def test_help_is_light(command):
+    run = f"from kvlock_fast.cli import main\nassert main({[*command, '--help']!r}) == 0"
+    assert loaded_by(run, "torch", "matplotlib", "ray", "fsspec", "yaml", *HEAVY) == set()

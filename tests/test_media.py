@@ -268,27 +268,27 @@ def test_an_output_replaces_an_older_one_and_follows_the_umask(tmp_path):
 def test_a_failure_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, error):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"old")
-    original = video_output._h264
+    original = video_output.ENCODERS[".mp4"]
 
     def failing(*arguments):
         stream, convert = original(*arguments)
         calls = iter(range(100))
 
-        def convert_some(frame):
+        def convert_some(picture):
             if next(calls) == 2:
                 raise error
-            return convert(frame)
+            return convert(picture)
 
         return stream, convert_some
 
-    monkeypatch.setattr(video_output, "_h264", failing)
+    monkeypatch.setitem(video_output.ENCODERS, ".mp4", failing)
     with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
         media.write_video(path, noise(4, 16, 16), 16)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
 
 
-@pytest.mark.parametrize("place", ["missing/a.mp4", "file/a.mp4", "folder.mp4", "a.xyz", "a", "x" * 300 + ".mp4"])
+@pytest.mark.parametrize("place", ["missing/a.mp4", "file/a.mp4", "folder.mp4", "a.xyz", "file/a", "x" * 300 + ".mp4"])
 def test_places_that_cannot_be_written(tmp_path, place):
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder.mp4").mkdir()

@@ -4,11 +4,12 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from skimage.metrics import mean_squared_error, structural_similarity
 
-from kvlock_fast.metrics import flicker, psnr, ssim
+from kvlock_fast.metrics import flicker, measure_edit, psnr, ssim
 
 
 def pair(shape, seed=0, noise=20):
@@ -102,3 +103,43 @@ def test_flicker_refuses_a_single_frame_and_disjoint_masks():
     where[0, 0, 0] = where[1, 1, 1] = True
     with pytest.raises(ValueError, match="neighbouring"):
         flicker(a, where)
+
+
+def test_torchmetrics_says_the_same():
+    functional = pytest.importorskip("torchmetrics.functional.image")
+    a, b = pair((3, 40, 51, 3))
+    x, y = (torch.from_numpy(v).permute(0, 3, 1, 2).double() for v in (a, b))
+    assert psnr(a, b) == pytest.approx(functional.peak_signal_noise_ratio(x, y, data_range=255.0).item(), rel=1e-6)
+    _, full = functional.structural_similarity_index_measure(
+        x, y, sigma=1.5, data_range=255.0, return_full_image=True, reduction="none"
+    )
+    # It reflects at the border in another way, so the inner pixels count.
+    inner = np.zeros((3, 40, 51), dtype=bool)
+    inner[:, 6:-6, 6:-6] = True
+    assert ssim(a, b, inner) == pytest.approx(full.mean(1).numpy()[inner].mean(), abs=2e-5)
+
+
+@given(st.integers(1, 3), st.integers(0, 2**31), st.sampled_from(["some", "all", "none between frames"]))
+def test_both_regions_of_an_edit(frames, seed, kind):
+    a, b = pair((frames, 9, 13, 3), seed)
+    mask = np.random.default_rng(seed).random((frames, 9, 13)) < 0.4
+    mask[:, 0, 0], mask[:, 0, 1] = True, False
+    if kind == "all":
+        mask[:] = True
+    if kind == "none between frames":
+        mask[:] = False
+        mask[np.arange(frames), np.arange(frames), 0] = True
+    found = measure_edit(a, mask, b)
+    for name, where in (("background", ~mask), ("foreground", mask)):
+        if not where.any():
+            assert [value for key, value in found.items() if key.startswith(name)] == [None] * 4
+            continue
+        assert found[f"{name}_psnr"] == psnr(a, b, where)
+        assert found[f"{name}_ssim"] == pytest.approx(ssim(a, b, where), abs=1e-12)
+        both = where[:-1] & where[1:]
+        calm = [found[f"{name}_flicker"], found[f"{name}_flicker_source"]]
+        if both.any():
+            expected = [np.abs(np.diff(v.astype(float), axis=0))[both].mean() for v in (b, a)]
+            assert calm == pytest.approx(expected)
+        else:
+            assert calm == [None, None]

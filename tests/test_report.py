@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from kvlock_fast import charts, doctor, media, report
+from kvlock_fast import charts, doctor, media, pictures, report, sheet
 from kvlock_fast.errors import OutputError
 
 HOSTILE = "</title><script>alert(1)</script> \"quoted\" & 'more'"
@@ -98,7 +98,7 @@ def test_the_page_holds_everything(tmp_path):
     # The background is untouched; the windows of SSIM at its border are not.
     assert "∞" in text
     shown = videos(page, tmp_path)
-    assert [len(v.frames) for v in shown] == [5, 5, 5]
+    assert [len(v.frames) for v in shown] == [5, 5, 5, 5]
     assert all(v.fps == 12 for v in shown)
     source, _, edited = clip()
     for video, expected in ((shown[0], source), (shown[2], edited)):
@@ -126,9 +126,11 @@ def test_words_of_others_stay_words(tmp_path):
 def test_several_edits(tmp_path):
     source, _, edited = clip()
     page = write(tmp_path / "r.html", edited=[edited, source], trace=trace(["one ball", "two balls"]))
-    assert len(page.all("video")) == 4
+    assert [video["aria-label"] for video in page.all("video")] == [
+        "Source", "Mask", "Edit 1", "Difference 1", "Edit 2", "Difference 2"
+    ]  # fmt: skip
     text = " ".join(page.text)
-    assert text.count("one ball") == 2 and text.count("two balls") == 2
+    assert text.count("one ball") == text.count("two balls") == 3
     assert len(page.all("polyline")) == 2 * 4
 
 
@@ -157,36 +159,90 @@ def test_odd_cases(tmp_path, case):
     assert "nan" not in " ".join(page.text).lower()
     for video in videos(page, tmp_path):
         assert video.frames.shape[1] % 2 == 0 and video.frames.shape[2] % 2 == 0
-    report.write_sheet(tmp_path / "s.png", changes["source"], changes["mask"], changes["edited"])
+    sheet.write_sheet(tmp_path / "s.png", changes["source"], changes["mask"], changes["edited"])
 
 
 def test_browsers_can_decode_it(tmp_path):
     source, mask, edited = clip(2, 301, 303)
     videos(write(tmp_path / "r.html", source=source, mask=mask, edited=edited), tmp_path)
-    for i in range(3):
+    for i in range(4):
         with av.open(str(tmp_path / f"{i}.mp4")) as container:
             assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
 
 
 def test_the_sheet(tmp_path):
     source, mask, edited = clip(9)
-    report.write_sheet(tmp_path / "s.png", source, mask, edited, columns=4)
-    sheet = Image.open(tmp_path / "s.png")
-    # Three rows of four frames of 288x192, enlarged by nearest pixel, so the source's first frame is in it exactly.
-    assert sheet.width > 4 * 288 and sheet.height > 3 * 192
-    first = np.asarray(sheet)[48 : 48 + 192, 24 : 24 + 288]
+    sheet.write_sheet(tmp_path / "s.png", source, mask, edited, columns=4)
+    picture = Image.open(tmp_path / "s.png")
+    # Four rows of four frames of 288x192, enlarged by nearest pixel, so the source's first frame is in it exactly.
+    assert picture.width > 4 * 288 and picture.height > 4 * 192
+    first = np.asarray(picture)[48 : 48 + 192, 24 : 24 + 288]
     assert np.array_equal(first, source[0].repeat(6, 0).repeat(6, 1))
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_difference_is_the_largest_of_the_channels(seed):
+    a, b = noise(2, 5, 7, seed), noise(2, 5, 7, seed + 1)
+    levels = pictures.difference(a, b)
+    assert levels.dtype == np.uint8 and np.array_equal(levels, np.abs(a.astype(int) - b).max(-1))
+
+
+def test_the_scale_of_a_difference_is_that_of_the_background():
+    levels = np.zeros((2, 10, 10), np.uint8)
+    background = np.ones((2, 10, 10), bool)
+    background[:, :5] = False
+    levels[:, :5], levels[:, 5:] = 250, 20
+    assert pictures.difference_scale([levels], background) == 32
+    assert pictures.difference_scale([levels]) == 255
+    assert pictures.difference_scale([levels], ~background & background) == 255
+    assert pictures.difference_scale([0 * levels]) == pictures.SCALES[0]
+
+
+def test_a_heat_map_grows_brighter_up_to_its_scale():
+    levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    drawn = pictures.heat(levels, 64).astype(int)
+    brightness = (drawn @ [299, 587, 114]).ravel()
+    assert (np.diff(brightness[:64]) > 0).all() and len(np.unique(drawn.reshape(-1, 3)[64:], axis=0)) == 1
+    assert drawn[0, 0, 0].max() < 8
+
+
+def test_the_difference_can_be_played_and_says_its_scale(tmp_path):
+    source, mask, edited = clip()
+    page = write(tmp_path / "r.html")
+    assert "32 levels or more" in " ".join(" ".join(page.text).split())
+    shown = videos(page, tmp_path)[3].frames[:, 3::6, 3::6]
+    expected = pictures.heat(pictures.difference(source, edited), 32)
+    assert np.abs(shown.astype(int) - expected)[~mask].mean() < 6 and shown[mask].mean() > 120
+
+
+def test_a_page_of_what_there_is(tmp_path):
+    """Without a source there is nothing to compare with; without any video the plots are left."""
+    page = write(tmp_path / "r.html", source=None)
+    assert [video["aria-label"] for video in page.all("video")] == ["Mask", "Edit"]
+    page = write(tmp_path / "r.html", source=None, mask=None, edited=[], metrics={"background_ssim": 0.5})
+    assert not page.all("video") and not page.all("script") and len(page.all("polyline")) == 4
+    assert "0.5000" in " ".join(page.text)
+    page = write(tmp_path / "r.html", mask=None)
+    assert [video["aria-label"] for video in page.all("video")] == ["Source", "Edit", "Difference"]
+
+
+def test_large_videos_are_shown_smaller(tmp_path):
+    source = noise(2, 40, 1400)
+    page = write(tmp_path / "r.html", source=source, mask=np.ones(source.shape[:3], bool), edited=source)
+    assert {video["width"] for video in page.all("video")} == {str(report.LARGEST)}
+    sheet.write_sheet(tmp_path / "s.png", source, np.ones(source.shape[:3], bool), source)
+    assert Image.open(tmp_path / "s.png").width < 3 * sheet.LARGEST
 
 
 def test_outline_marks_the_border_and_nothing_else():
     source, mask, _ = clip()
-    drawn = report.outline(source, mask)
+    drawn = pictures.outline(source, mask)
     pink = (drawn == (255, 64, 129)).all(-1)
     assert pink[0, 8:20, 10].all() and pink[0, 19, 10:30].all()
     assert not pink[0, 9:19, 11:29].any() and not pink[~mask].any()
     assert np.array_equal(drawn[mask & ~pink], source[mask & ~pink])
     # Where everything is foreground there is no border, not even at the picture's edge.
-    assert np.array_equal(report.outline(source, np.ones_like(mask)), source)
+    assert np.array_equal(pictures.outline(source, np.ones_like(mask)), source)
 
 
 @pytest.mark.parametrize("place", ["missing/r.html", "folder"])
@@ -196,7 +252,7 @@ def test_unwritable(tmp_path, place):
         write(tmp_path / place)
     source, mask, edited = clip()
     with pytest.raises(OutputError, match=place):
-        report.write_sheet(tmp_path / place, source, mask, edited)
+        sheet.write_sheet(tmp_path / place, source, mask, edited)
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
@@ -250,3 +306,25 @@ def test_doctor_survives_an_empty_and_a_broken_installation(monkeypatch):
     assert all(part["version"] is None for part in facts["parts"].values())
     assert facts["will_use"]["attention"] == "nothing"
     assert doctor.render(facts).count("missing") >= len(facts["parts"])
+
+
+def test_tokens_computed_are_shown_where_they_are_fewer(tmp_path):
+    """A chart and a line of facts; nothing where every step computed all, or the trace is older than the figure."""
+    from kvlock_fast.charts import schedule_charts
+
+    record = {"sample": 0, "variance": 1.0, "alpha": 1.0, "omega": 1.0, "s_star": 1.0, "seconds": 0.1}
+    trace = {"prompts": ["a"], "steps": 4, "warmup_steps": 2, "tokens": 40}
+    counts = {"few": [10, 10, 10, 40], "all": [40] * 4, "unknown": None}
+    for name, tokens in counts.items():
+        records = [{**record, "step": k} | ({"tokens": tokens[k]} if tokens else {}) for k in range(4)]
+        found = (
+            {**trace, "records": records}
+            if tokens
+            else {"prompts": ["a"], "steps": 4, "warmup_steps": 2, "records": records}
+        )
+        titles = [chart["title"] for chart in schedule_charts(found, {})]
+        report.write_report(
+            tmp_path / f"{name}.html", source=None, mask=None, edited=[], trace=found, settings={}, command="c"
+        )
+        page = (tmp_path / f"{name}.html").read_text()
+        assert ("Tokens computed" in titles) == ("44% of 40 tokens computed" in page) == (name == "few")

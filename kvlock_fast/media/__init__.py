@@ -5,19 +5,27 @@ is taken, colours keep their matrix and range, and outputs are whole or absent. 
 only when a call needs them.
 """
 
+from kvlock_fast.media.audio import Audio
+from kvlock_fast.media.boxes import box_mask, is_box
 from kvlock_fast.media.fitting import fit_frames, fit_mask, resize_mask, resize_video
-from kvlock_fast.media.mask_files import box_mask, read_mask
-from kvlock_fast.media.video_files import MAX_BYTES, MAX_PIXELS, Video, read_video
+from kvlock_fast.media.mask_files import read_mask
+from kvlock_fast.media.mask_shape import MaskShape, grow_mask
+from kvlock_fast.media.video_files import MAX_BYTES, MAX_FRAMES, MAX_PIXELS, Video, read_video
 from kvlock_fast.media.video_output import check_video_output, write_video
 
 __all__ = [
     "MAX_BYTES",
+    "MAX_FRAMES",
     "MAX_PIXELS",
+    "Audio",
+    "MaskShape",
     "Video",
     "box_mask",
     "check_video_output",
     "fit_frames",
     "fit_mask",
+    "grow_mask",
+    "is_box",
     "read_mask",
     "read_video",
     "resize_mask",

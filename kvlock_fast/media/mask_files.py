@@ -1,4 +1,4 @@
-"""Masks from files: video, image, folder of images, NumPy arrays; and boxes in words."""
+"""Masks from files: video, image, folder of images, NumPy arrays."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from kvlock_fast.media import image_files
 from kvlock_fast.media.video_files import MAX_BYTES, MAX_PIXELS, decode_video, read_images
 
 
-def read_mask(path: str | os.PathLike, *, threshold: float = 0.5) -> np.ndarray:
+def read_mask(path: str | os.PathLike, *, threshold: float = 0.5, max_frames: int | None = None) -> np.ndarray:
     """Read a mask as bool `[F, H, W]`, True on the part to edit; one image gives F = 1.
 
     Pictures are set where their brightest channel lies above `threshold` of the full range, so lossy compression
     leaves no speckle and painted regions of any colour count. Arrays (.npy, .npz with one array or one named `mask`)
     are `[H, W]` or `[F, H, W]`, perhaps with a last dimension of 1: bool, integers 0..1, 0..255 or 0..65535, or
-    floats 0..1. Nothing is unpickled.
+    floats 0..1. Nothing is unpickled. Only the first `max_frames` are kept.
 
     Raises:
         InputError: missing, unreadable, too large, or of another kind; it names the file. A `threshold` outside
@@ -30,40 +30,17 @@ def read_mask(path: str | os.PathLike, *, threshold: float = 0.5) -> np.ndarray:
         raise InputError(f"the mask threshold must be at least 0 and below 1, not {threshold}")
     path = Path(path)
     suffix = path.suffix.lower()
+
+    def marked(picture: np.ndarray) -> np.ndarray:
+        return picture.max(axis=-1) > threshold * 255
+
     if path.is_dir():
-        return _to_bool(read_images(path, None, MAX_PIXELS, MAX_BYTES), threshold)
+        return read_images(path, max_frames, MAX_PIXELS, MAX_BYTES, marked)
     if suffix in image_files.SUFFIXES:
-        return _to_bool(image_files.read_image(path, MAX_PIXELS)[None], threshold)
+        return marked(image_files.read_image(path, MAX_PIXELS))[None]
     if suffix in (".npy", ".npz"):
-        return _from_array(_load_array(path), path, threshold)
-    frames, _ = decode_video(path, None, MAX_PIXELS, MAX_BYTES)
-    return _to_bool(frames, threshold)
-
-
-def box_mask(spec: str, frames: int, height: int, width: int) -> np.ndarray:
-    """The mask of `box:x,y,w,h` (pixels of the video, from the top left corner): bool `[frames, height, width]`.
-
-    Raises InputError quoting `spec` if it is not four whole numbers or the box does not lie in the picture.
-    """
-    kind, _, numbers = spec.partition(":")
-    try:
-        x, y, w, h = (int(number) for number in numbers.split(","))
-    except ValueError:
-        kind = None
-    if kind != "box":
-        raise InputError(f"the mask '{spec}' is not of the form box:x,y,w,h with whole numbers")
-    if x < 0 or y < 0 or w < 1 or h < 1 or x + w > width or y + h > height:
-        raise InputError(f"the mask '{spec}' does not lie within the video of {width} columns and {height} rows")
-    mask = np.zeros((frames, height, width), dtype=bool)
-    mask[:, y : y + h, x : x + w] = True
-    return mask
-
-
-def _to_bool(frames: np.ndarray, threshold: float) -> np.ndarray:
-    mask = np.empty(frames.shape[:3], dtype=bool)
-    for i, frame in enumerate(frames):
-        mask[i] = frame.max(axis=-1) > threshold * 255
-    return mask
+        return _from_array(_load_array(path), path, threshold)[:max_frames]
+    return decode_video(path, max_frames, MAX_PIXELS, MAX_BYTES, marked).frames
 
 
 def _load_array(path: Path) -> np.ndarray:

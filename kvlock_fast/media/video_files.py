@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -13,12 +13,16 @@ import numpy as np
 
 from kvlock_fast.errors import InputError
 from kvlock_fast.media import image_files
+from kvlock_fast.media.audio import Audio
 
 MAX_PIXELS = 4096 * 4096
 """The largest picture that is read, in pixels."""
 
 MAX_BYTES = 1 << 30
 """The most memory one clip may take, in bytes of uint8 RGB."""
+
+MAX_FRAMES = 20_000
+"""The most frames one clip may have: far beyond any model, and hours of decoding are refused at once."""
 
 FOLDER_FPS = Fraction(16)
 """A folder of images states no rate; this is the rate of the Wan models."""
@@ -29,10 +33,15 @@ _FORMATS = "mov,matroska,avi,gif,apng,mpeg,mpegts,ogg,flv,asf,nut,ivf,yuv4mpegpi
 
 @dataclass(frozen=True)
 class Video:
-    """A clip in memory: `frames` uint8 RGB `[F, H, W, 3]` and its rate in frames per second."""
+    """A clip in memory: `frames` uint8 RGB `[F, H, W, 3]`, its rate in frames per second, and its sound, if any."""
 
     frames: np.ndarray
     fps: Fraction
+    audio: Audio | None = None
+
+
+Convert = Callable[[np.ndarray], np.ndarray]
+"""What each picture, uint8 RGB `[H, W, 3]`, is turned into as soon as it is read."""
 
 
 def read_video(
@@ -46,7 +55,7 @@ def read_video(
     Args:
         max_frames: read only the first so many.
         max_pixels: the largest picture, in pixels.
-        max_bytes: the most memory for all frames. Both limits are checked before memory is taken.
+        max_bytes: the most memory for all frames. These limits, and MAX_FRAMES, are checked before memory is taken.
 
     Raises:
         InputError: missing, empty, truncated, undecodable, no video, or over a limit; it names the file.
@@ -54,25 +63,32 @@ def read_video(
     path = Path(path)
     if path.is_dir():
         return Video(read_images(path, max_frames, max_pixels, max_bytes), FOLDER_FPS)
-    return Video(*decode_video(path, max_frames, max_pixels, max_bytes))
+    return decode_video(path, max_frames, max_pixels, max_bytes)
 
 
-def read_images(folder: Path, max_frames: int | None, max_pixels: int, max_bytes: int) -> np.ndarray:
-    """The images of a folder as uint8 `[F, H, W, 3]`, all of one size. Raises InputError naming the offender."""
+def read_images(
+    folder: Path, max_frames: int | None, max_pixels: int, max_bytes: int, convert: Convert = np.asarray
+) -> np.ndarray:
+    """The images of a folder, all of one size, each converted and stacked. Raises InputError naming the offender."""
     paths = image_files.images_in(folder)[:max_frames]
     height, width = image_files.image_size(paths[0], max_pixels)
     _check_memory(folder, len(paths), height, width, max_bytes)
-    frames = np.empty((len(paths), height, width, 3), dtype=np.uint8)
-    for i, path in enumerate(paths):
-        image = image_files.read_image(path, max_pixels)
-        if image.shape[:2] != (height, width):
-            raise InputError(f"the image '{path}' is {_size(image)}, but the first of its folder is {height}x{width}")
-        frames[i] = image
-    return frames
+
+    def pictures() -> Iterator[np.ndarray]:
+        for path in paths:
+            image = image_files.read_image(path, max_pixels)
+            if image.shape[:2] != (height, width):
+                size = f"{height}x{width}"
+                raise InputError(f"the image '{path}' is {_size(image)}, but the first of its folder is {size}")
+            yield convert(image)
+
+    return _collect(pictures(), folder, len(paths), None)
 
 
-def decode_video(path: Path, max_frames: int | None, max_pixels: int, max_bytes: int) -> tuple[np.ndarray, Fraction]:
-    """A video file's frames, uint8 `[F, H, W, 3]`, and its rate. Limits and errors as `read_video`."""
+def decode_video(
+    path: Path, max_frames: int | None, max_pixels: int, max_bytes: int, convert: Convert = np.asarray
+) -> Video:
+    """A video file, each frame converted. Limits and errors as `read_video`."""
     import av
 
     if max_frames is not None and max_frames < 1:
@@ -89,8 +105,8 @@ def decode_video(path: Path, max_frames: int | None, max_pixels: int, max_bytes:
                 raise InputError(f"'{path}' has no video stream")
             stream = container.streams.video[0]
             most = _frames_allowed(container, path, max_frames, max_pixels, max_bytes)
-            frames = _collect(_pictures(container, stream, path), path, most, max_frames)
-            return frames, _rate(stream)
+            frames = _collect(map(convert, _pictures(container, stream, path)), path, most, max_frames)
+            return Video(frames, _rate(stream), Audio.of(container, stream, path))
     except av.error.ArgumentError as error:
         # What the white list answers.
         raise InputError(f"'{path}' is not a video file of a kind that can be read") from error
@@ -119,7 +135,9 @@ def _frames_allowed(container, path: Path, max_frames: int | None, max_pixels: i
 
 def _check_memory(path: Path, count: int, height: int, width: int, max_bytes: int) -> int:
     """The most frames of this size that `max_bytes` holds. Raises InputError if `count` is more."""
-    most = max_bytes // (height * width * 3)
+    if count > MAX_FRAMES:
+        raise InputError(f"'{path}' has {count} frames, more than the limit of {MAX_FRAMES}")
+    most = min(max_bytes // (height * width * 3), MAX_FRAMES)
     if count > most:
         raise InputError(
             f"'{path}' has {count} frames of {height}x{width}, but only {most} fit into the limit of {max_bytes} bytes"
@@ -128,10 +146,10 @@ def _check_memory(path: Path, count: int, height: int, width: int, max_bytes: in
 
 
 def _collect(pictures: Iterator[np.ndarray], path: Path, most: int, max_frames: int | None) -> np.ndarray:
-    """Stack pictures of one size, at most `max_frames`. More than `most` of them is an InputError."""
+    """Stack pictures of one size and dtype, at most `max_frames`. More than `most` of them is an InputError."""
     first = next(pictures)
     # Room for the most there may be: pages that are never touched cost nothing, and a list would need them twice.
-    frames = np.empty((min(most, max_frames or most), *first.shape), dtype=np.uint8)
+    frames = np.empty((min(most, max_frames or most), *first.shape), dtype=first.dtype)
     count = 0
     for picture in itertools.chain([first], pictures):
         if picture.shape != first.shape:
@@ -153,7 +171,8 @@ def _pictures(container, stream, path: Path) -> Iterator[np.ndarray]:
     from av.video.reformatter import VideoReformatter
 
     reformatter, packets, count, end = VideoReformatter(), 0, 0, 0.0
-    stream.thread_type = "AUTO"
+    # Threads that take a frame each would swallow what is wrong with the last ones.
+    stream.thread_type = "SLICE"
     # All streams, not the video's alone: the stated duration is that of the longest.
     for packet in container.demux():
         if packet.pts is not None:
@@ -181,7 +200,9 @@ def _ends_early(container, stream, path: Path, packets: int, end: float) -> bool
             file.seek(-min(64, path.stat().st_size), os.SEEK_END)
             return not file.read().rstrip(b"\0").endswith(b";")
     if stream.frames:
-        return packets < stream.frames
+        # An AVI counts frames that were skipped when it was made, for which it holds nothing.
+        skipped = 1 + stream.frames // 100 if container.format.name == "avi" else 0
+        return packets < stream.frames - skipped
     if not container.duration:
         return False
     missing = container.duration / 1e6 - (end - (container.start_time or 0) / 1e6)

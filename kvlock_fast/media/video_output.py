@@ -1,34 +1,55 @@
-"""Video files out, by PyAV: H.264 for looking at, FFV1 where every bit counts."""
+"""Video files out, by PyAV, and folders of images."""
 
 from __future__ import annotations
 
 import os
+import warnings
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
-from kvlock_fast.errors import InputError, OutputError
-from kvlock_fast.files import atomic_path, check_writable
-from kvlock_fast.media.video_files import exact_conversion
+from kvlock_fast.errors import InputError, InputWarning, OutputError
+from kvlock_fast.files import atomic_path, check_writable, check_writable_folder, new_folder_content
+from kvlock_fast.media import encoders
+from kvlock_fast.media.audio import Audio, carried, leave_out
+
+ENCODERS = {
+    ".mp4": encoders.h264,
+    ".m4v": encoders.h264,
+    ".mov": encoders.h264,
+    ".webm": encoders.vp9,
+    ".mkv": encoders.ffv1,
+    ".gif": encoders.gif,
+}
+KINDS = ".mp4, .m4v, .mov, .webm, .gif, .mkv (lossless) or a folder without a suffix (PNG images, lossless)"
+FASTEST_GIF = 50
+"""Frames per second; players slow down what claims more."""
 
 
-def write_video(path: str | os.PathLike, frames: np.ndarray, fps: Fraction | float, *, quality: int = 16) -> None:
+def write_video(
+    path: str | os.PathLike,
+    frames: np.ndarray,
+    fps: Fraction | float,
+    *,
+    quality: int = 16,
+    audio: Audio | None = None,
+) -> None:
     """Write uint8 RGB `[F, H, W, 3]` as a video, all or nothing.
 
-    `.mp4`, `.m4v` and `.mov` are H.264 (BT.709, limited range, tagged so; 4:2:0, or 4:4:4 where a side is odd, so
-    that nothing is cropped). `.mkv` is FFV1: lossless, RGB.
+    `.mp4`, `.m4v` and `.mov` are H.264, `.webm` is VP9 (BT.709, limited range, tagged so; 4:2:0, or 4:4:4 where a side
+    is odd, so that nothing is cropped). `.mkv` is FFV1: lossless, RGB. `.gif` has 256 colours a frame. A name without a
+    suffix is a folder of PNG images, frame-00000.png and so on, which states no rate; other files in it stay.
 
     Args:
         quality: x264's constant rate factor, 0 (lossless but for the colour conversion) to 51; 16 is near transparent.
+        audio: the sound of a file that was read, cut to the video's length; a warning says where it cannot be kept.
 
     Raises:
         OutputError: the path cannot be written, or its suffix is another one.
         InputError: `quality` or `fps` out of range.
         ValueError: `frames` of another shape or dtype.
     """
-    import av
-
     path = Path(path)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or frames.size == 0:
         raise ValueError(f"frames must be uint8 [F, H, W, 3], not {frames.dtype} {list(frames.shape)}")
@@ -36,64 +57,81 @@ def write_video(path: str | os.PathLike, frames: np.ndarray, fps: Fraction | flo
         raise InputError(f"the quality must be from 0 to 51, not {quality}")
     if not 0 < fps < 1001:
         raise InputError(f"the frame rate must be above 0 and at most 1000 per second, not {fps}")
-    encode = _encoder(path)
-    rate = Fraction(fps).limit_denominator(30_000)
-    with atomic_path(path) as temporary:
-        try:
-            # The index in front, so that a browser can start before it has the whole file.
-            options = {} if encode is _ffv1 else {"movflags": "+faststart"}
-            with av.open(f"file:{temporary}", "w", options=options) as container:
-                stream, convert = encode(container, frames.shape[1:3], rate, quality)
-                for i, picture in enumerate(frames):
-                    frame = convert(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"))
-                    frame.pts, frame.time_base = i, 1 / rate
-                    container.mux(stream.encode(frame))
-                container.mux(stream.encode())
-        except av.error.FFmpegError as error:
-            raise OutputError(f"cannot write '{path}': {error.strerror or error}") from error
+    encode, rate = _encoder(path), Fraction(fps).limit_denominator(30_000)
+    if encode is None:
+        leave_out(audio, path, "a folder of images holds none")
+        _write_images(path, frames)
+        return
+    if encode is encoders.gif:
+        leave_out(audio, path, "a GIF holds none")
+        audio, rate = None, _gif_rate(path, rate)
+    _write_file(path, frames, rate, quality, audio)
 
 
 def check_video_output(path: str | os.PathLike) -> None:
     """Raise OutputError unless a video can be written to `path`: a known suffix, and a place that takes files."""
-    _encoder(Path(path))
-    check_writable(path)
+    if _encoder(Path(path)) is None:
+        check_writable_folder(path)
+    else:
+        check_writable(path)
 
 
-def _encoder(path: Path):
-    encode = {".mp4": _h264, ".m4v": _h264, ".mov": _h264, ".mkv": _ffv1}.get(path.suffix.lower())
+def _encoder(path: Path) -> encoders.Encoder | None:
+    """None: a folder of images."""
+    if not path.suffix:
+        return None
+    encode = ENCODERS.get(path.suffix.lower())
     if encode is None:
-        raise OutputError(f"cannot write '{path}': a video is written as .mp4, .m4v, .mov or .mkv (lossless)")
+        raise OutputError(f"cannot write '{path}': a video is written as {KINDS}")
     return encode
 
 
-def _h264(container, size: tuple[int, int], fps: Fraction, quality: int):
-    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, VideoReformatter
+def _write_file(path: Path, frames: np.ndarray, rate: Fraction, quality: int, audio: Audio | None) -> None:
+    import av
 
-    stream = container.add_stream("libx264", rate=fps, options={"crf": str(quality), "preset": "medium"})
-    stream.height, stream.width = size
-    stream.pix_fmt = "yuv444p" if size[0] % 2 or size[1] % 2 else "yuv420p"
-    context = stream.codec_context
-    context.color_range, context.colorspace = ColorRange.MPEG, Colorspace.ITU709
-    context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-    reformatter = VideoReformatter()
-
-    def convert(frame):
-        return reformatter.reformat(
-            frame,
-            format=stream.pix_fmt,
-            src_colorspace=Colorspace.ITU709,
-            dst_colorspace=Colorspace.ITU709,
-            src_color_range=ColorRange.JPEG,
-            dst_color_range=ColorRange.MPEG,
-            interpolation=exact_conversion(),
-        )
-
-    return stream, convert
+    with atomic_path(path) as temporary:
+        try:
+            try:
+                _encode(temporary, frames, rate, quality, audio)
+            except av.error.FFmpegError as error:
+                if audio is None:
+                    raise
+                # Whether a container takes a sound after all shows when its header is written.
+                _encode(temporary, frames, rate, quality, None)
+                leave_out(audio, path, f"it cannot be written there ({error.strerror or error})")
+        except av.error.FFmpegError as error:
+            raise OutputError(f"cannot write '{path}': {error.strerror or error}") from error
 
 
-def _ffv1(container, size: tuple[int, int], fps: Fraction, quality: int):
-    # By default FFV1 cuts the picture into at least four, which the smallest ones do not allow.
-    stream = container.add_stream("ffv1", rate=fps, options={"slices": "1"} if min(size) < 16 else {})
-    stream.height, stream.width = size
-    stream.pix_fmt = "bgr0"
-    return stream, lambda frame: frame.reformat(format="bgr0")
+def _encode(file: Path, frames: np.ndarray, rate: Fraction, quality: int, audio: Audio | None) -> None:
+    import av
+
+    suffix = file.suffix.lower()
+    # The index in front, so that a browser can start before it has the whole file.
+    options = {"movflags": "+faststart"} if ENCODERS[suffix] is encoders.h264 else {}
+    with av.open(f"file:{file}", "w", options=options) as container:
+        stream, convert = ENCODERS[suffix](container, frames.shape[1:3], rate, quality)
+        with carried(container, suffix, audio, float(len(frames) / rate)) as mux_audio:
+            for i, picture in enumerate(frames):
+                frame = convert(picture)
+                frame.pts, frame.time_base = i, 1 / rate
+                container.mux(stream.encode(frame))
+                mux_audio(float((i + 1) / rate))
+            container.mux(stream.encode())
+            mux_audio(float("inf"))
+
+
+def _gif_rate(path: Path, rate: Fraction) -> Fraction:
+    if rate <= FASTEST_GIF:
+        return rate
+    message = f"'{path}' plays at {FASTEST_GIF} frames per second, the most of a GIF, not at {float(rate):g}"
+    warnings.warn(message, InputWarning, stacklevel=3)
+    return Fraction(FASTEST_GIF)
+
+
+def _write_images(folder: Path, frames: np.ndarray) -> None:
+    from PIL import Image
+
+    with new_folder_content(folder, "frame-[0-9][0-9][0-9][0-9][0-9].png") as place:
+        for i, picture in enumerate(frames):
+            Image.fromarray(np.ascontiguousarray(picture)).save(place / f"frame-{i:05d}.png", compress_level=3)

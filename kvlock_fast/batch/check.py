@@ -1,0 +1,168 @@
+"""A batch checked before anything is computed: files, masks, output places, and the planner's word."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvlock_fast.batch.groups import grouped
+from kvlock_fast.batch.jobs import Decision, Job, Setup
+from kvlock_fast.batch.manifest import Reading
+from kvlock_fast.batch.places import fetched, is_remote, is_there, local_path
+from kvlock_fast.batch.room import Extent, decide, foreground_tokens
+from kvlock_fast.edit import working_size
+from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.media import box_mask, fit_mask, read_mask, read_video
+
+Shape = tuple[int, int, int]
+"""Frames, height and width."""
+
+
+def check_files(reading: Reading, base: Path, folder: Path, skip: frozenset[str] = frozenset()) -> None:
+    """Enter what is missing, and results that would replace a source; reads nothing. skip: ids not to look at."""
+    there: dict[str, bool] = {}
+    for job in reading.jobs:
+        if job.id in skip:
+            continue
+        for name, place in (("source", job.setup.source), ("mask", job.setup.mask)):
+            if place.startswith("box:") and name == "mask":
+                continue
+            if place not in there:
+                there[place] = _is_there(place, base)
+            if not there[place]:
+                reading.wrong(job.line, name, f"there is no file or folder {place!r}")
+            elif not is_remote(place) and local_path(place, base).resolve() == (folder / job.output).resolve():
+                reading.wrong(job.line, "output", f"is the {name} itself, {place!r}: nothing is overwritten")
+
+
+def _is_there(place: str, base: Path) -> bool:
+    try:
+        return is_there(place, base)
+    except InputError:
+        return False
+
+
+def model_size(model: str) -> Any:
+    """The `ModelSize` of a folder or of the bundled model, None for a hub id, which is looked up when it is loaded.
+
+    Raises InputError for a folder that holds no model, and for a path that is not there.
+    """
+    from kvlock_fast.cache.model_sizes import from_config
+    from kvlock_fast.demo import model_path
+
+    path = model_path() if model == "demo" else Path(model)
+    if path.exists():
+        return from_config(path)
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise InputError(f"there is no folder {model!r}, and it is no hub id like Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    return None
+
+
+@dataclass
+class Checker:
+    """Looks into every file once, however many jobs name it."""
+
+    reading: Reading
+    base: Path
+    machine: Any
+    most: int
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    decoded: int = 0
+    _sources: dict[str, Shape | str] = field(default_factory=dict)
+    _models: dict[str, Any] = field(default_factory=dict)
+
+    def run(self) -> list[tuple[list[Job], Decision | None]]:
+        """The groups with what the planner says (None: not known before the model is loaded); problems are entered."""
+        self._read_sources()
+        masks: dict[str, list[list[Job]]] = {}
+        for group in grouped(self.reading.jobs, self.most):
+            masks.setdefault(group[0].setup.mask, []).append(group)
+        found = []
+        for done, (mask, groups) in enumerate(masks.items()):
+            self.progress("checking masks", done, len(masks))
+            pixels = None if mask.startswith("box:") else self._read_mask(mask)
+            found += [(group, self._check_group(group, pixels)) for group in groups]
+        return found
+
+    def _read_sources(self) -> None:
+        wanted: dict[str, set[int | None]] = {}
+        for job in self.reading.jobs:
+            wanted.setdefault(job.setup.source, set()).add(job.setup.max_frames)
+        for done, (source, limits) in enumerate(wanted.items()):
+            self.progress("checking sources", done, len(wanted))
+            most = None if None in limits else max(limits)
+            try:
+                with fetched(source, self.base) as path:
+                    self.decoded += 1
+                    self._sources[source] = read_video(path, max_frames=most).frames.shape[:3]
+            except (InputError, OSError) as error:
+                self._sources[source] = str(error)
+
+    def _read_mask(self, mask: str) -> np.ndarray | str:
+        try:
+            with fetched(mask, self.base) as path:
+                self.decoded += 1
+                return read_mask(path)
+        except (InputError, OSError) as error:
+            return str(error)
+
+    def _check_group(self, group: Sequence[Job], pixels: np.ndarray | str | None) -> Decision | None:
+        from kvlock_fast.models.arch import select_layers
+
+        setup, name = group[0].setup, "source"
+        try:
+            shape = self._sources[setup.source]
+            if isinstance(shape, str):
+                raise InputError(shape)
+            shape = (min(shape[0], setup.max_frames or shape[0]), *shape[1:])
+            name = "mask"
+            mask = self._fitted(setup, shape, pixels)
+            name = "model"
+            size = self._size(setup.model)
+            if size is None:
+                return None
+            name = "size"
+            extent = self._extent(setup, shape, size)
+            name = "mask"
+            foreground = foreground_tokens(mask, extent, setup, size)
+            name = "layers"
+            select_layers(size.layers, setup.lock.layers)
+            name = "memory"
+            return decide(setup, size, extent, foreground, len(group), self.machine)
+        except InputError as error:
+            for job in group:
+                self.reading.wrong(job.line, name, str(error))
+        return None
+
+    def _fitted(self, setup: Setup, shape: Shape, pixels: np.ndarray | str | None) -> np.ndarray:
+        if isinstance(pixels, str):
+            raise InputError(pixels)
+        if pixels is None:
+            return box_mask(setup.mask, *shape)
+        if setup.max_frames is not None and len(pixels) > 1:
+            pixels = pixels[: shape[0]]
+        fitted = fit_mask(pixels, *shape)
+        if not fitted.any():
+            raise InputError(f"{setup.mask!r} is empty: no pixel is marked as foreground")
+        return fitted
+
+    def _extent(self, setup: Setup, shape: Shape, size: Any) -> Extent:
+        with warnings.catch_warnings():  # said when it is edited
+            warnings.simplefilter("ignore", InputWarning)
+            wanted = working_size(setup.model, np.broadcast_to(np.uint8(0), (*shape, 3)), setup.size)
+        return Extent.of(shape, wanted, setup, size)
+
+    def _size(self, model: str) -> Any:
+        if model not in self._models:
+            try:
+                self._models[model] = model_size(model)
+            except InputError as error:
+                self._models[model] = str(error)
+        if isinstance(self._models[model], str):
+            raise InputError(self._models[model])
+        return self._models[model]

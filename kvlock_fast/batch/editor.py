@@ -1,0 +1,114 @@
+"""Who computes the frames of a pass: an interface, and the one that has a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from kvlock_fast.batch.jobs import Decision, Setup
+from kvlock_fast.edit import Clip, call_pipeline, load_pipeline, working_size
+from kvlock_fast.errors import InputError
+
+Progress = Callable[[str, int, int], None]
+
+
+class OutOfMemory(Exception):
+    """A pass was too much for the device; with fewer prompts at once it may not be."""
+
+
+class DeviceLost(Exception):
+    """The device answers no more: nothing can run in this process."""
+
+
+class Editor(Protocol):
+    """Computes frames. One call at a time, always in the same thread."""
+
+    def decide(self, setup: Setup, clip: Clip, prompts: int) -> Decision:
+        """How to run so many prompts on a clip; loads what is needed."""
+
+    def edit(
+        self, setup: Setup, clip: Clip, prompts: list[str], decision: Decision, progress: Progress
+    ) -> tuple[list[np.ndarray], dict[str, Any]]:
+        """One uint8 [F, h, w, 3] a prompt, and the trace as plain values.
+
+        Raises InputError for what cannot be edited, OutOfMemory, DeviceLost, and what `progress` raises.
+        """
+
+
+@dataclass
+class ModelEditor:
+    """Edits with a diffusers pipeline, which stays loaded until a setup asks for another.
+
+    folder: what a model's folder is relative to, where that is not the working directory.
+    """
+
+    device: str = "auto"
+    graph: str = "off"
+    folder: Path = Path()
+    _loaded: tuple[str, str] | None = None
+    _pipe: Any = None
+    _failed: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def decide(self, setup: Setup, clip: Clip, prompts: int) -> Decision:
+        """What the planner says of this machine with the model on it."""
+        from kvlock_fast.batch.room import Extent, decide, foreground_tokens
+        from kvlock_fast.cache.machine import Machine
+        from kvlock_fast.cache.model_sizes import from_pipeline
+        from kvlock_fast.files import user_cache_folder
+
+        pipe = self._load(setup)
+        size = from_pipeline(pipe.pipe)
+        extent = Extent.of(clip.video.shape[:3], working_size(setup.model, clip.video, setup.size), setup, size)
+        foreground = foreground_tokens(clip.mask, extent, setup, size)
+        machine = Machine.here(pipe.model.device, user_cache_folder())
+        return decide(setup, size, extent, foreground, prompts, machine)
+
+    def edit(
+        self, setup: Setup, clip: Clip, prompts: list[str], decision: Decision, progress: Progress
+    ) -> tuple[list[np.ndarray], dict[str, Any]]:
+        import torch
+
+        pipe = self._load(setup)
+        cache = replace(setup.cache, tier=decision.tier, format=decision.format, prompts_at_once=decision.at_once)
+        size = working_size(setup.model, clip.video, setup.size)
+        settings = replace(setup.edit_settings(prompts), size=size, cache=cache, graph=self.graph)
+        try:
+            out = call_pipeline(pipe, clip, settings, progress, ladder=decision.ladder)
+        except InputError as error:
+            if isinstance(error.__cause__, torch.OutOfMemoryError) and not decision.ladder:
+                raise OutOfMemory(str(error)) from error
+            raise
+        except RuntimeError as error:
+            self._refuse_lost_device(pipe, error)
+            raise
+        return out.frames, out.trace.as_dict()
+
+    def _load(self, setup: Setup) -> Any:
+        wanted = (setup.model, setup.dtype)
+        if wanted in self._failed:  # thousands of jobs may name a model that is not there
+            raise InputError(self._failed[wanted])
+        if wanted != self._loaded:
+            self._pipe = self._loaded = None  # the memory of the one before
+            try:
+                path = self.folder / setup.model
+                self._pipe = load_pipeline(str(path) if path.is_dir() else setup.model, self.device, setup.dtype)
+            except InputError as error:
+                self._failed[wanted] = str(error)
+                raise
+            self._loaded = wanted
+        return self._pipe
+
+    def _refuse_lost_device(self, pipe: Any, error: RuntimeError) -> None:
+        import torch
+
+        device = pipe.model.device
+        if device.type == "cpu":
+            return
+        try:
+            torch.zeros(1, device=device).add_(1).item()
+        except RuntimeError:
+            raise DeviceLost(f"the device {device} answers no more: {error}") from error

@@ -1,0 +1,88 @@
+"""Who runs passes: an interface, and the one that uses this process."""
+
+from __future__ import annotations
+
+import queue
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvlock_fast.batch.jobs import Pass
+from kvlock_fast.batch.worker import Finished, Running, Worker
+
+LANES = 3
+"""Passes in a worker at once: one is read, one computed, one written."""
+
+
+@dataclass(frozen=True)
+class Crashed:
+    """A worker died with a pass. fatal: no other worker will come."""
+
+    work: Pass
+    reason: str
+    fatal: bool = False
+
+
+class Engine(Protocol):
+    """Runs passes on workers, which may come and go. All calls are made from one thread."""
+
+    lanes: int
+
+    def ready(self) -> list[str]:
+        """The names of the workers that take passes now."""
+
+    def submit(self, worker: str, work: Pass) -> None:
+        """Start a pass on a worker; what becomes of it comes out of `wait`."""
+
+    def wait(self, seconds: float) -> list[Finished | Crashed]:
+        """What ended, after at most so many seconds; nothing may have."""
+
+    def running(self) -> list[Running]:
+        """Where the passes are, as far as is known."""
+
+    def stop(self) -> None:
+        """Let every pass end after its running step; each still comes out of `wait`."""
+
+    def close(self) -> None:
+        """Let the workers go."""
+
+
+class LocalEngine:
+    """One worker, in this process."""
+
+    def __init__(self, worker: Worker, lanes: int = LANES):
+        self.worker, self.lanes = worker, lanes
+        self._threads = ThreadPoolExecutor(lanes, thread_name_prefix="pass")
+        self._ended: queue.SimpleQueue[Finished | Crashed] = queue.SimpleQueue()
+
+    def ready(self) -> list[str]:
+        return ["local"]
+
+    def submit(self, worker: str, work: Pass) -> None:
+        self._threads.submit(self._run, work)
+
+    def wait(self, seconds: float) -> list[Finished | Crashed]:
+        try:
+            found = [self._ended.get(timeout=seconds)]
+        except queue.Empty:
+            return []
+        while not self._ended.empty():
+            found.append(self._ended.get())
+        return found
+
+    def running(self) -> list[Running]:
+        return self.worker.running()
+
+    def stop(self) -> None:
+        self.worker.stop()
+
+    def close(self) -> None:
+        self.worker.stop()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        self.worker.close()
+
+    def _run(self, work: Pass) -> None:
+        try:
+            self._ended.put(self.worker.run(work))
+        except BaseException as error:
+            self._ended.put(Crashed(work, " ".join(str(error).split()) or type(error).__name__, fatal=True))

@@ -1,0 +1,119 @@
+"""The result index: a page to look at, JSON lines and a table for programs, all from the ledger."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvlock_fast.batch.jobs import Job
+from kvlock_fast.batch.ledger import Ledger
+from kvlock_fast.batch.places import Results
+from kvlock_fast.batch.runner import State
+from kvlock_fast.files import atomic_path, write_text
+from kvlock_fast.version import __version__
+
+SECONDS_PER_INDEX = 30
+
+
+def result_rows(ledger: Ledger) -> list[dict[str, Any]]:
+    """A job each, as plain values: what was asked, and what came of it."""
+    rows = []
+    for row in ledger.rows():
+        job = Job.from_spec(row["spec"])
+        done = row["state"] == "done"
+        rows.append(
+            {
+                "id": job.id,
+                "state": row["state"],
+                "output": job.output if done else None,
+                "report": row["report"],
+                "source": job.setup.source,
+                "mask": job.setup.mask,
+                "source_prompt": job.setup.source_prompt,
+                "prompt": job.prompt,
+                "model": job.setup.model,
+                "seed": job.setup.seed,
+                "steps": job.setup.steps,
+                "tries": row["tries"],
+                "seconds": row["seconds"],
+                **dict.fromkeys(("background_psnr", "background_ssim")),
+                **(json.loads(row["metrics"]) if row["metrics"] else {}),
+                "bytes": row["bytes"],
+                "error": row["error"],
+                "finished": row["finished"],
+            }
+        )
+    return rows
+
+
+def write_index(folder: Path, ledger: Ledger, results: Results, title: str) -> None:
+    """index.html, results.jsonl, and results.parquet where pyarrow is installed. Raises OutputError."""
+    rows = result_rows(ledger)
+    write_text(folder / "results.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    _write_parquet(folder / "results.parquet", rows)
+    pictures = {row["id"]: row["thumbnail"] for row in ledger.rows()}
+    cards = [_card(row, pictures[row["id"]], results) for row in rows]
+    counts = {state: sum(row["state"] == state for row in rows) for state in ("done", "failed", "running", "pending")}
+    sources = sorted({row["source"] for row in rows})
+    page = _template().render(
+        title=title, version=__version__, cards=cards, counts=counts, sources=sources, made=time.strftime("%F %H:%M")
+    )
+    write_text(folder / "index.html", page)
+
+
+class IndexWatcher:
+    """Renews the index while a batch runs, now and then."""
+
+    def __init__(self, folder: Path, ledger: Ledger, results: Results, title: str):
+        self.arguments = (folder, ledger, results, title)
+        self.last = time.monotonic()
+
+    def __call__(self, state: State) -> None:
+        if time.monotonic() - self.last >= SECONDS_PER_INDEX:
+            write_index(*self.arguments)
+            self.last = time.monotonic()
+
+
+def _card(row: dict[str, Any], thumbnail: bytes | None, results: Results) -> dict[str, Any]:
+    picture = None if thumbnail is None else f"data:image/jpeg;base64,{base64.b64encode(thumbnail).decode()}"
+    links = {name: _link(row[name], results) for name in ("output", "report")}
+    return {**row, "picture": picture, "links": links, "psnr": _decibels(row)}
+
+
+def _decibels(row: dict[str, Any]) -> str:
+    """JSON has no infinity: a background that was not touched has no PSNR, but an SSIM."""
+    if row["background_psnr"] is not None:
+        return f"{row['background_psnr']:.1f}"
+    return "∞" if row["background_ssim"] is not None else "–"
+
+
+def _link(name: str | None, results: Results) -> str | None:
+    from urllib.parse import quote
+
+    if name is None:
+        return None
+    url = results.url(quote(name))
+    # A relative name with a colon would be taken for a scheme.
+    return url if results.system is not None else f"./{url}"
+
+
+def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        return
+    with atomic_path(path) as temporary:
+        parquet.write_table(pyarrow.Table.from_pylist(list(rows)), temporary)
+
+
+def _template() -> Any:
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    return environment.get_template("index.html.jinja")

@@ -1,0 +1,127 @@
+"""A job of a batch: one prompt on one source, and all that decides how its frames come out."""
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.edit import EditSettings
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a job shares with the others of its group: everything but prompt and output.
+
+    source, mask: as the manifest has them (paths relative to it, or URLs); dtype: of the weights; size: (height,
+    width), None for the source's. Setups that are equal can share a pass of the source.
+    """
+
+    source: str
+    mask: str
+    source_prompt: str
+    model: str = "demo"
+    dtype: str = "auto"
+    negative_prompt: str | None = None
+    steps: int = 50
+    guidance: float = 5.0
+    guidance_2: float | None = None
+    seed: int = 0
+    size: tuple[int, int] | None = None
+    max_frames: int | None = None
+    frames_policy: str = "pad"
+    lock: LockConfig = field(default_factory=lambda: LockConfig.preset("kvlock"))
+    composite: bool = False
+    feather: int = 8
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def edit_settings(self, prompts: list[str]) -> EditSettings:
+        """As `edit` takes them."""
+        return EditSettings(
+            self.source_prompt,
+            prompts,
+            negative_prompt=self.negative_prompt,
+            steps=self.steps,
+            guidance=self.guidance,
+            guidance_2=self.guidance_2,
+            seed=self.seed,
+            size=self.size,
+            frames_policy=self.frames_policy,
+            lock=self.lock,
+            composite=self.composite,
+            feather=self.feather,
+            cache=self.cache,
+        )
+
+
+@dataclass(frozen=True)
+class Job:
+    """id: its name in the ledger; output: a file name below the output folder; line: where the manifest has it."""
+
+    id: str
+    prompt: str
+    output: str
+    setup: Setup
+    line: int = field(default=0, compare=False)
+
+    def spec(self) -> str:
+        """All of the job as JSON, the same text for the same job."""
+        return json.dumps({"id": self.id, "prompt": self.prompt, "output": self.output, **asdict(self.setup)})
+
+    @classmethod
+    def from_spec(cls, text: str) -> "Job":
+        """The job of such a text."""
+        data: dict[str, Any] = json.loads(text)
+        own = {name: data.pop(name) for name in ("id", "prompt", "output")}
+        size = None if data["size"] is None else tuple(data["size"])
+        lock, cache = LockConfig(**data["lock"]), CacheConfig(**data["cache"])
+        return cls(**own, setup=replace(Setup(**data), size=size, lock=lock, cache=cache))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How a pass of the source is run: tier and format of its K and V, and prompts in one batch.
+
+    ladder: whether even one prompt at a time was too much, and smaller ways are tried by the pipeline.
+    """
+
+    tier: str
+    format: str
+    at_once: int
+    ladder: bool = False
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One run of a source with its prompts: jobs in fixed places, so that a repetition computes the same frames.
+
+    places: the job of each place, None where one was taken away; missing: ids of the jobs to be done; decision: of the
+    run that first had a result; crashes: how often a worker died with it.
+    """
+
+    id: int
+    places: tuple[Job | None, ...]
+    missing: frozenset[str]
+    decision: Decision | None = None
+    crashes: int = 0
+
+    @property
+    def setup(self) -> Setup:
+        return self.jobs[0].setup
+
+    @property
+    def jobs(self) -> tuple[Job, ...]:
+        """Those to be done."""
+        return tuple(job for job in self.places if job is not None and job.id in self.missing)
+
+    def rows(self, at_once: int) -> list[Job]:
+        """What goes through the model, with `at_once` prompts in a batch: the batches that lack a result, whole.
+
+        Jobs that are done keep their place as padding, and an empty place has the first job's prompt: how a batch is
+        rounded depends on how many rows it has.
+        """
+        first, rows = self.jobs[0], []
+        for start in range(0, len(self.places), at_once):
+            batch = [job or first for job in self.places[start : start + at_once]]
+            if any(job is not None and job.id in self.missing for job in self.places[start : start + at_once]):
+                rows += batch
+        return rows

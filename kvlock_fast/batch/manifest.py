@@ -1,0 +1,182 @@
+"""The manifest: JSON lines or CSV in, jobs out, or everything that is wrong with it at once."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kvlock_fast.batch.defaults import typed
+from kvlock_fast.batch.fields import JobFields, cache_of, lock_of, problems_of, short
+from kvlock_fast.batch.jobs import Job, Setup
+from kvlock_fast.batch.outputs import id_problem, numbered, output_problem
+from kvlock_fast.errors import InputError
+
+MOST_LINE = 1 << 22
+
+
+@dataclass
+class Reading:
+    """What was found in a manifest: jobs, and lines that are none as `line N: field: sentence`."""
+
+    path: Path
+    jobs: list[Job] = field(default_factory=list)
+    problems: list[tuple[int, str, str]] = field(default_factory=list)
+
+    def wrong(self, line: int, name: str, sentence: str) -> None:
+        self.problems.append((line, name, sentence))
+
+    def sentences(self) -> list[str]:
+        """In the order of the lines; what is no printable text is escaped."""
+        rows = sorted(self.problems, key=lambda row: row[0])
+        return [
+            f"line {line}: {name}: {sentence}".encode(errors="backslashreplace").decode()
+            for line, name, sentence in rows
+        ]
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
+
+
+def read_manifest(path: Path, folder: Path, defaults: dict[str, Any], dtype: str = "auto") -> Reading:
+    """Every job of a .jsonl or .csv file; folder: where results go; defaults: fields for lines that lack them.
+
+    Raises InputError only where the file cannot be read at all; what is wrong with its lines is in the reading.
+    """
+    reading = Reading(path)
+    ids: dict[str, int] = {}
+    outputs: dict[str, int] = {}
+    for line, values in _lines(path, reading):
+        merged = {**defaults, **values}
+        problems = problems_of(merged)
+        for name, sentence in problems:
+            reading.wrong(line, name, sentence)
+        wrong = {name for name, _ in problems}
+        jobs = [] if wrong else _jobs(line, JobFields.model_validate(merged).model_dump(), dtype, reading)
+        if wrong and "id" not in wrong:  # that an id comes twice is worth saying beside other faults
+            _claim(ids, merged["id"], line, "id", reading)
+        for job in jobs:
+            _claim(ids, job.id, line, "id", reading)
+            why = output_problem(job.output, folder)
+            if why is not None:
+                reading.wrong(line, "output", why)
+            else:
+                _claim(outputs, job.output, line, "output", reading)
+        reading.jobs += jobs
+    if not reading.jobs and not reading.problems:
+        raise InputError(f"the manifest '{path}' holds no job")
+    return reading
+
+
+def _claim(taken: dict[str, int], name: str, line: int, what: str, reading: Reading) -> None:
+    if name in taken:
+        reading.wrong(line, what, f"{short(name)} is that of line {taken[name]} already")
+    else:
+        taken[name] = line
+
+
+def _jobs(line: int, values: dict[str, Any], dtype: str, reading: Reading) -> list[Job]:
+    """The job of checked fields, or one for each of its prompts."""
+    why = id_problem(values["id"])
+    if why is not None:
+        reading.wrong(line, "id", why)
+        return []
+    try:
+        setup = _setup(values, dtype)
+    except ValueError as error:  # values that are each right, and wrong together
+        name, _, sentence = str(error).partition(" ")
+        reading.wrong(line, name, sentence)
+        return []
+    id, output = values["id"], values["output"] or f"{values['id']}.mp4"
+    if isinstance(values["prompt"], str):
+        return [Job(id, values["prompt"], output, setup, line)]
+    return [
+        Job(f"{id}-{number}", prompt, numbered(output, number) if output.strip("/.") else output, setup, line)
+        for number, prompt in enumerate(values["prompt"], start=1)
+    ]
+
+
+def _setup(values: dict[str, Any], dtype: str) -> Setup:
+    same = ("source", "mask", "source_prompt", "model", "negative_prompt", "steps", "guidance", "guidance_2", "seed",
+            "max_frames", "frames_policy", "composite", "feather")  # fmt: skip
+    height, _, width = (values["size"] or "").lower().partition("x")
+    return Setup(
+        **{name: values[name] for name in same},
+        dtype=dtype,
+        size=(int(height), int(width)) if height else None,
+        lock=lock_of(values),
+        cache=cache_of(values),
+    )
+
+
+def _lines(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The fields of each line, with its number from 1; what cannot be read goes to the reading."""
+    suffix = path.suffix.lower()
+    if suffix not in (".jsonl", ".ndjson", ".csv"):
+        raise InputError(f"the manifest '{path}' must be a .jsonl or .csv file")
+    try:
+        with path.open("rb") as file:
+            yield from _csv_lines(path, file, reading) if suffix == ".csv" else _json_lines(file, reading)
+    except OSError as error:
+        raise InputError(f"the manifest '{path}' cannot be read: {error.strerror or error}") from error
+
+
+def _json_lines(file: Any, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, raw in enumerate(iter(lambda: file.readline(MOST_LINE + 1), b""), start=1):
+        if len(raw) > MOST_LINE:
+            reading.wrong(number, "json", f"is longer than {MOST_LINE} bytes")
+            return
+        try:
+            text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            if not text:
+                continue
+            values = json.loads(text, object_pairs_hook=_no_doubles, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            reading.wrong(number, "json", f"cannot be read: {error}")
+            continue
+        if isinstance(values, dict):
+            yield number, values
+        else:
+            reading.wrong(number, "json", f"must be an object of fields, got {short(values)}")
+
+
+def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the field {name!r} is there twice")
+    return dict(pairs)
+
+
+def _no_constant(word: str) -> Any:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _csv_lines(path: Path, file: Any, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
+    """By the names in the first line; a cell that is empty is not given."""
+    try:
+        text = file.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"the manifest '{path}' is not UTF-8 text: {error}") from error
+    rows = csv.reader(text.splitlines(keepends=True), strict=True)
+    try:
+        names = next(rows, [])
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"the manifest '{path}' has the column '{name}' twice")
+        begin = rows.line_num + 1
+        for cells in rows:
+            number, begin = begin, rows.line_num + 1
+            if not any(cells):
+                continue
+            if len(cells) > len(names):
+                reading.wrong(number, "csv", f"has {len(cells)} cells, and the first line has {len(names)} names")
+                continue
+            pairs = zip(names, cells, strict=False)
+            yield number, {name: typed(name, cell) for name, cell in pairs if cell != ""}
+    except csv.Error as error:
+        raise InputError(f"the manifest '{path}' cannot be read as CSV near line {rows.line_num}: {error}") from error

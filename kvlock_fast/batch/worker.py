@@ -1,0 +1,247 @@
+"""One machine's part of a batch: a pass in, finished files out.
+
+Several passes may be in a worker at once, each in a thread of its caller's: while one has the device, the next one's
+clip is read and the last one's results are measured and encoded.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvlock_fast.batch.editor import DeviceLost, Editor, OutOfMemory
+from kvlock_fast.batch.finish import finished_files
+from kvlock_fast.batch.jobs import Decision, Job, Pass, Setup
+from kvlock_fast.batch.places import fetched, is_remote
+from kvlock_fast.edit import Clip, read_clip
+from kvlock_fast.errors import InputError
+
+CLIPS_HELD = 2
+"""Clips kept in memory for the passes to come."""
+
+
+class Stopped(Exception):
+    """The batch is to stop; the pass came to nothing."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: files and figures, or why there are none. seconds: its share of the pass."""
+
+    job: Job
+    error: str | None = None
+    video: bytes = b""
+    report: bytes | None = None
+    thumbnail: bytes | None = None
+    metrics: dict[str, float | None] | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What became of a pass. stopped: nothing; halve: it failed as a whole, and its jobs are to be told apart."""
+
+    work: Pass
+    outcomes: tuple[Outcome, ...] = ()
+    decision: Decision | None = None
+    stopped: bool = False
+    halve: bool = False
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where a pass is: stage and its steps, for whom, and how many seconds it has been in that stage."""
+
+    number: int
+    jobs: tuple[str, ...]
+    stage: str
+    done: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What the device made of a pass: a video for each row; seconds: a job's share."""
+
+    decision: Decision
+    rows: list[Job]
+    videos: list[np.ndarray]
+    trace: dict[str, Any]
+    seconds: float
+
+
+class Worker:
+    """Runs passes with an editor, which is made in the thread that has the device."""
+
+    def __init__(self, make_editor: Callable[[], Editor], base: Path, reports: bool, command: str):
+        """base: what relative paths are relative to; reports: whether each job gets a page; command: shown on it."""
+        self.make_editor, self.base, self.reports, self.command = make_editor, base, reports, command
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
+        self._editor: Editor | None = None
+        self._clips: OrderedDict[tuple[str, str, int | None], Future[Clip]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._running: dict[int, tuple[Pass, str, int, int, float]] = {}
+
+    def run(self, work: Pass) -> Finished:
+        """A pass from files to files. Raises DeviceLost."""
+        self._report(work, "read", 0, 1)
+        try:
+            clip = self._clip(work.setup)
+            self._report(work, "wait", 0, 1)
+            made = self._device.submit(self._edited, work, clip).result()
+            return made if isinstance(made, Finished) else self._finish(work, clip, made)
+        except Stopped:
+            return Finished(work, stopped=True)
+        except DeviceLost:
+            raise
+        except Exception as error:  # whatever it is, the other passes go on
+            return _all_failed(work, error)
+        finally:
+            with self._lock:
+                self._running.pop(work.id, None)
+
+    def running(self) -> list[Running]:
+        """The passes in this worker."""
+        now = time.monotonic()
+        with self._lock:
+            passes = sorted(self._running.items())
+        return [
+            Running(number, tuple(job.id for job in work.jobs), stage, done, total, now - since)
+            for number, (work, stage, done, total, since) in passes
+        ]
+
+    def stop(self) -> None:
+        """After the step that is running; what is decoded is still finished."""
+        self._stop.set()
+
+    def close(self) -> None:
+        self._device.shutdown(wait=True, cancel_futures=True)
+
+    def _edited(self, work: Pass, clip: Clip) -> Finished | _Made:
+        """In the device's thread: the frames of a pass, or why there are none."""
+        self._refuse_if_stopped()
+        if self._editor is None:
+            self._editor = self.make_editor()
+        self._report(work, "load", 0, 1)
+        decision = work.decision or self._editor.decide(work.setup, clip, len(work.places))
+        begun = time.monotonic()
+        try:
+            decision, rows, videos, trace = self._with_memory(work, clip, decision)
+        except (Stopped, DeviceLost):
+            raise
+        except OutOfMemory as error:
+            raise InputError(str(error)) from error
+        except Exception as error:
+            # What one prompt breaks is no reason for the others to fail; what is left is a fault, said in the ledger.
+            return Finished(work, halve=True) if len(work.jobs) > 1 else _all_failed(work, error)
+        return _Made(decision, rows, videos, trace, (time.monotonic() - begun) / len(work.jobs))
+
+    def _with_memory(
+        self, work: Pass, clip: Clip, decision: Decision
+    ) -> tuple[Decision, list[Job], list[np.ndarray], dict[str, Any]]:
+        """With half as many prompts at once, and half again, while memory runs out; at last by the pipeline's ladder.
+
+        Raises OutOfMemory where that is too much too.
+        """
+        while True:
+            rows = work.rows(decision.at_once)
+            prompts = [job.prompt for job in rows]
+            report = lambda stage, done, total: self._report(work, stage, done, total)  # noqa: E731
+            try:
+                return decision, rows, *self._editor.edit(work.setup, clip, prompts, decision, report)
+            except OutOfMemory:
+                if decision.ladder:
+                    raise
+                halved = replace(decision, at_once=ceil(decision.at_once / 2))
+                decision = halved if decision.at_once > 1 else replace(decision, ladder=True)
+
+    def _finish(self, work: Pass, clip: Clip, made: _Made) -> Finished:
+        """Files and figures of each job; one that cannot be finished keeps no other from it."""
+        outcomes = []
+        for i, job in enumerate(work.jobs):
+            self._report(work, "write", i, len(work.jobs))
+            begun = time.monotonic()
+            try:
+                at = made.rows.index(job)
+                files = self._files(job, clip, made.videos[at], one_of(made.trace, at))
+            except Exception as error:
+                outcomes.append(Outcome(job, _sentence(error)))
+                continue
+            outcomes.append(Outcome(job, None, *files, seconds=made.seconds + time.monotonic() - begun))
+        return Finished(work, tuple(outcomes), made.decision)
+
+    def _files(self, job: Job, clip: Clip, video: np.ndarray, trace: dict[str, Any]) -> tuple[Any, ...]:
+        command = f"{self.command}  # job {job.id}"
+        return finished_files(job, clip, video, trace, command if self.reports else None)
+
+    def _clip(self, setup: Setup) -> Clip:
+        """Read once for all the passes that want it, also where they ask at the same time."""
+        key = (setup.source, setup.mask, setup.max_frames)
+        with self._lock:
+            future, mine = self._clips.get(key), False
+            if future is None or (future.done() and future.exception() is not None):
+                future, mine = Future(), True
+                self._clips[key] = future
+            self._clips.move_to_end(key)
+            while len(self._clips) > CLIPS_HELD:
+                self._clips.popitem(last=False)
+        if mine:
+            try:
+                future.set_result(self._read(setup))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def _read(self, setup: Setup) -> Clip:
+        with ExitStack() as files:
+            given = {}
+            for place in (setup.source, setup.mask):
+                boxed = place.startswith("box:")
+                given[place] = place if boxed else str(files.enter_context(fetched(place, self.base)))
+            try:
+                return read_clip(given[setup.source], given[setup.mask], setup.max_frames)
+            except InputError as error:
+                message = str(error)
+                for place, path in given.items():
+                    message = message.replace(path, place) if is_remote(place) else message
+                raise InputError(message) from error
+
+    def _report(self, work: Pass, stage: str, done: int, total: int) -> None:
+        with self._lock:
+            before = self._running.get(work.id)
+            since = before[4] if before is not None and before[1] == stage else time.monotonic()
+            self._running[work.id] = (work, stage, done, total, since)
+        if stage in ("load", "encode", "text", "source pass", "denoise") and (stage != "denoise" or done < total):
+            self._refuse_if_stopped()
+
+    def _refuse_if_stopped(self) -> None:
+        if self._stop.is_set():
+            raise Stopped
+
+
+def one_of(trace: dict[str, Any], sample: int) -> dict[str, Any]:
+    """The trace of one sample of several, as that of an edit of its own."""
+    records = [{**record, "sample": 0} for record in trace.get("records", ()) if record["sample"] == sample]
+    return {**trace, "prompts": trace["prompts"][sample : sample + 1], "samples": 1, "records": records}
+
+
+def _all_failed(work: Pass, error: BaseException) -> Finished:
+    return Finished(work, tuple(Outcome(job, _sentence(error)) for job in work.jobs))
+
+
+def _sentence(error: BaseException) -> str:
+    """One line about what went wrong; the kind of error too, where it is not the user's to mend."""
+    text = " ".join(str(error).split())[:1000]
+    return text if isinstance(error, InputError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

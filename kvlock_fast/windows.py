@@ -1,0 +1,131 @@
+"""Clips that are longer than the model's window: stretches that overlap, and what they say blended.
+
+In every step each stretch goes through the model by itself, with its own part of one noise, one source and one mask;
+where stretches overlap, predictions are mixed by weights that fall towards their ends (as MultiDiffusion does, arXiv
+2302.08113). Guidance, the solver's step and the variance are those of the whole clip.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.errors import InputError
+from kvlock_fast.masks import Geometry, ProjectedMask
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Some frames of the latents: `frames` of [B, C, T, h, w], the mask there, and how much each counts, fp32 [n]."""
+
+    frames: slice
+    mask: ProjectedMask
+    weights: Tensor
+
+    def background(self) -> Tensor:
+        """Indices [N] of its background's tokens."""
+        return (~self.mask.tokens[0]).nonzero()[:, 0]
+
+    def of(self, latents: Tensor) -> Tensor:
+        """Its part of latents [..., T, h, w]."""
+        return latents[..., self.frames, :, :]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """At most `frames` pixel frames at once, `overlap` of them shared with the stretch before (None: a quarter)."""
+
+    frames: int
+    overlap: int | None = None
+
+    def __post_init__(self):
+        if self.overlap is None and isinstance(self.frames, int):
+            object.__setattr__(self, "overlap", max(1, self.frames // 4))
+        for name in ("frames", "overlap"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise InputError(f"{name} of a window must be a whole number, got {value!r}")
+        if self.frames < 2:
+            raise InputError(f"window must be at least 2 frames, got {self.frames}")
+        if not 1 <= self.overlap < self.frames:
+            raise InputError(
+                f"overlap must be from 1 to {self.frames - 1} frames, less than the window, got {self.overlap}"
+            )
+
+    def latent_sizes(self, geometry: Geometry) -> tuple[int, int]:
+        """Window and overlap in latent frames, whole tokens: the window not longer than asked, the overlap not shorter.
+
+        InputError where nothing is left of the window but the overlap.
+        """
+        stride, patch = geometry.temporal_stride, geometry.patch_size[0]
+        alone = 1 if geometry.causal else 0
+        window = ((self.frames - alone) // stride + alone) // patch * patch
+        overlap = -(-self.overlap // stride)
+        overlap = -(-overlap // patch) * patch
+        if window <= overlap:
+            raise InputError(
+                f"window of {self.frames} frames with an overlap of {self.overlap} has nothing of its own: the model "
+                f"works by {stride * patch} frames, so that is {max(window, 0)} latent frames and {overlap} shared"
+            )
+        return window, overlap
+
+
+def stretches(mask: ProjectedMask, windows: Windows | None, geometry: Geometry) -> list[Stretch]:
+    """The stretches of a clip; one of all where it is no longer than a window."""
+    total, device = mask.latents.shape[1], mask.latents.device
+    if windows is None:
+        return [Stretch(slice(0, total), mask, torch.ones(total, device=device))]
+    window, overlap = windows.latent_sizes(geometry)
+    places = places_of(total, window, overlap, geometry.patch_size[0])
+    weights = _normalised([_trapezoid(place, places, total) for place in places], places, total)
+    return [Stretch(place, _cut(mask, place), part.to(device)) for place, part in zip(places, weights, strict=True)]
+
+
+def places_of(total: int, window: int, overlap: int, patch: int = 1) -> list[slice]:
+    """Where the stretches are: all of one length, the last one ending with the clip (so it may overlap more).
+
+    All numbers in latent frames, window and overlap multiples of `patch`, of which the starts are too.
+    """
+    if total <= window:
+        return [slice(0, total)]
+    last = -(-(total - window) // patch) * patch
+    return [slice(start, min(start + window, total)) for start in (*range(0, last, window - overlap), last)]
+
+
+def _trapezoid(place: slice, places: list[slice], total: int) -> Tensor:
+    """1 in the middle, falling towards the neighbours over what is shared with them; fp64 [n]."""
+    at = torch.arange(place.start, place.stop, dtype=torch.float64)
+    i = places.index(place)
+    weight = torch.ones_like(at)
+    if i > 0:
+        shared = places[i - 1].stop - place.start
+        weight = torch.minimum(weight, (at - place.start + 1) / (shared + 1))
+    if i + 1 < len(places):
+        shared = place.stop - places[i + 1].start
+        weight = torch.minimum(weight, (place.stop - at) / (shared + 1))
+    return weight
+
+
+def _normalised(weights: list[Tensor], places: list[slice], total: int) -> list[Tensor]:
+    """So that they add up to 1 in every frame; fp32."""
+    whole = torch.zeros(total, dtype=torch.float64)
+    for weight, place in zip(weights, places, strict=True):
+        whole[place] += weight
+    return [(weight / whole[place]).float() for weight, place in zip(weights, places, strict=True)]
+
+
+def _cut(mask: ProjectedMask, place: slice) -> ProjectedMask:
+    """The mask of some latent frames, whole tokens."""
+    patch, (_, rows, columns) = mask.patch_size[0], mask.grid
+    tokens = mask.tokens.view(len(mask.tokens), -1, rows, columns)
+    tokens = tokens[:, place.start // patch : -(-place.stop // patch)].flatten(1)
+    return replace(mask, latents=mask.latents[:, place], tokens=tokens, token_latents=mask.token_latents[:, place])
+
+
+def blend(parts: list[Tensor], of: list[Stretch], total: int) -> Tensor:
+    """What the stretches say [B, C, n, h, w], as one of the whole clip [B, C, total, h, w] in fp32; fixed order."""
+    first = parts[0]
+    whole = torch.zeros(*first.shape[:2], total, *first.shape[3:], device=first.device)
+    for part, stretch in zip(parts, of, strict=True):
+        whole[:, :, stretch.frames] += stretch.weights[:, None, None] * part
+    return whole
