@@ -151,6 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(table(rows))
     if given.json is not None:
         what = {"model": given.shape or given.model, "size": None if given.shape else given.size, "steps": given.steps}
+        what["threads"] = torch.get_num_threads() if device.type == "cpu" else None
         about = {"machine": machine.machine(given.commit), "device": given.device, "dtype": str(dtype), **what}
         given.json.parent.mkdir(parents=True, exist_ok=True)
         given.json.write_text(json.dumps({**about, **headline(rows), "rows": rows}, indent=1) + "\n")

@@ -13,6 +13,8 @@ with bf16 predictions: 8 (two predictions, twice), 12 (latents in, latents and x
 foreground, 4 for the source's path. Source: KV-Lock (arXiv 2603.09657).
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -313,6 +315,8 @@ def launch_shipped(architecture: int) -> None:
             foreground = torch.empty(1, *volume, dtype=torch.bool, device="meta")
             table = torch.zeros(50, 3, 3 + history)
             table[:, 1, 2] = corrects
+            lagging = replace(on_foreground, alpha_lag=2)
+            launch_step_epilogue(new_step_state(cond, table, 5.0, lagging), cond, uncond, foreground, lagging)
             state = new_step_state(cond, table, 5.0, on_foreground)
             path = torch.empty(51, 1, 16, *volume, device="meta")
             launch_step_epilogue(state, cond, uncond, foreground, on_foreground, path)

@@ -251,7 +251,8 @@ def batch(
     address: Annotated[str | None, _option("The Ray cluster: auto, ray://HOST:PORT; else one is started.")] = None,
     workers: Annotated[int | None, _option("Ray actors; else as many as fit.", min=1)] = None,
     cpus_per_worker: Annotated[int | None, _option("Cores of an actor, without a GPU.", min=1)] = None,
-    graph: Annotated[str, _option("As for edit.")] = "off",
+    graph: Annotated[str, _option("As for edit, of every job.")] = "off",
+    compile: Annotated[str, _option("As for edit, of every job.")] = "off",
     json_file: JsonFile = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -259,6 +260,7 @@ def batch(
 ) -> int:
     """Run the edits of a manifest, none lost: the same command again does what is missing."""
     from kvlock_fast.batch import command
+    from kvlock_fast.batch.speed import Speed
 
     if schema:
         command.print_schema()
@@ -269,8 +271,8 @@ def batch(
     given = {"model": model, "steps": steps, "guidance": guidance, "seed": seed, "size": size, "preset": preset}
     asked = command.BatchSettings(
         manifest, output, defaults, {name: value for name, value in given.items() if value is not None},
-        tuple(settings or ()), results, device, dtype, graph, edits_per_pass, reports, retry_failed, engine, address,
-        workers, cpus_per_worker, metrics_file, json_file, _command_line(), quiet,
+        tuple(settings or ()), results, device, dtype, Speed(graph, compile), edits_per_pass, reports, retry_failed,
+        engine, address, workers, cpus_per_worker, metrics_file, json_file, _command_line(), quiet,
     )  # fmt: skip
     return command.check(asked) if check else command.run(asked)
 

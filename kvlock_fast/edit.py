@@ -111,25 +111,27 @@ def read_clip(
         if not value:
             raise InputError(f"{option} is empty")
     video = read_video(source, max_frames=max_frames)
-    solid = _read_solid(source, mask, video.frames.shape[:3], max_frames, shape or MaskShape())
-    feather = shape.feather if shape else 0
+    shape = shape or MaskShape()
+    pixels = None if is_box(mask) else read_mask(mask, threshold=shape.threshold, max_frames=max_frames)
+    solid = solid_mask(source, mask, video.frames.shape[:3], pixels, shape)
     return Clip(
         video.frames,
-        grow_mask(solid, feather),
+        grow_mask(solid, shape.feather),
         video.fps,
-        solid if feather else None,
+        solid if shape.feather else None,
         video.audio if audio else None,
     )
 
 
-def _read_solid(
-    source: str, mask: str, extent: tuple[int, int, int], max_frames: int | None, shape: MaskShape
+def solid_mask(
+    source: str, mask: str, extent: tuple[int, int, int], pixels: np.ndarray | None, shape: MaskShape
 ) -> np.ndarray:
-    """The mask at the source's size, without its soft edge."""
-    if is_box(mask):
-        pixels = box_mask(mask, *extent)
-    else:
-        pixels = read_mask(mask, threshold=shape.threshold, max_frames=max_frames)
+    """The mask at the source's size, without its soft edge: bool [F, H, W].
+
+    source, mask: what to call them; extent: (F, H, W); pixels: bool as it was read, None for a box in words. Raises
+    InputError for one that does not fit, or leaves nothing.
+    """
+    pixels = box_mask(mask, *extent) if pixels is None else pixels
     pixels = ~pixels if shape.invert else pixels
     try:
         pixels = fit_mask(pixels, *extent)

@@ -134,11 +134,12 @@ def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> N
     if geometry.knows(frames, height, width):
         return
     (down, across), (long, high, wide) = geometry.size_multiple(), geometry.limits
-    longest = frames if long is None else geometry.temporal_stride * (long * geometry.patch_size[0] - 1) + 1
-    length, way_out = "" if long is None else f"{longest} frames and ", ": give it a window" if frames > longest else ""
+    most = None if long is None else geometry.temporal_stride * (long * geometry.patch_size[0] - 1) + 1
+    longest = "" if most is None else f"{most} frames and "
+    way_out = ": give it a window" if most is not None and frames > most else ""
     raise InputError(
         f"{frames} frames of {height}x{width} are too many for this model: "
-        f"it takes at most {length}{high * down}x{wide * across}{way_out}"
+        f"it takes at most {longest}{high * down}x{wide * across}{way_out}"
     )
 
 

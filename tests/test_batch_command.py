@@ -25,7 +25,7 @@ from kvlock_fast.cli import main
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.edit import Clip
 from kvlock_fast.errors import InputError, OutputError
-from kvlock_fast.media import read_video
+from kvlock_fast.media import read_video, write_video
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +83,31 @@ def test_a_batch_from_files_to_files(folder, model, capsys):
     assert "5 of 5 jobs are known here" in capsys.readouterr().err
 
 
-def test_the_frames_are_those_of_edit(folder, model):
-    manifest = write_manifest(folder, [job(0, output="a.mkv", seed=3)])
+WAYS = {
+    "as it is": ({}, ""),
+    "mask": ({"mask_grow": -1, "mask_feather": 2, "composite": True},
+             "--mask-grow -1 --mask-feather 2 --composite"),
+    "mask inverted": ({"mask_invert": True, "composite": True, "feather": 1},
+                      "--mask-invert --composite --feather 1"),
+    "moving box": ({"mask": "box:0=2,2,4,4;16=8,8,6,6"}, "--mask box:0=2,2,4,4;16=8,8,6,6"),
+    "compute": ({"compute": "foreground", "alpha_snap": 0.9, "alpha_lag": 2, "halo": 1, "seam": "blend"},
+                "--compute foreground --alpha-snap 0.9 --alpha-lag 2 --halo 1 --seam blend"),
+    "stretches": ({"clip_window": 9, "clip_overlap": 4}, "--window 9 --overlap 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+def test_the_frames_are_those_of_edit(folder, model, way):
+    fields, flags = WAYS[way]
+    frames = np.random.default_rng(1).integers(0, 256, (17, 16, 16, 3), dtype=np.uint8)
+    write_video(folder / "s0.mkv", frames, 8)
+    manifest = write_manifest(folder, [job(0, **{"output": "a.mkv", "seed": 3, **fields})])
     tier = ("--set", "cache_tier=lockstep")
     assert batch(manifest, folder / "out", "--model", model, *tier, "--no-reports", "--quiet") == 0
     arguments = ["edit", "--source", folder / "s0.mkv", "--mask", folder / "m.npy", "--source-prompt", "a square"]
     arguments += ["--prompt", "prompt 0", "--seed", 3, "--steps", 2, "--size", "32x48"]
     arguments += ["--output", folder / "b.mkv", "--model", model]
-    assert main([*map(str, arguments), "--cache-tier", "lockstep", "--quiet"]) == 0
+    assert main([*map(str, arguments), "--cache-tier", "lockstep", "--quiet", *flags.split()]) == 0
     assert np.array_equal(read_video(folder / "out/a.mkv").frames, read_video(folder / "b.mkv").frames)
 
 
@@ -168,9 +185,13 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(model, monkeypatch):
     assert len(calls) == 1
 
 
+FOREGROUND = LockConfig.preset("kvlock", compute="foreground", kappa=1)
+
+
 @pytest.mark.parametrize("more", [{}, {"lock": LockConfig.preset("paper", kappa=1, warmup_alpha=0.0)},
                                   {"guidance": 1.0, "cache": CacheConfig(step_stride=2, format="int8")},
-                                  {"size": (48, 32), "frames_policy": "trim"}])  # fmt: skip
+                                  {"size": (48, 32), "frames_policy": "trim"},
+                                  {"lock": FOREGROUND}, {"lock": FOREGROUND, "mask": "all"}])  # fmt: skip
 def test_the_planner_is_asked_what_an_edit_would_ask(model, monkeypatch, more):
     from kvlock_fast import memory
     from kvlock_fast.cache import planner
@@ -185,7 +206,9 @@ def test_the_planner_is_asked_what_an_edit_would_ask(model, monkeypatch, more):
     monkeypatch.setattr(memory, "plan", noted)
     clip = Clip(np.zeros((6, 32, 48, 3), np.uint8), np.zeros((6, 32, 48), bool), 8)
     clip.mask[:, 4:9, 4:9] = True
-    setup = Setup("s", "m", "a square", model=str(model), steps=3, **more)
+    if more.get("mask") == "all":  # then there is nothing that foreground-only steps could leave out
+        clip.mask[:] = True
+    setup = Setup(**{"source": "s", "mask": "m", "source_prompt": "a", "model": str(model), "steps": 3, **more})
     editor = ModelEditor("cpu")
     decision = editor.decide(setup, clip, 2)
     editor.edit(setup, clip, ["a", "b"], replace(decision, ladder=True), lambda *a: None)
@@ -194,6 +217,50 @@ def test_the_planner_is_asked_what_an_edit_would_ask(model, monkeypatch, more):
         if isinstance(mine, dict):  # what was decided is what the edit asks for
             mine, theirs = ({k: v for k, v in one.items() if k != "tiers"} for one in (mine, theirs))
         assert mine == theirs
+
+
+@pytest.mark.parametrize("tier, expected", [("auto", "lockstep"), ("resident", "resident")])
+def test_a_clip_in_stretches_is_not_planned_and_runs(model, monkeypatch, tier, expected):
+    from kvlock_fast.cache import planner
+
+    monkeypatch.setattr(planner, "plan", None)
+    clip = Clip(np.zeros((17, 32, 48, 3), np.uint8), np.zeros((17, 32, 48), bool), 8)
+    clip.mask[:, 4:9, 4:9] = True
+    cache = CacheConfig(tier=tier, prompts_at_once=2)
+    setup = Setup("s", "m", "a square", model=str(model), steps=2, clip_window=9, cache=cache)
+    editor = ModelEditor("cpu")
+    decision = editor.decide(setup, clip, 3)
+    assert decision == Decision(expected, "fp8_e4m3", 2)
+    frames, trace = editor.edit(setup, clip, ["a", "b", "c"], decision, lambda *a: None)
+    assert [f.shape for f in frames] == [(17, 32, 48, 3)] * 3 and trace["cache"]["tier"] == expected
+
+
+def test_a_window_is_what_has_to_fit_the_models_position_codes(model):
+    from kvlock_fast.batch.check import model_size
+    from kvlock_fast.batch.room import Extent
+
+    size = model_size(str(model))
+    frames = 4 * size.geometry.most_tokens + 1
+    with pytest.raises(InputError, match=f"{frames} frames of 32x48 are too many"):
+        Extent.of((frames, 32, 48), None, Setup("s", "m", "p"), size)
+    assert Extent.of((frames, 32, 48), None, Setup("s", "m", "p", clip_window=17), size).frames == frames
+
+
+def test_speed_goes_to_every_edit_and_onto_its_page(folder, model, monkeypatch, capsys):
+    from kvlock_fast.batch import editor as room
+
+    asked, call = [], room.call_pipeline
+
+    def noted(pipe, clip, settings, *more, **named):
+        asked.append((settings.graph, settings.compile))
+        return call(pipe, clip, replace(settings, compile="off"), *more, **named)
+
+    monkeypatch.setattr(room, "call_pipeline", noted)
+    manifest = write_manifest(folder, [job(i, source=i) for i in range(2)])
+    assert batch(manifest, folder / "out", "--model", model, "--graph", "auto", "--compile", "regional") == 0
+    assert asked == [("auto", "regional")] * 2
+    assert capsys.readouterr().err.count("steps are not captured in a CUDA graph: the device is cpu") == 1
+    assert "regional" in (folder / "out/reports/j0.html").read_text()
 
 
 def test_a_models_folder_is_relative_to_where_the_command_was_given(model):
@@ -219,7 +286,7 @@ def test_check_decodes_nothing_twice_and_loads_no_model(folder, model, monkeypat
 
     read, loaded = [], []
     monkeypatch.setattr(check, "read_video", lambda path, **more: read.append(str(path)) or read_video(path, **more))
-    monkeypatch.setattr(check, "read_mask", lambda path: read.append(str(path)) or read_mask(path))
+    monkeypatch.setattr(check, "read_mask", lambda path, **more: read.append(str(path)) or read_mask(path))
     monkeypatch.setattr("kvlock_fast.models.loading.load_diffusers", lambda *a: loaded.append(a))
     for i in range(2, 8):
         (folder / f"s{i}.mkv").write_bytes((folder / "s0.mkv").read_bytes())
@@ -240,6 +307,7 @@ def test_check_looks_into_the_files_and_asks_the_planner(folder, model, capsys, 
     (folder / "bad.mkv").write_bytes(b"no video" * 99)
     np.save(folder / "wide.npy", np.ones((8, 64), bool))
     np.save(folder / "empty.npy", np.zeros((16, 16), bool))
+    np.save(folder / "grey.npy", np.full((16, 16), 100, np.uint8))
     lines = [
         job(0),
         {**job(1), "source": "bad.mkv"},
@@ -249,14 +317,22 @@ def test_check_looks_into_the_files_and_asks_the_planner(folder, model, capsys, 
         {**job(5), "model": "./nowhere"},
         {**job(6), "size": "9999x16"},
         {**job(7), "frames_policy": "error", "max_frames": 2},
+        {**job(8), "clip_window": 4, "clip_overlap": 3},
+        {**job(9), "compute": "foreground", "layers": [0]},
+        {**job(10), "mask_grow": -9},
+        {**job(11), "mask": "box:0=0,0,4,4;2=14,0,4,4"},
+        {**job(12), "mask": "grey.npy"},
+        {**job(13), "mask": "grey.npy", "mask_threshold": 0.25},
+        {**job(14), "mask": "grey.npy", "mask_invert": True},
     ]
     assert batch(write_manifest(folder, lines), folder / "out", "--check", "--model", model, "--quiet") == 2
     *listed, last = capsys.readouterr().err.splitlines()
-    found = [re.fullmatch(r"line (\d): (\w+): .+", line).groups() for line in listed]
+    found = [re.fullmatch(r"line (\d+): (\w+): .+", line).groups() for line in listed]
     assert found == [
-        ("2", "source"), ("3", "mask"), ("4", "mask"), ("5", "layers"), ("6", "model"), ("7", "size"), ("8", "size")
+        ("2", "source"), ("3", "mask"), ("4", "mask"), ("5", "layers"), ("6", "model"), ("7", "size"), ("8", "size"),
+        ("9", "clip_window"), ("10", "layers"), ("11", "mask"), ("12", "mask"), ("13", "mask"),
     ]  # fmt: skip
-    assert "7 wrong lines" in last
+    assert "12 wrong lines" in last
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls, *a, **m: cls(None, 1000, 1000)))
     assert batch(write_manifest(folder, [job(0)]), folder / "out", "--check", "--model", model, "--quiet") == 2
     assert "line 1: memory: there is too little memory" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from dataclasses import fields as dataclass_fields
 
 import pytest
 from batch_parts import job, write_clips, write_manifest
@@ -14,9 +15,13 @@ from kvlock_fast.batch import fields
 from kvlock_fast.batch.fields import JobFields
 from kvlock_fast.batch.jobs import Job
 from kvlock_fast.batch.manifest import read_manifest
+from kvlock_fast.batch.speed import enter_uncaptured
 from kvlock_fast.cli import main
 from kvlock_fast.config import PRESETS, LockConfig
+from kvlock_fast.edit import EditSettings
 from kvlock_fast.errors import InputError
+from kvlock_fast.media import MaskShape
+from kvlock_fast.windows import Windows
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +78,39 @@ WRONG = {
     "s_star": ({"s_star": "yes"}, "s_star", "'yes'"),
     "cache format": ({"cache_format": "fp7"}, "cache_format", "'fp7'"),
     "feather": ({"feather": 1000}, "feather", "1000"),
+    "feather of text": ({"feather": "soft"}, "feather", "'soft'"),
+    "compute": ({"compute": "fast"}, "compute", "must be one of full, foreground, got 'fast'"),
+    "compute with s* over all": ({"compute": "foreground", "s_star_region": "all"}, "compute",
+                                 "'foreground' does not go with s_star_region 'all'"),
+    "compute with global detection": ({"compute": "foreground", "preset": "global-detection"}, "compute",
+                                      "'foreground' does not go with detection 'global'"),
+    "compute below alpha 1": ({"compute": "foreground", "alpha": 0.5}, "compute", "alpha 0.5"),
+    "alpha_snap 0": ({"alpha_snap": 0}, "alpha_snap", "got 0"),
+    "alpha_snap above 1": ({"alpha_snap": 1.01}, "alpha_snap", "1.01"),
+    "alpha_lag": ({"alpha_lag": 3}, "alpha_lag", "must be 1 or 2, got 3"),
+    "alpha_lag true": ({"alpha_lag": True}, "alpha_lag", "True"),
+    "halo negative": ({"halo": -1}, "halo", "must be a whole number of at least 0, got -1"),
+    "halo without the source's latents": ({"halo": 2, "preset": "paper"}, "halo", "2 needs background_latents"),
+    "seam": ({"seam": "glue"}, "seam", "must be one of cut, blend, got 'glue'"),
+    "mask_threshold 1": ({"mask_threshold": 1}, "mask_threshold", "less than 1, got 1"),
+    "mask_threshold negative": ({"mask_threshold": -0.1}, "mask_threshold", "-0.1"),
+    "mask_invert of a number": ({"mask_invert": 1}, "mask_invert", "got 1"),
+    "mask_grow too far": ({"mask_grow": 1025}, "mask_grow", "1025"),
+    "mask_grow of a fraction": ({"mask_grow": 1.5}, "mask_grow", "1.5"),
+    "mask_feather negative": ({"mask_feather": -1}, "mask_feather", "-1"),
+    "box of another form": ({"mask": "box:1,2,3"}, "mask", "'box:1,2,3' is not of the form"),
+    "box without a frame": ({"mask": "box:0=1,1,5,5;2,2,5,5"}, "mask", "is not of the form"),
+    "box twice at a frame": ({"mask": "box:3=1,1,5,5;3=2,2,5,5"}, "mask", "gives the box at frame 3 twice"),
+    "clip_window 1": ({"clip_window": 1}, "clip_window", "got 1"),
+    "clip_overlap alone": ({"clip_overlap": 4}, "clip_overlap", "needs clip_window, got 4 alone"),
+    "clip_overlap of a whole window": ({"clip_window": 9, "clip_overlap": 9}, "clip_overlap",
+                                       "less than clip_window, which is 9, got 9"),
+    "clip_window on disk": ({"clip_window": 9, "cache_tier": "disk"}, "clip_window",
+                            "does not go with cache_tier 'disk', got 9"),
+    "audio": ({"audio": "off"}, "audio", "'off'"),
+    "graph of a job": ({"graph": "on"}, "graph", "no field"),
+    "output a folder of images": ({"output": "frames"}, "output",
+                                  "got 'frames': a result is one file, not a folder of images"),
     "unknown field": ({"sead": 3}, "sead", "did you mean 'seed'"),
     "output leaves": ({"output": "../a.mkv"}, "output", "'../a.mkv'"),
     "output leaves later": ({"output": "a/../../b.mkv"}, "output", "within"),
@@ -93,7 +131,7 @@ def wrong_line(i: int, what) -> dict | str:
 
 
 def test_every_wrong_line_is_listed_at_once_and_nothing_is_run(clips, capsys):
-    assert len(WRONG) >= 40
+    assert len(WRONG) >= 70
     good = job(1000)
     lines = [good, *(wrong_line(i, what) for i, (what, _, _) in enumerate(WRONG.values())), job(1000), "{}",
              job(1001, output="videos/j1000.mkv")]  # fmt: skip
@@ -127,7 +165,10 @@ WHOLE = {
     "negative_prompt": ["bad"], "seed": [0, 7, 2**63 - 1], "steps": [1, 50], "guidance": [0.0, 3.5], "size": ["32x48"],
     "max_frames": [5], "composite": [True, False], "feather": [3], "preset": list(PRESETS), "alpha": ["dynamic", 0.5],
     "tau": ["auto", 0.02], "layers": [[0, 2]], "window": [4], "s_star": [False], "cache_tier": ["host"],
-    "cache_stride": [2], "prompts_at_once": [3], "frames_policy": ["trim"],
+    "cache_stride": [2], "prompts_at_once": [3], "frames_policy": ["trim"], "compute": ["foreground"],
+    "alpha_snap": [0.95, 1.0], "alpha_lag": [1, 2], "halo": [0], "seam": ["blend"], "mask_threshold": [0, 0.25],
+    "mask_invert": [True], "mask_grow": [-3, 4], "mask_feather": [5], "audio": [True, False],
+    "mask": ["box:0=1,2,3,4;2=5,6,3,4"], "clip_window": [9, 17],
 }  # fmt: skip
 
 
@@ -146,7 +187,10 @@ def test_json_and_csv_say_the_same(tmp_path_factory, data):
             writer.writerow({k: v if isinstance(v, str) else json.dumps(v) for k, v in line.items()})
     by_json = read_manifest(write_manifest(folder, lines), folder, {})
     by_csv = read_manifest(folder / "jobs.csv", folder, {})
-    assert by_json.sentences() == by_csv.sentences() == []
+    # Values that are each right may be wrong together.
+    by_json_wrong, by_csv_wrong = ([problem[1:] for problem in by.problems] for by in (by_json, by_csv))
+    assert by_json_wrong == by_csv_wrong
+    assert all(name == "compute" and "does not go with" in sentence for name, sentence in by_json_wrong)
     assert by_json.jobs == by_csv.jobs
     for found in by_json.jobs:
         assert Job.from_spec(found.spec()) == found
@@ -163,6 +207,33 @@ def test_a_list_of_prompts_is_a_job_each(clips):
         "line 2: id: 'j0-2' is that of line 1 already"
         in read_manifest(write_manifest(clips, lines), clips / "out", {}).sentences()
     )
+
+
+def test_settings_arrive_as_edit_takes_them(clips):
+    line = job(0, compute="foreground", alpha_snap=0.9, alpha_lag=2, halo=3, seam="blend", mask_threshold=0.25,
+               mask_invert=True, mask_grow=-2, mask_feather=4, clip_window=17, clip_overlap=5, window=6,
+               composite=True, audio=False)  # fmt: skip
+    [found] = read_manifest(write_manifest(clips, [line]), clips / "out", {}).jobs
+    settings = found.edit_settings()
+    assert settings.lock == LockConfig.preset(
+        "kvlock", compute="foreground", alpha_snap=0.9, alpha_lag=2, halo=3, seam="blend", window=6
+    )
+    assert settings.mask_shape == MaskShape(0.25, True, -2, 4)
+    assert (settings.window_frames, settings.window_overlap) == (17, 5)
+    assert (settings.composite, settings.feather, settings.composite_feather) == (True, None, 4)
+    assert not found.finish.audio and found.setup.windows() == Windows(17, 5)
+
+
+def test_what_is_not_given_is_what_edit_does(clips):
+    [found] = read_manifest(write_manifest(clips, [job(0)]), clips / "out", {}).jobs
+    assert found.edit_settings() == EditSettings("a square", ["prompt 0"])
+    assert found.finish.audio
+
+
+def test_a_fault_of_a_list_of_prompts_is_said_once(clips, capsys):
+    manifest = write_manifest(clips, [job(0, prompt=["a", "b"], source="no.mkv", output="q.mkv")])
+    assert main(["batch", str(manifest), "--output", str(clips / "out")]) == 2
+    assert capsys.readouterr().err.count("line 1: source:") == 1
 
 
 def test_lock_parameters_arrive_and_presets_stay(clips):
@@ -202,6 +273,10 @@ BAD_DEFAULTS = {
     "address without ray": (["--address", "auto"], "--address is for --engine ray only, got 'auto'"),
     "model": (["--model", "./no-model"], "./no-model"),
     "device": (["--device", "toaster"], "device 'toaster'"),
+    "graph": (["--graph", "maybe"], "--graph must be one of off, auto, on, got 'maybe'"),
+    "graph without a GPU": (["--graph", "on", "--device", "cpu"], "the device is cpu, not cuda"),
+    "graph on cores": (["--graph", "on", "--engine", "ray", "--cpus-per-worker", "2"], "--cpus-per-worker 2"),
+    "compile": (["--compile", "whole"], "--compile must be one of off, regional, got 'whole'"),
     "results": (["--results", "nosuch://a/b"], "nosuch://a/b"),
 }
 
@@ -214,6 +289,15 @@ def test_bad_options_are_one_sentence(clips, capsys, tmp_path, name):
     error = capsys.readouterr().err
     assert status == 2 and expected in error and "Traceback" not in error, error
     assert not list((tmp_path / "o").rglob("*.mkv"))
+
+
+def test_jobs_that_no_graph_can_hold_are_wrong_lines_of_graph_on(clips):
+    lines = [job(0), job(1, clip_window=9), job(2, preset="cfg"), job(3, tau="auto"), job(4, preset="paper")]
+    reading = read_manifest(write_manifest(clips, lines), clips / "out", {})
+    assert reading.sentences() == []
+    enter_uncaptured(reading)
+    assert [(line, name) for line, name, _ in reading.problems] == [(2, "clip_window"), (3, "preset"), (4, "tau")]
+    assert all("which --graph on cannot capture" in sentence for sentence in reading.sentences())
 
 
 def test_bad_defaults_files(tmp_path):
@@ -250,7 +334,16 @@ def test_the_schema_knows_every_field_and_is_printed(capsys):
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == set(JobFields.model_fields) >= {"id", "tau", "layers", "output", "cache_tier"}
     assert set(schema["required"]) == {"id", "source", "mask", "source_prompt", "prompt"}
-    assert set(fields.LOCK_NAMES) <= set(JobFields.model_fields)
+    assert set(fields.LOCK_NAMES) | set(fields.MASK_NAMES) <= set(JobFields.model_fields)
+
+
+ELSEWHERE = {"lock", "cache", "mask_shape", "prompts", "graph", "compile"}
+RENAMED = {"window_frames": "clip_window", "window_overlap": "clip_overlap"}
+
+
+def test_a_job_can_say_all_that_an_edit_can():
+    said = {f.name for f in dataclass_fields(EditSettings)} - ELSEWHERE
+    assert {RENAMED.get(name, name) for name in said} <= set(JobFields.model_fields)
 
 
 def test_limits_are_those_of_edit():

@@ -1,25 +1,33 @@
 """A batch with an editor that needs no model: every job once, failures apart, resumed where it was stopped."""
 
+import gc
 import itertools
 import json
 import sqlite3
 import threading
 
+import av
+import numpy as np
 import pytest
 from batch_parts import StandIn, frame_hashes, job, ledger_rows, run_batch, write_clips, write_manifest
+from clipmaker import encode_with_tone
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from kvlock_fast.batch.editor import DeviceLost
 from kvlock_fast.batch.engine import Crashed
+from kvlock_fast.batch.fields import JobFields
 from kvlock_fast.batch.groups import grouped
 from kvlock_fast.batch.jobs import Decision, Job, Pass, Setup
 from kvlock_fast.batch.ledger import Ledger
+from kvlock_fast.batch.manifest import read_manifest
 from kvlock_fast.batch.passes import Waiting
 from kvlock_fast.batch.places import Results
 from kvlock_fast.batch.runner import Runner
-from kvlock_fast.errors import InputError, OutputError
-from kvlock_fast.media import read_video
+from kvlock_fast.edit import FEATHER
+from kvlock_fast.errors import InputError, InputWarning, OutputError
+from kvlock_fast.media import grow_mask, read_video
 
 setups = st.builds(
     Setup,
@@ -42,6 +50,37 @@ def test_every_job_is_in_one_group_of_its_own_kind(found, most):
         of = [group for group in groups if group[0].setup == setup]
         assert len(of) == -(-found.count(setup) // most)
         assert [job for group in of for job in group] == [job for job in jobs if job.setup == setup]
+
+
+OTHER = {
+    "source": "s1.mkv", "mask": "box:1,1,4,4", "source_prompt": "a disc", "negative_prompt": "red", "model": "other",
+    "steps": 9, "guidance": 2.0, "guidance_2": 3.0, "seed": 1, "size": "32x48", "max_frames": 2,
+    "frames_policy": "trim", "clip_window": 9, "preset": "paper", "alpha": 1.0, "omega": "constant", "s_star": False,
+    "s_star_region": "foreground", "tau": 0.5, "b": 3.0, "window": 4, "kappa": 3, "warmup_alpha": 0.5,
+    "alpha_floor": 0.1, "omega_floor": 0.5, "detection": "global", "layers": [0], "background_latents": "model",
+    "source_path": "invert", "inversion_solver": "heun", "zero_init_steps": 1, "guidance_batching": "separate",
+    "compute": "foreground", "alpha_snap": 0.9, "alpha_lag": 2, "halo": 1, "seam": "blend", "mask_threshold": 0.25,
+    "mask_invert": True, "mask_grow": 1, "mask_feather": 1, "cache_tier": "host", "cache_format": "int8",
+    "cache_stride": 2, "cache_steps": "window", "prompts_at_once": 1,
+}  # fmt: skip
+SHARED = {"prompt": "another", "composite": True, "feather": 3, "audio": False, "output": "elsewhere.mp4"}
+
+
+def test_every_field_is_known_to_separate_passes_or_not_to():
+    assert set(OTHER) | set(SHARED) | {"id", "clip_overlap"} == set(JobFields.model_fields)
+
+
+@pytest.mark.parametrize("name", [*OTHER, *SHARED])
+def test_what_changes_the_computation_separates_passes_and_what_follows_it_does_not(tmp_path, name):
+    lines = [job(0), {**job(1), name: {**OTHER, **SHARED}[name]}]
+    reading = read_manifest(write_manifest(tmp_path, lines), tmp_path / "out", {})
+    assert not reading.sentences()
+    assert len(list(grouped(reading.jobs, 8))) == (1 if name in SHARED else 2)
+
+
+def test_overlaps_of_a_window_separate_passes(tmp_path):
+    lines = [job(i, clip_window=9, clip_overlap=3 + i) for i in range(2)]
+    assert len(list(grouped(read_manifest(write_manifest(tmp_path, lines), tmp_path, {}).jobs, 8))) == 2
 
 
 @given(st.lists(setups, min_size=1, max_size=20))
@@ -143,6 +182,97 @@ def test_jobs_can_be_added(folder):
     assert counts["done"] == 8 and {name: after[name] for name in before} == before
 
 
+def test_jobs_of_one_pass_are_finished_each_in_its_own_way(folder):
+    log = folder / "log"
+    ways = [{}, {"composite": True, "feather": 0}, {"composite": True, "feather": 4}, {"composite": True}]
+    manifest = write_manifest(folder, [job(i, mask="box:0,0,3,3", **way) for i, way in enumerate(ways)])
+    assert run_batch(manifest, folder / "out", lambda: StandIn(log, at_once=4))["done"] == 4
+    assert len(log.read_text().splitlines()) == 1
+    source = read_video(folder / "s0.mkv").frames
+    same = [(read_video(folder / f"out/videos/j{i}.mkv").frames == source).all(axis=(0, 3)) for i in range(4)]
+    # A composite is the source's own beyond its feather: 0, 4, or 8 pixels where nothing is said.
+    beyond = [~np.pad(np.ones((3 + n, 3 + n), bool), (0, 13 - n)) for n in (0, 4, FEATHER)]
+    assert not same[0][beyond[2]].all()
+    assert [found[outside].all() for found, outside in zip(same[1:], beyond, strict=True)] == [True] * 3
+    assert not same[2][beyond[0] & ~beyond[1]].all() and not same[3][beyond[1] & ~beyond[2]].all()
+
+
+def test_masks_arrive_in_the_shape_that_was_asked_for(folder):
+    grey = np.zeros((16, 16, 3), np.uint8)
+    grey[4:9, 3:12] = 100
+    Image.fromarray(grey).save(folder / "grey.png")
+    shapes = [
+        {"mask_threshold": 0.25},
+        {"mask_threshold": 0.25, "mask_invert": True},
+        {"mask_grow": 2, "mask": "m.npy"},
+        {"mask_grow": -1, "mask_feather": 3, "mask": "m.npy", "composite": True},
+        {"mask": "box:0=0,0,4,4;2=8,8,4,4"},
+    ]
+    seen = {}
+
+    class Noting(StandIn):
+        def edit(self, setup, clip, prompts, *more):
+            seen[prompts[0]] = clip
+            return super().edit(setup, clip, prompts, *more)
+
+    lines = [job(i, **{"mask": "grey.png", **shape}) for i, shape in enumerate(shapes)]
+    assert run_batch(write_manifest(folder, lines), folder / "out", Noting)["done"] == len(shapes)
+    base = np.zeros((3, 16, 16), bool)
+    base[:, 4:9, 3:12] = True
+    moving = np.zeros_like(base)
+    for frame, corner in enumerate((0, 4, 8)):
+        moving[frame, corner : corner + 4, corner : corner + 4] = True
+    small = grow_mask(base, -1)
+    expected = [base, ~base, grow_mask(base, 2), grow_mask(small, 3), moving]
+    for i, mask in enumerate(expected):
+        assert np.array_equal(seen[f"prompt {i}"].mask, mask), i
+    assert np.array_equal(seen["prompt 3"].solid, small)
+    # A composite fades over the mask's soft edge, and is the source's beyond it.
+    video = read_video(folder / "out/videos/j3.mkv").frames
+    beyond = np.ones((16, 16), bool)
+    beyond[2:11, 1:14] = False
+    assert np.array_equal(video[:, beyond], read_video(folder / "s0.mkv").frames[:, beyond])
+
+
+def toned(i: int, output: str, **more) -> dict:
+    """A line for a clip with sound."""
+    return {**job(i, output=output, mask="box:4,4,8,8"), "source": "s0.mp4", **more}
+
+
+def sounds_in(path) -> int:
+    with av.open(str(path)) as container:
+        return len(container.streams.audio)
+
+
+def test_the_sources_sound_is_kept_unless_a_job_leaves_it_out(folder):
+    encode_with_tone(folder / "s0.mp4", "libx264", "aac", seconds=0.5)
+    kinds = [".mp4", ".mov", ".m4v", ".mkv", ".webm"]
+    lines = [toned(i, f"v{i}{kind}") for i, kind in enumerate(kinds)]
+    lines.append(toned(8, "silent.mp4", audio=False))
+    lines.append(toned(9, "p/o.gif"))
+    with pytest.warns(InputWarning, match=r"'p/o.gif' is without the sound of '.*s0.mp4': a GIF holds none"):
+        counts = run_batch(write_manifest(folder, lines), folder / "out")
+    assert counts["done"] == len(lines)
+    assert [sounds_in(folder / f"out/v{i}{kind}") for i, kind in enumerate(kinds)] == [1] * 5
+    assert sounds_in(folder / "out/silent.mp4") == sounds_in(folder / "out/p/o.gif") == 0
+    for line in lines:
+        assert read_video(folder / "out" / line["output"]).frames.shape == (8, 32, 48, 3)
+
+
+def test_the_sound_of_what_was_fetched_is_kept_and_the_copy_is_not(folder, monkeypatch):
+    import fsspec
+
+    encode_with_tone(folder / "s0.mp4", "libx264", "aac", seconds=0.5)
+    fsspec.filesystem("memory").pipe_file("/sound/s0.mp4", (folder / "s0.mp4").read_bytes())
+    (folder / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder / "tmp"))
+    lines = [toned(i, f"v{i}.mp4", seed=i, source="memory://sound/s0.mp4") for i in range(3)]
+    assert run_batch(write_manifest(folder, lines), folder / "out")["done"] == 3
+    assert [sounds_in(folder / f"out/v{i}.mp4") for i in range(3)] == [1, 1, 1]
+    gc.collect()
+    assert list((folder / "tmp").iterdir()) == []
+
+
 FAULTS = {
     "a prompt that becomes NaN": ({"prompt": "nan"}, "NaN or inf at step 1 of 2"),
     "a fault of the program": ({"prompt": "crash"}, "ZeroDivisionError: a fault"),
@@ -150,13 +280,13 @@ FAULTS = {
     "a source that is no video": ({"source": "bad.mkv"}, "bad.mkv"),
     "a mask of another shape": ({"mask": "wide.npy"}, "wide.npy"),
     "a box outside": ({"mask": "box:0,0,99,99"}, "box:0,0,99,99"),
+    "a box that leaves the picture": ({"mask": "box:0=0,0,4,4;2=20,0,4,4"}, "does not lie within the video"),
+    "a mask that is shrunk away": ({"mask_grow": -9}, "empty once it is shrunk by 9 pixels"),
 }
 
 
 @pytest.mark.parametrize("name", list(FAULTS))
 def test_a_job_that_fails_is_recorded_and_the_rest_go_on(folder, name):
-    import numpy as np
-
     (folder / "bad.mkv").write_bytes(b"no video" * 100)
     np.save(folder / "wide.npy", np.ones((8, 64), bool))
     fault, expected = FAULTS[name]

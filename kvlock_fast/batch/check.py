@@ -15,9 +15,9 @@ from kvlock_fast.batch.jobs import Decision, Job, Setup
 from kvlock_fast.batch.manifest import Reading
 from kvlock_fast.batch.places import fetched, is_remote, is_there, local_path
 from kvlock_fast.batch.room import Extent, decide, foreground_tokens
-from kvlock_fast.edit import working_size
+from kvlock_fast.edit import solid_mask, working_size
 from kvlock_fast.errors import InputError, InputWarning
-from kvlock_fast.media import box_mask, fit_mask, read_mask, read_video
+from kvlock_fast.media import grow_mask, is_box, read_mask, read_video
 
 Shape = tuple[int, int, int]
 """Frames, height and width."""
@@ -30,7 +30,7 @@ def check_files(reading: Reading, base: Path, folder: Path, skip: frozenset[str]
         if job.id in skip:
             continue
         for name, place in (("source", job.setup.source), ("mask", job.setup.mask)):
-            if place.startswith("box:") and name == "mask":
+            if name == "mask" and is_box(place):
                 continue
             if place not in there:
                 there[place] = _is_there(place, base)
@@ -79,13 +79,14 @@ class Checker:
     def run(self) -> list[tuple[list[Job], Decision | None]]:
         """The groups with what the planner says (None: not known before the model is loaded); problems are entered."""
         self._read_sources()
-        masks: dict[str, list[list[Job]]] = {}
+        masks: dict[tuple[str, float], list[list[Job]]] = {}
         for group in grouped(self.reading.jobs, self.most):
-            masks.setdefault(group[0].setup.mask, []).append(group)
+            setup = group[0].setup
+            masks.setdefault((setup.mask, setup.mask_shape.threshold), []).append(group)
         found = []
-        for done, (mask, groups) in enumerate(masks.items()):
+        for done, ((mask, threshold), groups) in enumerate(masks.items()):
             self.progress("checking masks", done, len(masks))
-            pixels = None if mask.startswith("box:") else self._read_mask(mask)
+            pixels = None if is_box(mask) else self._read_mask(mask, threshold)
             found += [(group, self._check_group(group, pixels)) for group in groups]
         return found
 
@@ -103,17 +104,15 @@ class Checker:
             except (InputError, OSError) as error:
                 self._sources[source] = str(error)
 
-    def _read_mask(self, mask: str) -> np.ndarray | str:
+    def _read_mask(self, mask: str, threshold: float) -> np.ndarray | str:
         try:
             with fetched(mask, self.base) as path:
                 self.decoded += 1
-                return read_mask(path)
+                return read_mask(path, threshold=threshold)
         except (InputError, OSError) as error:
             return str(error)
 
     def _check_group(self, group: Sequence[Job], pixels: np.ndarray | str | None) -> Decision | None:
-        from kvlock_fast.models.arch import select_layers
-
         setup, name = group[0].setup, "source"
         try:
             shape = self._sources[setup.source]
@@ -126,12 +125,16 @@ class Checker:
             size = self._size(setup.model)
             if size is None:
                 return None
+            name = "clip_window"
+            windows = setup.windows()
+            if windows is not None:
+                windows.latent_sizes(size.geometry)
             name = "size"
             extent = self._extent(setup, shape, size)
             name = "mask"
             foreground = foreground_tokens(mask, extent, setup, size)
             name = "layers"
-            select_layers(size.layers, setup.lock.layers)
+            self._check_layers(setup, size)
             name = "memory"
             return decide(setup, size, extent, foreground, len(group), self.machine)
         except InputError as error:
@@ -142,14 +145,17 @@ class Checker:
     def _fitted(self, setup: Setup, shape: Shape, pixels: np.ndarray | str | None) -> np.ndarray:
         if isinstance(pixels, str):
             raise InputError(pixels)
-        if pixels is None:
-            return box_mask(setup.mask, *shape)
-        if setup.max_frames is not None and len(pixels) > 1:
-            pixels = pixels[: shape[0]]
-        fitted = fit_mask(pixels, *shape)
-        if not fitted.any():
-            raise InputError(f"{setup.mask!r} is empty: no pixel is marked as foreground")
-        return fitted
+        if pixels is not None and setup.max_frames is not None:
+            pixels = pixels[: setup.max_frames]
+        solid = solid_mask(setup.source, setup.mask, shape, pixels, setup.mask_shape)
+        return grow_mask(solid, setup.mask_shape.feather)
+
+    def _check_layers(self, setup: Setup, size: Any) -> None:
+        from kvlock_fast.models.arch import select_layers
+
+        locked = len(select_layers(size.layers, setup.lock.layers))
+        if setup.lock.compute == "foreground" and locked < size.layers:
+            raise InputError(f"leaves out {size.layers - locked} of {size.layers}, and compute 'foreground' needs all")
 
     def _extent(self, setup: Setup, shape: Shape, size: Any) -> Extent:
         with warnings.catch_warnings():  # said when it is edited

@@ -24,6 +24,7 @@ from kvlock_fast.batch.litter import remove_litter
 from kvlock_fast.batch.manifest import Reading, read_manifest
 from kvlock_fast.batch.places import Results
 from kvlock_fast.batch.runner import Runner, stopped_by_signals
+from kvlock_fast.batch.speed import Speed, check_speed, enter_uncaptured
 from kvlock_fast.batch.watching import MetricsFile, all_of, failures_table, shown
 from kvlock_fast.batch.worker import Worker
 from kvlock_fast.cache.machine import Machine
@@ -42,7 +43,8 @@ class BatchSettings:
 
     output: the folder of ledger and index; results: where videos and reports go, a folder or URL (None: the output);
     flags, settings: fields for jobs that lack them, above those of the file `defaults`; edits_per_pass: the most jobs
-    that share a pass of their source; engine: "local" or "ray", with address, workers and cpus_per_worker for ray.
+    that share a pass of their source; speed: of every edit; engine: "local" or "ray",
+    with address, workers and cpus_per_worker for ray.
     """
 
     manifest: Path
@@ -53,7 +55,7 @@ class BatchSettings:
     results: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-    graph: str = "off"
+    speed: Speed = field(default_factory=Speed)
     edits_per_pass: int = 8
     reports: bool = True
     retry_failed: bool = False
@@ -137,14 +139,14 @@ def make_engine(settings: BatchSettings) -> Engine:
     base, here = settings.manifest.parent.resolve(), Path.cwd()
 
     def make_editor() -> ModelEditor:
-        return ModelEditor(settings.device, settings.graph, here)
+        return ModelEditor(settings.device, settings.speed, here)
 
     if settings.engine == "local":
-        return LocalEngine(Worker(make_editor, base, settings.reports, settings.command))
+        return LocalEngine(Worker(make_editor, base, settings.reports, settings.command, settings.speed))
     from kvlock_fast.batch.ray_engine import RayEngine
 
     return RayEngine(
-        make_editor, base, settings.reports, settings.command,
+        make_editor, base, settings.reports, settings.command, settings.speed,
         address=settings.address, workers=settings.workers, cpus=settings.cpus_per_worker,
     )  # fmt: skip
 
@@ -174,6 +176,9 @@ def _check_settings(settings: BatchSettings) -> None:
                           ("--cpus-per-worker", settings.cpus_per_worker)):  # fmt: skip
         if value is not None and settings.engine != "ray":
             raise InputError(f"{option} is for --engine ray only, got '{value}'")
+    check_speed(settings.speed)
+    if settings.speed.graph == "on":
+        _refuse_no_graphs(settings)
     if settings.output.exists() and not settings.output.is_dir():
         raise InputError(f"--output '{settings.output}' is not a folder")
     if settings.metrics_file is not None:
@@ -182,10 +187,21 @@ def _check_settings(settings: BatchSettings) -> None:
         check_writable(settings.json_file)
 
 
+def _refuse_no_graphs(settings: BatchSettings) -> None:
+    """Raise InputError where no step could be captured, for --graph on."""
+    if settings.cpus_per_worker is not None:
+        raise InputError(f"--graph is 'on', but --cpus-per-worker {settings.cpus_per_worker} gives the actors no GPU")
+    if settings.engine == "local" and (device := find_device(settings.device)).type != "cuda":
+        raise InputError(f"--graph is 'on', but the steps cannot be captured: the device is {device.type}, not cuda")
+
+
 def _read(settings: BatchSettings) -> Reading:
     typed = parse_settings(list(settings.settings))
     defaults = {**read_defaults(settings.defaults), **settings.flags, **typed}
-    return read_manifest(settings.manifest, settings.output, defaults, settings.dtype)
+    reading = read_manifest(settings.manifest, settings.output, defaults, settings.dtype)
+    if settings.speed.graph == "on":
+        enter_uncaptured(reading)
+    return reading
 
 
 def _refuse_missing(reading: Reading, settings: BatchSettings) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvlock_fast.batch.jobs import Decision, Setup
+from kvlock_fast.batch.speed import Speed
 from kvlock_fast.edit import Clip, call_pipeline, load_pipeline, working_size
 from kvlock_fast.errors import InputError
 
@@ -47,7 +48,7 @@ class ModelEditor:
     """
 
     device: str = "auto"
-    graph: str = "off"
+    speed: Speed = field(default_factory=Speed)
     folder: Path = Path()
     _loaded: tuple[str, str] | None = None
     _pipe: Any = None
@@ -75,7 +76,7 @@ class ModelEditor:
         pipe = self._load(setup)
         cache = replace(setup.cache, tier=decision.tier, format=decision.format, prompts_at_once=decision.at_once)
         size = working_size(setup.model, clip.video, setup.size)
-        settings = replace(setup.edit_settings(prompts), size=size, cache=cache, graph=self.graph)
+        settings = replace(setup.edit_settings(prompts), size=size, cache=cache, **vars(self.speed))
         try:
             out = call_pipeline(pipe, clip, settings, progress, ladder=decision.ladder)
         except InputError as error:

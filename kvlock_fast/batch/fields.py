@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvlock_fast.config import FORMATS, PRESETS, TIERS, CacheConfig, LockConfig
+from kvlock_fast.errors import InputError
+from kvlock_fast.media import MaskShape, check_box, is_box
+from kvlock_fast.media.mask_shape import MOST_FEATHER, MOST_GROW
 
 SIZE = r"^[1-9][0-9]{0,4}[xX][1-9][0-9]{0,4}$"
 MOST_SEED = 2**63 - 1
@@ -30,7 +33,13 @@ class JobFields(BaseModel):
 
     id: Annotated[str, Field(min_length=1, max_length=MOST_ID, description="Its name; each job has another.")]
     source: Annotated[Text, Field(description="The video: a file or a folder of images, or a URL.")]
-    mask: Annotated[Text, Field(description="Where it may change: a file, a folder, a URL, or box:x,y,w,h.")]
+    mask: Annotated[
+        Text,
+        Field(
+            description="Where it may change: a file, a folder, a URL, or box:x,y,w,h, "
+            "which moves as box:0=x,y,w,h;24=x,y,w,h."
+        ),
+    ]
     source_prompt: Annotated[str, Field(max_length=MOST_TEXT, description="What the source shows.")]
     prompt: Annotated[
         Text | Annotated[list[Text], Field(min_length=1, max_length=10_000)],
@@ -38,6 +47,11 @@ class JobFields(BaseModel):
     ]
     negative_prompt: Annotated[str, Field(max_length=MOST_TEXT)] | None = None
     output: Annotated[Text, Field(description="A file name below the output folder; else ID.mp4.")] | None = None
+    audio: Annotated[bool, Field(description="Whether the source's sound is kept.")] = True
+    mask_threshold: Annotated[float, Field(ge=0, lt=1, description="Marked is what is brighter than this share.")] = 0.5
+    mask_invert: Annotated[bool, Field(description="What is marked stays, the rest may change.")] = False
+    mask_grow: Annotated[int, Field(ge=-MOST_GROW, le=MOST_GROW, description="Pixels; a negative number shrinks.")] = 0
+    mask_feather: Annotated[int, Field(ge=0, le=MOST_FEATHER, description="Pixels of a soft edge around it.")] = 0
     model: Annotated[Text, Field(description="A folder, a hub id, or demo.")] = "demo"
     steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 50
     guidance: NotNegative = 5.0
@@ -46,8 +60,12 @@ class JobFields(BaseModel):
     size: Annotated[str, Field(pattern=SIZE, description="HEIGHTxWIDTH; else the source's.")] | None = None
     max_frames: Annotated[int, Field(ge=1)] | None = None
     frames_policy: Literal["pad", "trim", "error"] = "pad"
+    clip_window: Annotated[int, Field(ge=2, description="The most frames at once; else all.")] | None = None
+    clip_overlap: Annotated[int, Field(ge=1, description="Frames that windows share; else a quarter.")] | None = None
     composite: bool = False
-    feather: Annotated[int, Field(ge=0, le=256)] = 8
+    feather: (
+        Annotated[int, Field(ge=0, le=MOST_FEATHER, description="Of composite; else mask_feather, or 8.")] | None
+    ) = None
     preset: Literal[tuple(PRESETS)] = "kvlock"
     alpha: Share | Literal["dynamic"] | None = None
     omega: Literal["dynamic", "constant"] | None = None
@@ -55,7 +73,7 @@ class JobFields(BaseModel):
     s_star_region: Literal["all", "foreground"] | None = None
     tau: Positive | Literal["auto"] | None = None
     b: Positive | None = None
-    window: Annotated[int, Field(ge=2)] | None = None
+    window: Annotated[int, Field(ge=2, description="W: predictions the variance looks back on.")] | None = None
     kappa: Annotated[int, Field(ge=0)] | None = None
     warmup_alpha: Share | None = None
     alpha_floor: Share | None = None
@@ -67,6 +85,11 @@ class JobFields(BaseModel):
     inversion_solver: Literal["euler", "heun"] | None = None
     zero_init_steps: Annotated[int, Field(ge=0)] | None = None
     guidance_batching: Literal["auto", "separate", "batched"] | None = None
+    compute: Literal["full", "foreground"] | None = None
+    alpha_snap: Annotated[float, Field(gt=0, le=1)] | None = None
+    alpha_lag: Annotated[int, Field(ge=1, le=2)] | None = None
+    halo: Annotated[int, Field(ge=0)] | None = None
+    seam: Literal["cut", "blend"] | None = None
     cache_tier: Literal[("auto", *TIERS)] = "auto"
     cache_format: Literal[FORMATS] = "fp8_e4m3"
     cache_stride: Annotated[int, Field(ge=1)] = 1
@@ -76,6 +99,7 @@ class JobFields(BaseModel):
 
 NAMES = tuple(JobFields.model_fields)
 LOCK_NAMES = tuple(f.name for f in fields(LockConfig))
+MASK_NAMES = tuple(MaskShape().as_dict())
 OWN_TO_A_JOB = ("id", "output", "prompt")
 """What no default can give."""
 TEXTS = frozenset({"id", "source", "mask", "source_prompt", "negative_prompt", "output", "model", "size"})
@@ -97,6 +121,8 @@ def problems_of(values: dict[str, Any], partial: bool = False) -> list[Problem]:
     for name in values:
         if name in NAMES and name not in found and (why := _text_problem(values[name])):
             found[name] = why
+    if "mask" in values and "mask" not in found and (why := _box_problem(values["mask"])):
+        found["mask"] = why
     return list(found.items())
 
 
@@ -143,6 +169,16 @@ def _text_problem(value: Any) -> str | None:
     return None
 
 
+def _box_problem(mask: str) -> str | None:
+    """What is wrong with a mask in words, as far as that shows without the video."""
+    try:
+        if is_box(mask):
+            check_box(mask)
+    except InputError as error:
+        return str(error)
+    return None
+
+
 def short(value: Any) -> str:
     """The value quoted, at most 80 characters."""
     text = repr(value)
@@ -153,6 +189,11 @@ def lock_of(values: dict[str, Any]) -> LockConfig:
     """The lock of checked fields."""
     changes = {name: values[name] for name in LOCK_NAMES if values.get(name) is not None}
     return LockConfig.preset(values["preset"], **changes)
+
+
+def shape_of(values: dict[str, Any]) -> MaskShape:
+    """The mask's shape of checked fields."""
+    return MaskShape(**{name.removeprefix("mask_"): values[name] for name in MASK_NAMES})
 
 
 def cache_of(values: dict[str, Any]) -> CacheConfig:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvlock_fast.batch.jobs import Job
+from kvlock_fast.batch.speed import Speed
 from kvlock_fast.edit import Clip, EditResult, finish_edit, write_page
 from kvlock_fast.media import write_video
 
@@ -18,17 +20,23 @@ THUMBNAIL = 160
 
 
 def finished_files(
-    job: Job, clip: Clip, video: np.ndarray, trace: dict[str, Any], command: str | None
+    job: Job,
+    clip: Clip,
+    video: np.ndarray,
+    trace: dict[str, Any],
+    command: str | None,
+    speed: Speed | None = None,
 ) -> tuple[bytes, bytes | None, bytes, dict[str, float | None]]:
     """The video's file, the page (None without a command to show), the thumbnail and the metrics.
 
-    video: uint8 [F, h, w, 3] as the model made it.
+    video: uint8 [F, h, w, 3] as the model made it; speed: as it was run, for the page.
     """
-    settings = job.setup.edit_settings([job.prompt])
+    settings = replace(job.edit_settings(), **vars(speed or Speed()))
     result = finish_edit(clip, [video], trace, settings)
     with tempfile.TemporaryDirectory(prefix="kvlock-") as folder:
         file, page = Path(folder) / f"video{Path(job.output).suffix.lower()}", Path(folder) / "report.html"
-        write_video(file, result.videos[0], clip.fps)
+        audio = clip.audio if job.finish.audio else None
+        write_video(file, result.videos[0], clip.fps, audio=audio, called=job.output)
         if command is not None:
             write_page(page, clip, result, settings, command)
         report = page.read_bytes() if command is not None else None

@@ -1,19 +1,24 @@
 """A job of a batch: one prompt on one source, and all that decides how its frames come out."""
 
 import json
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.edit import EditSettings
+from kvlock_fast.media import MaskShape
+
+if TYPE_CHECKING:
+    from kvlock_fast.windows import Windows
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a job shares with the others of its group: everything but prompt and output.
+    """What a job shares with the others of its group: all that decides what the model computes, but the prompt.
 
     source, mask: as the manifest has them (paths relative to it, or URLs); dtype: of the weights; size: (height,
-    width), None for the source's. Setups that are equal can share a pass of the source.
+    width), None for the source's; clip_window, clip_overlap: frames at once, and shared by neighbours, None for all
+    frames and for a quarter. Setups that are equal can share a pass of the source.
     """
 
     source: str
@@ -30,9 +35,16 @@ class Setup:
     max_frames: int | None = None
     frames_policy: str = "pad"
     lock: LockConfig = field(default_factory=lambda: LockConfig.preset("kvlock"))
-    composite: bool = False
-    feather: int = 8
     cache: CacheConfig = field(default_factory=CacheConfig)
+    mask_shape: MaskShape = field(default_factory=MaskShape)
+    clip_window: int | None = None
+    clip_overlap: int | None = None
+
+    def windows(self) -> "Windows | None":
+        """How a long clip is cut; None where it is not. Raises InputError where it cannot be."""
+        from kvlock_fast.windows import Windows
+
+        return None if self.clip_window is None else Windows(self.clip_window, self.clip_overlap)
 
     def edit_settings(self, prompts: list[str]) -> EditSettings:
         """As `edit` takes them."""
@@ -47,34 +59,58 @@ class Setup:
             size=self.size,
             frames_policy=self.frames_policy,
             lock=self.lock,
-            composite=self.composite,
-            feather=self.feather,
             cache=self.cache,
+            mask_shape=self.mask_shape,
+            window_frames=self.clip_window,
+            window_overlap=self.clip_overlap,
         )
 
 
 @dataclass(frozen=True)
+class Finish:
+    """What is done with a job's frames once the model has made them, so that jobs of one pass may differ in it.
+
+    composite, feather: as of `EditSettings`; audio: whether the source's sound is kept.
+    """
+
+    composite: bool = False
+    feather: int | None = None
+    audio: bool = True
+
+
+@dataclass(frozen=True)
 class Job:
-    """id: its name in the ledger; output: a file name below the output folder; line: where the manifest has it."""
+    """id: its name in the ledger; output: a file name below the output folder; setup: what the model computes; finish:
+    what is done with that; line: where the manifest has it.
+    """
 
     id: str
     prompt: str
     output: str
     setup: Setup
+    finish: Finish = field(default_factory=Finish)
     line: int = field(default=0, compare=False)
+
+    def edit_settings(self) -> EditSettings:
+        """As `edit` takes them."""
+        finish = self.finish
+        return replace(self.setup.edit_settings([self.prompt]), composite=finish.composite, feather=finish.feather)
 
     def spec(self) -> str:
         """All of the job as JSON, the same text for the same job."""
-        return json.dumps({"id": self.id, "prompt": self.prompt, "output": self.output, **asdict(self.setup)})
+        own = {"id": self.id, "prompt": self.prompt, "output": self.output}
+        return json.dumps({**own, **asdict(self.finish), **asdict(self.setup)})
 
     @classmethod
     def from_spec(cls, text: str) -> "Job":
         """The job of such a text."""
         data: dict[str, Any] = json.loads(text)
         own = {name: data.pop(name) for name in ("id", "prompt", "output")}
-        size = None if data["size"] is None else tuple(data["size"])
-        lock, cache = LockConfig(**data["lock"]), CacheConfig(**data["cache"])
-        return cls(**own, setup=replace(Setup(**data), size=size, lock=lock, cache=cache))
+        finish = Finish(**{f.name: data.pop(f.name) for f in fields(Finish) if f.name in data})
+        data["size"] = None if data["size"] is None else tuple(data["size"])
+        for name, kind in (("lock", LockConfig), ("cache", CacheConfig), ("mask_shape", MaskShape)):
+            data[name] = kind(**data.get(name, {}))
+        return cls(**own, setup=Setup(**data), finish=finish)
 
 
 @dataclass(frozen=True)

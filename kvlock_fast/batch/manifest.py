@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kvlock_fast.batch.defaults import typed
-from kvlock_fast.batch.fields import JobFields, cache_of, lock_of, problems_of, short
-from kvlock_fast.batch.jobs import Job, Setup
+from kvlock_fast.batch.fields import JobFields, cache_of, lock_of, problems_of, shape_of, short
+from kvlock_fast.batch.jobs import Finish, Job, Setup
 from kvlock_fast.batch.outputs import id_problem, numbered, output_problem
 from kvlock_fast.errors import InputError
 
@@ -32,9 +32,10 @@ class Reading:
     def sentences(self) -> list[str]:
         """In the order of the lines; what is no printable text is escaped."""
         rows = sorted(self.problems, key=lambda row: row[0])
+        # A list of prompts is several jobs with the same fault.
         return [
             f"line {line}: {name}: {sentence}".encode(errors="backslashreplace").decode()
-            for line, name, sentence in rows
+            for line, name, sentence in dict.fromkeys(rows)
         ]
 
 
@@ -91,18 +92,36 @@ def _jobs(line: int, values: dict[str, Any], dtype: str, reading: Reading) -> li
         name, _, sentence = str(error).partition(" ")
         reading.wrong(line, name, sentence)
         return []
+    why = _window_problem(setup)
+    if why is not None:
+        reading.wrong(line, *why)
+        return []
+    finish = Finish(**{name: values[name] for name in ("composite", "feather", "audio")})
     id, output = values["id"], values["output"] or f"{values['id']}.mp4"
     if isinstance(values["prompt"], str):
-        return [Job(id, values["prompt"], output, setup, line)]
+        return [Job(id, values["prompt"], output, setup, finish, line)]
     return [
-        Job(f"{id}-{number}", prompt, numbered(output, number) if output.strip("/.") else output, setup, line)
+        Job(f"{id}-{number}", prompt, numbered(output, number) if output.strip("/.") else output, setup, finish, line)
         for number, prompt in enumerate(values["prompt"], start=1)
     ]
 
 
+def _window_problem(setup: Setup) -> tuple[str, str] | None:
+    """A field and what is wrong with how a long clip is cut, as far as that shows without the model."""
+    window, overlap = setup.clip_window, setup.clip_overlap
+    if window is None:
+        return None if overlap is None else ("clip_overlap", f"needs clip_window, got {overlap} alone")
+    if overlap is not None and overlap >= window:
+        return "clip_overlap", f"must be less than clip_window, which is {window}, got {overlap}"
+    if setup.cache.tier == "disk":
+        reason = "stretches are kept in memory or run along only"
+        return "clip_window", f"does not go with cache_tier 'disk', got {window}: {reason}"
+    return None
+
+
 def _setup(values: dict[str, Any], dtype: str) -> Setup:
     same = ("source", "mask", "source_prompt", "model", "negative_prompt", "steps", "guidance", "guidance_2", "seed",
-            "max_frames", "frames_policy", "composite", "feather")  # fmt: skip
+            "max_frames", "frames_policy", "clip_window", "clip_overlap")  # fmt: skip
     height, _, width = (values["size"] or "").lower().partition("x")
     return Setup(
         **{name: values[name] for name in same},
@@ -110,6 +129,7 @@ def _setup(values: dict[str, Any], dtype: str) -> Setup:
         size=(int(height), int(width)) if height else None,
         lock=lock_of(values),
         cache=cache_of(values),
+        mask_shape=shape_of(values),
     )
 
 

@@ -4,8 +4,9 @@ from pathlib import Path, PurePosixPath
 
 from kvlock_fast.batch.fields import short
 from kvlock_fast.batch.ledger import NAME
+from kvlock_fast.media import ENCODERS
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv")
+SUFFIXES = tuple(ENCODERS)
 REPORTS = "reports"
 OWN_FILES = (NAME, "index.html", "results.jsonl", "results.parquet")
 MOST_BYTES = 200
@@ -33,6 +34,9 @@ def output_problem(output: str, folder: Path) -> str | None:
         return f"must not have a part longer than {MOST_BYTES} bytes, got {short(output)}"
     if any(part.startswith(".") for part in path.parts):
         return f"must not start with a dot, got {short(output)}"
+    if not path.suffix:
+        kinds = ", ".join(SUFFIXES)
+        return f"must end in {kinds}, got {short(output)}: a result is one file, not a folder of images"
     if path.suffix.lower() not in SUFFIXES:
         return f"must end in {', '.join(SUFFIXES)}, got {short(output)}"
     if path.parts[0] == REPORTS:

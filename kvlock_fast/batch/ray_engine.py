@@ -17,6 +17,7 @@ from typing import Any
 from kvlock_fast.batch.editor import Editor
 from kvlock_fast.batch.engine import Crashed
 from kvlock_fast.batch.jobs import Pass
+from kvlock_fast.batch.speed import Speed
 from kvlock_fast.batch.worker import Finished, Running, Worker
 from kvlock_fast.errors import InputError
 
@@ -32,8 +33,8 @@ STOP_SECONDS = 600
 class RayWorker:
     """A worker in a process of its own, on whatever machine."""
 
-    def __init__(self, make_editor: Callable[[], Editor], base: str, reports: bool, command: str):
-        self.worker = Worker(make_editor, Path(base), reports, command)
+    def __init__(self, make_editor: Callable[[], Editor], base: str, reports: bool, command: str, speed: Speed | None):
+        self.worker = Worker(make_editor, Path(base), reports, command, speed)
 
     def where(self) -> tuple[str, int]:
         """Machine and process."""
@@ -60,6 +61,7 @@ class RayEngine:
         base: Path,
         reports: bool,
         command: str,
+        speed: Speed | None = None,
         *,
         address: str | None = None,
         workers: int | None = None,
@@ -83,7 +85,7 @@ class RayEngine:
         # Calls of `running` and `stop` come in between the passes.
         options = {"num_cpus": cpus or 1, "num_gpus": int(not on_cores), "max_concurrency": LANES + 2}
         self._class = self.ray.remote(**options, max_restarts=0)(RayWorker)
-        self._arguments = (make_editor, str(base), reports, command)
+        self._arguments = (make_editor, str(base), reports, command, speed)
         self._actors: dict[str, Any] = {}
         self._starting: dict[Any, tuple[str, Any]] = {}
         self._passes: dict[Any, tuple[str, Pass]] = {}

@@ -32,9 +32,10 @@ class Extent:
         geometry = model.geometry
         frames = len(fit_frames(np.empty(given[0], np.bool_), setup.frames_policy, geometry.frame_step)[0])
         height, width = nearest_size(geometry, *(size or given[1:]))
-        if not geometry.knows(frames, height, width):
+        at_once = min(frames, setup.clip_window or frames)
+        if not geometry.knows(at_once, height, width):
             raise InputError(
-                f"{frames} frames of {height}x{width} are too many for this model: it takes at most "
+                f"{at_once} frames of {height}x{width} are too many for this model: it takes at most "
                 f"{geometry.limits_text}"
             )
         return cls(frames, height, width)
@@ -59,8 +60,11 @@ def decide(setup: Setup, model: Any, extent: Extent, foreground: int, prompts: i
     """Tier, format and prompts at once for so many prompts of one setup.
 
     Raises InputError saying what is short where nothing fits a machine without a GPU; on a GPU the plan may be too
-    careful, and one prompt at a time is tried.
+    careful, and one prompt at a time is tried. A clip in stretches is made for little memory, and not planned.
     """
+    if setup.clip_window is not None:
+        tier = "lockstep" if setup.cache.tier == "auto" else setup.cache.tier
+        return Decision(tier, setup.cache.format, min(prompts, setup.cache.prompts_at_once or prompts))
     planned = plan_pass(setup, model, extent, foreground, prompts, machine)
     choice = planned.choice
     if choice.tier is None:
@@ -76,6 +80,7 @@ def decide(setup: Setup, model: Any, extent: Extent, foreground: int, prompts: i
 def plan_pass(setup: Setup, model: Any, extent: Extent, foreground: int, prompts: int, machine: Any) -> Any:
     """The `Plan` of so many prompts of one setup."""
     from kvlock_fast.cache.planner import TIERS, plan
+    from kvlock_fast.foreground import sparse_steps
     from kvlock_fast.models.arch import select_layers
     from kvlock_fast.source_store import steps_to_store
 
@@ -102,4 +107,6 @@ def plan_pass(setup: Setup, model: Any, extent: Extent, foreground: int, prompts
         guided=setup.guidance > 1,
         layers=select_layers(model.layers, lock.layers),
         window=max(2, min(lock.window, steps)),
+        # Where every token may change, a pass computes in full.
+        sparse_steps=sparse_steps(lock, steps) if foreground < tokens else None,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,8 +24,10 @@ from kvlock_fast.batch.editor import DeviceLost, Editor, OutOfMemory
 from kvlock_fast.batch.finish import finished_files
 from kvlock_fast.batch.jobs import Decision, Job, Pass, Setup
 from kvlock_fast.batch.places import fetched, is_remote
+from kvlock_fast.batch.speed import Speed
 from kvlock_fast.edit import Clip, read_clip
 from kvlock_fast.errors import InputError
+from kvlock_fast.media import MaskShape, is_box
 
 CLIPS_HELD = 2
 """Clips kept in memory for the passes to come."""
@@ -84,12 +87,21 @@ class _Made:
 class Worker:
     """Runs passes with an editor, which is made in the thread that has the device."""
 
-    def __init__(self, make_editor: Callable[[], Editor], base: Path, reports: bool, command: str):
-        """base: what relative paths are relative to; reports: whether each job gets a page; command: shown on it."""
-        self.make_editor, self.base, self.reports, self.command = make_editor, base, reports, command
+    def __init__(
+        self,
+        make_editor: Callable[[], Editor],
+        base: Path,
+        reports: bool,
+        command: str,
+        speed: Speed | None = None,
+    ):
+        """base: what relative paths are relative to; reports: whether each job gets a page; command and speed (the
+        editor's): shown on it.
+        """
+        self.make_editor, self.base, self.reports, self.command, self.speed = make_editor, base, reports, command, speed
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
         self._editor: Editor | None = None
-        self._clips: OrderedDict[tuple[str, str, int | None], Future[Clip]] = OrderedDict()
+        self._clips: OrderedDict[tuple[str, str, int | None, MaskShape], Future[Clip]] = OrderedDict()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._running: dict[int, tuple[Pass, str, int, int, float]] = {}
@@ -184,11 +196,11 @@ class Worker:
 
     def _files(self, job: Job, clip: Clip, video: np.ndarray, trace: dict[str, Any]) -> tuple[Any, ...]:
         command = f"{self.command}  # job {job.id}"
-        return finished_files(job, clip, video, trace, command if self.reports else None)
+        return finished_files(job, clip, video, trace, command if self.reports else None, self.speed)
 
     def _clip(self, setup: Setup) -> Clip:
         """Read once for all the passes that want it, also where they ask at the same time."""
-        key = (setup.source, setup.mask, setup.max_frames)
+        key = (setup.source, setup.mask, setup.max_frames, setup.mask_shape)
         with self._lock:
             future, mine = self._clips.get(key), False
             if future is None or (future.done() and future.exception() is not None):
@@ -206,17 +218,20 @@ class Worker:
 
     def _read(self, setup: Setup) -> Clip:
         with ExitStack() as files:
-            given = {}
-            for place in (setup.source, setup.mask):
-                boxed = place.startswith("box:")
-                given[place] = place if boxed else str(files.enter_context(fetched(place, self.base)))
+            given = {setup.source: str(files.enter_context(fetched(setup.source, self.base)))}
+            boxed = is_box(setup.mask)
+            given[setup.mask] = setup.mask if boxed else str(files.enter_context(fetched(setup.mask, self.base)))
             try:
-                return read_clip(given[setup.source], given[setup.mask], setup.max_frames)
+                clip = read_clip(given[setup.source], given[setup.mask], setup.max_frames, setup.mask_shape)
             except InputError as error:
                 message = str(error)
                 for place, path in given.items():
                     message = message.replace(path, place) if is_remote(place) else message
                 raise InputError(message) from error
+            if clip.audio is not None:
+                # The sound is read when a video is written: what was fetched stays as long as the clip.
+                weakref.finalize(clip, files.pop_all().close)
+            return clip
 
     def _report(self, work: Pass, stage: str, done: int, total: int) -> None:
         with self._lock:

@@ -6,14 +6,15 @@ only when a call needs them.
 """
 
 from kvlock_fast.media.audio import Audio
-from kvlock_fast.media.boxes import box_mask, is_box
+from kvlock_fast.media.boxes import box_mask, check_box, is_box
 from kvlock_fast.media.fitting import fit_frames, fit_mask, resize_mask, resize_video
 from kvlock_fast.media.mask_files import read_mask
 from kvlock_fast.media.mask_shape import MaskShape, grow_mask
 from kvlock_fast.media.video_files import MAX_BYTES, MAX_FRAMES, MAX_PIXELS, Video, read_video
-from kvlock_fast.media.video_output import check_video_output, write_video
+from kvlock_fast.media.video_output import ENCODERS, check_video_output, write_video
 
 __all__ = [
+    "ENCODERS",
     "MAX_BYTES",
     "MAX_FRAMES",
     "MAX_PIXELS",
@@ -21,6 +22,7 @@ __all__ = [
     "MaskShape",
     "Video",
     "box_mask",
+    "check_box",
     "check_video_output",
     "fit_frames",
     "fit_mask",

@@ -18,6 +18,11 @@ def is_box(spec: str) -> bool:
     return spec.startswith("box:")
 
 
+def check_box(spec: str) -> None:
+    """Raise InputError quoting `spec` if it has another form or names a frame twice, whatever the video is."""
+    _keyframes(spec)
+
+
 def box_mask(spec: str, frames: int, height: int, width: int) -> np.ndarray:
     """The mask of `box:x,y,w,h` (pixels of the video, from the top left corner): bool `[frames, height, width]`.
 

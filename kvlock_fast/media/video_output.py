@@ -34,6 +34,7 @@ def write_video(
     *,
     quality: int = 16,
     audio: Audio | None = None,
+    called: str | None = None,
 ) -> None:
     """Write uint8 RGB `[F, H, W, 3]` as a video, all or nothing.
 
@@ -44,6 +45,7 @@ def write_video(
     Args:
         quality: x264's constant rate factor, 0 (lossless but for the colour conversion) to 51; 16 is near transparent.
         audio: the sound of a file that was read, cut to the video's length; a warning says where it cannot be kept.
+        called: the name for warnings, where `path` is a temporary one.
 
     Raises:
         OutputError: the path cannot be written, or its suffix is another one.
@@ -57,15 +59,16 @@ def write_video(
         raise InputError(f"the quality must be from 0 to 51, not {quality}")
     if not 0 < fps < 1001:
         raise InputError(f"the frame rate must be above 0 and at most 1000 per second, not {fps}")
+    named = Path(called or path)
     encode, rate = _encoder(path), Fraction(fps).limit_denominator(30_000)
     if encode is None:
-        leave_out(audio, path, "a folder of images holds none")
+        leave_out(audio, named, "a folder of images holds none")
         _write_images(path, frames)
         return
     if encode is encoders.gif:
-        leave_out(audio, path, "a GIF holds none")
-        audio, rate = None, _gif_rate(path, rate)
-    _write_file(path, frames, rate, quality, audio)
+        leave_out(audio, named, "a GIF holds none")
+        audio, rate = None, _gif_rate(named, rate)
+    _write_file(path, frames, rate, quality, audio, named)
 
 
 def check_video_output(path: str | os.PathLike) -> None:
@@ -86,7 +89,7 @@ def _encoder(path: Path) -> encoders.Encoder | None:
     return encode
 
 
-def _write_file(path: Path, frames: np.ndarray, rate: Fraction, quality: int, audio: Audio | None) -> None:
+def _write_file(path: Path, frames: np.ndarray, rate: Fraction, quality: int, audio: Audio | None, named: Path) -> None:
     import av
 
     with atomic_path(path) as temporary:
@@ -98,7 +101,7 @@ def _write_file(path: Path, frames: np.ndarray, rate: Fraction, quality: int, au
                     raise
                 # Whether a container takes a sound after all shows when its header is written.
                 _encode(temporary, frames, rate, quality, None)
-                leave_out(audio, path, f"it cannot be written there ({error.strerror or error})")
+                leave_out(audio, named, f"it cannot be written there ({error.strerror or error})")
         except av.error.FFmpegError as error:
             raise OutputError(f"cannot write '{path}': {error.strerror or error}") from error
 
