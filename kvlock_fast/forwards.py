@@ -96,7 +96,7 @@ class Predictor:
         kept: KeptKV | None = None,
         timestep: Tensor | None = None,
     ) -> Tensor:
-        """The velocity of latents [rows, C, T, H, W] under text [rows, L, C]; the rest as `TransformerLock.forward`."""
+        """The prediction at latents [rows, C, T, H, W], text [rows, L, C]; the rest as `TransformerLock.forward`."""
         which, timestep = self._count(k, latents, timestep)
         if not self.locks:
             return self.model.predict(which, latents, timestep, text)
@@ -106,7 +106,7 @@ class Predictor:
     def foreground(
         self, k: int, latents: Tensor, text: Tensor, region: Region, kept: KeptKV, rows: Tensor | None, timestep: Tensor
     ) -> Tensor:
-        """The velocity of the region's tokens, 0 elsewhere; rows: which of the tokens kept are background."""
+        """The prediction of the region's tokens, 0 elsewhere; rows: which of the tokens kept are background."""
         which, timestep = self._count(k, latents, timestep)
         lock = self.locks[which]
         with lock.forward(Mode.FOREGROUND, kept=kept, text_tokens=text.shape[1]):
@@ -120,7 +120,7 @@ class Predictor:
 
 
 class Forwards:
-    """The velocities of a step: of the source, where it is run along, and of the edit's branches."""
+    """The predictions of a step: of the source, where it is run along, and of the edit's branches."""
 
     def __init__(self, task: Task, predict: Predictor, timestep: Tensor | None = None):
         """timestep: where each step's timestep is read from [], None for the solver's table."""
@@ -132,7 +132,7 @@ class Forwards:
     def run_along(
         self, k: int, latents: Tensor, source_latent: Tensor, alpha: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The source at [1, ...] with the edit: velocities of source, conditional and unconditional branch [B, ...]."""
+        """The source [1, ...] with the edit: predictions of source, conditional and unconditional branch [B, ...]."""
         task = self.task
         if not self.batched:  # a forward for the source, which keeps its K and V, and one for each branch
             source, kept = self.of_source(k, source_latent)
@@ -146,7 +146,7 @@ class Forwards:
         return out[:1], *self._split(out[1:])
 
     def of_source(self, k: int, source_latent: Tensor) -> tuple[Tensor, KeptKV]:
-        """The source's velocity [1, ...], and its background's K and V of this step."""
+        """The source's prediction [1, ...], and its background's K and V of this step."""
         kept: KeptKV = {}
         with span("forward source"):
             locked = self._locked(Mode.CAPTURE)

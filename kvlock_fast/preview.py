@@ -53,6 +53,11 @@ class TokenView:
         stride = self.geometry.temporal_stride
         return -(-frame // stride) if self.geometry.causal else frame // stride
 
+    def tokens_over(self, frame: int) -> np.ndarray:
+        """The tokens [h, w] that hold a pixel frame's latents."""
+        lead = self.geometry.lead(self.latent_of(len(self.video) + self.padded - 1) + 1)
+        return self.tokens[(self.latent_of(frame) + lead) // self.geometry.patch_size[0]]
+
 
 def geometry_of(model: str) -> Geometry:
     """How a model cuts videos into tokens, by its config files alone.
@@ -116,7 +121,7 @@ def draw_tokens(view: TokenView) -> np.ndarray:
     words = typeface(14)
     for i, (picture, marked) in enumerate(zip(view.video, view.mask, strict=True)):
         latent = view.latent_of(i)
-        tokens = view.tokens[latent // view.geometry.patch_size[0]]
+        tokens = view.tokens_over(i)
         canvas = _tinted(_enlarged(picture, factor), _enlarged(tokens, 1, cell, shape), cell)
         canvas[border(_enlarged(marked, factor)[None])[0]] = OUTLINE
         page = Image.new("RGB", (result.shape[2], result.shape[1]), "#16181d")

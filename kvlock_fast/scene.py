@@ -100,8 +100,8 @@ class Scene:
                 return saved_path(self.saved, self.solver, self.mask.tokens.device)
             if self.lock.source_path == "renoise":
                 return renoise(self.clean, self.noise, self.solver)
-            velocity = partial(_own_velocity, predict, text, self.stretches())
-            return invert(self.clean, self.solver, velocity, self.lock.inversion_solver)
+            prediction = partial(_own_prediction, predict, text, self.stretches())
+            return invert(self.clean, self.solver, prediction, self.lock.inversion_solver)
 
     def save(
         self,
@@ -218,8 +218,8 @@ class _StepCounter:
         self.progress("denoise", self.done, self.total)
 
 
-def _own_velocity(predict: Predictor, text: Tensor, parts: list[Stretch], latents: Tensor, k: int) -> Tensor:
-    """The source's own velocity [1, ...] at sigma_k, nothing locked."""
+def _own_prediction(predict: Predictor, text: Tensor, parts: list[Stretch], latents: Tensor, k: int) -> Tensor:
+    """The source's own prediction [1, ...] at x_k, nothing locked."""
     with span("forward source"):
         said = [predict(k, part.of(latents), text) for part in parts]
     return said[0] if len(parts) == 1 else blend(said, parts, latents.shape[2])

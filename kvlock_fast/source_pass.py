@@ -18,7 +18,7 @@ class StoredSource:
     """What a pass of the source has left.
 
     slots: for each step whose K and V are there, the stored step that stands for it (itself, or a neighbour by the
-    step stride). background: indices [N] of the tokens that are stored. predictions: the source's velocities
+    step stride). background: indices [N] of the tokens that are stored. predictions: the source's predictions
     [1, C, T, H, W], where they were kept.
     """
 
@@ -62,9 +62,9 @@ def run_source(
         with store.write(k) if k in store.steps else nullcontext() as places:
             mode = Mode.OFF if places is None else Mode.CAPTURE
             with span("forward source"):
-                velocity = predict(k, source.at(k), source_prompt, mode, kept=places)
+                prediction = predict(k, source.at(k), source_prompt, mode, kept=places)
         if k in watched:
-            predictions[k] = velocity
+            predictions[k] = prediction
         progress(done, len(steps))
     store.written()
     return predictions

@@ -84,7 +84,7 @@ class DeviceStepper:
     def advance(
         self, k: int, source: Tensor | None, source_latent: Tensor, cond: Tensor | None, uncond: Tensor | None
     ) -> None:
-        """Take step k by the velocities of the source [1, ...] (where tau follows it) and of both branches [B, ...].
+        """Take step k by the predictions of the source [1, ...] (where tau follows it) and of both branches [B, ...].
 
         cond is None in the steps whose prediction is taken as 0.
         """

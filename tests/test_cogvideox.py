@@ -15,7 +15,7 @@ from test_pipeline import FRAMES, HEIGHT, WIDTH, Spy, a_mask, a_video, call, lat
 from tiny import COGVIDEOX_KINDS, COGVIDEOX_SCHEDULE, tiny_cogvideox, tiny_wan, untouched
 
 import kvlock_fast as kvf
-from kvlock_fast import solvers
+from kvlock_fast import preview, solvers
 from kvlock_fast.cache import layout
 from kvlock_fast.cache.model_sizes import from_pipeline
 from kvlock_fast.config import PRESETS, CacheConfig, LockConfig
@@ -218,6 +218,32 @@ def test_inversion_and_replay_return_to_the_source(method):
         assert out.trace.forwards == steps * (2 if method == "euler" else 3)
         away[steps] = ((out.latents - clean).norm() / clean.norm()).item()
     assert away[40] < 0.5 and away[10] / away[40] > 2.5, away
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_clip_longer_than_the_window(kind):
+    """In stretches, their positions those of a short clip; a window as long as the clip changes nothing."""
+    pipe = tiny_cogvideox(kind)
+    long = {"video": a_video(33), "mask": a_mask(33), "steps": 3, "lock": "kvlock", "guidance_scale": 3.0}
+    whole = call(pipe, **long)
+    assert torch.equal(call(pipe, window=40, **long).latents, whole.latents)
+    along, kept = (
+        call(pipe, window=17, overlap=4, cache=cache, **long)
+        for cache in (CacheConfig(), CacheConfig(tier="resident", format="native"))
+    )
+    assert along.latents.shape == whole.latents.shape and not torch.equal(along.latents, whole.latents)
+    torch.testing.assert_close(kept.latents, along.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_the_preview_shows_the_tokens_over_a_frame():
+    """Of 1.5's: frame 0 and its lead-in in the first row of tokens, then two latent frames in each."""
+    geometry = CogVideoXModel(tiny_cogvideox("1.5")).geometry
+    for frame in (0, 1, 4, 5, 8):
+        mask = np.zeros((9, 32, 48), bool)
+        mask[frame, 20, 20] = True
+        view = preview.view_tokens(a_video(), mask, geometry, None, "pad")
+        assert view.tokens.shape == (2, 2, 3) and view.tokens.sum() == 1
+        assert [bool(view.tokens_over(i)[1, 1]) for i in range(9)] == [(i > 0) == (frame > 0) for i in range(9)]
 
 
 def test_frames_are_padded_to_what_the_autoencoder_decodes():

@@ -30,14 +30,13 @@ class Extent:
         from kvlock_fast.media import fit_frames
 
         geometry = model.geometry
-        frames = len(fit_frames(np.empty(given[0], np.bool_), setup.frames_policy, geometry.temporal_stride)[0])
+        frames = len(fit_frames(np.empty(given[0], np.bool_), setup.frames_policy, geometry.frame_step)[0])
         height, width = nearest_size(geometry, *(size or given[1:]))
-        most = geometry.most_tokens
         at_once = min(frames, setup.clip_window or frames)
-        if most is not None and max(geometry.token_grid(at_once, height, width)) > most:
+        if not geometry.knows(at_once, height, width):
             raise InputError(
-                f"{at_once} frames of {height}x{width} are too many for this model: it takes at most {most} tokens "
-                "along each side"
+                f"{at_once} frames of {height}x{width} are too many for this model: it takes at most "
+                f"{geometry.limits_text}"
             )
         return cls(frames, height, width)
 
@@ -50,7 +49,7 @@ def foreground_tokens(mask: np.ndarray, extent: Extent, setup: Setup, model: Any
     from kvlock_fast.media import fit_frames, resize_mask
 
     mask = resize_mask(mask, extent.height, extent.width)
-    mask, _ = fit_frames(mask, setup.frames_policy, model.geometry.temporal_stride)
+    mask, _ = fit_frames(mask, setup.frames_policy, model.geometry.frame_step)
     tokens = int(project_mask(torch.from_numpy(np.ascontiguousarray(mask)), model.geometry).tokens.sum())
     if tokens == 0:
         raise InputError(f"is empty on the {len(mask)} frames that frames_policy={setup.frames_policy!r} keeps")
