@@ -249,7 +249,8 @@ class KVLockPipeline:
             if lock.compute == "foreground" and mask.tokens.all():
                 message = "mask covers every token: compute 'foreground' has nothing to leave out, computing in full"
                 warnings.warn(message, InputWarning, stacklevel=4)
-                lock = replace(lock, compute="full")
+                # A halo goes with the source's latents only, which compute 'foreground' kept until here.
+                lock = replace(lock, compute="full", background_latents="source")
             scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved, windows, loops)
             scene.kept_loops = self._loops
             scene.place(clean, *noise)

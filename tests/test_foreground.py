@@ -372,6 +372,13 @@ def test_accelerates_hook_brings_the_weights():
     assert hook.calls == ("before", "after") * (len(hook.calls) // 2) and len(hook.calls) == 2 * 2 * 5
 
 
+def test_a_mask_of_everything_goes_with_a_halo():
+    everything, full = np.ones_like(a_mask()), LockConfig(background_latents="source")
+    with pytest.warns(InputWarning, match="compute 'foreground' has nothing to leave out"):
+        found = call(tiny_wan(), mask=everything, lock=LockConfig(compute="foreground", halo=1))
+    assert torch.equal(found.latents, call(tiny_wan(), mask=everything, lock=full).latents)
+
+
 def test_a_mask_of_everything_runs_whole():
     everything = np.ones_like(a_mask())
     with pytest.warns(InputWarning, match="compute 'foreground' has nothing to leave out"):
