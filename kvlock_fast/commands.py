@@ -86,6 +86,7 @@ def edit(
 ) -> None:
     """`kvlock-fast edit`. Outputs are checked before any work is done, and appear whole."""
     _check_texts(settings)
+    _check_window(settings)
     outputs = output_names(str(files.output), len(settings.prompts))
     _check_outputs(outputs, files, model, settings.cache.path)
     find_device(device)
@@ -322,6 +323,14 @@ def _check_cache_folder(folder: Path, model: str, json_file: str | None) -> None
         raise InputError(f"--output '{folder}' lies in the model's folder '{model}'")
     if json_file not in (None, "-") and Path(json_file).resolve() == (folder / "manifest.json").resolve():
         raise InputError(f"--json '{json_file}' is the manifest of --output '{folder}'")
+
+
+def _check_window(settings: EditSettings) -> None:
+    """Refuse a window that no model could take, before one is loaded."""
+    if (settings.window_frames, settings.window_overlap) != (None, None):
+        from kvlock_fast.windows import asked_for
+
+        asked_for(settings.window_frames, settings.window_overlap)
 
 
 def _check_texts(settings: EditSettings) -> None:

@@ -28,7 +28,7 @@ from kvlock_fast.scene import Scene, edit_prompts
 from kvlock_fast.schedulers import check_scheduler
 from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder, Trace
-from kvlock_fast.windows import Windows
+from kvlock_fast.windows import Windows, asked_for
 
 Progress = Callable[[str, int, int], None]
 
@@ -264,12 +264,9 @@ class KVLockPipeline:
 
     def _windows(self, window: int | None, overlap: int | None) -> Windows | None:
         """How a long clip is cut. Raises InputError where it cannot be."""
-        if window is None:
-            if overlap is not None:
-                raise InputError(f"overlap is {overlap!r}, but there is no window")
-            return None
-        windows = Windows(window, overlap)
-        windows.latent_sizes(self.model.geometry)
+        windows = asked_for(window, overlap)
+        if windows is not None:
+            windows.latent_sizes(self.model.geometry)
         return windows
 
     def _captured(self, graph: str, why_not: str | None) -> CapturedLoops | None:

@@ -70,6 +70,13 @@ class Windows:
         return window, overlap
 
 
+def asked_for(window: int | None, overlap: int | None) -> Windows | None:
+    """The windows of a call, None for the whole clip at once. InputError for numbers that cannot be."""
+    if window is None and overlap is not None:
+        raise InputError(f"overlap is {overlap!r}, but there is no window")
+    return None if window is None else Windows(window, overlap)
+
+
 def stretches(mask: ProjectedMask, windows: Windows | None, geometry: Geometry) -> list[Stretch]:
     """The stretches of a clip; one of all where it is no longer than a window."""
     total, device = mask.latents.shape[1], mask.latents.device
