@@ -157,7 +157,7 @@ def test_workers_that_cannot_start_end_the_batch(monkeypatch):
         engine.close()
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(280)
 def test_an_address_that_is_no_cluster_is_one_sentence():
     for address in ("nonsense", "127.0.0.1:1", "127.0.0.1:99999", "ray://127.0.0.1:1", "auto"):
         with pytest.raises(InputError, match=f"--address.*{address}"):
