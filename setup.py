@@ -57,6 +57,7 @@ setup(
             "scikit-image",
             "ruff",
             "peft",
+            "torchmetrics",
             "setuptools>=77",
         ],
         "ray": ["ray>=2.40"],

@@ -20,6 +20,7 @@ from kvlock_fast.models.arch import ArchSpec
 from kvlock_fast.models.cogvideox_foreground import foreground_forward
 from kvlock_fast.models.foreground import whole_forward
 from kvlock_fast.models.locking import TransformerLock
+from kvlock_fast.models.pipeline_model import PipelineModel
 from kvlock_fast.models.pixels import decode_each, encode_mode
 
 COGVIDEOX = ArchSpec(
@@ -38,11 +39,10 @@ OFS = 2.0
 """What diffusers' pipelines give a transformer that embeds an "ofs"."""
 
 
-class CogVideoXModel:
+class CogVideoXModel(PipelineModel):
     """What the loop needs of a diffusers `CogVideoXPipeline`."""
 
     arch = COGVIDEOX
-    two_stages = False
 
     def __init__(self, pipe: Any):
         """Raises InputError for a pipeline of another kind."""
@@ -55,20 +55,6 @@ class CogVideoXModel:
         self.pipe = pipe
         self.transformers: list[nn.Module] = [pipe.transformer]
         self._rotary: dict[tuple, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def device(self) -> torch.device:
-        return self.pipe._execution_device
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """All whose weights a source's keys and values come from."""
-        named = (getattr(self.pipe, name, None) for name in ("vae", "text_encoder"))
-        return [*self.transformers, *(part for part in named if isinstance(part, nn.Module))]
-
-    def facts(self) -> dict[str, Any]:
-        """What decides, beside the weights, which forward serves a step."""
-        return {}
 
     @property
     def geometry(self) -> Geometry:
@@ -112,14 +98,6 @@ class CogVideoXModel:
         own = (frames - 1) // self.geometry.temporal_stride + 1
         latents = latents[:, :, self.geometry.lead(own) :].float()
         return decode_each(self.pipe.vae, latents / self.pipe.vae.config.scaling_factor, tiled)
-
-    def stage_at(self, timestep: float, num_train_timesteps: int) -> int:
-        """One transformer serves all steps."""
-        return 0
-
-    def transformer_of(self, stage: int) -> int:
-        """The only one."""
-        return 0
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         """The prediction [B, C, T, h, w] fp32, at latents [B, ...], timestep [], text [B, L, C]."""

@@ -17,13 +17,14 @@ from kvlock_fast.masks import Geometry
 from kvlock_fast.models.arch import ArchSpec
 from kvlock_fast.models.foreground import whole_forward
 from kvlock_fast.models.locking import TransformerLock
+from kvlock_fast.models.pipeline_model import PipelineModel
 from kvlock_fast.models.pixels import decode_each, encode_mode
 from kvlock_fast.models.wan_foreground import foreground_forward
 
 WAN = ArchSpec(family="wan", transformers=("WanTransformer3DModel",), attention=r"blocks\.\d+\.attn1")
 
 
-class WanModel:
+class WanModel(PipelineModel):
     """What the loop needs of a diffusers `WanPipeline`."""
 
     arch = WAN
@@ -39,16 +40,6 @@ class WanModel:
             raise InputError("the model takes an image beside the text: image-to-video is not supported yet")
         self.pipe = pipe
         self.transformers: list[nn.Module] = transformers
-
-    @property
-    def device(self) -> torch.device:
-        return self.pipe._execution_device
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """All whose weights a source's keys and values come from."""
-        named = (getattr(self.pipe, name, None) for name in ("vae", "text_encoder"))
-        return [*self.transformers, *(part for part in named if isinstance(part, nn.Module))]
 
     def facts(self) -> dict[str, Any]:
         """What decides, beside the weights, which forward serves a step."""
