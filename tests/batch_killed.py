@@ -9,13 +9,14 @@ import random
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import batch_parts
 from batch_parts import StandIn, frame_hashes, job, ledger_rows, write_clips, write_manifest
+from forks import FILES, die_at_operation, forked
 
 JOBS, SOURCES = 24, 3
+WATCHED = (*FILES, "sqlite3.connect")
 
 
 def manifest_of(folder: Path) -> Path:
@@ -24,35 +25,6 @@ def manifest_of(folder: Path) -> Path:
     lines = [job(i, source=i % SOURCES, seed=i % 2) for i in range(JOBS)]
     lines[7]["prompt"] = "nan"
     return write_manifest(folder, lines)
-
-
-def forked(work) -> int:
-    """Start work() in a process of its own."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return pid
-
-
-def die_at_operation(number: int) -> None:
-    """Kill this process just before its `number`-th operation on files or the ledger from now."""
-    left = [number]
-    watched = ("open", "os.mkdir", "os.rename", "os.remove", "os.listdir", "os.scandir", "sqlite3.connect")
-
-    def hook(event, _):
-        if event in watched:
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
 
 
 def run(manifest: Path, folder: Path) -> None:
@@ -93,7 +65,7 @@ def interrupted(manifest: Path, folder: Path, chance: random.Random, turn: int) 
 
     def work():
         if turn % 2:
-            die_at_operation(chance.randint(1, 60))
+            die_at_operation(chance.randint(1, 60), WATCHED)
         run(manifest, folder)
 
     pid = forked(work)

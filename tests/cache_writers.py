@@ -12,11 +12,11 @@ import resource
 import signal
 import sys
 import time
-import traceback
 import warnings
 from pathlib import Path
 
 import torch
+from forks import die_at_operation, forked
 
 from kvlock_fast.cache import litter, manifest
 from kvlock_fast.cache.entry import Entry, EntryWriter
@@ -47,34 +47,6 @@ def litter_in(folder: Path) -> list[str]:
     expected = {folder / manifest.NAME, folder / content.data, folder / content.data / litter.PUBLISHED}
     expected |= {folder / content.data / f"{shard}.safetensors" for shard in content.shards}
     return [str(path) for path in folder.rglob("*") if path not in expected]
-
-
-def forked(work) -> int:
-    """Start work() in a process of its own."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return pid
-
-
-def die_at_operation(number: int) -> None:
-    """Kill this process just before its `number`-th operation on files from now."""
-    left = [number]
-
-    def hook(event, _):
-        if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir"):
-            left[0] -= 1
-            if left[0] == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
 
 
 def after_a_crash(path: Path, old: int | None, new: int) -> dict[str, int]:
