@@ -37,8 +37,8 @@ def check_scheduler(scheduler: Any, flow: bool | str | None = None, shifts: bool
     """Raise InputError unless the scheduler integrates an ODE from noise to data, without noise of its own.
 
     flow: whether the model predicts a flow's velocity, "reversed" where its sigmas count from noise to data; None:
-    whatever the scheduler says; shifts: whether it is given a shift by resolution. One that is not known is tried: with the true velocity it has to go down the line from noise to
-    data.
+    whatever the scheduler says; shifts: whether it is given a shift by resolution. One that is not known is tried: with
+    the true velocity it has to go down the line from noise to data.
     """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     if config.get("use_dynamic_shifting") and not shifts:
