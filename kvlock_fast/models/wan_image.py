@@ -1,14 +1,14 @@
 """Wan image-to-video: 2.1 (also of a first and a last frame), 2.2 A14B and 2.2 TI2V-5B.
 
-Facts of diffusers' `WanImageToVideoPipeline`: as `WanPipeline` (wan.py), and what the transformer is told of the picture
-is one of two things. 2.1 and A14B take more channels: after the latents, which pixel frames are given, one channel for
-each of a latent frame's, then the latents of a video of those frames and grey; 2.1 takes the picture through a CLIP
-encoder too, as tokens in front of the text, which is then of 512 tokens (its attention counts back from there), and
-with `pos_embed_seq_len` the last frame beside the first. TI2V-5B (`expand_timesteps`) has the picture's latent in the
-place of the first frame's, at time 0, and again in the end.
+Facts of diffusers' `WanImageToVideoPipeline`: as `WanPipeline` (wan.py), and the transformer is told of the picture in
+one of two ways. 2.1 and A14B take more channels: after the latents, which pixel frames are given, one channel for each
+of a latent frame's, then the latents of a video of those frames and grey; 2.1 takes the picture through a CLIP encoder
+too, as tokens in front of the text, which is then of 512 tokens (its attention counts back from there), and with
+`pos_embed_seq_len` the last frame beside the first. TI2V-5B (`expand_timesteps`) has the picture's latent in the place
+of the first frame's, at time 0, and again in the end.
 
-The picture is the source's first frame, for the source and the edit alike. So the edit begins as the source does: TI2V-5B
-cannot change its first frame at all, the others hardly will.
+The picture is the source's first frame, for the source and the edit alike. So the edit begins as the source does:
+TI2V-5B cannot change its first frame at all, the others hardly will.
 """
 
 from typing import Any
@@ -72,10 +72,10 @@ class WanImageModel(WanModel):
         """text [n, L, C]; shown [n, c, T or 1, h, w] fp32, of the given frames; features [n, pictures, N, C]."""
         told = {
             "text": self.encode_prompts(prompts),
-            "shown": self._made(given.frames, "shown", lambda: self._show(given)),
+            "shown": self._made((given.frames,), "shown", lambda: self._show(given)),
         }
         if self.sees_picture:
-            told["features"] = self._made(given.frames, "features", lambda: self._look(given))
+            told["features"] = self._made((given.frames,), "features", lambda: self._look(given))
         return Conditioning(**{name: x.expand(len(prompts), *x.shape[1:]) for name, x in told.items()})
 
     def _show(self, given: Given) -> Tensor:
