@@ -90,6 +90,18 @@ class PipelineModel:
         """What the transformer is told of each of the prompts."""
         return Conditioning(text=self.encode_prompts(prompts))
 
+    def condition_source(self, prompts: list[str], given: Given) -> Conditioning:
+        """The same for the source's own pass, of which nothing is to be changed."""
+        return self.condition(prompts, given)
+
+    def may_change(self, pixels: Tensor) -> Tensor:
+        """Of a mask bool [F, H, W], what the model can change at all. Raises InputError where that is nothing."""
+        return pixels
+
+    def finish(self, latents: Tensor, told: Conditioning) -> Tensor:
+        """The last latents [B, C, T, h, w], as the family's pipeline gives them out."""
+        return latents
+
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """[1, C, T, h, w] fp32, as the family's pipeline draws it."""
         from diffusers.utils.torch_utils import randn_tensor
