@@ -27,6 +27,8 @@ class PipelineModel:
     """Whether `timesteps_settings` gives a scheduler with dynamic shifting its mu."""
     told_of_frames = False
     """Whether what the transformer is told belongs to frames of the clip, so that a clip cannot be cut into windows."""
+    why_not_captured: str | None = None
+    """What in a forward of diffusers' own, such as a read from the device, a captured step would miss."""
     latents_dtype: torch.dtype = torch.float32
     """Of the latents between steps, in the family's pipeline."""
 

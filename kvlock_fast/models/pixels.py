@@ -11,7 +11,7 @@ from torch import Tensor
 def encode_mode(vae: Any, frames: Tensor, device: torch.device) -> Tensor:
     """uint8 [F, H, W, 3] to the posterior's mode [1, C, T, h, w] fp32, not normalised."""
     pixels = frames.permute(3, 0, 1, 2)[None].to(device=device, dtype=vae.dtype) / 127.5 - 1.0
-    return vae.encode(pixels).latent_dist.mode().float()
+    return vae.encode(pixels).latent_dist.mode().float().contiguous()
 
 
 def decode_each(vae: Any, latents: Tensor, tiled: bool, **told: Any) -> Tensor:
