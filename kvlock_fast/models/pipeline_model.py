@@ -92,6 +92,10 @@ class PipelineModel:
         """What the transformer is told of each of the prompts."""
         return Conditioning(text=self.encode_prompts(prompts))
 
+    def condition_negative(self, prompt: str, prompts: list[str], given: Given) -> Conditioning:
+        """What it is told of the negative prompt beside each of the prompts."""
+        return self.condition([prompt], given).expand(len(prompts))
+
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """[1, C, T, h, w] fp32, as the family's pipeline draws it."""
         from diffusers.utils.torch_utils import randn_tensor
