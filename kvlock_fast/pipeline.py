@@ -305,7 +305,7 @@ class KVLockPipeline:
         told = [self.model.condition([text], given) for text in prompts]
         negative = None
         if self.model.guided(given.guidance_scale):
-            negative = self.model.condition([negative_prompt or ""], given).expand(len(prompts))
+            negative = self.model.condition_negative(negative_prompt or "", prompts, given)
         return Conditioning.cat(told), negative, self.model.condition_source([source_prompt], given)
 
 

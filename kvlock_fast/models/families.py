@@ -36,6 +36,8 @@ REGISTRY: tuple[Family, ...] = (
     Family("chronoedit", "chronoedit.ChronoEditModel", ("ChronoEditPipeline",), ("ChronoEditTransformer3DModel",)),
     Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
     Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
+    Family("mochi", "mochi.MochiModel", ("MochiPipeline",), ("MochiTransformer3DModel",)),
+    Family("allegro", "allegro.AllegroModel", ("AllegroPipeline",), ("AllegroTransformer3DModel",)),
 )
 FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)
