@@ -148,6 +148,7 @@ class KVLockPipeline:
                 blocks = compiled_blocks(self.model.transformers, compile, self.model.arch.blocks)
                 with _stage(recorder, progress, "denoise"), blocks:
                     edited = edit_prompts(task, scene, way.cache, recorder, progress)
+                    edited = self.model.last_latents(edited, task.prompt)
                 _refuse_nan(recorder, prompts, num_inference_steps)
                 if output == "latent":
                     return edited, []
@@ -304,7 +305,7 @@ class KVLockPipeline:
         told = [self.model.condition([text], given) for text in (*prompts, source_prompt)]
         negative = None
         if self.model.guided(given.guidance_scale):
-            negative = self.model.condition([negative_prompt or ""], given).expand(len(prompts))
+            negative = self.model.condition_negative([negative_prompt or ""], given).expand(len(prompts))
         return Conditioning.cat(told[:-1]), negative, told[-1]
 
 

@@ -4,11 +4,21 @@ import torch
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
+    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
 from tiny import WORDS, tiny_tokenizer
-from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 VOCABULARY = len(WORDS) + 3
 
@@ -58,6 +68,43 @@ def tiny_hunyuan(scheduler=None, **transformer) -> HunyuanVideoPipeline:
         scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=7.0),
         text_encoder_2=tiny_clip(),
         tokenizer_2=tiny_tokenizer(77),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+MARKS = ("<image>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+IMAGE = VOCABULARY
+
+
+def tiny_llava() -> LlavaForConditionalGeneration:
+    """An image is 24 x 24 tokens, as the pipeline counts on."""
+    torch.manual_seed(2)
+    eyes = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=48, patch_size=2
+    )
+    words = LlamaConfig(
+        vocab_size=VOCABULARY + len(MARKS), hidden_size=16, intermediate_size=16, num_hidden_layers=3,
+        num_attention_heads=2, pad_token_id=0,
+    )  # fmt: skip
+    config = LlavaConfig(vision_config=eyes, text_config=words, image_token_index=IMAGE, pad_token_id=0)
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def tiny_hunyuan_i2v(kind: str, scheduler=None, **transformer) -> HunyuanVideoImageToVideoPipeline:
+    """kind: the transformer's `image_condition_type`."""
+    channels = {"latent_concat": 9, "token_replace": 4}[kind]
+    tokenizer = tiny_tokenizer(400)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
+    pipe = HunyuanVideoImageToVideoPipeline(
+        text_encoder=tiny_llava(),
+        tokenizer=tokenizer,
+        transformer=tiny_hunyuan_transformer(in_channels=channels, image_condition_type=kind, **transformer),
+        vae=tiny_hunyuan_vae(),
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=tiny_clip(),
+        tokenizer_2=tiny_tokenizer(77),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48}),
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -32,6 +32,12 @@ REGISTRY: tuple[Family, ...] = (
         ("HunyuanVideoPipeline",),
         ("HunyuanVideoTransformer3DModel",),
     ),
+    Family(
+        "hunyuan-video-i2v",
+        "hunyuan_video_i2v.HunyuanVideoI2VModel",
+        ("HunyuanVideoImageToVideoPipeline",),
+        ("HunyuanVideoTransformer3DModel",),
+    ),
 )
 FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)

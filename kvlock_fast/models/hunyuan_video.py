@@ -44,7 +44,9 @@ class HunyuanVideoModel(PipelineModel):
         """Raises InputError for a pipeline of another kind."""
         super().__init__(pipe)
         if self.config.patch_size_t != 1:
-            raise InputError(f"the model has tokens of {self.config.patch_size_t} latent frames, which is not supported")
+            raise InputError(
+                f"the model has tokens of {self.config.patch_size_t} latent frames, which is not supported"
+            )
         self._check_image()
 
     def _check_image(self) -> None:
@@ -71,14 +73,14 @@ class HunyuanVideoModel(PipelineModel):
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """text [n, L, C], mask [n, L], pooled [n, D] and guidance [n], in the transformer's dtype."""
-        text, pooled, mask = self.encode(prompts, given)
-        dtype = self.transformers[0].dtype
-        guidance = torch.tensor([given.guidance_scale] * len(prompts), dtype=dtype, device=self.device) * GUIDANCE_UNIT
-        return Conditioning(text=text.to(dtype), mask=mask.to(dtype), pooled=pooled.to(dtype), guidance=guidance)
+        words = self.pipe.encode_prompt(prompts, device=self.device, max_sequence_length=TEXT_LENGTH)
+        return self.told_words(*words, given)
 
-    def encode(self, prompts: list[str], given: Given) -> tuple[Tensor, Tensor, Tensor]:
-        """Texts [n, L, C], their pooled ones [n, D] and the texts' masks [n, L]."""
-        return self.pipe.encode_prompt(prompts, device=self.device, max_sequence_length=TEXT_LENGTH)
+    def told_words(self, text: Tensor, pooled: Tensor, mask: Tensor, given: Given) -> Conditioning:
+        """What the pipeline's `encode_prompt` gives, and the guidance scale."""
+        dtype = self.transformers[0].dtype
+        guidance = torch.tensor([given.guidance_scale] * len(text), dtype=dtype, device=self.device) * GUIDANCE_UNIT
+        return Conditioning(text=text.to(dtype), mask=mask.to(dtype), pooled=pooled.to(dtype), guidance=guidance)
 
     def encode_video(self, frames: Tensor) -> Tensor:
         """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""

@@ -90,11 +90,23 @@ class PipelineModel:
         """What the transformer is told of each of the prompts."""
         return Conditioning(text=self.encode_prompts(prompts))
 
+    def condition_negative(self, prompts: list[str], given: Given) -> Conditioning:
+        """What it is told of a negative prompt: where something beside the words is another one then."""
+        return self.condition(prompts, given)
+
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """[1, C, T, h, w] fp32, as the family's pipeline draws it."""
         from diffusers.utils.torch_utils import randn_tensor
 
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def first_latents(self, noise: Tensor, given: Given) -> Tensor:
+        """What the family's pipeline starts from, of the noise drawn: the noise, where nothing is mixed into it."""
+        return noise
+
+    def last_latents(self, latents: Tensor, told: Conditioning) -> Tensor:
+        """What the family's pipeline makes of the last step's latents [B, C, T, h, w], told so of each sample."""
+        return latents
 
     def encode_video(self, frames: Tensor) -> Tensor:
         """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
