@@ -38,6 +38,18 @@ REGISTRY: tuple[Family, ...] = (
         ("HunyuanVideoImageToVideoPipeline",),
         ("HunyuanVideoTransformer3DModel",),
     ),
+    Family(
+        "hunyuan-video-1.5",
+        "hunyuan_video15.HunyuanVideo15Model",
+        ("HunyuanVideo15Pipeline",),
+        ("HunyuanVideo15Transformer3DModel",),
+    ),
+    Family(
+        "hunyuan-video-1.5-i2v",
+        "hunyuan_video15.HunyuanVideo15I2VModel",
+        ("HunyuanVideo15ImageToVideoPipeline",),
+        ("HunyuanVideo15Transformer3DModel",),
+    ),
 )
 FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)

@@ -27,6 +27,8 @@ class PipelineModel:
     """Whether `timesteps_settings` gives a scheduler with dynamic shifting its mu."""
     told_of_frames = False
     """Whether what the transformer is told belongs to frames of the clip, so that a clip cannot be cut into windows."""
+    reads_in_forwards = False
+    """Whether the transformer's forward waits for values of the device, so that its steps cannot be captured."""
     latents_dtype: torch.dtype = torch.float32
     """Of the latents between steps, in the family's pipeline."""
 
