@@ -64,7 +64,7 @@ class HunyuanVideo15Model(PipelineModel):
         return {"sigmas": np.linspace(1.0, 0.0, num_steps + 1)[:-1]}
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
-        """text [n, L, C] and letters [n, M, D] with their masks, and an image's features, in the transformer's dtype."""
+        """Of words [n, L, C] and letters [n, M, D] with masks, and an image, in the transformer's dtype."""
         dtype = self.transformers[0].dtype
         text, mask, letters, letters_mask = self.pipe.encode_prompt(
             prompts, device=self.device, dtype=dtype, batch_size=len(prompts)
