@@ -303,7 +303,8 @@ class KVLockPipeline:
         """What the model is told of the prompts, of the negative one and of the source's."""
         told = [self.model.condition([text], given) for text in (*prompts, source_prompt)]
         negative = None
-        if self.model.guided(given.guidance_scale):
+        asked = negative_prompt is not None or not self.model.guided_if_asked
+        if asked and self.model.guided(given.guidance_scale):
             negative = self.model.condition([negative_prompt or ""], given).expand(len(prompts))
         return Conditioning.cat(told[:-1]), negative, told[-1]
 

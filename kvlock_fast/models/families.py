@@ -26,6 +26,7 @@ REGISTRY: tuple[Family, ...] = (
     Family("wan", "wan.WanModel", ("WanPipeline",), ("WanTransformer3DModel",)),
     Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
     Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
+    Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
 )
 FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)

@@ -27,6 +27,8 @@ class PipelineModel:
     """Whether `timesteps_settings` gives a scheduler with dynamic shifting its mu."""
     told_of_frames = False
     """Whether what the transformer is told belongs to frames of the clip, so that a clip cannot be cut into windows."""
+    guided_if_asked = False
+    """Whether a negative branch is run only where a negative prompt is given: by models that may be distilled."""
     latents_dtype: torch.dtype = torch.float32
     """Of the latents between steps, in the family's pipeline."""
 
