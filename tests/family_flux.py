@@ -3,7 +3,7 @@
 import torch
 from conformance import Case
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from images import as_video, image_arguments, tiny_autoencoder, tiny_clip, tiny_t5
+from images import image_arguments, tiny_autoencoder, tiny_clip, tiny_t5
 from tiny import tiny_tokenizer
 
 
@@ -40,6 +40,6 @@ def stock(pipe, call):
 
 
 CASES = [
-    Case("flux-dev", tiny_flux, stock, size=(1, 32, 48), guided=False, unguided=None, frames=as_video(images)),
-    Case("flux-schnell", lambda: tiny_flux(False), stock, size=(1, 32, 48), frames=as_video(images)),
+    Case("flux-dev", tiny_flux, stock, size=(1, 32, 48), guided=False, unguided=None, frames=images),
+    Case("flux-schnell", lambda: tiny_flux(False), stock, size=(1, 32, 48), frames=images),
 ]

@@ -35,13 +35,8 @@ def tiny_t5(width: int = 16) -> T5EncoderModel:
 
 
 def image_arguments(pipe, call):
-    """A call of a text-to-image pipeline, without its scale; the text encoders in the transformer's dtype, as it asks."""
+    """A call of a text-to-image pipeline but for its scale; the text encoders in the transformer's dtype, as it asks."""
     for name, part in pipe.components.items():
         if name.startswith("text_encoder") and part is not None:
             part.to(pipe.transformer.dtype)
     return {name: value for name, value in call.arguments.items() if name not in ("num_frames", "guidance_scale")}
-
-
-def as_video(images):
-    """Of what makes images [B, H, W, 3], for a case's `frames`."""
-    return lambda pipe, call: images(pipe, call)

@@ -26,6 +26,7 @@ REGISTRY: tuple[Family, ...] = (
     Family("wan", "wan.WanModel", ("WanPipeline",), ("WanTransformer3DModel",)),
     Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
     Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
+    Family("sd3", "sd3.SD3Model", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",)),
     Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
 )
 FAMILIES = tuple(family.name for family in REGISTRY)

@@ -57,7 +57,7 @@ class FluxModel(ImageModel):
         return even_sigmas(self.pipe.scheduler, num_steps, self.tokens(height, width))
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
-        """text [n, L, C] of T5 and pooled [n, C] of CLIP in the transformer's dtype; guidance [n] fp32, if it is told."""
+        """text [n, L, C] of T5, pooled [n, C] of CLIP, in the transformer's dtype; guidance [n] fp32, if it is told."""
         length = min(TEXT_TOKENS, int(self.pipe.tokenizer_2.model_max_length))
         text, pooled, _ = self.pipe.encode_prompt(prompts, device=self.device, max_sequence_length=length)
         told = {"text": text.to(self.latents_dtype), "pooled": pooled.to(self.latents_dtype)}
