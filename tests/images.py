@@ -2,7 +2,14 @@
 
 import torch
 from tiny import WORDS
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+)
 
 
 def tiny_autoencoder(kind, channels: int = 4, **changes):
@@ -34,9 +41,36 @@ def tiny_t5(width: int = 16) -> T5EncoderModel:
     ).eval()
 
 
+def tiny_qwen_vl(width: int = 16) -> Qwen2_5_VLForConditionalGeneration:
+    """A language model that could see, of two layers."""
+    torch.manual_seed(4)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "vocab_size": len(WORDS) + 3, "rope_parameters": rope, "rope_scaling": rope,
+            "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1,
+        },
+        vision_config={
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width,
+            "fullatt_block_indexes": [0],
+        },
+        vision_start_token_id=0, vision_end_token_id=0, vision_token_id=0, image_token_id=0, video_token_id=0,
+    )  # fmt: skip
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
 def image_arguments(pipe, call):
     """A call of a text-to-image pipeline but for its scale; the text encoders in the transformer's dtype, as it asks."""
     for name, part in pipe.components.items():
         if name.startswith("text_encoder") and part is not None:
             part.to(pipe.transformer.dtype)
     return {name: value for name, value in call.arguments.items() if name not in ("num_frames", "guidance_scale")}
+
+
+def blend_after_text(x, source, scene, alpha):
+    """`blend_at_call` where the image's tokens come last, and texts are of different lengths."""
+    mixed, last = x.double().clone(), slice(-scene.tokens, None)
+    weight = torch.where(scene.inside, 0.0, alpha).double()[:, None]
+    mixed[:, :, last] = (1 - weight) * mixed[:, :, last] + weight * source[:, :, last].double()
+    return mixed.to(x.dtype)
