@@ -109,8 +109,8 @@ def _strays(scheduler: Any, steps: int = 8) -> str | None:
 
 def make_ready(scheduler: Any, num_steps: int, device: torch.device, settings: Mapping[str, Any] = NO_SETTINGS) -> None:
     """Set its timesteps, at the first of them; settings: more for `set_timesteps`, such as sigmas, which then count."""
-    steps = {} if "sigmas" in settings or "timesteps" in settings else {"num_inference_steps": num_steps}
-    scheduler.set_timesteps(**steps, device=device, **settings)
+    steps = () if "sigmas" in settings or "timesteps" in settings else (num_steps,)
+    scheduler.set_timesteps(*steps, device=device, **settings)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
 
