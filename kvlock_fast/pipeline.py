@@ -304,7 +304,8 @@ class KVLockPipeline:
         """What the model is told of the prompts, of the negative one and of the source's."""
         told = [self.model.condition([text], given) for text in prompts]
         negative = None
-        if self.model.guided(given.guidance_scale):
+        asked = negative_prompt is not None or not self.model.guided_if_asked
+        if asked and self.model.guided(given.guidance_scale):
             negative = self.model.condition_negative(negative_prompt or "", prompts, given)
         return Conditioning.cat(told), negative, self.model.condition_source([source_prompt], given)
 

@@ -62,6 +62,9 @@ REGISTRY: tuple[Family, ...] = (
         ("HunyuanVideo15ImageToVideoPipeline",),
         ("HunyuanVideo15Transformer3DModel",),
     ),
+    Family("sd3", "sd3.SD3Model", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",)),
+    Family("qwen-image", "qwen_image.QwenImageModel", ("QwenImagePipeline",), ("QwenImageTransformer2DModel",)),
+    Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
 )
 FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)

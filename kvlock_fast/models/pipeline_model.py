@@ -29,6 +29,8 @@ class PipelineModel:
     """Whether what the transformer is told belongs to frames of the clip, so that a clip cannot be cut into windows."""
     why_not_captured: str | None = None
     """What in a forward of diffusers' own, such as a read from the device, a captured step would miss."""
+    guided_if_asked = False
+    """Whether a negative branch is run only where a negative prompt is given: by models that may be distilled."""
     latents_dtype: torch.dtype = torch.float32
     """Of the latents between steps, in the family's pipeline."""
 
