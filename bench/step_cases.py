@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bench.step_families import STEPS, WanSteps
 from kvlock_fast.cache.model_sizes import find_model
+from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.forwards import Task
 from kvlock_fast.graph import CapturedLoops, CudaCapture
@@ -170,7 +171,8 @@ class Steps:
             frames = torch.from_numpy(self.subject.clip.video)
             scene = Scene(self.model, lock, solver, frames, len(frames), self.mask, "", None, None, loops)
             scene.place(self.subject.clean, self.noise, None)
-            texts = *(x.expand(prompts, -1, -1) for x in (self.prompt, self.negative)), self.source_prompt
+            texts = [Conditioning(text=x) for x in (self.prompt, self.negative, self.source_prompt)]
+            texts[:2] = (x.expand(prompts) for x in texts[:2])
             task = Task(self.mask, *texts, guidance=(GUIDANCE, GUIDANCE), lock=lock)
             with TemporaryDirectory() as folder:
                 there = replace(cache, root=str(Path(folder)))

@@ -285,6 +285,7 @@ def invert(
     output: Annotated[Path, _option("The folder of the cache; other files in it stay.")],
     model: Model = "demo",
     steps: Steps = 50,
+    guidance: Annotated[float, _option("The edits' guidance scale, for models that take it as an input.")] = 5.0,
     seed: Annotated[int, _option("Of the noise.", min=0, max=MOST_SEED)] = 0,
     mask_threshold: MaskThreshold = 0.5,
     mask_invert: MaskInvert = False,
@@ -318,7 +319,8 @@ def invert(
     }  # fmt: skip
     lock = commands.lock_config(preset, {name: value for name, value in overrides.items() if value is not None})
     settings = commands.EditSettings(
-        source_prompt, [], steps=steps, seed=seed, size=parse_size(size), frames_policy=frames_policy.value, lock=lock,
+        source_prompt, [], steps=steps, guidance=guidance, seed=seed, size=parse_size(size),
+        frames_policy=frames_policy.value, lock=lock,
         cache=commands.cache_config(format=format, step_stride=stride, steps=store),
         mask_shape=commands.MaskShape(mask_threshold, mask_invert, mask_grow, mask_feather),
     )  # fmt: skip

@@ -1,12 +1,15 @@
 """The transformer's forwards under the lock: who shares a batch, and where the source's K and V come from."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import LockConfig
 from kvlock_fast.foreground import Region
 from kvlock_fast.masks import ProjectedMask
@@ -16,34 +19,47 @@ from kvlock_fast.nvtx import span
 from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder
 
+Combine = Callable[[Tensor, Tensor, float], Tensor]
+"""Of the conditional and the unconditional prediction and a guidance scale, in the order of a pipeline's own bits."""
+
+
+def classifier_free(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+    """As most of diffusers' pipelines guide."""
+    return uncond + scale * (cond - uncond)
+
 
 @dataclass(frozen=True)
 class Task:
     """What is asked of the loop, on the device.
 
-    prompt, negative: [B, L, C]; source_prompt: [1, L, C]; negative is None without classifier-free guidance; guidance:
-    omega0 for each stage; latents_dtype: of the latents between steps that are diffusers' own.
+    prompt, negative: of B samples; source_prompt: of one; negative is None without classifier-free guidance; guidance:
+    omega0 for each stage; latents_dtype: of the latents between steps that are diffusers' own; combine: how the
+    family's pipeline guides.
     """
 
     mask: ProjectedMask
-    prompt: Tensor
-    negative: Tensor | None
-    source_prompt: Tensor
+    prompt: Conditioning
+    negative: Conditioning | None
+    source_prompt: Conditioning
     guidance: tuple[float, ...]
     lock: LockConfig
     latents_dtype: torch.dtype = torch.float32
+    combine: Combine = classifier_free
 
     def of(self, samples: tuple[int, ...]) -> "Task":
         """Of some of the samples."""
         if samples == tuple(range(self.batch)):
             return self
         # By slices: an index would be a copy from the host.
-        some = [None if x is None else torch.cat([x[i : i + 1] for i in samples]) for x in (self.prompt, self.negative)]
+        some = [
+            None if x is None else Conditioning.cat([x.part(i, i + 1) for i in samples])
+            for x in (self.prompt, self.negative)
+        ]
         return replace(self, prompt=some[0], negative=some[1])
 
     @property
     def batch(self) -> int:
-        return self.prompt.shape[0]
+        return self.prompt.rows
 
     def guided(self, omega0: float) -> bool:
         """Whether guidance follows the lock's rules; a scale of 1 or less is left as it is."""
@@ -90,26 +106,29 @@ class Predictor:
         self,
         k: int,
         latents: Tensor,
-        text: Tensor,
+        text: Conditioning,
         mode: Mode = Mode.OFF,
         weight: Tensor | None = None,
         kept: KeptKV | None = None,
         timestep: Tensor | None = None,
     ) -> Tensor:
-        """The prediction at latents [rows, C, T, H, W], text [rows, L, C]; the rest as `TransformerLock.forward`."""
+        """The prediction at latents [rows, C, T, H, W], told `text` of each; the rest as `TransformerLock.forward`."""
         which, timestep = self._count(k, latents, timestep)
         if not self.locks:
             return self.model.predict(which, latents, timestep, text)
-        with self.locks[which].forward(mode, weight, kept, text.shape[1]):
+        patch = self.model.geometry.patch_size
+        tokens = prod(-(-size // p) for size, p in zip(latents.shape[2:], patch, strict=True))
+        with self.locks[which].forward(mode, weight, kept, tokens):
             return self.model.predict(which, latents, timestep, text)
 
     def foreground(
-        self, k: int, latents: Tensor, text: Tensor, region: Region, kept: KeptKV, rows: Tensor | None, timestep: Tensor
-    ) -> Tensor:
+        self, k: int, latents: Tensor, text: Conditioning, region: Region, kept: KeptKV, rows: Tensor | None,
+        timestep: Tensor,
+    ) -> Tensor:  # fmt: skip
         """The prediction of the region's tokens, 0 elsewhere; rows: which of the tokens kept are background."""
         which, timestep = self._count(k, latents, timestep)
         lock = self.locks[which]
-        with lock.forward(Mode.FOREGROUND, kept=kept, text_tokens=text.shape[1]):
+        with lock.forward(Mode.FOREGROUND, kept=kept):
             return self.model.predict_foreground(lock, latents, timestep, text, region, self.background, rows)
 
     def _count(self, k: int, latents: Tensor, timestep: Tensor | None) -> tuple[int, Tensor]:
@@ -139,7 +158,7 @@ class Forwards:
             return source, *self._branches(k, latents, self._locked(Mode.STORED), alpha, kept)
         branches = 1 if task.negative is None else 2
         rows = torch.cat([source_latent, *[latents.float()] * branches])
-        texts = torch.cat([task.source_prompt, self._texts()])
+        texts = Conditioning.cat([task.source_prompt, self._texts()])
         weight = blend_weight(alpha.repeat(branches), task.mask.tokens)
         with span("forward all"):
             out = self._predict(k, rows, texts, self._locked(Mode.IN_BATCH), weight)
@@ -158,7 +177,7 @@ class Forwards:
         """The region's tokens alone, in front of the source's background: both branches [B, ...], 0 elsewhere."""
         task, branches = self.task, 1 if self.task.negative is None else 2
 
-        def predict(latents: Tensor, text: Tensor) -> Tensor:
+        def predict(latents: Tensor, text: Conditioning) -> Tensor:
             with span("forward foreground"):
                 return self.predict.foreground(k, latents, text, region, kept, rows, self.timestep)
 
@@ -198,9 +217,10 @@ class Forwards:
         with span("forward edit"):
             return cond, self._predict(k, latents, task.negative, mode, weight, kept)
 
-    def _texts(self) -> Tensor:
+    def _texts(self) -> Conditioning:
         """Of all branches in one batch: unconditional rows first, as diffusers has them."""
-        return self.task.prompt if self.task.negative is None else torch.cat([self.task.negative, self.task.prompt])
+        task = self.task
+        return task.prompt if task.negative is None else Conditioning.cat([task.negative, task.prompt])
 
     def _split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
         *uncond, cond = out.split(self.task.batch)

@@ -87,6 +87,7 @@ def run_invert(
         width=width,
         source_prompt=settings.source_prompt,
         num_inference_steps=settings.steps,
+        guidance_scale=settings.guidance,
         generator=torch.Generator().manual_seed(settings.seed),
         frames_policy=settings.frames_policy,
         lock=settings.lock,

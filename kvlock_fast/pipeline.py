@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvlock_fast.cache.entry import EntryWriter
 from kvlock_fast.cache.saved import SavedSource
+from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.denoise import why_not_captured
 from kvlock_fast.errors import InputError, InputWarning
@@ -52,7 +53,7 @@ class KVLockPipeline:
         self.pipe = pipe
         self.model = wrap_pipeline(pipe)
         self._loops: CapturedLoops | None = None
-        check_scheduler(pipe.scheduler, self.model.arch.flow)
+        check_scheduler(pipe.scheduler, self.model.arch.flow, self.model.shifts_by_size)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, *, torch_dtype: torch.dtype | dict | None = None) -> "KVLockPipeline":
@@ -136,12 +137,12 @@ class KVLockPipeline:
         recorder = Recorder(self.model.device)
         with self._scene(
             (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
-            lock, cache, recorder, progress, graph, windows,
+            lock, cache, recorder, progress, guidance_scale, graph, windows,
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
-                texts = self._texts(prompts, negative_prompt, source_prompt, guidance_scale)
+                texts = self._texts(prompts, negative_prompt, source_prompt, scene.given)
             scales = (guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2)
-            task = Task(scene.mask, *texts, scales, scene.lock, self.model.latents_dtype)
+            task = Task(scene.mask, *texts, scales, scene.lock, self.model.latents_dtype, self.model.combine)
 
             def run(way: Way) -> tuple[Tensor, list[np.ndarray]]:
                 blocks = compiled_blocks(self.model.transformers, compile, self.model.arch.blocks)
@@ -168,6 +169,7 @@ class KVLockPipeline:
         *,
         source_prompt: str,
         num_inference_steps: int = 50,
+        guidance_scale: float = 5.0,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
         height: int | None = None,
@@ -181,15 +183,15 @@ class KVLockPipeline:
         """Run the source once and keep its K and V in the folder `output`, for `CacheConfig(path=output)`.
 
         The arguments are those of a call; of `lock` the layers, the source's path and what decides which steps lock
-        (alpha, warmup_alpha, kappa) count, of `cache` the format, step_stride and steps. notes: plain values to keep
-        in the manifest, such as {"seed": 3}. An earlier cache in the folder is replaced when the new one is whole;
-        other files stay. Returns the facts of the manifest.
+        (alpha, warmup_alpha, kappa) count, guidance_scale only for models that take it as an input, of `cache` the
+        format, step_stride and steps. notes: plain values to keep in the manifest, such as {"seed": 3}. An earlier
+        cache in the folder is replaced when the new one is whole; other files stay. Returns the facts of the manifest.
 
         Raises InputError on bad input, OutputError where the folder cannot be written.
         """
         lock, cache, progress = _lock(lock), _cache(cache), progress or (lambda stage, done, total: None)
         check_texts("", source_prompt, None)
-        check_numbers(num_inference_steps, 1.0, None, self.model.two_stages)
+        check_numbers(num_inference_steps, guidance_scale, None, self.model.two_stages)
         if cache.path is not None:
             raise InputError(f"cache must not have a path, got {str(cache.path)!r}: the output is where it is made")
         if not lock.locks:
@@ -197,10 +199,10 @@ class KVLockPipeline:
         recorder = Recorder(self.model.device)
         with self._scene(
             (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
-            lock, cache, recorder, progress,
+            lock, cache, recorder, progress, guidance_scale,
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
-                text = self.model.encode_prompts([source_prompt])
+                text = self.model.condition([source_prompt], scene.given)
             with EntryWriter(output) as writer, _stage(recorder, progress, "source pass"):
                 return scene.save(text, cache, writer, recorder, progress, notes or {})
 
@@ -215,6 +217,7 @@ class KVLockPipeline:
         cache: CacheConfig,
         recorder: Recorder,
         progress: Progress,
+        guidance_scale: float,
         graph: str = "off",
         windows: Windows | None = None,
     ) -> Iterator[Scene]:
@@ -235,8 +238,10 @@ class KVLockPipeline:
             fitted = fit_to_model(video, mask, self.model.geometry, height, width, policy, at_once)
             frames, pixel_mask, count = fitted
             windows = _if_longer(windows, len(frames), cache)
-            check_scheduler(self.pipe.scheduler, self.model.arch.flow)
-            solver = Solver(self.pipe.scheduler, num_steps, self.model.device)
+            check_scheduler(self.pipe.scheduler, self.model.arch.flow, self.model.shifts_by_size)
+            at_once = len(frames) if windows is None else windows.frames
+            settings = self.model.timesteps_settings(num_steps, at_once, *frames.shape[1:3])
+            solver = Solver(self.pipe.scheduler, num_steps, self.model.device, settings)
             if solver.table is None and not lock.stock:
                 name = type(self.pipe.scheduler).__name__
                 message = f"scheduler {name} has no table of its steps: it is called itself, which is slower"
@@ -252,7 +257,7 @@ class KVLockPipeline:
                 # A halo goes with the source's latents only, which compute 'foreground' kept until here.
                 lock = replace(lock, compute="full", background_latents="source")
             scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved, windows, loops)
-            scene.kept_loops = self._loops
+            scene.kept_loops, scene.pixels, scene.guidance_scale = self._loops, pixel_mask, guidance_scale
             scene.place(clean, *noise)
             yield scene
         except torch.OutOfMemoryError as error:  # outside of the ladder
@@ -266,6 +271,10 @@ class KVLockPipeline:
         """How a long clip is cut. Raises InputError where it cannot be."""
         windows = asked_for(window, overlap)
         if windows is not None:
+            if self.model.told_of_frames:
+                raise InputError(
+                    f"window does not go with the family {self.model.arch.family}, which sees the whole clip"
+                )
             windows.latent_sizes(self.model.geometry)
         return windows
 
@@ -288,13 +297,15 @@ class KVLockPipeline:
             warnings.warn(message, InputWarning, stacklevel=5)
         return projected
 
-    def _texts(self, prompts, negative_prompt, source_prompt, guidance_scale) -> tuple[Tensor, Tensor | None, Tensor]:
-        guided = guidance_scale > 1
-        words = [*prompts, source_prompt, *([negative_prompt or ""] if guided else [])]
-        embeds = torch.cat([self.model.encode_prompts([text]) for text in words])
-        count = len(prompts)
-        negative = embeds[count + 1 :].expand(count, -1, -1) if guided else None
-        return embeds[:count], negative, embeds[count : count + 1]
+    def _texts(
+        self, prompts: list[str], negative_prompt: str | None, source_prompt: str, given: Given
+    ) -> tuple[Conditioning, Conditioning | None, Conditioning]:
+        """What the model is told of the prompts, of the negative one and of the source's."""
+        told = [self.model.condition([text], given) for text in (*prompts, source_prompt)]
+        negative = None
+        if self.model.guided(given.guidance_scale):
+            negative = self.model.condition([negative_prompt or ""], given).expand(len(prompts))
+        return Conditioning.cat(told[:-1]), negative, told[-1]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 
 from kvlock_fast.cache.model_sizes import CONFIGS, ModelSize, find_model, from_pipeline
 from kvlock_fast.composite import composite
+from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.edit import Clip, load_pipeline
 from kvlock_fast.errors import InputError
@@ -59,7 +60,7 @@ class RandomSubject:
         solver = Solver(usual_scheduler(self.model.arch.family), steps, self.device)
         scene = Scene(self.model, self.lock, solver, frames, extent.frames, mask, "", None)
         scene.place(self.clean, None, torch.Generator().manual_seed(1))
-        prompt, negative, source = self.texts
+        prompt, negative, source = (Conditioning(text=text) for text in self.texts)
         task = Task(mask, prompt, negative, source, guidance=(5.0, 5.0), lock=self.lock)
         progress("denoise", 0, 1)
         with recorder.stage("denoise"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvlock_fast.cache.entry import EntryWriter
 from kvlock_fast.cache.root import CacheRoot
 from kvlock_fast.cache.saved import SavedSource
+from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.controller import can_lock, compares_with_source
 from kvlock_fast.denoise import Part, denoise
@@ -39,7 +40,8 @@ class Scene:
 
     frames: uint8 [F, H, W, 3]; count: how many of them to give back; saved: the cache that the user named; windows: of
     a clip that goes through the model in stretches; loops: where the steps are captured; kept_loops: those of earlier
-    calls, whose memory can be had back. `place` comes first.
+    calls, whose memory can be had back; pixels: the mask bool [F, H, W]; guidance_scale: that of the call. `place`
+    comes first.
     """
 
     model: Any
@@ -55,6 +57,8 @@ class Scene:
     kept_loops: CapturedLoops | None = None
     clean: Tensor | None = None
     noise: Tensor | None = None
+    pixels: Tensor | None = None
+    guidance_scale: float = 1.0
 
     def place(self, clean: Tensor | None, latents: Tensor | None, generator: torch.Generator | None) -> None:
         """Fix the clean latent [1, C, T, h, w] and the starting noise, or take both from the saved source."""
@@ -73,7 +77,12 @@ class Scene:
 
     def facts(self, noise: Tensor) -> dict[str, Any]:
         """What makes this source what it is, for a cache."""
-        return source_facts(self.model, self.solver, self.lock, self.frames, self.source_prompt, noise)
+        return source_facts(self.model, self.solver, self.lock, self.given, self.source_prompt, noise)
+
+    @property
+    def given(self) -> Given:
+        """What the model may be told of the source."""
+        return Given(self.frames, self.pixels, self.mask, self.guidance_scale)
 
     def background(self) -> Tensor:
         """Indices [N] of the tokens whose K and V are kept: a saved source's may be more than the mask leaves."""
@@ -93,7 +102,7 @@ class Scene:
         """The model, which has the lock attached while the context is open."""
         return Predictor(self.model, self.solver, self.lock, self.background(), recorder)
 
-    def path(self, predict: Predictor, text: Tensor, recorder: Recorder) -> SourcePath:
+    def path(self, predict: Predictor, text: Conditioning, recorder: Recorder) -> SourcePath:
         """Where the source is at each step."""
         with recorder.stage("source path"):
             if self.saved is not None:
@@ -105,7 +114,7 @@ class Scene:
 
     def save(
         self,
-        text: Tensor,
+        text: Conditioning,
         cache: CacheConfig,
         writer: EntryWriter,
         recorder: Recorder,
@@ -149,7 +158,7 @@ def edit_prompts(task: Task, scene: Scene, cache: CacheConfig, recorder: Recorde
     return torch.cat(edits)
 
 
-def _source_of(stretch: Stretch, scene: Scene, path: SourcePath, prompt: Tensor) -> Source:
+def _source_of(stretch: Stretch, scene: Scene, path: SourcePath, prompt: Conditioning) -> Source:
     """The source in a stretch."""
     if scene.windows is None:
         return Source(path, prompt, scene.background())
@@ -201,9 +210,8 @@ def _facts(tier: str, stored: list[StoredSource]) -> dict[str, Any]:
 def _batches(task: Task, cache: CacheConfig) -> Iterator[Task]:
     size = cache.prompts_at_once or task.batch
     for first in range(0, task.batch, size):
-        part = slice(first, first + size)
-        negative = None if task.negative is None else task.negative[part]
-        yield replace(task, prompt=task.prompt[part], negative=negative)
+        texts = (None if x is None else x.part(first, first + size) for x in (task.prompt, task.negative))
+        yield replace(task, **dict(zip(("prompt", "negative"), texts, strict=True)))
 
 
 class _StepCounter:
@@ -218,7 +226,7 @@ class _StepCounter:
         self.progress("denoise", self.done, self.total)
 
 
-def _own_prediction(predict: Predictor, text: Tensor, parts: list[Stretch], latents: Tensor, k: int) -> Tensor:
+def _own_prediction(predict: Predictor, text: Conditioning, parts: list[Stretch], latents: Tensor, k: int) -> Tensor:
     """The source's own prediction [1, ...] at x_k, nothing locked."""
     with span("forward source"):
         said = [predict(k, part.of(latents), text) for part in parts]

@@ -1,10 +1,13 @@
 """Which of diffusers' schedulers an edit can follow: deterministic ones, of a flow or of a diffusion.
 
-x_k = a_k x0 + b_k n. A flow has a = 1 - sigma, b = sigma and predicts v = n - x0; a diffusion has a^2 + b^2 = 1 and
-predicts the noise n ("epsilon"), a n - b x0 ("v_prediction") or x0 itself ("sample").
+x_k = a_k x0 + b_k n. A flow has a = 1 - sigma, b = sigma and predicts v = n - x0 ("flow_prediction"), or counts sigma
+from noise to data, a = sigma, b = 1 - sigma, and predicts x0 - n ("reversed_flow", as Mochi); a diffusion has
+a^2 + b^2 = 1 and predicts the noise n ("epsilon"), a n - b x0 ("v_prediction") or x0 itself ("sample").
 """
 
 import copy
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,27 +19,34 @@ FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler",
 DDIM_SCHEDULERS = ("DDIMScheduler", "CogVideoXDDIMScheduler")
 DIFFUSION_SCHEDULERS = (*DDIM_SCHEDULERS, *FLOW_SCHEDULERS[1:])
 DIFFUSION_PREDICTIONS = ("epsilon", "v_prediction", "sample")
+NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 FLOW = "flow_prediction"
+REVERSED_FLOW = "reversed_flow"
 
 
 def prediction_of(scheduler: Any) -> str:
-    """What a scheduler takes the model's output for: one of DIFFUSION_PREDICTIONS, or "flow_prediction"."""
+    """What a scheduler takes the model's output for: one of DIFFUSION_PREDICTIONS, or FLOW or REVERSED_FLOW."""
     config = getattr(scheduler, "config", {})
     diffusion = type(scheduler).__name__ in DIFFUSION_SCHEDULERS and not config.get("use_flow_sigmas")
-    return config.get("prediction_type") if diffusion else FLOW
+    if diffusion:
+        return config.get("prediction_type")
+    return REVERSED_FLOW if config.get("invert_sigmas") else FLOW
 
 
-def check_scheduler(scheduler: Any, flow: bool | None = None) -> None:
+def check_scheduler(scheduler: Any, flow: bool | str | None = None, shifts: bool = False) -> None:
     """Raise InputError unless the scheduler integrates an ODE from noise to data, without noise of its own.
 
-    flow: whether the model predicts a flow's velocity; None: whatever the scheduler says. One that is not known is
-    tried: with the true velocity it has to go down the line from noise to data.
+    flow: whether the model predicts a flow's velocity, "reversed" where its sigmas count from noise to data; None:
+    whatever the scheduler says; shifts: whether it is given a shift by resolution. One that is not known is tried: with
+    the true velocity it has to go down the line from noise to data.
     """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
-    if config.get("use_dynamic_shifting"):
+    if config.get("use_dynamic_shifting") and not shifts:
         raise InputError(f"scheduler {name} with use_dynamic_shifting=True (a shift by resolution) is not supported")
-    if config.get("invert_sigmas"):
-        raise InputError(f"scheduler {name} with invert_sigmas=True (time runs backwards) is not supported")
+    inverted = bool(config.get("invert_sigmas"))
+    if flow is not None and inverted != (flow == "reversed"):
+        against = "from noise to data" if flow == "reversed" else "from data to noise"
+        raise InputError(f"scheduler {name} with invert_sigmas={inverted} is not supported: the model counts {against}")
     if name == "CogVideoXDPMScheduler":
         raise InputError(
             f"scheduler {name} adds noise at every step, so that the source's path would not be the edit's: set "
@@ -97,18 +107,20 @@ def _strays(scheduler: Any, steps: int = 8) -> str | None:
     return None
 
 
-def make_ready(scheduler: Any, num_steps: int, device: torch.device) -> None:
-    """Set its timesteps, at the first of them."""
-    scheduler.set_timesteps(num_steps, device=device)
+def make_ready(scheduler: Any, num_steps: int, device: torch.device, settings: Mapping[str, Any] = NO_SETTINGS) -> None:
+    """Set its timesteps, at the first of them; settings: more for `set_timesteps`, such as sigmas, which then count."""
+    steps = {} if "sigmas" in settings or "timesteps" in settings else {"num_inference_steps": num_steps}
+    scheduler.set_timesteps(**steps, device=device, **settings)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
 
 
 def noise_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
     """a and b [T + 1] fp32 of a scheduler whose timesteps are set: of each step, and of where the last one ends."""
-    if prediction_of(scheduler) == FLOW:
+    kind = prediction_of(scheduler)
+    if kind in (FLOW, REVERSED_FLOW):
         sigmas = scheduler.sigmas.float()
-        return 1 - sigmas, sigmas
+        return (1 - sigmas, sigmas) if kind == FLOW else (sigmas, 1 - sigmas)
     if type(scheduler).__name__ in DDIM_SCHEDULERS:
         here, after = ddim_levels(scheduler)
         kept = torch.cat([here, after[-1:]])

@@ -4,13 +4,22 @@ x_k = a_k x0 + b_k n (schedulers.py); from the sample and the model's prediction
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvlock_fast.errors import InputError
-from kvlock_fast.schedulers import FLOW, check_scheduler, make_ready, noise_levels, prediction_of
+from kvlock_fast.schedulers import (
+    FLOW,
+    NO_SETTINGS,
+    REVERSED_FLOW,
+    check_scheduler,
+    make_ready,
+    noise_levels,
+    prediction_of,
+)  # fmt: skip
 from kvlock_fast.tables import clean_and_noise, solver_table
 
 CLEAN, NOISE = 0, 1
@@ -23,20 +32,23 @@ class Solver:
     coefficients (tables.py), None for a scheduler that has to be called itself.
     """
 
-    def __init__(self, scheduler: Any, num_steps: int, device: torch.device):
-        """Raises InputError for a scheduler that is not supported, or cannot make so many steps."""
-        check_scheduler(scheduler)
+    def __init__(self, scheduler: Any, num_steps: int, device: torch.device, settings: Mapping[str, Any] = NO_SETTINGS):
+        """settings: what the model's pipeline gives to `set_timesteps` beside the number of steps, as sigmas or mu.
+
+        Raises InputError for a scheduler that is not supported, or cannot make so many steps.
+        """
+        check_scheduler(scheduler, shifts="mu" in settings)
         name = type(scheduler).__name__
         self.scheduler = copy.deepcopy(scheduler)
         self.prediction = prediction_of(scheduler)
-        self._start = num_steps, device
+        self._start = num_steps, device, settings
         try:
             self.restart()
         except ValueError as error:
             raise InputError(f"scheduler {name} cannot make {num_steps} steps: {error}") from error
         self.timesteps = self.scheduler.timesteps
         self.signal, self.sigmas = (x.to(device) for x in noise_levels(self.scheduler))
-        self.table = _table(scheduler, num_steps)
+        self.table = _table(scheduler, num_steps, settings)
         if len(self.timesteps) != num_steps or len(self.sigmas) != num_steps + 1:
             raise InputError(f"scheduler {name} made {len(self.timesteps)} timesteps for {num_steps} steps")
         if self.prediction == "epsilon" and self.signal[0] == 0:
@@ -53,6 +65,10 @@ class Solver:
     def num_train_timesteps(self) -> int:
         """What a timestep counts to."""
         return getattr(self.scheduler, "config", {}).get("num_train_timesteps", 1000)
+
+    @property
+    def _is_flow(self) -> bool:
+        return self.prediction in (FLOW, REVERSED_FLOW)
 
     def restart(self) -> None:
         """Forget the steps taken: the next one is step 0."""
@@ -71,15 +87,17 @@ class Solver:
         return self._mix(CLEAN, k, prediction, sample)
 
     def slope(self, k: int, prediction: Tensor, sample: Tensor) -> Tensor:
-        """What `rise` follows: a flow's velocity, or a diffusion's noise; fp32."""
-        return prediction.float() if self.prediction == FLOW else self._mix(NOISE, k, prediction, sample)
+        """What `rise` follows: a flow's velocity towards noise, or a diffusion's noise; fp32."""
+        if self._is_flow:
+            return prediction.float() if self.prediction == FLOW else -prediction.float()
+        return self._mix(NOISE, k, prediction, sample)
 
     def rise(self, k: int, sample: Tensor, slope: Tensor) -> Tensor:
         """x_k from x_{k+1}, against the time of denoising: Euler's step in b of a flow, in b / a of a diffusion.
 
         The second is DDIM's own step (eq. 13 of arXiv 2010.02502), taken upwards.
         """
-        if self.prediction == FLOW:
+        if self._is_flow:
             return sample + (self.sigmas[k] - self.sigmas[k + 1]) * slope
         kept = self.signal[k] / self.signal[k + 1]
         return kept * sample + (self.sigmas[k] - kept * self.sigmas[k + 1]) * slope
@@ -88,9 +106,10 @@ class Solver:
         """The timestep of x_k, for k = T too (where the scheduler has none)."""
         if k < self.num_steps:
             return self.timesteps[k]
-        if self.prediction != FLOW:
+        if not self._is_flow:
             return torch.zeros_like(self.timesteps[-1])
-        return (self.sigmas[k] * self.num_train_timesteps).to(self.timesteps.dtype)
+        counted = self.sigmas if self.prediction == FLOW else self.signal
+        return (counted[k] * self.num_train_timesteps).to(self.timesteps.dtype)
 
     def _mix(self, which: int, k: int, prediction: Tensor, sample: Tensor) -> Tensor:
         """x0hat or the noise of a prediction at x_k, fp32."""
@@ -98,10 +117,10 @@ class Solver:
         return of_sample * sample.float() + of_prediction * prediction.float()
 
 
-def _table(scheduler: Any, num_steps: int) -> Tensor | None:
+def _table(scheduler: Any, num_steps: int, settings: Mapping[str, Any] = NO_SETTINGS) -> Tensor | None:
     """The solver's coefficients [T, 3, 3 + J] (tables.py); None for a scheduler that has to be called itself."""
     fresh = copy.deepcopy(scheduler)
-    fresh.set_timesteps(num_steps)
+    make_ready(fresh, num_steps, None, settings)
     try:
         return solver_table(fresh)
     except InputError:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from kvlock_fast.cache.store import KVStore
+from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.forwards import Predictor
 from kvlock_fast.models.locking import Mode
 from kvlock_fast.nvtx import span
@@ -50,7 +51,7 @@ def thinned_steps(locked: Iterable[int], stride: int, stage: Callable[[int], int
 def run_source(
     predict: Predictor,
     source: SourcePath,
-    source_prompt: Tensor,
+    source_prompt: Conditioning,
     store: KVStore,
     watched: frozenset[int],
     progress: Callable[[int, int], None],

@@ -14,6 +14,7 @@ from kvlock_fast.cache.root import CacheRoot
 from kvlock_fast.cache.saved import K_STAGE, SavedSource, save_source
 from kvlock_fast.cache.shard import PAGE
 from kvlock_fast.cache.store import DiskStore, HostStore, KVStore, ResidentStore
+from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.controller import can_lock, compares_with_source, first_dynamic_step
 from kvlock_fast.errors import InputError, OutputError
@@ -31,18 +32,18 @@ Progress = Callable[[int, int], None]
 class Source:
     """A source as the model sees it, and all that makes its K and V what they are.
 
-    background: indices [N] of its tokens; prompt: [1, L, C].
+    background: indices [N] of its tokens; prompt: of one sample.
     """
 
     path: SourcePath
-    prompt: Tensor
+    prompt: Conditioning
     background: Tensor
 
 
 def source_facts(
-    model: Any, solver: Solver, lock: LockConfig, frames: Tensor, source_prompt: str, noise: Tensor
+    model: Any, solver: Solver, lock: LockConfig, given: Given, source_prompt: str, noise: Tensor
 ) -> dict[str, Any]:
-    """The facts that an edit and a cache must share; frames: uint8 [F, H, W, 3] as the model takes them."""
+    """The facts that an edit and a cache must share; given: the source as the model takes it."""
     scheduler = solver.scheduler
     inverts = lock.source_path == "invert"
     return {
@@ -51,7 +52,7 @@ def source_facts(
             "class": type(model.transformers[0]).__name__,
             "dtype": dtype_name(model.transformers[0].dtype),
             "fingerprint": fingerprint(model.modules),
-            "options": model.facts(),
+            "options": model.facts(given),
         },
         "scheduler": {
             "class": type(scheduler).__name__,
@@ -60,8 +61,8 @@ def source_facts(
             "timesteps": [float(t) for t in solver.timesteps],
             "sigmas": solver.sigmas.tolist(),
         },
-        "video": digest(frames),
-        "size": list(frames.shape[:3]),
+        "video": digest(given.frames),
+        "size": list(given.frames.shape[:3]),
         "source_prompt": source_prompt,
         "source_path": f"invert {lock.inversion_solver}" if inverts else "renoise",
         "noise": None if inverts else digest(noise),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.cache.store import Packed
+from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.controller import can_lock, compares_with_source
 from kvlock_fast.foreground import edit_region
 from kvlock_fast.forwards import Forwards, Predictor, Task
@@ -17,6 +18,8 @@ from kvlock_fast.models.locking import KeptKV
 from kvlock_fast.source import SourcePath
 from kvlock_fast.source_pass import StoredSource
 
+TEXTS = ("prompt", "negative", "source_prompt")
+"""What a task tells the model."""
 Velocities = tuple[Tensor | None, Tensor, Tensor | None]
 """Of the source (None where nobody asks), conditional, unconditional (None without guidance)."""
 
@@ -138,15 +141,20 @@ class StepForwards:
         """All that a captured step reads of this, by name; the mask as a copy."""
         task = self.task
         named = {
-            "prompt": task.prompt, "negative": task.negative, "source prompt": task.source_prompt,
             "tokens": task.mask.tokens.clone(), "background": self.background, "source latent": self.source_latent,
             "timestep": self.timestep, "computed": self.region and self.region.computed, "rows": self.rows,
         }  # fmt: skip
+        for field in TEXTS:
+            named |= {f"{field}.{name}": x for name, x in (getattr(task, field) or {}).items()}
         return {name: x for name, x in named.items() if x is not None}
 
     def use(self, tensors: dict[str, Tensor]) -> None:
         """Read these instead."""
-        texts = {name: tensors.get(name.replace("_", " ")) for name in ("prompt", "negative", "source_prompt")}
+        texts = {
+            field: Conditioning(**{name: tensors[f"{field}.{name}"] for name in told})
+            for field in TEXTS
+            if (told := getattr(self.task, field)) is not None
+        }
         self.task = replace(self.task, mask=replace(self.task.mask, tokens=tensors["tokens"]), **texts)
         self.background, self.rows = tensors["background"], tensors.get("rows")
         self.source_latent, self.timestep = tensors["source latent"], tensors["timestep"]

@@ -207,7 +207,7 @@ def guide(task: Task, cond: Tensor, uncond: Tensor | None, omega: Tensor, omega0
     if uncond is None:
         return cond, ones
     if lock.stock_guidance or not task.guided(omega0):  # in the order of diffusers, whose bits they then are
-        return uncond + omega0 * (cond - uncond), ones
+        return task.combine(cond, uncond, omega0), ones
     s_star = ones
     if lock.s_star:
         where = task.mask.token_latents[:, None] if lock.projection_region == "foreground" else None

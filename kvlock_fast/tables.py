@@ -41,10 +41,11 @@ def solver_table(scheduler: Any) -> Tensor:
 
 
 def _flow_euler(scheduler: Any) -> Tensor:
-    """x0hat = x - sigma v;  x' = x + (sigma' - sigma) v."""
+    """x0hat = x - sigma v, or x + (1 - sigma) v where time is reversed;  x' = x + (sigma' - sigma) v."""
     sigma, after = (s.double().cpu() for s in (scheduler.sigmas[:-1], scheduler.sigmas[1:]))
     ones = torch.ones_like(sigma)
-    return _one_step(clean=(ones, -sigma), next=(ones, after - sigma))
+    to_clean = 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
+    return _one_step(clean=(ones, to_clean), next=(ones, after - sigma))
 
 
 def _ddim(scheduler: Any) -> Tensor:
@@ -66,6 +67,7 @@ def clean_and_noise(prediction: str, signal: Tensor, noise: Tensor) -> tuple[Wei
     zeros, ones = torch.zeros_like(signal), torch.ones_like(signal)
     return {
         "flow_prediction": lambda: ((ones, -noise), (ones, signal)),
+        "reversed_flow": lambda: ((ones, noise), (ones, -signal)),
         "epsilon": lambda: ((1 / signal, -noise / signal), (zeros, ones)),
         "v_prediction": lambda: ((signal, -noise), (noise, signal)),
         "sample": lambda: ((zeros, ones), (1 / noise, -signal / noise)),

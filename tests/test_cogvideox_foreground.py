@@ -9,6 +9,7 @@ from test_pipeline import call
 from tiny import COGVIDEOX_KINDS, tiny_cogvideox, untouched
 from torch.utils.flop_counter import FlopCounterMode
 
+from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.foreground import edit_region
 from kvlock_fast.models.cogvideox import CogVideoXModel
@@ -82,14 +83,14 @@ def test_every_layer_of_every_forward_is_the_same(kind, height, width, halo, see
     blocks = transformer.transformer_blocks
     handles = [block.register_forward_hook(lambda m, i, out: seen.append(out)) for block in blocks]
     with torch.no_grad():
-        with lock.forward(Mode.CAPTURE, kept=kept, text_tokens=TEXT):
-            model.predict(0, source, timestep, text)
+        with lock.forward(Mode.CAPTURE, kept=kept, tokens=len(inside)):
+            model.predict(0, source, timestep, Conditioning(text=text))
         seen.clear()
-        with lock.forward(Mode.STORED, blend_weight(torch.ones(1), inside[None]), kept, TEXT):
-            whole = model.predict(0, latents, timestep, text)
+        with lock.forward(Mode.STORED, blend_weight(torch.ones(1), inside[None]), kept, len(inside)):
+            whole = model.predict(0, latents, timestep, Conditioning(text=text))
         layers, seen[:] = list(seen), []
-        with lock.forward(Mode.FOREGROUND, kept=kept, text_tokens=TEXT):
-            part = model.predict_foreground(lock, latents, timestep, text, region, background, None)
+        with lock.forward(Mode.FOREGROUND, kept=kept):
+            part = model.predict_foreground(lock, latents, timestep, Conditioning(text=text), region, background, None)
     for (video, words), (rows, own) in zip(layers, seen, strict=True):
         torch.testing.assert_close(rows, video[:, region.computed], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(own, words, rtol=1e-4, atol=1e-5)
@@ -115,11 +116,11 @@ def test_it_computes_less():
     latents, text, timestep = torch.randn(1, 4, 3, 16, 16), torch.randn(1, TEXT, 16), torch.tensor(400)
     lock, kept, counts = TransformerLock(model.transformers[0], model.arch, background=background), {}, []
     with torch.no_grad():
-        with FlopCounterMode(display=False) as flops, lock.forward(Mode.CAPTURE, kept=kept, text_tokens=TEXT):
-            model.predict(0, latents, timestep, text)
+        with FlopCounterMode(display=False) as flops, lock.forward(Mode.CAPTURE, kept=kept, tokens=len(inside)):
+            model.predict(0, latents, timestep, Conditioning(text=text))
         counts.append(flops.get_total_flops())
-        with FlopCounterMode(display=False) as flops, lock.forward(Mode.FOREGROUND, kept=kept, text_tokens=TEXT):
-            model.predict_foreground(lock, latents, timestep, text, region, background, None)
+        with FlopCounterMode(display=False) as flops, lock.forward(Mode.FOREGROUND, kept=kept):
+            model.predict_foreground(lock, latents, timestep, Conditioning(text=text), region, background, None)
         counts.append(flops.get_total_flops())
     lock.detach()
     share = (20 + TEXT) / (192 + TEXT)

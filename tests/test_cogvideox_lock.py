@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_pipeline import call
 from tiny import COGVIDEOX_KINDS, tiny_cogvideox
 
+from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.masks import project_mask
 from kvlock_fast.models.cogvideox import COGVIDEOX, CogVideoXModel
@@ -67,25 +68,25 @@ def test_locking_is_blending_at_the_attention_call(kind, alpha):
     model, latents, source, texts, inside = scene(tiny_cogvideox(kind), seed=3)
     transformer, timestep = model.transformers[0], torch.tensor(500)
     stock_processor = dict(transformer.attn_processors)
-    plain = model.predict(0, latents, timestep, texts)
+    plain = model.predict(0, latents, timestep, Conditioning(text=texts))
 
     oracle = Blending(inside, alpha)
     transformer.set_attn_processor(oracle)
-    model.predict(0, source, timestep, texts[:1])
+    model.predict(0, source, timestep, Conditioning(text=texts[:1]))
     oracle.captures, oracle.layer = False, 0
-    expected = model.predict(0, latents, timestep, texts)
+    expected = model.predict(0, latents, timestep, Conditioning(text=texts))
     transformer.set_attn_processor(stock_processor)
 
     background = (~inside).nonzero()[:, 0]
     lock, kept = TransformerLock(transformer, COGVIDEOX, background=background), {}
-    with lock.forward(Mode.CAPTURE, kept=kept, text_tokens=TEXT):
-        model.predict(0, source, timestep, texts[:1])
+    with lock.forward(Mode.CAPTURE, kept=kept, tokens=len(inside)):
+        model.predict(0, source, timestep, Conditioning(text=texts[:1]))
     weight = blend_weight(torch.full((2,), alpha), inside[None])
-    with lock.forward(Mode.STORED, weight, kept, text_tokens=TEXT):
-        stored = model.predict(0, latents, timestep, texts)
+    with lock.forward(Mode.STORED, weight, kept, tokens=len(inside)):
+        stored = model.predict(0, latents, timestep, Conditioning(text=texts))
     rows, words = torch.cat([source, latents]), torch.cat([texts[:1], texts])
-    with lock.forward(Mode.IN_BATCH, weight, text_tokens=TEXT):
-        along = model.predict(0, rows, timestep, words)[1:]
+    with lock.forward(Mode.IN_BATCH, weight, tokens=len(inside)):
+        along = model.predict(0, rows, timestep, Conditioning(text=words))[1:]
     lock.detach()
 
     torch.testing.assert_close(stored, expected, rtol=0, atol=1e-6)
@@ -135,8 +136,8 @@ def test_what_is_stored_is_the_backgrounds_video_tokens():
     layer = transformer.transformer_blocks[1].attn1
     handles = [m.register_forward_hook(lambda m, i, out: seen.append(out.clone())) for m in (layer.norm_k, layer.to_v)]
     lock = TransformerLock(transformer, COGVIDEOX, background=background)
-    with torch.no_grad(), lock.forward(Mode.CAPTURE, kept=whole, text_tokens=TEXT):
-        model.predict(0, source, torch.tensor(100), texts[:1])
+    with torch.no_grad(), lock.forward(Mode.CAPTURE, kept=whole, tokens=len(inside)):
+        model.predict(0, source, torch.tensor(100), Conditioning(text=texts[:1]))
     for handle in handles:
         handle.remove()
     lock.detach()

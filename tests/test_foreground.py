@@ -14,6 +14,7 @@ from tiny import tiny_wan, untouched
 from torch.utils.flop_counter import FlopCounterMode
 
 import kvlock_fast as kvf
+from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputWarning
 from kvlock_fast.foreground import Saturation, edit_region, mix_seam, seam_weights, sparse_steps
@@ -129,14 +130,14 @@ def test_every_layer_of_every_forward_is_the_same(scene, halo, seed):
     kept = {}
     with torch.no_grad():
         with lock.forward(Mode.CAPTURE, kept=kept):
-            model.predict(0, source, timestep, text)
+            model.predict(0, source, timestep, Conditioning(text=text))
         seen.clear()
         weight = blend_weight(torch.ones(1), inside[None])
         with lock.forward(Mode.STORED, weight, kept):
-            whole = model.predict(0, latents, timestep, text)
+            whole = model.predict(0, latents, timestep, Conditioning(text=text))
         blocks, seen[:] = list(seen), []
         with lock.forward(Mode.FOREGROUND, kept=kept):
-            part = model.predict_foreground(lock, latents, timestep, text, region, background, None)
+            part = model.predict_foreground(lock, latents, timestep, Conditioning(text=text), region, background, None)
     for full, sparse in zip(blocks, seen, strict=True):
         torch.testing.assert_close(sparse, full[:, region.computed], rtol=1e-4, atol=1e-5)
     computed = mask.on_latents((mask.distance(halo) <= halo).float())[:, None] > 0

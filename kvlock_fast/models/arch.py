@@ -17,8 +17,9 @@ class ArchSpec:
     self-attention modules match whole; key, value: submodules whose output is the key (after its norm) and the value,
     the first that exists; token_dim: the dimension of the key's output that holds the tokens (the value's is 1); text:
     where the text's tokens are among them, "none", "prefix" or "suffix"; flow: whether the model predicts a flow's
-    velocity; one_call: whether the family's pipeline runs both branches of guidance in one forward; blocks: the class
-    names of the blocks that are alike, where diffusers does not say.
+    velocity, "reversed" where sigma counts from noise to data; one_call: whether the family's pipeline runs both
+    branches of guidance in one forward; blocks: the class names of the blocks that are alike, where diffusers does not
+    say.
     """
 
     family: str
@@ -28,7 +29,7 @@ class ArchSpec:
     value: tuple[str, ...] = ("to_v",)
     token_dim: int = 1
     text: str = "none"
-    flow: bool = True
+    flow: bool | str = True
     one_call: bool = False
     blocks: tuple[str, ...] = ()
 
@@ -38,11 +39,14 @@ class ArchSpec:
         return [(name, module) for name, module in transformer.named_modules() if pattern.fullmatch(name)]
 
 
-def without_text(x: Tensor, dim: int, text: str, length: int) -> Tensor:
-    """A view of the video's tokens of x, which has `length` of the text's along `dim`, placed as `ArchSpec.text`."""
-    if text == "none":
+def without_text(x: Tensor, dim: int, text: str, tokens: int | None) -> Tensor:
+    """A view of the video's `tokens` of x along `dim`, where all others are the text's, placed as `ArchSpec.text`."""
+    if tokens is None:
         return x
-    return x.narrow(dim, length if text == "prefix" else 0, x.shape[dim] - length)
+    others = x.shape[dim] - tokens
+    if others < 0 or (others and text == "none"):
+        raise RuntimeError(f"a self-attention has {x.shape[dim]} tokens, of a video of {tokens} and text {text!r}")
+    return x.narrow(dim, others if text == "prefix" else 0, tokens)
 
 
 def first_submodule(attention: nn.Module, names: tuple[str, ...]) -> nn.Module:

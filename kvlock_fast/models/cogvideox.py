@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from diffusers import CogVideoXPipeline
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
+from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.errors import InputError
 from kvlock_fast.foreground import Region
 from kvlock_fast.masks import Geometry
@@ -46,14 +47,10 @@ class CogVideoXModel(PipelineModel):
 
     def __init__(self, pipe: Any):
         """Raises InputError for a pipeline of another kind."""
-        name = type(getattr(pipe.transformer, "_orig_mod", pipe.transformer)).__name__
-        if name not in COGVIDEOX.transformers:
-            raise InputError(f"the model is not of the family cogvideox: it has a {name}")
-        config = pipe.transformer.config
+        super().__init__(pipe)
+        config = self.config
         if config.in_channels != pipe.vae.config.latent_channels or config.use_learned_positional_embeddings:
-            raise InputError("the model takes an image beside the text: image-to-video is not supported yet")
-        self.pipe = pipe
-        self.transformers: list[nn.Module] = [pipe.transformer]
+            raise InputError("the model takes an image beside the text: load it by CogVideoXImageToVideoPipeline")
         self._rotary: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     @property
@@ -99,13 +96,13 @@ class CogVideoXModel(PipelineModel):
         latents = latents[:, :, self.geometry.lead(own) :].float()
         return decode_each(self.pipe.vae, latents / self.pipe.vae.config.scaling_factor, tiled)
 
-    def predict(self, which: int, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """The prediction [B, C, T, h, w] fp32, at latents [B, ...], timestep [], text [B, L, C]."""
+    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+        """The prediction [B, C, T, h, w] fp32, at latents [B, ...], timestep []."""
         transformer = self.transformers[which]
         rows = latents.transpose(1, 2).to(transformer.dtype).contiguous()
         prediction = transformer(
             hidden_states=rows,
-            encoder_hidden_states=text,
+            encoder_hidden_states=told["text"],
             timestep=timestep.expand(rows.shape[0]),
             ofs=self._ofs(rows),
             image_rotary_emb=self.rotary(latents),
@@ -114,7 +111,7 @@ class CogVideoXModel(PipelineModel):
         return prediction.float().transpose(1, 2)
 
     def predict_foreground(
-        self, lock: TransformerLock, latents: Tensor, timestep: Tensor, text: Tensor, region: Region,
+        self, lock: TransformerLock, latents: Tensor, timestep: Tensor, told: Conditioning, region: Region,
         background: Tensor, rows: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """The prediction of the region's tokens [B, C, T, h, w] fp32, 0 elsewhere, under a lock that has the
@@ -126,7 +123,7 @@ class CogVideoXModel(PipelineModel):
                 lock,
                 x,
                 timestep.expand(x.shape[0]),
-                text,
+                told["text"],
                 self._ofs(x),
                 self.rotary(x),
                 region.computed,

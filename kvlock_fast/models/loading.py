@@ -8,9 +8,7 @@ from typing import Any
 import torch
 
 from kvlock_fast.errors import InputError, InputWarning
-
-PIPELINES = {"wan": ("WanPipeline",), "cogvideox": ("CogVideoXPipeline",)}
-"""By family."""
+from kvlock_fast.models.families import PIPELINES
 
 
 def load_diffusers(path: str | Path, torch_dtype: torch.dtype | dict | None) -> Any:
@@ -54,9 +52,8 @@ def _check_index(folder: Path) -> None:
         name = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"model {str(folder)!r} has no valid model_index.json: {_one_line(error)}") from error
-    known = [pipeline for pipelines in PIPELINES.values() for pipeline in pipelines]
-    if name not in known:
-        raise InputError(f"model {str(folder)!r} is a {name}, of no known family; known: {', '.join(known)}")
+    if name not in PIPELINES:
+        raise InputError(f"model {str(folder)!r} is a {name}, of no known family; known: {', '.join(PIPELINES)}")
 
 
 def _one_line(error: BaseException) -> str:

@@ -53,7 +53,7 @@ class LockState:
         `ArchSpec.text`.
         """
         self.mode = Mode.OFF
-        self.text, self.text_tokens = text, 0
+        self.text, self.tokens = text, None
         self.weight: Tensor | None = None
         self.background = background
         self.kept: KeptKV = {}
@@ -63,7 +63,9 @@ class LockState:
     def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
         """A module's output x, taken for what the mode wants, or blended in place."""
         self.fired += 1
-        x = without_text(x, token_dim, self.text, self.text_tokens)
+        if self.mode in (Mode.OFF, Mode.FOREGROUND):
+            return
+        x = without_text(x, token_dim, self.text, self.tokens)
         if self.mode is Mode.CAPTURE:
             with span("capture"):
                 self._keep(key, x, token_dim)
@@ -212,13 +214,14 @@ class TransformerLock:
 
     @contextmanager
     def forward(
-        self, mode: Mode, weight: Tensor | None = None, kept: KeptKV | None = None, text_tokens: int = 0
+        self, mode: Mode, weight: Tensor | None = None, kept: KeptKV | None = None, tokens: int | None = None
     ) -> Iterator[None]:
         """One forward in `mode`; afterwards every locked module must have run once.
 
         weight: [rows, S] fp32 (for IN_BATCH without the source's row), needed where the mode blends. kept: the
         background's K and V to blend with (STORED) or to see (FOREGROUND), or the places to pack them into (CAPTURE;
-        where there is none for a layer, a tensor is added). text_tokens: the text's, where self-attention has them.
+        where there is none for a layer, a tensor is added). tokens: the video's, S, beyond which a self-attention's are
+        text; None where there is no text among them.
 
         Raises RuntimeError where modules were skipped or replaced, as by an adapter that was added later.
         """
@@ -230,7 +233,7 @@ class TransformerLock:
                 )
         state = self.state
         state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, 0
-        state.text_tokens = text_tokens
+        state.tokens = tokens
         try:
             yield
         finally:

@@ -1,17 +1,49 @@
-"""What the models of all families have of their diffusers pipelines; one transformer serves all steps by default."""
+"""What the loop needs of a model, and what the models of all families have of their diffusers pipelines.
 
+A family's model says how pixels become its latents (`geometry`, `encode_video`, `decode`, `draw_noise`), what its
+transformer is told (`condition`) and how it is asked (`predict`); all else has a default here.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from kvlock_fast.conditioning import Conditioning, Given
+from kvlock_fast.errors import InputError
+from kvlock_fast.masks import Geometry
+from kvlock_fast.models.arch import ArchSpec
+from kvlock_fast.models.families import transformer_name
 
 
 class PipelineModel:
     """What the loop needs of a diffusers pipeline, as far as families agree."""
 
-    pipe: Any
-    transformers: list[nn.Module]
+    arch: ArchSpec
+    geometry: Geometry
     two_stages = False
+    shifts_by_size = False
+    """Whether `timesteps_settings` gives a scheduler with dynamic shifting its mu."""
+    told_of_frames = False
+    """Whether what the transformer is told belongs to frames of the clip, so that a clip cannot be cut into windows."""
+    latents_dtype: torch.dtype = torch.float32
+    """Of the latents between steps, in the family's pipeline."""
+
+    def __init__(self, pipe: Any):
+        """Raises InputError for a pipeline of another kind."""
+        transformers = [t for t in (pipe.transformer, getattr(pipe, "transformer_2", None)) if t is not None]
+        for transformer in transformers:
+            name = transformer_name(transformer)
+            if name not in self.arch.transformers:
+                raise InputError(f"the model is not of the family {self.arch.family}: it has a {name}")
+        self.pipe = pipe
+        self.transformers: list[nn.Module] = transformers
+
+    @property
+    def config(self) -> Any:
+        """Of the (first) transformer."""
+        return self.transformers[0].config
 
     @property
     def device(self) -> torch.device:
@@ -20,11 +52,14 @@ class PipelineModel:
     @property
     def modules(self) -> list[nn.Module]:
         """All whose weights a source's keys and values come from."""
-        named = (getattr(self.pipe, name, None) for name in ("vae", "text_encoder"))
+        parts = getattr(self.pipe, "components", None) or vars(self.pipe)
+        named = (
+            parts.get(name) for name in sorted(parts) if name == "vae" or name.startswith(("text_enc", "image_enc"))
+        )
         return [*self.transformers, *(part for part in named if isinstance(part, nn.Module))]
 
-    def facts(self) -> dict[str, Any]:
-        """What decides, beside the weights, which forward serves a step."""
+    def facts(self, given: Given) -> dict[str, Any]:
+        """What decides, beside weights and words, what a forward of the source gives."""
         return {}
 
     def stage_at(self, timestep: float, num_train_timesteps: int) -> int:
@@ -34,3 +69,44 @@ class PipelineModel:
     def transformer_of(self, stage: int) -> int:
         """Which of the transformers serves a stage."""
         return 0
+
+    def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
+        """What the family's pipeline gives to `set_timesteps` beside the number of steps: sigmas, mu. In pixels."""
+        return {}
+
+    def guided(self, guidance_scale: float) -> bool:
+        """Whether a negative branch is run at this scale: not by models that were distilled to do without."""
+        return guidance_scale > 1
+
+    def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+        """Both branches as the family's pipeline guides them, in its order of operations."""
+        return uncond + scale * (cond - uncond)
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """[len(prompts), L, C] in the transformer's dtype."""
+        raise NotImplementedError
+
+    def condition(self, prompts: list[str], given: Given) -> Conditioning:
+        """What the transformer is told of each of the prompts."""
+        return Conditioning(text=self.encode_prompts(prompts))
+
+    def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """[1, C, T, h, w] fp32, as the family's pipeline draws it."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
+        raise NotImplementedError
+
+    def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
+        """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
+        raise NotImplementedError
+
+    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+        """The prediction [B, C, T, h, w] of a transformer, at latents [B, ...], timestep [], told so of each sample.
+
+        In the dtype in which the family's pipeline gives it to the scheduler.
+        """
+        raise NotImplementedError

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kvlock_fast.errors import InputError
 from kvlock_fast.masks import Geometry
-from kvlock_fast.models import FAMILIES, family_models
 from kvlock_fast.models.arch import ArchSpec
+from kvlock_fast.models.families import FAMILIES, family_of_transformer
 
 
 def random_model(config: Mapping[str, Any], layers: int, geometry: Geometry, device: torch.device, dtype: torch.dtype):
@@ -29,10 +29,10 @@ def random_model(config: Mapping[str, Any], layers: int, geometry: Geometry, dev
 
 def model_of(transformer: str) -> type:
     """The family's model for a transformer's class name. Raises InputError for one that is not known."""
-    for model in family_models():
-        if transformer in model.arch.transformers:
-            return model
-    raise InputError(f"there is no model for a {transformer}; known families: {', '.join(FAMILIES)}")
+    family = family_of_transformer(transformer)
+    if family is None:
+        raise InputError(f"there is no model for a {transformer}; known families: {', '.join(FAMILIES)}")
+    return family.load()
 
 
 def _vae_config(family: str, channels: int, geometry: Geometry) -> Any:

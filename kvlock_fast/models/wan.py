@@ -8,9 +8,9 @@ at `boundary_ratio`; Wan 2.2 TI2V-5B takes one timestep a token (`expand_timeste
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
+from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
 from kvlock_fast.foreground import Region
 from kvlock_fast.masks import Geometry
@@ -31,17 +31,11 @@ class WanModel(PipelineModel):
 
     def __init__(self, pipe: Any):
         """Raises InputError for a pipeline of another kind."""
-        transformers = [t for t in (pipe.transformer, getattr(pipe, "transformer_2", None)) if t is not None]
-        for transformer in transformers:
-            name = type(getattr(transformer, "_orig_mod", transformer)).__name__
-            if name not in WAN.transformers:
-                raise InputError(f"the model is not of the family wan: it has a {name}")
-        if transformers[0].config.image_dim is not None or transformers[0].config.in_channels != pipe.vae.config.z_dim:
-            raise InputError("the model takes an image beside the text: image-to-video is not supported yet")
-        self.pipe = pipe
-        self.transformers: list[nn.Module] = transformers
+        super().__init__(pipe)
+        if self.config.image_dim is not None or self.config.in_channels != pipe.vae.config.z_dim:
+            raise InputError("the model takes an image beside the text: load it by WanImageToVideoPipeline")
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, given: Given) -> dict[str, Any]:
         """What decides, beside the weights, which forward serves a step."""
         return {name: self.pipe.config.get(name) for name in ("boundary_ratio", "expand_timesteps")}
 
@@ -63,13 +57,6 @@ class WanModel(PipelineModel):
             prompts, do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.device
         )
         return embeds.to(self.transformers[0].dtype)
-
-    latents_dtype = torch.float32
-    """Of the latents between steps, in WanPipeline."""
-
-    def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """[1, C, T, h, w] fp32, as WanPipeline draws it."""
-        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
     def encode_video(self, frames: Tensor) -> Tensor:
         """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
@@ -105,20 +92,20 @@ class WanModel(PipelineModel):
         """Which of the transformers serves a stage; a pipeline may have been loaded with one of two."""
         return min(stage, len(self.transformers) - 1)
 
-    def predict(self, which: int, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """The velocity [B, C, T, h, w] in the transformer's dtype, at latents [B, ...], timestep [], text [B, L, C]."""
+    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+        """The velocity [B, C, T, h, w] in the transformer's dtype, at latents [B, ...], timestep []."""
         transformer = self.transformers[which]
         _, ph, pw = transformer.config.patch_size
         tokens = latents.shape[2] * (latents.shape[3] // ph) * (latents.shape[4] // pw)
         return transformer(
             hidden_states=latents.to(transformer.dtype),
             timestep=self._timesteps(timestep, latents.shape[0], tokens),
-            encoder_hidden_states=text,
+            encoder_hidden_states=told["text"],
             return_dict=False,
         )[0]
 
     def predict_foreground(
-        self, lock: TransformerLock, latents: Tensor, timestep: Tensor, text: Tensor, region: Region,
+        self, lock: TransformerLock, latents: Tensor, timestep: Tensor, told: Conditioning, region: Region,
         background: Tensor, rows: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """The velocity of the region's tokens [B, C, T, h, w], 0 elsewhere, under a lock that has the background's K
@@ -131,7 +118,7 @@ class WanModel(PipelineModel):
                 lock,
                 latents.to(transformer.dtype),
                 timestep,
-                text,
+                told["text"],
                 region.computed,
                 region.foreground,
                 background,

@@ -1,0 +1,84 @@
+"""What a transformer is told beside the latents and the time: texts, and whatever else its family gives it."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvlock_fast.errors import InputError
+from kvlock_fast.masks import ProjectedMask
+
+MASK = "mask"
+"""The name of a text's mask [n, L], 0 where a text of another length has been filled up."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a model may be told of beside the words: the source, and where it may change.
+
+    frames: uint8 [F, H, W, 3]; pixels: the mask bool [F, H, W] (None where models are measured without a video);
+    mask: the same as the model sees it; guidance_scale: that of the call, for models that were distilled to take it
+    as an input.
+    """
+
+    frames: Tensor
+    pixels: Tensor | None
+    mask: ProjectedMask
+    guidance_scale: float
+
+
+class Conditioning(Mapping[str, Tensor]):
+    """Tensors by name, all of `rows` samples along their first dimension."""
+
+    def __init__(self, **tensors: Tensor):
+        """Raises ValueError where there are none, or of different numbers of samples."""
+        counts = {len(x) for x in tensors.values()}
+        if len(counts) != 1:
+            raise ValueError(f"conditioning must be of one number of samples, got {sorted(counts)}")
+        self._tensors = tensors
+        self.rows = counts.pop()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def part(self, first: int, end: int) -> "Conditioning":
+        """Of samples from `first` to before `end`, as views."""
+        return Conditioning(**{name: x[first:end] for name, x in self.items()})
+
+    def expand(self, rows: int) -> "Conditioning":
+        """One sample for as many, as views."""
+        return Conditioning(**{name: x.expand(rows, *x.shape[1:]) for name, x in self.items()})
+
+    def replace(self, **tensors: Tensor) -> "Conditioning":
+        """With some of the tensors replaced, or more of them."""
+        return Conditioning(**{**self._tensors, **tensors})
+
+    @staticmethod
+    def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
+        """One after the other. Texts of different lengths are filled up with zeros, which their mask tells apart.
+
+        Raises InputError where texts of different lengths have no mask, so that no forward can take them together.
+        """
+        first = parts[0]
+        return Conditioning(**{name: _cat([part[name] for part in parts], MASK in first) for name in first})
+
+
+def _cat(tensors: Sequence[Tensor], masked: bool) -> Tensor:
+    lengths = {x.shape[1] for x in tensors if x.ndim > 1}
+    if len(lengths) > 1:
+        if not masked:
+            raise InputError(
+                f"the model takes texts of one length in a forward, and the prompts have {sorted(lengths)} tokens: "
+                "give one prompt at a time, and guidance_batching 'separate'"
+            )
+        most = max(lengths)
+        tensors = [F.pad(x, (0, 0) * (x.ndim - 2) + (0, most - x.shape[1])) for x in tensors]
+    return torch.cat(list(tensors))

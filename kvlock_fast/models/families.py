@@ -1,0 +1,62 @@
+"""Which families there are, by the names of their classes; nothing of diffusers is loaded until one is asked for."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from kvlock_fast.errors import InputError
+
+
+@dataclass(frozen=True)
+class Family:
+    """name: as users read it; model: "module.Class" in this room; pipelines, transformers: diffusers' classes."""
+
+    name: str
+    model: str
+    pipelines: tuple[str, ...]
+    transformers: tuple[str, ...]
+
+    def load(self) -> type:
+        """The family's model, a `PipelineModel`."""
+        module, _, name = self.model.rpartition(".")
+        return getattr(import_module(f"kvlock_fast.models.{module}"), name)
+
+
+REGISTRY: tuple[Family, ...] = (
+    Family("wan", "wan.WanModel", ("WanPipeline",), ("WanTransformer3DModel",)),
+    Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
+    Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
+)
+FAMILIES = tuple(family.name for family in REGISTRY)
+PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)
+
+
+def transformer_name(transformer: Any) -> str:
+    """Of its class, compiled or not."""
+    return type(getattr(transformer, "_orig_mod", transformer)).__name__
+
+
+def family_of_transformer(name: str) -> Family | None:
+    """The first family with a transformer class of this name."""
+    return next((family for family in REGISTRY if name in family.transformers), None)
+
+
+def family_of_pipeline(pipe: Any) -> Family:
+    """The family of a loaded pipeline: by its class, or those it is made from, else by its transformer's class.
+
+    Raises InputError for a family that is not known.
+    """
+    kinds = [kind.__name__ for kind in type(pipe).__mro__]
+    for kind in kinds:
+        for family in REGISTRY:
+            if kind in family.pipelines:
+                return family
+    transformer = getattr(pipe, "transformer", None)
+    if transformer is None:
+        transformer = getattr(pipe, "transformer_2", None)
+    name = transformer_name(transformer)
+    family = family_of_transformer(name)
+    if family is None or kinds[0] != "SimpleNamespace":
+        known = ", ".join(FAMILIES)
+        raise InputError(f"unknown model family: {kinds[0]} with transformer {name}; known: {known}")
+    return family
