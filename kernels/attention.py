@@ -337,8 +337,8 @@ def attention(
 ) -> Tensor:
     """softmax(scale Q K^T) V of q [B, Sq, H, D], k, v [B, S, H, D] in q's dtype; scale defaults to D ** -0.5.
 
-    attention: "triton" (ours), "cudnn", "flash", "sdpa" (as torch chooses), "auto", or "library": what "auto" takes, but
-    "sdpa" in place of ours. Raises ValueError on what does not fit.
+    attention: "triton" (ours), "cudnn", "flash", "sdpa" (as torch chooses), "auto", or "library": what "auto" takes,
+    but "sdpa" in place of ours. Raises ValueError on what does not fit.
     """
     check_qkv(q, k, v)
     check_route(attention, ROUTES, backend, q)

@@ -119,7 +119,8 @@ def _prologue_op(
 @_prologue_op.register_fake
 def _(
     q, k, v, heads, norm, q_weight, k_weight, q_bias, k_bias, eps, cos, sin, layout, foreground, alpha, first_row,
-    stage, k_source, k_format, k_per_scale, v_source, v_format, v_per_scale, output, capture, capture_stage, rows, count, backend,
+    stage, k_source, k_format, k_per_scale, v_source, v_format, v_per_scale, output, capture, capture_stage,
+    rows, count, backend,
 ):  # fmt: skip
     return _allocate(q, k, heads, foreground, count, output, capture)
 

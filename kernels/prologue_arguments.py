@@ -70,7 +70,9 @@ def check_places(places: Places, tokens: int, lock: Lock | None) -> None:
     if not 0 <= places.count <= tokens:
         raise ValueError(f"places' count must be a number of tokens from 0 to {tokens}, got {places.count}")
     if lock is not None and lock.k is None:
-        raise ValueError("places are for a lock's own k and v: a source in the batch has its tokens where the others do")
+        raise ValueError(
+            "places are for a lock's own k and v: a source in the batch has its tokens where the others do"
+        )
 
 
 def placed_lock(lock: Lock, k: Tensor, v: Tensor, heads: int, foreground: int, count: int) -> Lock:

@@ -102,6 +102,16 @@ def choose_path(
     return None
 
 
+def check_processors(wish: str, model: Any) -> None:
+    """Raise InputError for a wish that is none of `PROCESSORS`, and for "fast" where the model cannot have it."""
+    if wish not in PROCESSORS:
+        raise InputError(f"processors must be one of {', '.join(PROCESSORS)}, got {wish!r}")
+    for transformer in model.transformers if wish == "fast" else ():
+        reason = why_not_fast(transformer, dict(enumerate(model.arch.attentions(transformer))))
+        if reason is not None:
+            raise InputError(f"processors is 'fast', but {reason}")
+
+
 def why_not_fast(transformer: nn.Module, attentions: dict[int, tuple[str, nn.Module]]) -> str | None:
     """What in the attentions, name and module by layer, the fast processors would miss; None if nothing."""
     for name, module in attentions.values():
@@ -168,4 +178,6 @@ def _why_not_on(
 
     _, module = next(iter(attentions.values()))
     width = module.to_q.out_features
-    return disagreement(device, dtype, module.heads, width // module.heads, norm_kind(module.norm_k, module.heads, width))
+    return disagreement(
+        device, dtype, module.heads, width // module.heads, norm_kind(module.norm_k, module.heads, width)
+    )

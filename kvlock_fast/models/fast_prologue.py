@@ -1,9 +1,9 @@
 """From a locked self-attention's projections to its queries, keys and values, in one pass: what the fast path's
 processors share.
 
-Norms, rotation, blending and keeping are the prologue's (kernels/prologue.py). Tokens stay in the model's order: each has
-a weight of its own, 0 where it is foreground or text, and a row in what is kept, if it is of the background. Compiled
-code sees one operator, which knows nothing but the number of a locked module, as on the generic path.
+Norms, rotation, blending and keeping are the prologue's (kernels/prologue.py). Tokens stay in the model's order: each
+has a weight of its own, 0 where it is foreground or text, and a row in what is kept, if it is of the background.
+Compiled code sees one operator, which knows nothing but the number of a locked module, as on the generic path.
 """
 
 import torch

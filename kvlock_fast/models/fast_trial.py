@@ -76,7 +76,9 @@ class _Trial:
         for name in ("captured_k", "captured_v"):
             a, b = getattr(one, name), getattr(other, name)
             if isinstance(a, QuantizedKV):
-                found.append((name.replace("_", " "), a.dequantize(torch.float32), b.dequantize(torch.float32), FP8_STEP))
+                found.append(
+                    (name.replace("_", " "), a.dequantize(torch.float32), b.dequantize(torch.float32), FP8_STEP)
+                )
         return found
 
 

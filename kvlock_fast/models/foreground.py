@@ -30,7 +30,8 @@ class View:
 @contextmanager
 def processors(attentions: Sequence[nn.Module], processor: Any) -> Iterator[None]:
     """Attentions of diffusers with this processor, and their own again afterwards."""
-    for own in (attention.processor for attention in attentions):
+    for module in attentions:
+        own = module.processor
         if not type(own).__module__.startswith("diffusers."):
             raise InputError(
                 f"compute 'foreground' would leave out {type(own).__name__}, an attention processor that is not "
@@ -43,14 +44,14 @@ def processors(attentions: Sequence[nn.Module], processor: Any) -> Iterator[None
 @contextmanager
 def swapped(attentions: Sequence[nn.Module], ours: Sequence[Any]) -> Iterator[None]:
     """Attentions with these processors, one each, and their own again afterwards."""
-    before = [attention.processor for attention in attentions]
+    before = [module.processor for module in attentions]
     try:
-        for attention, processor in zip(attentions, ours, strict=True):
-            attention.processor = processor
+        for module, processor in zip(attentions, ours, strict=True):
+            module.processor = processor
         yield
     finally:
-        for attention, own in zip(attentions, before, strict=True):
-            attention.processor = own
+        for module, own in zip(attentions, before, strict=True):
+            module.processor = own
 
 
 @contextmanager

@@ -179,8 +179,8 @@ class TransformerLock:
         background: Tensor | None = None,
         processors: str = "generic",
     ):
-        """layers: the locked self-attention layers by number, None for all; background: as in `LockState`; processors: by
-        which attention forwards that lock go, a wish of `fast.PROCESSORS`.
+        """layers: the locked self-attention layers by number, None for all; background: as in `LockState`;
+        processors: by which attention forwards that lock go, a wish of `fast.PROCESSORS`.
 
         Raises InputError where the lock would miss K or V, and where processors 'fast' cannot be had; then nothing is
         attached.

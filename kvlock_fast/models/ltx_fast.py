@@ -7,7 +7,7 @@ from kvlock_fast.models.fast_prologue import locked_qkv
 
 
 class LTXFastProcessor(FastProcessor):
-    """In place of diffusers' `LTXVideoAttnProcessor` in a locked self-attention, whose heads have angles of their own."""
+    """In place of diffusers' `LTXVideoAttnProcessor` in a locked self-attention. Heads have angles of their own."""
 
     def __call__(
         self,

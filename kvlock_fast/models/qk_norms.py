@@ -45,7 +45,7 @@ def _eps(norm: nn.Module | None, dtype: torch.dtype) -> float:
 
 
 def _kind(norm: nn.Module) -> str | None:
-    """"rms" or "layer", None for one that is neither, or that has been given another forward."""
+    """ "rms" or "layer", None for one that is neither, or that has been given another forward."""
     from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 
     for known, kind in ((nn.RMSNorm, "rms"), (RMSNorm, "rms"), (nn.LayerNorm, "layer"), (FP32LayerNorm, "layer")):
