@@ -13,6 +13,7 @@ from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.masks import project_mask
 from kvlock_fast.models import FAMILIES
 from kvlock_fast.models.compiling import compiled_blocks
+from kvlock_fast.models.fast import why_not_fast
 from kvlock_fast.models.locking import Mode
 
 CASES = {case.name: case for case in all_cases()}
@@ -252,6 +253,21 @@ def _compiled(case):
         counts.append(counters["stats"]["unique_graphs"])
     lock.detach()
     assert counts[0] > 0 and counts[1:] == counts[:1] * 2
+
+
+def test_the_fast_path_is_the_generic_one(case):
+    """Locked attentions by the prologue, on a source that runs along and on one that is kept."""
+    pipe = case.make()
+    model = kvf.KVLockPipeline.from_pipe(pipe).model
+    attentions = dict(enumerate(model.arch.attentions(model.transformers[0])))
+    reason = why_not_fast(model.transformers[0], attentions)
+    if reason is not None:
+        with pytest.raises(kvf.InputError, match="processors is 'fast', but"):
+            case.edit(pipe, processors="fast")
+        pytest.skip(reason)
+    for cache in (CacheConfig(), CacheConfig(tier="resident", format="native")):
+        fast, generic = (case.edit(pipe, processors=wish, cache=cache).latents for wish in ("fast", "generic"))
+        torch.testing.assert_close(fast, generic, rtol=1e-3, atol=1e-3)
 
 
 def test_foreground_only_is_exact(case):
