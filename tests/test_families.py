@@ -1,5 +1,6 @@
 """One suite for all families: what docs/families.md says of each is what passed here."""
 
+import matrix
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,16 @@ def case(request):
     if reason is not None:
         pytest.skip(reason)
     return case
+
+
+def test_the_page_is_of_these_families_and_tests():
+    """docs/families.md: `make matrix` makes it anew."""
+    text = matrix.PAGE.read_text()
+    assert matrix.facts() in text and matrix.INTRO in text
+    header, _, *rows = (line for line in text.partition("## ")[0].splitlines() if line.startswith("|"))
+    assert header.split("|")[2:-1] == [f" {feature} " for feature in matrix.FEATURES.values()]
+    assert [row.split("|")[1].strip() for row in rows] == list(CASES)
+    assert not any(word in text for word in ("NO", "not run"))
 
 
 def stock(case, pipe, guidance=None):
