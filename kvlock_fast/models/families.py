@@ -66,6 +66,13 @@ REGISTRY: tuple[Family, ...] = (
     Family("qwen-image", "qwen_image.QwenImageModel", ("QwenImagePipeline",), ("QwenImageTransformer2DModel",)),
     Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
 )
+FORCING = "every frame has a time of its own (diffusion forcing), so that no step has one latent of the source"
+REFUSED = {
+    "SkyReelsV2DiffusionForcingPipeline": FORCING,
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": FORCING,
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": FORCING,
+}
+"""Pipelines that are known and cannot be followed, with the reason."""
 FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)
 
@@ -83,9 +90,11 @@ def family_of_transformer(name: str) -> Family | None:
 def family_of_pipeline(pipe: Any) -> Family:
     """The family of a loaded pipeline: by its class, or those it is made from, else by its transformer's class.
 
-    Raises InputError for a family that is not known.
+    Raises InputError for a family that is not known, or cannot be followed.
     """
     kinds = [kind.__name__ for kind in type(pipe).__mro__]
+    if kinds[0] in REFUSED:
+        raise InputError(f"{kinds[0]} is not supported: {REFUSED[kinds[0]]}")
     for kind in kinds:
         for family in REGISTRY:
             if kind in family.pipelines:
