@@ -127,7 +127,7 @@ class Scene:
     def told(self) -> tuple[Conditioning, Conditioning]:
         """Of the edit and of the source."""
         with torch.no_grad():
-            return tuple(self.model.condition([text], self.given) for text in (PROMPT, SOURCE))
+            return self.model.condition([PROMPT], self.given), self.model.condition_source([SOURCE], self.given)
 
     def predict(self, latents: Tensor, told: Conditioning) -> Tensor:
         """The first transformer's."""

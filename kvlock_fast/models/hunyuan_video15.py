@@ -38,7 +38,7 @@ class HunyuanVideo15Model(PipelineModel):
     """What the loop needs of a diffusers `HunyuanVideo15Pipeline`."""
 
     arch = HUNYUAN_VIDEO15
-    reads_in_forwards = True
+    why_not_captured = "a forward of HunyuanVideo 1.5 waits for values that decide what it computes"
 
     def __init__(self, pipe: Any):
         """Raises InputError for a pipeline of another kind, or a guider that is not classifier-free guidance."""

@@ -46,10 +46,10 @@ class HunyuanVideoI2VModel(HunyuanVideoModel):
         """As for text-to-video, and the image's latents [n, C, 1, h, w] or, with their mask, [n, C + 1, T, h, w]."""
         return self._told(prompts, given, _first_frame(given), IMAGE_TOKENS_EVERY[self.config.image_condition_type])
 
-    def condition_negative(self, prompts: list[str], given: Given) -> Conditioning:
+    def condition_negative(self, prompt: str, prompts: list[str], given: Given) -> Conditioning:
         """The same beside words that are told a black image, with as many of its tokens as the pipeline takes then."""
         black = Image.new("RGB", _first_frame(given).size, 0)
-        return self._told(prompts, given, black, IMAGE_TOKENS_EVERY[CONCAT])
+        return self._told([prompt], given, black, IMAGE_TOKENS_EVERY[CONCAT]).expand(len(prompts))
 
     def _told(self, prompts: list[str], given: Given, image: Image.Image, every: int) -> Conditioning:
         texts = []
@@ -82,7 +82,7 @@ class HunyuanVideoI2VModel(HunyuanVideoModel):
         mixed = noise * share + image.expand_as(noise) * (1 - share)
         return torch.cat([image, mixed[:, :, 1:]], dim=2) if self.replaces else mixed
 
-    def last_latents(self, latents: Tensor, told: Conditioning) -> Tensor:
+    def finish(self, latents: Tensor, told: Conditioning) -> Tensor:
         """With the image's own in the first frame, where it is the image: steps may have rounded them."""
         return torch.cat([told["image"].to(latents.dtype), latents[:, :, 1:]], dim=2) if self.replaces else latents
 
