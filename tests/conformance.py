@@ -31,8 +31,9 @@ class Case:
     size: frames, height, width in pixels; more: arguments of diffusers' own pipeline; guidance: a scale with an effect;
     guided: whether it means two branches; unguided: a scale that means one, None where there is none; dtypes: of all
     but the autoencoder; blend: where K and V at an attention call are not [B, H, tokens, D] with the video's tokens at
-    one end, what does there as `blend_at_call`; calls: attention calls a layer; text_alone: the name of a module whose attentions are of the text to itself; tolerance: of the lock against blending
-    at the attention call, in fp32; frames: diffusers' own pixels, where a call's own output is not a list of videos;
+    one end, what does there as `blend_at_call`; calls: attention calls a layer; text_alone: a module whose attentions
+    are of the text to itself; tolerance: of the lock against blending at the attention call, in fp32; frames:
+    diffusers' own pixels, where a call's own output is not a list of videos;
     without: tests of the suite that the case cannot take, by name, each with the reason.
     """
 
