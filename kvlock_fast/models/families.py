@@ -65,6 +65,13 @@ REGISTRY: tuple[Family, ...] = (
     Family("sd3", "sd3.SD3Model", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",)),
     Family("qwen-image", "qwen_image.QwenImageModel", ("QwenImagePipeline",), ("QwenImageTransformer2DModel",)),
     Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
+    Family("kandinsky-5", "kandinsky5.Kandinsky5Model", ("Kandinsky5T2VPipeline",), ("Kandinsky5Transformer3DModel",)),
+    Family(
+        "kandinsky-5-image",
+        "kandinsky5.Kandinsky5ImageModel",
+        ("Kandinsky5T2IPipeline",),
+        ("Kandinsky5Transformer3DModel",),
+    ),
 )
 FORCING = "every frame has a time of its own (diffusion forcing), so that no step has one latent of the source"
 REFUSED = {

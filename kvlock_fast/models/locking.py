@@ -264,7 +264,10 @@ class TransformerLock:
 
 def kv_sizes(transformer: nn.Module, arch: ArchSpec) -> tuple[int, int]:
     """Heads, and channels a head, of the self-attentions' keys and values. InputError where layers differ."""
-    sizes = {(a.heads, a.to_k.out_features // a.heads) for _, a in arch.attentions(transformer)}
+    attentions = [attention for _, attention in arch.attentions(transformer)]
+    heads = [a.heads if hasattr(a, "heads") else a.num_heads for a in attentions]
+    widths = [first_submodule(a, arch.value).out_features for a in attentions]
+    sizes = {(count, width // count) for count, width in zip(heads, widths, strict=True)}
     if len(sizes) != 1:
         raise InputError(f"the self-attentions of {type(transformer).__name__} are of different sizes: {sorted(sizes)}")
     return sizes.pop()
