@@ -33,6 +33,7 @@ REGISTRY: tuple[Family, ...] = (
         ("SkyReelsV2ImageToVideoPipeline",),
         ("SkyReelsV2Transformer3DModel",),
     ),
+    Family("lucy-edit", "lucy.LucyModel", ("LucyEditPipeline",), ("WanTransformer3DModel",)),
     Family("chronoedit", "chronoedit.ChronoEditModel", ("ChronoEditPipeline",), ("ChronoEditTransformer3DModel",)),
     Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
     Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
@@ -73,11 +74,19 @@ REGISTRY: tuple[Family, ...] = (
         ("Kandinsky5Transformer3DModel",),
     ),
 )
+PIECES = "it makes a clip piece by piece, so that no step has one latent of the whole source"
+MEAN_VELOCITY = "it predicts the mean velocity of a step, from which no clean latent follows"
+DRIVEN = "it is driven by videos of a pose and a face, which an edit does not have"
 FORCING = "every frame has a time of its own (diffusion forcing), so that no step has one latent of the source"
 REFUSED = {
     "SkyReelsV2DiffusionForcingPipeline": FORCING,
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": FORCING,
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": FORCING,
+    "AnyFlowPipeline": MEAN_VELOCITY,
+    "AnyFlowFARPipeline": MEAN_VELOCITY,
+    "HeliosPipeline": PIECES,
+    "HeliosPyramidPipeline": PIECES,
+    "WanAnimatePipeline": DRIVEN,
 }
 """Pipelines that are known and cannot be followed, with the reason."""
 FAMILIES = tuple(family.name for family in REGISTRY)
