@@ -27,6 +27,10 @@ REGISTRY: tuple[Family, ...] = (
     Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
     Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
     Family("mochi", "mochi.MochiModel", ("MochiPipeline",), ("MochiTransformer3DModel",)),
+    Family(
+        "easyanimate", "easyanimate.EasyAnimateModel", ("EasyAnimatePipeline",), ("EasyAnimateTransformer3DModel",)
+    ),
+    Family("latte", "latte.LatteModel", ("LattePipeline",), ("LatteTransformer3DModel",)),
     Family("allegro", "allegro.AllegroModel", ("AllegroPipeline",), ("AllegroTransformer3DModel",)),
 )
 FAMILIES = tuple(family.name for family in REGISTRY)
