@@ -26,10 +26,14 @@ REGISTRY: tuple[Family, ...] = (
     Family("wan", "wan.WanModel", ("WanPipeline",), ("WanTransformer3DModel",)),
     Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
     Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
-    Family("mochi", "mochi.MochiModel", ("MochiPipeline",), ("MochiTransformer3DModel",)),
     Family(
-        "easyanimate", "easyanimate.EasyAnimateModel", ("EasyAnimatePipeline",), ("EasyAnimateTransformer3DModel",)
-    ),
+        "cogvideox-i2v",
+        "cogvideox_image.CogVideoXImageModel",
+        ("CogVideoXImageToVideoPipeline",),
+        ("CogVideoXTransformer3DModel",),
+    ),  # fmt: skip
+    Family("mochi", "mochi.MochiModel", ("MochiPipeline",), ("MochiTransformer3DModel",)),
+    Family("easyanimate", "easyanimate.EasyAnimateModel", ("EasyAnimatePipeline",), ("EasyAnimateTransformer3DModel",)),
     Family("latte", "latte.LatteModel", ("LattePipeline",), ("LatteTransformer3DModel",)),
     Family("allegro", "allegro.AllegroModel", ("AllegroPipeline",), ("AllegroTransformer3DModel",)),
 )
