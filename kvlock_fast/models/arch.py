@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from kvlock_fast.errors import InputError
 
-
 SAMPLES, FRAMES, PLACES = "samples", "frames", "places"
 
 

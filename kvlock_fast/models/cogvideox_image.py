@@ -2,8 +2,8 @@
 
 Facts of diffusers' `CogVideoXImageToVideoPipeline`, beside those of cogvideox.py: the image's latent stands beside the
 first latent frame's, zeros beside all others. Edit and source are both told the source's first frame. Diffusers draws
-the image's latent from the autoencoder's posterior; here it is the posterior's mode, so that it is one for every edit of
-a source, but its draw is made, so that the noise of a seed is diffusers' own.
+the image's latent from the autoencoder's posterior; here it is the posterior's mode, so that it is one for every edit
+of a source, but its draw is made, so that the noise of a seed is diffusers' own.
 """
 
 from dataclasses import replace
