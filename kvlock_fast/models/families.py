@@ -36,7 +36,15 @@ REGISTRY: tuple[Family, ...] = (
     Family("chronoedit", "chronoedit.ChronoEditModel", ("ChronoEditPipeline",), ("ChronoEditTransformer3DModel",)),
     Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
     Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
+    Family(
+        "cogvideox-i2v",
+        "cogvideox_image.CogVideoXImageModel",
+        ("CogVideoXImageToVideoPipeline",),
+        ("CogVideoXTransformer3DModel",),
+    ),
     Family("mochi", "mochi.MochiModel", ("MochiPipeline",), ("MochiTransformer3DModel",)),
+    Family("easyanimate", "easyanimate.EasyAnimateModel", ("EasyAnimatePipeline",), ("EasyAnimateTransformer3DModel",)),
+    Family("latte", "latte.LatteModel", ("LattePipeline",), ("LatteTransformer3DModel",)),
     Family("allegro", "allegro.AllegroModel", ("AllegroPipeline",), ("AllegroTransformer3DModel",)),
     Family(
         "hunyuan-video",

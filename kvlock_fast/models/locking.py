@@ -24,7 +24,17 @@ from torch import Tensor, nn
 from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.blend import as_heads, blend_
 from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
-from kvlock_fast.models.arch import ArchSpec, first_submodule, refuse_wrapped, select_layers, without_text
+from kvlock_fast.models.arch import (
+    PLACES,
+    SAMPLES,
+    ArchSpec,
+    by_samples,
+    first_submodule,
+    place_by_place,
+    refuse_wrapped,
+    select_layers,
+    without_text,
+)
 from kvlock_fast.models.fast import choose_path
 from kvlock_fast.models.foreground import View, attend
 from kvlock_fast.nvtx import span
@@ -55,6 +65,8 @@ class LockState:
         """
         self.mode = Mode.OFF
         self.text, self.tokens = text, None
+        self.rows: dict[int, str] = {}
+        self._at_places: tuple[Tensor | None, Tensor | None] | None = None
         self.weight: Tensor | None = None
         self.background = background
         self.kept: KeptKV = {}
@@ -69,28 +81,46 @@ class LockState:
         self.fired += 1
         if self.mode in (Mode.OFF, Mode.FOREGROUND):
             return
-        x = without_text(x, token_dim, self.text, self.tokens)
+        rows = self.rows.get(key[0])
+        weight, background = self.weight, self.background
+        if rows is None:
+            x = without_text(x, token_dim, self.text, self.tokens)
+        else:
+            if rows == PLACES:
+                weight, background = self._place_by_place(x.shape[1])
+            x = by_samples(x, self.tokens)
         if self.mode is Mode.CAPTURE:
             with span("capture"):
-                self._keep(key, x, token_dim)
+                self._keep(key, x, token_dim, background)
         elif self.mode is Mode.STORED:
             with span("lock"):
-                blend_(x, self.kept[key], self.weight, token_dim, self.background)
+                blend_(x, self.kept[key], weight, token_dim, background)
         elif self.mode is Mode.IN_BATCH:
             with span("lock"):
-                blend_(x[1:], x[:1], self.weight, token_dim)
+                blend_(x[1:], x[:1], weight, token_dim)
 
-    def _keep(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
+    def _keep(self, key: tuple[int, str], x: Tensor, token_dim: int, background: Tensor | None) -> None:
         """Pack x into what is there for this layer, or keep it as it is."""
         place = self.kept.get(key)
         if place is None:
-            self.kept[key] = x.clone() if self.background is None else x.index_select(token_dim, self.background)
+            self.kept[key] = x.clone() if background is None else x.index_select(token_dim, background)
             return
         heads = as_heads(x, token_dim, place.shape[2])
         packed = quantize_kv(
-            heads, place.format, place.kind, tokens=self.background, tokens_per_scale=place.tokens_per_scale
+            heads, place.format, place.kind, tokens=background, tokens_per_scale=place.tokens_per_scale
         )
         place.copy_(packed)
+
+    def _place_by_place(self, frames: int) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and background as a self-attention has its tokens that sees a place in all frames; once a forward."""
+        if self._at_places is None:
+            weight, background = self.weight, self.background
+            if weight is not None:
+                weight = weight.unflatten(1, (frames, -1)).transpose(1, 2).flatten(1)
+            if background is not None:
+                background = place_by_place(background, frames, self.tokens)
+            self._at_places = weight, background
+        return self._at_places
 
 
 _NUMBERS = itertools.count()
@@ -196,6 +226,8 @@ class TransformerLock:
         try:
             for layer in self.layers:
                 name, attention = attentions[layer]
+                if arch.rows(name) != SAMPLES:
+                    self.state.rows[layer] = arch.rows(name)
                 for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
                     self._attach(attention, names, (self.state, (layer, kind), token_dim), name)
             self.fast = choose_path(processors, transformer, {n: attentions[n] for n in self.layers}, self.state)
@@ -246,7 +278,7 @@ class TransformerLock:
                 )
         state, by = self.state, nullcontext()
         state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, 0
-        state.tokens = tokens
+        state.tokens, state._at_places = tokens, None
         if self.fast is not None and mode not in (Mode.OFF, Mode.FOREGROUND):
             by = self.fast.forward()
         try:
