@@ -19,7 +19,8 @@ class ArchSpec:
     where the text's tokens are among them, "none", "prefix" or "suffix"; flow: whether the model predicts a flow's
     velocity, "reversed" where sigma counts from noise to data; one_call: whether the family's pipeline runs both
     branches of guidance in one forward; blocks: the class names of the blocks that are alike, where diffusers does not
-    say.
+    say; fused: those of `value` whose output holds query, key and value, each as wide as the heads together, and more
+    after them.
     """
 
     family: str
@@ -32,6 +33,7 @@ class ArchSpec:
     flow: bool | str = True
     one_call: bool = False
     blocks: tuple[str, ...] = ()
+    fused: tuple[str, ...] = ()
 
     def attentions(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
         """The self-attention modules with their names, in the model's order; the index in it is the layer's number."""
@@ -56,6 +58,21 @@ def first_submodule(attention: nn.Module, names: tuple[str, ...]) -> nn.Module:
         if isinstance(module, nn.Module):
             return module
     raise ValueError(f"{type(attention).__name__} has none of the submodules {', '.join(names)}")
+
+
+def kv_width(attention: nn.Module) -> int:
+    """Channels of all heads of a self-attention's keys together."""
+    projection = getattr(attention, "to_k", None)
+    return attention.inner_dim if projection is None else projection.out_features
+
+
+def value_columns(attention: nn.Module, arch: ArchSpec) -> tuple[int, int] | None:
+    """Where the value begins in the output of its submodule, and how wide it is; None where it is all there is."""
+    target = first_submodule(attention, arch.value)
+    if not any(getattr(attention, name, None) is target for name in arch.fused):
+        return None
+    width = kv_width(attention)
+    return 2 * width, width
 
 
 def select_layers(count: int, layers: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.blend import as_heads, blend_
 from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
-from kvlock_fast.models.arch import ArchSpec, first_submodule, refuse_wrapped, select_layers, without_text
+from kvlock_fast.models.arch import (
+    ArchSpec,
+    first_submodule,
+    kv_width,
+    refuse_wrapped,
+    select_layers,
+    value_columns,
+    without_text,
+)
 from kvlock_fast.models.foreground import View, attend
 from kvlock_fast.nvtx import span
 
@@ -51,6 +59,8 @@ class LockState:
     def __init__(self, background: Tensor | None = None, text: str = "none"):
         """background: indices [N] of the tokens to keep and blend in CAPTURE and STORED, None for all; text: as
         `ArchSpec.text`.
+
+        columns: first and how many of a module's output, by layer number and "k" or "v", where it holds more.
         """
         self.mode = Mode.OFF
         self.text, self.tokens = text, None
@@ -58,6 +68,7 @@ class LockState:
         self.background = background
         self.kept: KeptKV = {}
         self.view: View | None = None
+        self.columns: dict[tuple[int, str], tuple[int, int]] = {}
         self.fired = 0
 
     def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
@@ -65,6 +76,8 @@ class LockState:
         self.fired += 1
         if self.mode in (Mode.OFF, Mode.FOREGROUND):
             return
+        if key in self.columns:
+            x = x.narrow(-1, *self.columns[key])
         x = without_text(x, token_dim, self.text, self.tokens)
         if self.mode is Mode.CAPTURE:
             with span("capture"):
@@ -186,6 +199,9 @@ class TransformerLock:
                 name, attention = attentions[layer]
                 for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
                     self._attach(attention, names, (self.state, (layer, kind), token_dim), name)
+                columns = value_columns(attention, arch)
+                if columns is not None:
+                    self.state.columns[layer, "v"] = columns
         except BaseException:
             self.detach()
             raise
@@ -248,7 +264,7 @@ class TransformerLock:
 
 def kv_sizes(transformer: nn.Module, arch: ArchSpec) -> tuple[int, int]:
     """Heads, and channels a head, of the self-attentions' keys and values. InputError where layers differ."""
-    sizes = {(a.heads, a.to_k.out_features // a.heads) for _, a in arch.attentions(transformer)}
+    sizes = {(a.heads, kv_width(a) // a.heads) for _, a in arch.attentions(transformer)}
     if len(sizes) != 1:
         raise InputError(f"the self-attentions of {type(transformer).__name__} are of different sizes: {sorted(sizes)}")
     return sizes.pop()
