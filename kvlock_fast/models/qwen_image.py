@@ -1,11 +1,11 @@
 """The Qwen-Image family, text-to-image.
 
 Facts of diffusers' `QwenImagePipeline`: the autoencoder is one of videos, given one frame, and its latents are
-normalised by `latents_mean` and `latents_std`; they are drawn and kept in the text's dtype, and packed 2 x 2 to a token;
-the sigmas are evenly spaced, then shifted by the number of tokens; timesteps are given divided by 1000. Texts are as
-long as they are, with a mask only where one is filled up beside a longer one. Each branch of guidance is a forward of
-its own, and what they make together is scaled back, token by token, to the length of the conditional prediction: that
-holds for the preset `cfg`, while the lock's own guidance is by its formula.
+normalised by `latents_mean` and `latents_std`; they are drawn and kept in the text's dtype, and packed 2 x 2 to a
+token; the sigmas are evenly spaced, then shifted by the number of tokens; timesteps are given divided by 1000. Texts
+are as long as they are, with a mask only where one is filled up beside a longer one. Each branch of guidance is a
+forward of its own, and what they make together is scaled back, token by token, to the length of the conditional
+prediction: that holds for the preset `cfg`, while the lock's own guidance is by its formula.
 """
 
 from collections.abc import Mapping

@@ -1,9 +1,9 @@
 """The Stable Diffusion 3 family: SD3 and SD3.5, text-to-image.
 
 Facts of diffusers' `StableDiffusion3Pipeline`: latents are drawn and kept in the text's dtype; both branches of
-guidance are one forward, unconditional rows first; the shift by resolution is asked for by the scheduler, and the sigmas
-are its own. Image and text are projected apart and attend together; in SD3.5 medium some blocks have a second attention, of the
-image to itself. SD3's keys have no norm. Skip-layer guidance is off, as it is by default.
+guidance are one forward, unconditional rows first; the shift by resolution is asked for by the scheduler, and the
+sigmas are its own. Image and text are projected apart and attend together; in SD3.5 medium some blocks have a second
+attention, of the image to itself. SD3's keys have no norm. Skip-layer guidance is off, as it is by default.
 """
 
 from collections.abc import Mapping
