@@ -30,7 +30,10 @@ class Given:
 
 
 class Conditioning(Mapping[str, Tensor]):
-    """Tensors by name, all of `rows` samples along their first dimension."""
+    """Tensors by name, all of `rows` samples along their first dimension.
+
+    filled: whether texts of different lengths are among them, which their mask tells apart.
+    """
 
     def __init__(self, unmasked: str | None = None, /, **tensors: Tensor):
         """unmasked: the name of texts [n, L, C] that have a mask only where `cat` fills them up.
@@ -42,6 +45,7 @@ class Conditioning(Mapping[str, Tensor]):
             raise ValueError(f"conditioning must be of one number of samples, got {sorted(counts)}")
         self._tensors, self._unmasked = tensors, unmasked
         self.rows = counts.pop()
+        self.filled = False
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -54,18 +58,20 @@ class Conditioning(Mapping[str, Tensor]):
 
     def part(self, first: int, end: int) -> "Conditioning":
         """Of samples from `first` to before `end`, as views."""
-        return self._with({name: x[first:end] for name, x in self.items()})
+        return self._like({name: x[first:end] for name, x in self.items()})
 
     def expand(self, rows: int) -> "Conditioning":
         """One sample for as many, as views."""
-        return self._with({name: x.expand(rows, *x.shape[1:]) for name, x in self.items()})
+        return self._like({name: x.expand(rows, *x.shape[1:]) for name, x in self.items()})
 
     def replace(self, **tensors: Tensor) -> "Conditioning":
         """With some of the tensors replaced, or more of them."""
-        return self._with({**self._tensors, **tensors})
+        return self._like({**self._tensors, **tensors})
 
-    def _with(self, tensors: Mapping[str, Tensor]) -> "Conditioning":
-        return Conditioning(self._unmasked, **tensors)
+    def _like(self, tensors: Mapping[str, Tensor]) -> "Conditioning":
+        other = Conditioning(self._unmasked, **tensors)
+        other.filled = self.filled
+        return other
 
     def _masked(self) -> "Conditioning":
         """With a mask, of all tokens where it had none."""
@@ -84,7 +90,10 @@ class Conditioning(Mapping[str, Tensor]):
             if len(lengths) > 1 or any(MASK in part for part in parts):
                 parts = [part._masked() for part in parts]
         first = parts[0]
-        return first._with({name: _cat([part[name] for part in parts], MASK in first) for name in first})
+        together = first._like({name: _cat([part[name] for part in parts], MASK in first) for name in first})
+        lengths = {part[MASK].shape[1] for part in parts if MASK in first}
+        together.filled = len(lengths) > 1 or any(part.filled for part in parts)
+        return together
 
 
 def _cat(tensors: Sequence[Tensor], masked: bool) -> Tensor:

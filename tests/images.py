@@ -62,7 +62,7 @@ def tiny_qwen_vl(width: int = 16) -> Qwen2_5_VLForConditionalGeneration:
 
 
 def image_arguments(pipe, call):
-    """A call of a text-to-image pipeline without its scale; puts the text encoders in the transformer's dtype."""
+    """A call of a text-to-image pipeline but for its scale; the text encoders in the transformer's dtype."""
     for name, part in pipe.components.items():
         if name.startswith("text_encoder") and part is not None:
             part.to(pipe.transformer.dtype)

@@ -13,7 +13,7 @@ but the number of the module.
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum, auto
 from functools import cache
 from typing import Any
@@ -33,6 +33,7 @@ from kvlock_fast.models.arch import (
     value_columns,
     without_text,
 )
+from kvlock_fast.models.fast import choose_path
 from kvlock_fast.models.foreground import View, attend
 from kvlock_fast.nvtx import span
 
@@ -69,10 +70,13 @@ class LockState:
         self.kept: KeptKV = {}
         self.view: View | None = None
         self.columns: dict[tuple[int, str], tuple[int, int]] = {}
+        self.prologue: Any = None
         self.fired = 0
 
     def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
         """A module's output x, taken for what the mode wants, or blended in place."""
+        if self.prologue is not None:  # which does it, and counts
+            return
         self.fired += 1
         if self.mode in (Mode.OFF, Mode.FOREGROUND):
             return
@@ -105,6 +109,11 @@ class LockState:
 _NUMBERS = itertools.count()
 _LOCKED: dict[int, tuple[LockState, tuple[int, str], int]] = {}
 """By number: the state, the key and the dimension of the tokens of every module that is locked now."""
+
+
+def locked_entry(number: int) -> tuple[LockState, tuple[int, str], int]:
+    """The state, the key and the dimension of the tokens of a locked module."""
+    return _LOCKED[number]
 
 
 def _lock_output(x: Tensor, number: int) -> None:
@@ -181,10 +190,13 @@ class TransformerLock:
         arch: ArchSpec,
         layers: tuple[int, ...] | None = None,
         background: Tensor | None = None,
+        processors: str = "generic",
     ):
-        """layers: the locked self-attention layers by number, None for all; background: as in `LockState`.
+        """layers: the locked self-attention layers by number, None for all; background: as in `LockState`;
+        processors: by which attention forwards that lock go, a wish of `fast.PROCESSORS`.
 
-        Raises InputError where the lock would miss K or V; then nothing is attached.
+        Raises InputError where the lock would miss K or V, and where processors 'fast' cannot be had; then nothing is
+        attached.
         """
         refuse_wrapped(transformer)
         attentions = arch.attentions(transformer)
@@ -202,6 +214,7 @@ class TransformerLock:
                 columns = value_columns(attention, arch)
                 if columns is not None:
                     self.state.columns[layer, "v"] = columns
+            self.fast = choose_path(processors, transformer, {n: attentions[n] for n in self.layers}, self.state)
         except BaseException:
             self.detach()
             raise
@@ -247,11 +260,14 @@ class TransformerLock:
                     f"a projection of {type(attention).__name__} was replaced after the lock was attached, as by an "
                     "adapter: load adapters first, then lock"
                 )
-        state = self.state
+        state, by = self.state, nullcontext()
         state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, 0
         state.tokens = tokens
+        if self.fast is not None and mode not in (Mode.OFF, Mode.FOREGROUND):
+            by = self.fast.forward()
         try:
-            yield
+            with by:
+                yield
         finally:
             state.mode, state.weight, state.kept, state.view = Mode.OFF, None, {}, None
         expected = 2 * len(self.layers)
