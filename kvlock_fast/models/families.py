@@ -80,6 +80,8 @@ REGISTRY: tuple[Family, ...] = (
         ("Kandinsky5T2IPipeline",),
         ("Kandinsky5Transformer3DModel",),
     ),
+    Family("flux2", "flux2.Flux2Model", ("Flux2Pipeline",), ("Flux2Transformer2DModel",)),
+    Family("flux2-klein", "flux2.Flux2KleinModel", ("Flux2KleinPipeline",), ("Flux2Transformer2DModel",)),
 )
 FORCING = "every frame has a time of its own (diffusion forcing), so that no step has one latent of the source"
 REFUSED = {

@@ -30,9 +30,11 @@ from kvlock_fast.models.arch import (
     ArchSpec,
     by_samples,
     first_submodule,
+    kv_width,
     place_by_place,
     refuse_wrapped,
     select_layers,
+    value_columns,
     without_text,
 )
 from kvlock_fast.models.fast import choose_path
@@ -62,6 +64,8 @@ class LockState:
     def __init__(self, background: Tensor | None = None, text: str = "none"):
         """background: indices [N] of the tokens to keep and blend in CAPTURE and STORED, None for all; text: as
         `ArchSpec.text`.
+
+        columns: first and how many of a module's output, by layer number and "k" or "v", where it holds more.
         """
         self.mode = Mode.OFF
         self.text, self.tokens = text, None
@@ -71,6 +75,7 @@ class LockState:
         self.background = background
         self.kept: KeptKV = {}
         self.view: View | None = None
+        self.columns: dict[tuple[int, str], tuple[int, int]] = {}
         self.prologue: Any = None
         self.fired = 0
 
@@ -81,6 +86,8 @@ class LockState:
         self.fired += 1
         if self.mode in (Mode.OFF, Mode.FOREGROUND):
             return
+        if key in self.columns:
+            x = x.narrow(-1, *self.columns[key])
         rows = self.rows.get(key[0])
         weight, background = self.weight, self.background
         if rows is None:
@@ -230,6 +237,9 @@ class TransformerLock:
                     self.state.rows[layer] = arch.rows(name)
                 for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
                     self._attach(attention, names, (self.state, (layer, kind), token_dim), name)
+                columns = value_columns(attention, arch)
+                if columns is not None:
+                    self.state.columns[layer, "v"] = columns
             self.fast = choose_path(processors, transformer, {n: attentions[n] for n in self.layers}, self.state)
         except BaseException:
             self.detach()
@@ -298,8 +308,7 @@ def kv_sizes(transformer: nn.Module, arch: ArchSpec) -> tuple[int, int]:
     """Heads, and channels a head, of the self-attentions' keys and values. InputError where layers differ."""
     attentions = [attention for _, attention in arch.attentions(transformer)]
     heads = [a.heads if hasattr(a, "heads") else a.num_heads for a in attentions]
-    widths = [first_submodule(a, arch.value).out_features for a in attentions]
-    sizes = {(count, width // count) for count, width in zip(heads, widths, strict=True)}
+    sizes = {(count, kv_width(a, arch) // count) for count, a in zip(heads, attentions, strict=True)}
     if len(sizes) != 1:
         raise InputError(f"the self-attentions of {type(transformer).__name__} are of different sizes: {sorted(sizes)}")
     return sizes.pop()
