@@ -1,4 +1,4 @@
-"""Tiny transformers of the families with a fast path, and their lock by its definition: a blend at the attention call."""
+"""Tiny transformers of the families with a fast path; their lock by its definition, a blend at the attention call."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -74,8 +74,8 @@ def cogvideox(kind):
 def ltx():
     torch.manual_seed(0)
     model = LTXVideoTransformer3DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16, num_layers=3,
-        caption_channels=16,
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, cross_attention_dim=16,
+        num_layers=3, caption_channels=16,
     )  # fmt: skip
     model = with_random_norms(model)
     latents, text, mask = normal(3, TOKENS, 4), normal(3, WORDS, 16), torch.ones(3, WORDS)

@@ -221,7 +221,7 @@ def test_a_layer_that_is_skipped_is_noticed(make):
     text = lambda given, named: given[1] if given else named["encoder_hidden_states"]  # noqa: E731
     joint = family.arch.text != "none"
     block.forward = lambda *g, **n: (x(g, n), text(g, n)) if joint else x(g, n)
-    skipped = pytest.raises(RuntimeError, match="locked projections ran in a forward of .*: layers were skipped")
+    skipped = pytest.raises(RuntimeError, match=r"locked projections ran in a forward of .*: layers were skipped")
     with skipped, lock.forward(Mode.IN_BATCH, torch.ones(1, TOKENS), tokens=TOKENS):
         family.predict(2)
     lock.detach()
@@ -230,9 +230,9 @@ def test_a_layer_that_is_skipped_is_noticed(make):
 def test_a_sequence_of_other_tokens_is_refused():
     family = wan()
     lock = locked(family, a_mask()[1])
-    with pytest.raises(RuntimeError, match=f"{TOKENS} tokens, of a video of 12"), torch.no_grad():
-        with lock.forward(Mode.IN_BATCH, torch.ones(1, 12), tokens=12):
-            family.predict(2)
+    other = pytest.raises(RuntimeError, match=f"{TOKENS} tokens, of a video of 12")
+    with other, torch.no_grad(), lock.forward(Mode.IN_BATCH, torch.ones(1, 12), tokens=12):
+        family.predict(2)
     lock.detach()
 
 
@@ -361,7 +361,7 @@ def test_and_where_it_does_not_run(monkeypatch, pretended_gpu):
         raise errors.TritonError("out of something\nat 3:4")
 
     monkeypatch.setattr(fast_trial, "prologue", fail)
-    with pytest.raises(InputError, match="the prologue's kernel does not run on this GPU: out of something$"):
+    with pytest.raises(InputError, match=r"the prologue's kernel does not run on this GPU: out of something$"):
         locked(wan(), None, "fast")
 
 
