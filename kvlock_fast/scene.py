@@ -64,12 +64,14 @@ class Scene:
     def place(self, clean: Tensor | None, latents: Tensor | None, generator: torch.Generator | None) -> None:
         """Fix the clean latent [1, C, T, h, w] and the starting noise, or take both from the saved source."""
         if self.saved is None:
-            self.clean, self.noise = clean, start_noise(self.model, latents, clean, generator)
+            drawn = start_noise(self.model, latents, clean, generator)
+            self.clean, self.noise = clean, self.model.first_latents(drawn, self.given)
             return
         start = self.saved.start
         seeded = latents is not None or generator is not None
         if seeded and not self.saved.inverted:  # an inverted source ends in a noise of its own
-            noise = start_noise(self.model, latents, start.to(self.mask.tokens.device), generator)
+            drawn = start_noise(self.model, latents, start.to(self.mask.tokens.device), generator)
+            noise = self.model.first_latents(drawn, self.given)
             if not torch.equal(noise.cpu(), start):
                 folder = self.saved.folder
                 raise InputError(f"cache '{folder}' was made with other noise than generator or latents give")
