@@ -12,6 +12,7 @@ but the number of the module.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum, auto
@@ -48,9 +49,9 @@ class LockState:
     Tokens are the video's: those of the text, where there are any beside them, keep their own keys and values.
     """
 
-    def __init__(self, background: Tensor | None = None, text: str = "none"):
+    def __init__(self, background: Tensor | None = None, text: str = "none", format: str | None = None):
         """background: indices [N] of the tokens to keep and blend in CAPTURE and STORED, None for all; text: as
-        `ArchSpec.text`.
+        `ArchSpec.text`; format: how is packed what is kept without a place for it, None: it stays as it is.
         """
         self.mode = Mode.OFF
         self.text, self.tokens = text, None
@@ -58,11 +59,13 @@ class LockState:
         self.background = background
         self.kept: KeptKV = {}
         self.view: View | None = None
-        self.fired = 0
+        self.format = format
+        self.heads: dict[int, int | None] = {}
+        self.fired: Counter[tuple[int, str]] = Counter()
 
     def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
         """A module's output x, taken for what the mode wants, or blended in place."""
-        self.fired += 1
+        self.fired[key] += 1
         if self.mode in (Mode.OFF, Mode.FOREGROUND):
             return
         x = without_text(x, token_dim, self.text, self.tokens)
@@ -71,22 +74,40 @@ class LockState:
                 self._keep(key, x, token_dim)
         elif self.mode is Mode.STORED:
             with span("lock"):
-                blend_(x, self.kept[key], self.weight, token_dim, self.background)
+                blend_(x, self.kept[key], self._weight(len(x)), token_dim, self.background)
         elif self.mode is Mode.IN_BATCH:
             with span("lock"):
-                blend_(x[1:], x[:1], self.weight, token_dim)
+                blend_(x[1:], x[:1], self._weight(len(x) - 1), token_dim)
+
+    def _weight(self, rows: int) -> Tensor:
+        """The weight of so many rows: that of the samples repeated, where branches of guidance share a batch."""
+        samples = len(self.weight)
+        return self.weight.repeat(rows // samples, 1) if rows > samples > 1 and rows % samples == 0 else self.weight
 
     def _keep(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
-        """Pack x into what is there for this layer, or keep it as it is."""
+        """Pack x into what is there for this layer, or keep it in the format, or as it is."""
         place = self.kept.get(key)
-        if place is None:
-            self.kept[key] = x.clone() if self.background is None else x.index_select(token_dim, self.background)
+        if not isinstance(place, QuantizedKV):
+            if self.format is not None:
+                heads = as_heads(x, token_dim, self._heads(key[0], x))
+                self.kept[key] = quantize_kv(heads, self.format, key[1], tokens=self.background)
+            else:
+                self.kept[key] = x.clone() if self.background is None else x.index_select(token_dim, self.background)
             return
         heads = as_heads(x, token_dim, place.shape[2])
         packed = quantize_kv(
             heads, place.format, place.kind, tokens=self.background, tokens_per_scale=place.tokens_per_scale
         )
         place.copy_(packed)
+
+    def _heads(self, layer: int, x: Tensor) -> int:
+        heads = self.heads[layer]
+        if x.ndim == 3 and (heads is None or x.shape[2] % heads):
+            raise InputError(
+                f"format {self.format!r} needs the attention's heads, and layer {layer} of {x.shape[2]} channels says "
+                f"{heads}: keep K and V as they are (format=None)"
+            )
+        return heads or 1
 
 
 _NUMBERS = itertools.count()
@@ -168,8 +189,9 @@ class TransformerLock:
         arch: ArchSpec,
         layers: tuple[int, ...] | None = None,
         background: Tensor | None = None,
+        format: str | None = None,
     ):
-        """layers: the locked self-attention layers by number, None for all; background: as in `LockState`.
+        """layers: the locked self-attention layers by number, None for all; background, format: as in `LockState`.
 
         Raises InputError where the lock would miss K or V; then nothing is attached.
         """
@@ -179,11 +201,13 @@ class TransformerLock:
             raise InputError(f"{type(transformer).__name__} has no self-attention named {arch.attention!r}")
         self.transformer = transformer
         self.layers = select_layers(len(attentions), layers)
-        self.state = LockState(background, arch.text)
+        self.state = LockState(background, arch.text, format)
+        self.forwards = 0
         self._targets: list[tuple[nn.Module, tuple[str, ...], nn.Module, type[nn.Module]]] = []
         try:
             for layer in self.layers:
                 name, attention = attentions[layer]
+                self.state.heads[layer] = getattr(attention, "heads", getattr(attention, "num_heads", None))
                 for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
                     self._attach(attention, names, (self.state, (layer, kind), token_dim), name)
         except BaseException:
@@ -214,11 +238,17 @@ class TransformerLock:
 
     @contextmanager
     def forward(
-        self, mode: Mode, weight: Tensor | None = None, kept: KeptKV | None = None, tokens: int | None = None
+        self,
+        mode: Mode,
+        weight: Tensor | None = None,
+        kept: KeptKV | None = None,
+        tokens: int | None = None,
+        any_number: bool = False,
     ) -> Iterator[None]:
-        """One forward in `mode`; afterwards every locked module must have run once.
+        """One forward in `mode`; afterwards every locked module must have run once, and `forwards` is how often.
 
-        weight: [rows, S] fp32 (for IN_BATCH without the source's row), needed where the mode blends. kept: the
+        any_number: of forwards, none too; then every module must have run as often as the others. weight: [rows, S]
+        fp32 (for IN_BATCH without the source's row), needed where the mode blends; rows may be repeated. kept: the
         background's K and V to blend with (STORED) or to see (FOREGROUND), or the places to pack them into (CAPTURE;
         where there is none for a layer, a tensor is added). tokens: the video's, S, beyond which a self-attention's are
         text; None where there is no text among them.
@@ -232,16 +262,17 @@ class TransformerLock:
                     "adapter: load adapters first, then lock"
                 )
         state = self.state
-        state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, 0
+        state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, Counter()
         state.tokens = tokens
         try:
             yield
         finally:
             state.mode, state.weight, state.kept, state.view = Mode.OFF, None, {}, None
-        expected = 2 * len(self.layers)
-        if state.fired != expected:
+        counts = [state.fired[layer, kind] for layer in self.layers for kind in "kv"]
+        self.forwards = max(counts) if any_number else 1
+        if set(counts) != {self.forwards}:
             raise RuntimeError(
-                f"{state.fired} of {expected} locked projections ran in a forward of "
+                f"{sum(counts)} of {len(counts) * self.forwards} locked projections ran in a forward of "
                 f"{type(self.transformer).__name__}: layers were skipped"
             )
 
