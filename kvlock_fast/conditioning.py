@@ -30,7 +30,10 @@ class Given:
 
 
 class Conditioning(Mapping[str, Tensor]):
-    """Tensors by name, all of `rows` samples along their first dimension."""
+    """Tensors by name, all of `rows` samples along their first dimension.
+
+    filled: whether texts of different lengths are among them, which their mask tells apart.
+    """
 
     def __init__(self, **tensors: Tensor):
         """Raises ValueError where there are none, or of different numbers of samples."""
@@ -39,6 +42,7 @@ class Conditioning(Mapping[str, Tensor]):
             raise ValueError(f"conditioning must be of one number of samples, got {sorted(counts)}")
         self._tensors = tensors
         self.rows = counts.pop()
+        self.filled = False
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -51,15 +55,20 @@ class Conditioning(Mapping[str, Tensor]):
 
     def part(self, first: int, end: int) -> "Conditioning":
         """Of samples from `first` to before `end`, as views."""
-        return Conditioning(**{name: x[first:end] for name, x in self.items()})
+        return self._like({name: x[first:end] for name, x in self.items()})
 
     def expand(self, rows: int) -> "Conditioning":
         """One sample for as many, as views."""
-        return Conditioning(**{name: x.expand(rows, *x.shape[1:]) for name, x in self.items()})
+        return self._like({name: x.expand(rows, *x.shape[1:]) for name, x in self.items()})
 
     def replace(self, **tensors: Tensor) -> "Conditioning":
         """With some of the tensors replaced, or more of them."""
-        return Conditioning(**{**self._tensors, **tensors})
+        return self._like({**self._tensors, **tensors})
+
+    def _like(self, tensors: Mapping[str, Tensor]) -> "Conditioning":
+        other = Conditioning(**tensors)
+        other.filled = self.filled
+        return other
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
@@ -68,7 +77,10 @@ class Conditioning(Mapping[str, Tensor]):
         Raises InputError where texts of different lengths have no mask, so that no forward can take them together.
         """
         first = parts[0]
-        return Conditioning(**{name: _cat([part[name] for part in parts], MASK in first) for name in first})
+        together = Conditioning(**{name: _cat([part[name] for part in parts], MASK in first) for name in first})
+        lengths = {part[MASK].shape[1] for part in parts if MASK in first}
+        together.filled = len(lengths) > 1 or any(part.filled for part in parts)
+        return together
 
 
 def _cat(tensors: Sequence[Tensor], masked: bool) -> Tensor:

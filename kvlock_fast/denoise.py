@@ -165,6 +165,8 @@ def why_not_captured(model: Any, lock: LockConfig, solver: Solver) -> str | None
         return "it takes the scheduler's own steps"
     if compares_with_source(lock):
         return "tau='auto' counts the source's predictions on the host"
+    if model.why_not_captured is not None:
+        return model.why_not_captured
     parts = (part for transformer in model.transformers for part in transformer.modules())
     if any(hasattr(part, "_hf_hook") or "forward" in vars(part) for part in parts):
         return "forwards of the model were replaced, as by offloading: its weights may move between steps"

@@ -148,6 +148,7 @@ class KVLockPipeline:
                 blocks = compiled_blocks(self.model.transformers, compile, self.model.arch.blocks)
                 with _stage(recorder, progress, "denoise"), blocks:
                     edited = edit_prompts(task, scene, way.cache, recorder, progress)
+                edited = self.model.finish(edited, task.prompt)
                 _refuse_nan(recorder, prompts, num_inference_steps)
                 if output == "latent":
                     return edited, []
@@ -202,7 +203,7 @@ class KVLockPipeline:
             lock, cache, recorder, progress, guidance_scale,
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
-                text = self.model.condition([source_prompt], scene.given)
+                text = self.model.condition_source([source_prompt], scene.given)
             with EntryWriter(output) as writer, _stage(recorder, progress, "source pass"):
                 return scene.save(text, cache, writer, recorder, progress, notes or {})
 
@@ -289,7 +290,7 @@ class KVLockPipeline:
         return self._loops
 
     def _project(self, pixel_mask: Tensor) -> ProjectedMask:
-        projected = project_mask(pixel_mask.to(self.model.device), self.model.geometry)
+        projected = project_mask(self.model.may_change(pixel_mask).to(self.model.device), self.model.geometry)
         if not projected.tokens.any():
             raise InputError("mask is empty: no pixel is marked as foreground")
         if projected.tokens.all():
@@ -301,11 +302,11 @@ class KVLockPipeline:
         self, prompts: list[str], negative_prompt: str | None, source_prompt: str, given: Given
     ) -> tuple[Conditioning, Conditioning | None, Conditioning]:
         """What the model is told of the prompts, of the negative one and of the source's."""
-        told = [self.model.condition([text], given) for text in (*prompts, source_prompt)]
+        told = [self.model.condition([text], given) for text in prompts]
         negative = None
         if self.model.guided(given.guidance_scale):
-            negative = self.model.condition([negative_prompt or ""], given).expand(len(prompts))
-        return Conditioning.cat(told[:-1]), negative, told[-1]
+            negative = self.model.condition_negative(negative_prompt or "", prompts, given)
+        return Conditioning.cat(told), negative, self.model.condition_source([source_prompt], given)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.cache.store import Packed
-from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.controller import can_lock, compares_with_source
 from kvlock_fast.foreground import edit_region
 from kvlock_fast.forwards import Forwards, Predictor, Task
@@ -151,7 +150,7 @@ class StepForwards:
     def use(self, tensors: dict[str, Tensor]) -> None:
         """Read these instead."""
         texts = {
-            field: Conditioning(**{name: tensors[f"{field}.{name}"] for name in told})
+            field: told.replace(**{name: tensors[f"{field}.{name}"] for name in told})
             for field in TEXTS
             if (told := getattr(self.task, field)) is not None
         }

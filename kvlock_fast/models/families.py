@@ -24,8 +24,20 @@ class Family:
 
 REGISTRY: tuple[Family, ...] = (
     Family("wan", "wan.WanModel", ("WanPipeline",), ("WanTransformer3DModel",)),
+    Family("wan-i2v", "wan_image.WanImageModel", ("WanImageToVideoPipeline",), ("WanTransformer3DModel",)),
+    Family("wan-vace", "wan_vace.WanVACEModel", ("WanVACEPipeline",), ("WanVACETransformer3DModel",)),
+    Family("skyreels-v2", "skyreels.SkyReelsModel", ("SkyReelsV2Pipeline",), ("SkyReelsV2Transformer3DModel",)),
+    Family(
+        "skyreels-v2-i2v",
+        "skyreels.SkyReelsImageModel",
+        ("SkyReelsV2ImageToVideoPipeline",),
+        ("SkyReelsV2Transformer3DModel",),
+    ),
+    Family("chronoedit", "chronoedit.ChronoEditModel", ("ChronoEditPipeline",), ("ChronoEditTransformer3DModel",)),
     Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
     Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
+    Family("mochi", "mochi.MochiModel", ("MochiPipeline",), ("MochiTransformer3DModel",)),
+    Family("allegro", "allegro.AllegroModel", ("AllegroPipeline",), ("AllegroTransformer3DModel",)),
 )
 FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)

@@ -1,9 +1,9 @@
 """The LTX-Video family, text-to-video.
 
-Facts of diffusers' `LTXPipeline`: latents are normalised by statistics that the autoencoder keeps, and lie as a sequence
-of tokens; the sigmas are evenly spaced, then shifted by the number of latents; a text's mask goes with it; both
-branches of guidance are one forward, unconditional rows first; predictions are taken in fp32. Positions are in seconds,
-by a frame rate, and in pixels.
+Facts of diffusers' `LTXPipeline`: latents are normalised by statistics that the autoencoder keeps, and lie as a
+sequence of tokens; the sigmas are evenly spaced, then shifted by the number of latents; a text's mask goes with it;
+both branches of guidance are one forward, unconditional rows first; predictions are taken in fp32. Positions are in
+seconds, by a frame rate, and in pixels.
 """
 
 import inspect
@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import LTXPipeline
 from torch import Tensor
 
@@ -82,6 +81,8 @@ class LTXModel(PipelineModel):
         frames, height, width = latents.shape[2:]
         patches = self.config.patch_size, self.config.patch_size_t
         rows = LTXPipeline._pack_latents(latents, *patches).to(transformer.dtype)
+        if len(rows) > 1:  # as the pipeline's own, put together of both branches: other strides are other roundings
+            rows = rows.contiguous()
         space = vae.spatial_compression_ratio
         prediction = transformer(
             hidden_states=rows,
