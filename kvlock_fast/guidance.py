@@ -98,7 +98,7 @@ class KVLockGuidance(BaseGuidance):
     def prepare_models(self, denoiser: nn.Module) -> None:
         """Before a branch's forward."""
         super().prepare_models(denoiser)
-        if self.run is not None:
+        if self.run is not None and self.run.locks:
             self._open.enter_context(self.run.kv.edit())
 
     def cleanup_models(self, denoiser: nn.Module) -> None:

@@ -27,6 +27,10 @@ class LoopSchedule:
         """foreground: bool [B or 1, S]; num_steps, guidance_scale: None where the loop decides by itself."""
         if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
             raise InputError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
+        if lock.compute != "full" or lock.halo:
+            raise InputError(
+                f"compute {lock.compute!r}, halo {lock.halo}: only KVLockPipeline computes a part of the tokens"
+            )
         self.lock, self.foreground, self.num_steps = lock, foreground, num_steps
         self.guidance_scale, self.patch_size = guidance_scale, patch_size
         self.restart()
@@ -129,8 +133,8 @@ class LoopSchedule:
     def _check_tokens(self, x: Tensor, tokens: int) -> None:
         if tokens != self.foreground.shape[1]:
             raise InputError(
-                f"latents {list(x.shape)} have {tokens} tokens (of patch_size {self.patch_size}), and the foreground has "
-                f"{self.foreground.shape[1]}: latents are [B, C, T, h, w], [B, C, h, w] or [B, S, C]"
+                f"latents {list(x.shape)} have {tokens} tokens (of patch_size {self.patch_size}), and the foreground "
+                f"has {self.foreground.shape[1]}: latents are [B, C, T, h, w], [B, C, h, w] or [B, S, C]"
             )
 
     def _where(self, x: Tensor) -> Tensor:

@@ -66,6 +66,7 @@ class LockedRun:
             guidance_scale=guider.guidance_scale,
         )  # fmt: skip
         self.prediction: Tensor | None = None
+        self.locks = False
 
     def source_at(self, k: int) -> Tensor:
         """The source's latents [1, C, T, h, w] before step k, or (k = T) clean."""
@@ -82,8 +83,9 @@ class LockedRun:
 
     def forward_source(self, k: int, timestep: Tensor, dtype: torch.dtype, attention_kwargs: Any) -> None:
         """The source's forward of step k, where anything follows from it."""
-        lock, needed = self.kv.lock, can_lock(self.kv.lock, len(self.signal) - 1, k)
-        if k < lock.zero_init_steps or not (needed or compares_with_source(lock)):
+        lock = self.kv.lock
+        self.locks = k >= lock.zero_init_steps and can_lock(lock, len(self.signal) - 1, k)
+        if not self.locks and (k < lock.zero_init_steps or not compares_with_source(lock)):
             return
         with self.kv.source():
             self.prediction = self._transformer(timestep)(

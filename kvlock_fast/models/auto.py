@@ -37,7 +37,7 @@ HALF_TOLERANCE = 2e-2
 
 
 def find_and_check(transformer: nn.Module, sample: Sample, tokens: int) -> ArchSpec:
-    """Where and how a transformer is locked, found and verified in nine forwards of a sample.
+    """Where and how a transformer is locked, found and verified in eight forwards of a sample.
 
     sample: the arguments of a forward by name, or a function that makes one and returns the prediction; its latents,
     of `tokens` tokens, are the forward's first argument. Raises InputError with the reason where no lock is certain to
@@ -70,11 +70,11 @@ def _line(error: Exception) -> str:
 
 
 class _Found:
-    """What two silent forwards of other latents say: which projections are the video's self-attentions', and where its
-    tokens are.
+    """What two silent forwards, of other latents, say: which projections are the video's self-attentions', and where
+    its tokens are.
 
-    arch: the description; calls: by number of the attention in a forward, its layer; places: the video's tokens in that
-    attention's keys, first and end.
+    arch: the description; plain: a forward as it is; calls: by number of the attention in a forward, its layer; places:
+    the video's tokens in that attention's keys, first and end.
     """
 
     def __init__(self, transformer: nn.Module, forward: Forward, tokens: int):
@@ -85,6 +85,9 @@ class _Found:
             )
             for name, module in projecting(transformer).items()
         }
+        self.plain = watch(transformer, forward, self.parts)
+        if not torch.equal(self.plain.result, watch(transformer, forward, {}).result):
+            raise self.refusal("two of its forwards differ (is it in eval mode?)")
         one = watch(transformer, forward, self.parts, silent=True)
         with other_latents(transformer):
             other = watch(transformer, forward, self.parts, silent=True)
@@ -190,8 +193,7 @@ class _Found:
 
 def _check(transformer: nn.Module, forward: Forward, found: _Found) -> None:
     """Raise InputError unless the lock that was found does what blending at the attention does."""
-    arch, tokens = found.arch, found.tokens
-    plain = watch(transformer, forward, found.parts)
+    arch, tokens, plain = found.arch, found.tokens, found.plain
     lock = TransformerLock(transformer, arch)
     try:
         kept = _references(lock, plain, arch, tokens)
@@ -209,7 +211,7 @@ def _check(transformer: nn.Module, forward: Forward, found: _Found) -> None:
     finally:
         lock.detach()
     if not torch.equal(off.result, plain.result):
-        raise found.refusal("two of its forwards differ, or a lock by nothing changes it (is it in eval mode?)")
+        raise found.refusal("a lock by nothing changes its prediction")
 
     def at_call(n: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         if n not in found.calls:
