@@ -108,7 +108,7 @@ class AttachedLock:
         locks = []
         with ExitStack() as attached:
             for transformer, arch in zip(self.transformers, self._archs, strict=True):
-                lock = TransformerLock(transformer, arch, self._layers, background, self._format)
+                lock = TransformerLock(transformer, arch, self._layers, background, format=self._format)
                 attached.callback(lock.detach)
                 locks.append(lock)
             self._exit = attached.pop_all()

@@ -99,7 +99,9 @@ class _Steps:
         stages = tuple(predict.stage(k) for k in range(predict.solver.num_steps))
         facts = tuple(launch_facts(transformer) for transformer in predict.model.transformers)
         layout = None if stored is None else stored.store.layout
-        constants = (task.lock, task.guidance, stages, facts, layout, forwards.region and forwards.region.foreground)
+        paths = tuple(lock.fast is not None for lock in predict.locks)
+        region = forwards.region and forwards.region.foreground
+        constants = (task.lock, task.guidance, stages, facts, paths, layout, region)
         held = loops.take(constants, {**forwards.tensors(), **self.stepper.tensors()}, slots)
         if stored is not None and held.slots is not slots:
             stored.store.use_slots(held.slots)

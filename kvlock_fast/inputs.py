@@ -116,7 +116,7 @@ def fit_to_model(
     if size != wanted:
         down, across = geometry.size_multiple()
         _warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: working at {size[0]}x{size[1]}")
-    _check_extent(geometry, min(count, at_once or count), *size)
+    _check_extent(geometry, count if geometry.one_frame else min(count, at_once or count), *size)
     video, mask = resize_video(video, *size), resize_mask(mask, *size)
     video, _ = fit_frames(video, policy, *geometry.frame_rule)
     mask, _ = fit_frames(mask, policy, *geometry.frame_rule)
@@ -131,7 +131,9 @@ def fit_to_model(
 
 
 def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> None:
-    """Raise InputError where the model's position codes end."""
+    """Raise InputError for several frames of a model of images, and where the model's position codes end."""
+    if geometry.one_frame and frames > 1:
+        raise InputError(f"the model makes images, which are videos of 1 frame, and the video has {frames} frames")
     if geometry.knows(frames, height, width):
         return
     (down, across), (long, high, wide) = geometry.size_multiple(), geometry.limits

@@ -18,7 +18,7 @@ class Geometry:
     Strides in pixels, patch_size (t, h, w) in latents; most_tokens: the most along one axis that the model knows, or
     along each (None: any number); lead_in: where the patch does not divide the latent frames, the model has the first
     of them repeated in front (else its last patch is incomplete); latents_together: how many latent frames after the
-    first the autoencoder decodes at once, and needs whole.
+    first the autoencoder decodes at once, and needs whole; one_frame: whether the model makes images, no videos.
     """
 
     temporal_stride: int
@@ -28,6 +28,7 @@ class Geometry:
     most_tokens: int | tuple[int | None, int | None, int | None] | None = None
     lead_in: bool = False
     latents_together: int = 1
+    one_frame: bool = False
 
     def __post_init__(self):
         sizes = (self.temporal_stride, self.spatial_stride, *self.patch_size)

@@ -149,10 +149,9 @@ class StepForwards:
 
     def use(self, tensors: dict[str, Tensor]) -> None:
         """Read these instead."""
+        told = ((field, getattr(self.task, field)) for field in TEXTS)
         texts = {
-            field: told.replace(**{name: tensors[f"{field}.{name}"] for name in told})
-            for field in TEXTS
-            if (told := getattr(self.task, field)) is not None
+            field: x.replace(**{name: tensors[f"{field}.{name}"] for name in x}) for field, x in told if x is not None
         }
         self.task = replace(self.task, mask=replace(self.task.mask, tokens=tensors["tokens"]), **texts)
         self.background, self.rows = tensors["background"], tensors.get("rows")

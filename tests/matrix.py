@@ -17,6 +17,7 @@ FEATURES = {
     "test_whole_edits": "edits (along, native, fp8)",
     "test_several_prompts_equal_one_at_a_time": "several prompts",
     "test_compiled_blocks_take_one_graph_for_all_alphas": "compiled blocks",
+    "test_the_fast_path_is_the_generic_one": "fast path",
     "test_foreground_only_is_exact": "foreground-only",
 }
 """Tests of the suite, and what a column says of a family that passed."""
@@ -36,6 +37,7 @@ model *edits well* is not said here.
 - **token order, mask**: a token's latents are one row of the keys, and a pixel is in the token that the mask says.
 - **edits**: whole edits, the source along, stored, and stored in fp8; **several prompts** equal one at a time.
 - **compiled blocks**: `torch.compile` of the blocks, one graph for every alpha.
+- **fast path**: `processors="fast"`, the prologue in front of the attention, equals the generic path.
 - **foreground-only**: `compute="foreground"` equals the whole computation.
 """
 

@@ -14,7 +14,7 @@ but the number of the module.
 import itertools
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum, auto
 from functools import cache
 from typing import Any
@@ -26,6 +26,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.blend import as_heads, blend_
 from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
 from kvlock_fast.models.arch import ArchSpec, first_submodule, refuse_wrapped, select_layers, without_text
+from kvlock_fast.models.fast import choose_path
 from kvlock_fast.models.foreground import View, attend
 from kvlock_fast.nvtx import span
 
@@ -61,10 +62,13 @@ class LockState:
         self.view: View | None = None
         self.format = format
         self.heads: dict[int, int | None] = {}
+        self.prologue: Any = None
         self.fired: Counter[tuple[int, str]] = Counter()
 
     def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
         """A module's output x, taken for what the mode wants, or blended in place."""
+        if self.prologue is not None:  # which does it, and counts
+            return
         self.fired[key] += 1
         if self.mode in (Mode.OFF, Mode.FOREGROUND):
             return
@@ -113,6 +117,11 @@ class LockState:
 _NUMBERS = itertools.count()
 _LOCKED: dict[int, tuple[LockState, tuple[int, str], int]] = {}
 """By number: the state, the key and the dimension of the tokens of every module that is locked now."""
+
+
+def locked_entry(number: int) -> tuple[LockState, tuple[int, str], int]:
+    """The state, the key and the dimension of the tokens of a locked module."""
+    return _LOCKED[number]
 
 
 def _lock_output(x: Tensor, number: int) -> None:
@@ -189,11 +198,14 @@ class TransformerLock:
         arch: ArchSpec,
         layers: tuple[int, ...] | None = None,
         background: Tensor | None = None,
+        processors: str = "generic",
         format: str | None = None,
     ):
-        """layers: the locked self-attention layers by number, None for all; background, format: as in `LockState`.
+        """layers: the locked self-attention layers by number, None for all; background, format: as in `LockState`;
+        processors: by which attention forwards that lock go, a wish of `fast.PROCESSORS`.
 
-        Raises InputError where the lock would miss K or V; then nothing is attached.
+        Raises InputError where the lock would miss K or V, and where processors 'fast' cannot be had; then nothing is
+        attached.
         """
         refuse_wrapped(transformer)
         attentions = arch.attentions(transformer)
@@ -210,6 +222,7 @@ class TransformerLock:
                 self.state.heads[layer] = getattr(attention, "heads", getattr(attention, "num_heads", None))
                 for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
                     self._attach(attention, names, (self.state, (layer, kind), token_dim), name)
+            self.fast = choose_path(processors, transformer, {n: attentions[n] for n in self.layers}, self.state)
         except BaseException:
             self.detach()
             raise
@@ -261,11 +274,14 @@ class TransformerLock:
                     f"a projection of {type(attention).__name__} was replaced after the lock was attached, as by an "
                     "adapter: load adapters first, then lock"
                 )
-        state = self.state
+        state, by = self.state, nullcontext()
         state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, Counter()
         state.tokens = tokens
+        if self.fast is not None and mode not in (Mode.OFF, Mode.FOREGROUND):
+            by = self.fast.forward()
         try:
-            yield
+            with by:
+                yield
         finally:
             state.mode, state.weight, state.kept, state.view = Mode.OFF, None, {}, None
         counts = [state.fired[layer, kind] for layer in self.layers for kind in "kv"]

@@ -31,6 +31,21 @@ def as_pixels(decoded: Tensor) -> Tensor:
     return ((decoded.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu()
 
 
+def encode_image(vae: Any, frames: Tensor, device: torch.device) -> Tensor:
+    """uint8 [1, H, W, 3] to the posterior's mode [1, C, h, w] fp32, not normalised, of an autoencoder of images."""
+    pixels = frames.permute(0, 3, 1, 2).to(device=device, dtype=vae.dtype) / 127.5 - 1.0
+    return vae.encode(pixels).latent_dist.mode().float()
+
+
+def decode_images(vae: Any, latents: Tensor, tiled: bool) -> Tensor:
+    """Latents [B, C, h, w] as the autoencoder made them to uint8 [B, H, W, 3] on the CPU; tiled: as `decode_each`."""
+    images = []
+    with _tiling(vae) if tiled else nullcontext():
+        for one in latents.to(vae.dtype).split(1):
+            images.append(as_pixels(vae.decode(one, return_dict=False)[0]))
+    return torch.cat(images).permute(0, 2, 3, 1)
+
+
 @contextmanager
 def _tiling(vae: Any) -> Iterator[None]:
     """The autoencoder in tiles, and as it was afterwards."""
