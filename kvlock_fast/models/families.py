@@ -125,3 +125,21 @@ def family_of_pipeline(pipe: Any) -> Family:
         known = ", ".join(FAMILIES)
         raise InputError(f"unknown model family: {kinds[0]} with transformer {name}; known: {known}")
     return family
+
+
+def arch_of(transformer: Any, name: str | None = None) -> Any:
+    """The `ArchSpec` for a transformer: that of the family of this name, else by its class, or those it is made from.
+
+    Raises InputError for a family that is not known.
+    """
+    kinds = [kind.__name__ for kind in type(getattr(transformer, "_orig_mod", transformer)).__mro__]
+    found = [family for family in REGISTRY if family.name == name]
+    if name is None:
+        found = [family for kind in kinds for family in REGISTRY if kind in family.transformers]
+    if not found:
+        unknown = f"transformer {kinds[0]}" if name is None else f"family {name!r}"
+        raise InputError(
+            f"unknown {unknown}; known families: {', '.join(FAMILIES)}; family='auto' with a sample finds and checks "
+            "the self-attentions of any transformer"
+        )
+    return found[0].load().arch

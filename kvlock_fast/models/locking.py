@@ -12,6 +12,7 @@ but the number of the module.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from enum import Enum, auto
@@ -61,9 +62,9 @@ class LockState:
     Tokens are the video's: those of the text, where there are any beside them, keep their own keys and values.
     """
 
-    def __init__(self, background: Tensor | None = None, text: str = "none"):
+    def __init__(self, background: Tensor | None = None, text: str = "none", format: str | None = None):
         """background: indices [N] of the tokens to keep and blend in CAPTURE and STORED, None for all; text: as
-        `ArchSpec.text`.
+        `ArchSpec.text`; format: how is packed what is kept without a place for it, None: it stays as it is.
 
         columns: first and how many of a module's output, by layer number and "k" or "v", where it holds more.
         """
@@ -76,14 +77,16 @@ class LockState:
         self.kept: KeptKV = {}
         self.view: View | None = None
         self.columns: dict[tuple[int, str], tuple[int, int]] = {}
+        self.format = format
+        self.heads: dict[int, int | None] = {}
         self.prologue: Any = None
-        self.fired = 0
+        self.fired: Counter[tuple[int, str]] = Counter()
 
     def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
         """A module's output x, taken for what the mode wants, or blended in place."""
         if self.prologue is not None:  # which does it, and counts
             return
-        self.fired += 1
+        self.fired[key] += 1
         if self.mode in (Mode.OFF, Mode.FOREGROUND):
             return
         if key in self.columns:
@@ -101,16 +104,20 @@ class LockState:
                 self._keep(key, x, token_dim, background)
         elif self.mode is Mode.STORED:
             with span("lock"):
-                blend_(x, self.kept[key], weight, token_dim, background)
+                blend_(x, self.kept[key], _repeated(weight, len(x)), token_dim, background)
         elif self.mode is Mode.IN_BATCH:
             with span("lock"):
-                blend_(x[1:], x[:1], weight, token_dim)
+                blend_(x[1:], x[:1], _repeated(weight, len(x) - 1), token_dim)
 
     def _keep(self, key: tuple[int, str], x: Tensor, token_dim: int, background: Tensor | None) -> None:
-        """Pack x into what is there for this layer, or keep it as it is."""
+        """Pack x into what is there for this layer, or keep it in the format, or as it is."""
         place = self.kept.get(key)
-        if place is None:
-            self.kept[key] = x.clone() if background is None else x.index_select(token_dim, background)
+        if not isinstance(place, QuantizedKV):
+            if self.format is not None:
+                heads = as_heads(x, token_dim, self._heads(key[0], x))
+                self.kept[key] = quantize_kv(heads, self.format, key[1], tokens=background)
+            else:
+                self.kept[key] = x.clone() if background is None else x.index_select(token_dim, background)
             return
         heads = as_heads(x, token_dim, place.shape[2])
         packed = quantize_kv(
@@ -128,6 +135,21 @@ class LockState:
                 background = place_by_place(background, frames, self.tokens)
             self._at_places = weight, background
         return self._at_places
+
+    def _heads(self, layer: int, x: Tensor) -> int:
+        heads = self.heads[layer]
+        if x.ndim == 3 and (heads is None or x.shape[2] % heads):
+            raise InputError(
+                f"format {self.format!r} needs the attention's heads, and layer {layer} of {x.shape[2]} channels says "
+                f"{heads}: keep K and V as they are (format=None)"
+            )
+        return heads or 1
+
+
+def _repeated(weight: Tensor, rows: int) -> Tensor:
+    """The weight of so many rows: that of the samples repeated, where branches of guidance share a batch."""
+    samples = len(weight)
+    return weight.repeat(rows // samples, 1) if rows > samples > 1 and rows % samples == 0 else weight
 
 
 _NUMBERS = itertools.count()
@@ -215,8 +237,9 @@ class TransformerLock:
         layers: tuple[int, ...] | None = None,
         background: Tensor | None = None,
         processors: str = "generic",
+        format: str | None = None,
     ):
-        """layers: the locked self-attention layers by number, None for all; background: as in `LockState`;
+        """layers: the locked self-attention layers by number, None for all; background, format: as in `LockState`;
         processors: by which attention forwards that lock go, a wish of `fast.PROCESSORS`.
 
         Raises InputError where the lock would miss K or V, and where processors 'fast' cannot be had; then nothing is
@@ -228,13 +251,15 @@ class TransformerLock:
             raise InputError(f"{type(transformer).__name__} has no self-attention named {arch.attention!r}")
         self.transformer = transformer
         self.layers = select_layers(len(attentions), layers)
-        self.state = LockState(background, arch.text)
+        self.state = LockState(background, arch.text, format)
+        self.forwards = 0
         self._targets: list[tuple[nn.Module, tuple[str, ...], nn.Module, type[nn.Module]]] = []
         try:
             for layer in self.layers:
                 name, attention = attentions[layer]
                 if arch.rows(name) != SAMPLES:
                     self.state.rows[layer] = arch.rows(name)
+                self.state.heads[layer] = getattr(attention, "heads", getattr(attention, "num_heads", None))
                 for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
                     self._attach(attention, names, (self.state, (layer, kind), token_dim), name)
                 columns = value_columns(attention, arch)
@@ -269,11 +294,17 @@ class TransformerLock:
 
     @contextmanager
     def forward(
-        self, mode: Mode, weight: Tensor | None = None, kept: KeptKV | None = None, tokens: int | None = None
+        self,
+        mode: Mode,
+        weight: Tensor | None = None,
+        kept: KeptKV | None = None,
+        tokens: int | None = None,
+        any_number: bool = False,
     ) -> Iterator[None]:
-        """One forward in `mode`; afterwards every locked module must have run once.
+        """One forward in `mode`; afterwards every locked module must have run once, and `forwards` is how often.
 
-        weight: [rows, S] fp32 (for IN_BATCH without the source's row), needed where the mode blends. kept: the
+        any_number: of forwards, none too; then every module must have run as often as the others. weight: [rows, S]
+        fp32 (for IN_BATCH without the source's row), needed where the mode blends; rows may be repeated. kept: the
         background's K and V to blend with (STORED) or to see (FOREGROUND), or the places to pack them into (CAPTURE;
         where there is none for a layer, a tensor is added). tokens: the video's, S, beyond which a self-attention's are
         text; None where there is no text among them.
@@ -287,7 +318,7 @@ class TransformerLock:
                     "adapter: load adapters first, then lock"
                 )
         state, by = self.state, nullcontext()
-        state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, 0
+        state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, Counter()
         state.tokens, state._at_places = tokens, None
         if self.fast is not None and mode not in (Mode.OFF, Mode.FOREGROUND):
             by = self.fast.forward()
@@ -296,10 +327,11 @@ class TransformerLock:
                 yield
         finally:
             state.mode, state.weight, state.kept, state.view = Mode.OFF, None, {}, None
-        expected = 2 * len(self.layers)
-        if state.fired != expected:
+        counts = [state.fired[layer, kind] for layer in self.layers for kind in "kv"]
+        self.forwards = max(counts) if any_number else 1
+        if set(counts) != {self.forwards}:
             raise RuntimeError(
-                f"{state.fired} of {expected} locked projections ran in a forward of "
+                f"{sum(counts)} of {len(counts) * self.forwards} locked projections ran in a forward of "
                 f"{type(self.transformer).__name__}: layers were skipped"
             )
 
