@@ -40,8 +40,8 @@ class Scene:
 
     frames: uint8 [F, H, W, 3]; count: how many of them to give back; saved: the cache that the user named; windows: of
     a clip that goes through the model in stretches; loops: where the steps are captured; kept_loops: those of earlier
-    calls, whose memory can be had back; pixels: the mask bool [F, H, W]; guidance_scale: that of the call. `place`
-    comes first.
+    calls, whose memory can be had back; pixels: the mask bool [F, H, W]; guidance_scale: that of the call; shared:
+    whether other processes have part of its tokens. `place` comes first.
     """
 
     model: Any
@@ -59,6 +59,7 @@ class Scene:
     noise: Tensor | None = None
     pixels: Tensor | None = None
     guidance_scale: float = 1.0
+    shared: bool = False
 
     def place(self, clean: Tensor | None, latents: Tensor | None, generator: torch.Generator | None) -> None:
         """Fix the clean latent [1, C, T, h, w] and the starting noise, or take both from the saved source."""
