@@ -37,8 +37,8 @@ def check_scheduler(scheduler: Any, flow: bool | str | None = None, shifts: bool
     """Raise InputError unless the scheduler integrates an ODE from noise to data, without noise of its own.
 
     flow: whether the model predicts a flow's velocity, "reversed" where its sigmas count from noise to data; None:
-    whatever the scheduler says; shifts: whether it is given a shift by resolution. One that is not known is tried: with the true velocity it has to go down the line from noise to
-    data.
+    whatever the scheduler says; shifts: whether it is given a shift by resolution. One that is not known is tried: with
+    the true velocity it has to go down the line from noise to data.
     """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     if config.get("use_dynamic_shifting") and not shifts:
@@ -109,8 +109,8 @@ def _strays(scheduler: Any, steps: int = 8) -> str | None:
 
 def make_ready(scheduler: Any, num_steps: int, device: torch.device, settings: Mapping[str, Any] = NO_SETTINGS) -> None:
     """Set its timesteps, at the first of them; settings: more for `set_timesteps`, such as sigmas, which then count."""
-    steps = {} if "sigmas" in settings or "timesteps" in settings else {"num_inference_steps": num_steps}
-    scheduler.set_timesteps(**steps, device=device, **settings)
+    steps = () if "sigmas" in settings or "timesteps" in settings else (num_steps,)
+    scheduler.set_timesteps(*steps, device=device, **settings)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
 

@@ -371,7 +371,7 @@ REFUSED = {
         "FlowMatchEulerDiscreteScheduler .* as the model was not trained on a flow",
     ),
     "ddim for wan": (lambda: call(tiny_wan(DDIMScheduler())), "the model predicts a flow's velocity"),
-    "image to video": (lambda: call(tiny_cogvideox("5b", in_channels=8)), "image-to-video is not supported yet"),
+    "image to video": (lambda: call(tiny_cogvideox("5b", in_channels=8)), "takes an image beside the text"),
     "too wide": (
         lambda: call(tiny_cogvideox("1.5"), width=112),
         "9 frames of 32x112 are too many for this model: it takes at most 48x64",

@@ -16,8 +16,9 @@ class ArchSpec:
     self-attention modules match whole; key, value: submodules whose output is the key (after its norm) and the value,
     the first that exists; token_dim: the dimension of the key's output that holds the tokens (the value's is 1); text:
     where the text's tokens are among them, "none", "prefix" or "suffix"; flow: whether the model predicts a flow's
-    velocity, "reversed" where sigma counts from noise to data; one_call: whether the family's pipeline runs both branches of guidance in one forward; blocks: the class
-    names of the blocks that are alike, where diffusers does not say.
+    velocity, "reversed" where sigma counts from noise to data; one_call: whether the family's pipeline runs both
+    branches of guidance in one forward; blocks: the class names of the blocks that are alike, where diffusers does not
+    say.
     """
 
     family: str

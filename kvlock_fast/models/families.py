@@ -25,6 +25,7 @@ class Family:
 REGISTRY: tuple[Family, ...] = (
     Family("wan", "wan.WanModel", ("WanPipeline",), ("WanTransformer3DModel",)),
     Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
+    Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
 )
 FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)

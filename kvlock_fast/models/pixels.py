@@ -14,15 +14,15 @@ def encode_mode(vae: Any, frames: Tensor, device: torch.device) -> Tensor:
     return vae.encode(pixels).latent_dist.mode().float()
 
 
-def decode_each(vae: Any, latents: Tensor, tiled: bool) -> Tensor:
+def decode_each(vae: Any, latents: Tensor, tiled: bool, **told: Any) -> Tensor:
     """Latents [B, C, T, h, w] as the autoencoder made them to uint8 [B, F, H, W, 3] on the CPU, a video at a time.
 
-    tiled: in tiles that are blended where they overlap, which takes less memory.
+    tiled: in tiles that are blended where they overlap, which takes less memory; told: more for the decoder.
     """
     videos = []
     with _tiling(vae) if tiled else nullcontext():
         for one in latents.to(vae.dtype).split(1):
-            pixels = vae.decode(one, return_dict=False)[0].float()
+            pixels = vae.decode(one, return_dict=False, **told)[0].float()
             videos.append(((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu())
     return torch.cat(videos).permute(0, 2, 3, 4, 1)
 

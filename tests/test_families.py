@@ -1,0 +1,254 @@
+"""One suite for all families: what docs/families.md says of each is what passed here."""
+
+import numpy as np
+import pytest
+import torch
+from conformance import OFF, PROMPT, Scene, StockCall, all_cases, attention_calls, blend_at_call
+from tiny import untouched
+from torch._dynamo.utils import counters
+
+import kvlock_fast as kvf
+from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.masks import project_mask
+from kvlock_fast.models import FAMILIES
+from kvlock_fast.models.compiling import compiled_blocks
+from kvlock_fast.models.locking import Mode
+
+CASES = {case.name: case for case in all_cases()}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    case = CASES[request.param]
+    reason = case.without.get(request.node.originalname)
+    if reason is not None:
+        pytest.skip(reason)
+    return case
+
+
+def stock(case, pipe, guidance=None):
+    with torch.no_grad():
+        return case.stock(pipe, StockCall(case, case.guidance if guidance is None else guidance)).float()
+
+
+def test_every_family_has_a_case():
+    assert {Scene(case).model.arch.family for case in CASES.values()} >= set(FAMILIES)
+
+
+@pytest.mark.parametrize("branches", ["guided", "unguided"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_lock_off_is_diffusers_bit_for_bit(case, dtype, branches):
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    guidance = case.guidance if branches == "guided" else case.unguided
+    if dtype not in case.dtypes or guidance is None:
+        pytest.skip(f"the pipeline has no such call: {dtype}, {branches}")
+    pipe = case.make()
+    for name, part in pipe.components.items():
+        if name != "vae" and isinstance(part, torch.nn.Module):
+            part.to(dtype)
+    expected = stock(case, pipe, guidance)
+    for lock in ("cfg", OFF):
+        out = case.edit(pipe, lock=lock, guidance_scale=guidance)
+        assert torch.equal(out.latents, expected)
+    assert out.trace.forwards == case.steps * (2 if case.guided and branches == "guided" else 1)
+    assert not torch.equal(expected, stock(case, pipe, guidance + 2.5)) or (branches == "unguided" or not case.guided)
+
+
+@torch.no_grad()
+def test_pixels_are_diffusers_own(case):
+    pipe = case.make()
+    out = case.edit(pipe, lock="cfg", output="frames")
+    call = StockCall(case, case.guidance, "np")
+    theirs = pipe(**call.arguments).frames[0] if case.frames is None else case.frames(pipe, call)
+    error = np.abs(out.frames[0].astype(int) - np.round(theirs * 255).astype(int))
+    assert out.frames[0].shape == (*case.size, 3) and error.max() <= 1
+
+
+@torch.no_grad()
+def test_encoding_is_the_inverse_of_what_decoding_does_to_latents(case, monkeypatch):
+    scene = Scene(case)
+    vae, modes, given = scene.pipe.vae, [], []
+    encode, decode = vae.encode, vae.decode
+
+    def spied_encode(x, *args, **kwargs):
+        out = encode(x, *args, **kwargs)
+        modes.append(out.latent_dist.mode())
+        return out
+
+    monkeypatch.setattr(vae, "encode", spied_encode)
+    monkeypatch.setattr(vae, "decode", lambda z, *args, **kwargs: given.append(z) or decode(z, *args, **kwargs))
+    latents = scene.model.encode_video(torch.from_numpy(case.video()))
+    frames = scene.model.decode(latents, case.size[0])
+    assert frames.shape == (1, *case.size, 3) and frames.dtype == torch.uint8
+    torch.testing.assert_close(given[0].view(-1), modes[0].view(-1), rtol=1e-4, atol=1e-5)
+    assert modes[0].std() > 0
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
+@torch.no_grad()
+def test_locking_is_blending_at_the_attention_call(case, alpha):
+    scene = Scene(case)
+    told, of_source = scene.told
+    blend = case.blend or blend_at_call
+    plain, seen = scene.predict(scene.latents, told), {}
+    with attention_calls(scene, lambda i, k, v: seen.update({i: (k, v)}) or (k, v)) as calls:
+        scene.predict(scene.source, of_source)
+    layers = len(scene.model.arch.attentions(scene.transformer))
+    assert len(calls) == layers * case.calls, "every attention of the video's tokens to themselves is one to lock"
+
+    def blended(i, *kv):
+        return tuple(blend(x, source, scene, alpha) for x, source in zip(kv, seen[i], strict=True))
+
+    with attention_calls(scene, blended):
+        expected = scene.predict(scene.latents, told)
+
+    background = (~scene.inside).nonzero()[:, 0]
+    kept, lock = scene.kept(scene.source, background), scene.lock(background)
+    with lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens):
+        stored = scene.predict(scene.latents, told)
+    rows = torch.cat([scene.source, scene.latents])
+    with lock.forward(Mode.IN_BATCH, scene.weight(alpha), tokens=scene.tokens):
+        along = scene.predict(rows, type(told).cat([of_source, told]))[1:]
+    assert lock.state.fired == 2 * layers
+    with lock.forward(Mode.OFF):
+        assert torch.equal(scene.predict(scene.latents, told), plain)
+    lock.detach()
+    scale = max(1.0, expected.abs().max().item())
+    torch.testing.assert_close(stored, expected, rtol=0, atol=case.tolerance * scale)
+    torch.testing.assert_close(along, expected, rtol=0, atol=10 * case.tolerance * scale)
+    assert torch.equal(stored, plain) == (alpha == 0)
+    assert alpha == 0 or (expected - plain).abs().max() > 1e-4 * scale, "the blend does something"
+
+
+def test_the_model_is_left_as_it_was(case):
+    pipe = case.make()
+    transformers = [t for t in (pipe.transformer, getattr(pipe, "transformer_2", None)) if t is not None]
+    expected = stock(case, pipe)
+    before = [{name: (type(m), set(vars(m))) for name, m in t.named_modules()} for t in transformers]
+    keys = [list(t.state_dict()) for t in transformers]
+    out = case.edit(pipe)
+    assert [{name: (type(m), set(vars(m))) for name, m in t.named_modules()} for t in transformers] == before
+    assert [list(t.state_dict()) for t in transformers] == keys and all(untouched(t) for t in transformers)
+    assert torch.equal(stock(case, pipe), expected)
+    assert not torch.equal(out.latents, expected)
+
+
+def test_skipped_layers_are_noticed(case, monkeypatch):
+    """A block that is left out: the count of locked projections that ran says so."""
+    pipe = case.make()
+    model = kvf.KVLockPipeline.from_pipe(pipe).model
+    _, attention = model.arch.attentions(model.transformers[0])[-1]
+    monkeypatch.setattr(attention, "forward", skipped)
+    with pytest.raises(RuntimeError, match="locked projections ran"):
+        case.edit(pipe, steps=2)
+
+
+def skipped(hidden_states, encoder_hidden_states=None, *args, **kwargs):
+    """What an attention gives, without one: its inputs; two of them where text goes with the video."""
+    return hidden_states if encoder_hidden_states is None else (hidden_states, encoder_hidden_states)
+
+
+@torch.no_grad()
+def test_tokens_lie_as_the_model_has_them(case):
+    """A change of one token's latents is a change of that row of the first layer's keys, and of no other."""
+    scene = Scene(case)
+    before = scene.kept(scene.latents)[0, "v"]
+    assert before.shape[1] == scene.tokens
+    for token in np.random.default_rng(0).permutation(scene.tokens)[:6]:
+        one = torch.zeros_like(scene.mask.tokens)
+        one[0, token] = True
+        changed = scene.latents + scene.mask.on_latents(one.float())[:, None]
+        after = scene.kept(changed)[0, "v"]
+        rows = (after != before).flatten(2).any(2).any(0)
+        assert rows.nonzero().flatten().tolist() == [token]
+
+
+@torch.no_grad()
+def test_a_pixel_reaches_the_tokens_that_the_mask_says(case):
+    """A token is foreground if any pixel under it is, by counting; and the autoencoder has as many latent frames."""
+    scene, rng = Scene(case), np.random.default_rng(3)
+    geometry = scene.model.geometry
+    pixels = rng.random(case.size) < 1e-3
+    pixels[tuple(rng.integers(case.size))] = True
+    grid, expected = geometry.token_grid(*case.size), []
+    lead = scene.source.shape[2] - len({latent_frame(geometry, f) for f in range(case.size[0])})
+    for f, y, x in np.argwhere(pixels):
+        at = latent_frame(geometry, f) + lead, y // geometry.spatial_stride, x // geometry.spatial_stride
+        expected.append(tuple(n // patch for n, patch in zip(at, geometry.patch_size, strict=True)))
+    found = project_mask(torch.from_numpy(pixels), geometry).tokens
+    assert {tuple(token) for token in found.view(grid).nonzero().tolist()} == set(expected)
+    assert tuple(-(-n // p) for n, p in zip(scene.source.shape[2:], geometry.patch_size, strict=True)) == grid
+
+
+def latent_frame(geometry, frame):
+    """Which of the latent frames a frame is in: the first alone, where the autoencoder is causal."""
+    return -(-int(frame) // geometry.temporal_stride) if geometry.causal else int(frame) // geometry.temporal_stride
+
+
+@pytest.mark.parametrize("cache", ["along", "native", "fp8_e4m3"])
+def test_whole_edits(case, cache):
+    """With the background's latents from the source: where nothing may change, nothing has."""
+    pipe = case.make()
+    config = CacheConfig() if cache == "along" else CacheConfig(tier="resident", format=cache)
+    lock = LockConfig.preset("kvlock", background_latents="source", kappa=2)
+    out = case.edit(pipe, lock=lock, cache=config, output="frames")
+    along = case.edit(pipe, lock=lock)
+    assert out.frames[0].shape == (*case.size, 3) and out.latents.isfinite().all()
+    error = ((out.latents - along.latents).norm() / along.latents.norm()).item()
+    assert error < {"along": 1e-6, "native": 1e-4, "fp8_e4m3": 0.1}[cache]
+    with torch.no_grad():
+        clean = kvf.KVLockPipeline.from_pipe(pipe).model.encode_video(torch.from_numpy(case.video()))
+    outside = ~out.mask.token_latents[:, None].expand_as(out.latents)
+    torch.testing.assert_close(out.latents[outside], clean.expand_as(out.latents)[outside], rtol=1e-5, atol=1e-5)
+    locked = [record for record in out.trace.records if record.alpha > 0]
+    assert locked and all(np.isfinite(record.s_star) for record in out.trace.records)
+
+
+def test_several_prompts_equal_one_at_a_time(case):
+    pipe, prompts = case.make(), [PROMPT, "a green square"]
+    lock = LockConfig.preset("kvlock", kappa=2)
+    together = case.edit(pipe, prompts, lock=lock)
+    for i, prompt in enumerate(prompts):
+        alone = case.edit(pipe, prompt, lock=lock)
+        torch.testing.assert_close(together.latents[i], alone.latents[0], rtol=1e-3, atol=1e-3)
+
+
+def test_compiled_blocks_take_one_graph_for_all_alphas(case, monkeypatch):
+    plain = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager", fullgraph=True))
+    torch.compiler.reset()
+    counters.clear()
+    try:
+        _compiled(case)
+    finally:
+        torch.compiler.reset()
+
+
+@torch.no_grad()
+def _compiled(case):
+    scene, counts = Scene(case), []
+    background = (~scene.inside).nonzero()[:, 0]
+    kept, lock = scene.kept(scene.source, background), scene.lock(background)
+    for alpha in (0.0, 0.3, 1.0):
+        with lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens):
+            eager = scene.predict(scene.latents, scene.told[0])
+        with (
+            compiled_blocks([scene.transformer], "regional", scene.model.arch.blocks),
+            lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens),
+        ):
+            compiled = scene.predict(scene.latents, scene.told[0])
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4 * max(1.0, eager.abs().max().item()))
+        counts.append(counters["stats"]["unique_graphs"])
+    lock.detach()
+    assert counts[0] > 0 and counts[1:] == counts[:1] * 2
+
+
+def test_foreground_only_is_exact(case):
+    pipe = case.make()
+    if not hasattr(kvf.KVLockPipeline.from_pipe(pipe).model, "predict_foreground"):
+        pytest.skip("the family has no forward of the foreground alone")
+    lock = {"alpha": 1.0, "s_star_region": "foreground", "background_latents": "source"}
+    whole = case.edit(pipe, lock=LockConfig(**lock))
+    alone = case.edit(pipe, lock=LockConfig(**lock, compute="foreground"))
+    torch.testing.assert_close(alone.latents, whole.latents, rtol=1e-4, atol=1e-4)
+    assert alone.trace.records[0].tokens < whole.mask.tokens.shape[1]
