@@ -13,7 +13,8 @@ from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.masks import Geometry, ProjectedMask
 from kvlock_fast.models.locking import kv_sizes
-from kvlock_fast.models.sharding import Shard, shard_of, ulysses_heads
+from kvlock_fast.models.sharding import Shard, shard_of, splits_text_mask, ulysses_heads
+from kvlock_fast.models.sharding import share_video as share_video
 from kvlock_fast.models.wrapped import refuse_caches, refuse_wrapped
 from kvlock_fast.windows import Windows, stretches
 
@@ -58,6 +59,11 @@ def _check_parallel(
             "context parallelism needs the same noise in every process: give a generator of one seed, or latents"
         )
     for transformer in model.transformers:
+        if splits_text_mask(transformer):
+            raise InputError(
+                "context parallelism splits the text's mask, which diffusers' attention cannot follow: call "
+                "kvlock_fast.parallel.share_video(transformer, config) in the place of enable_parallelism()"
+            )
         heads, multiple = kv_sizes(transformer, model.arch)[0], ulysses_heads(transformer)
         if heads % multiple:
             raise InputError(f"the transformer's {heads} heads cannot be shared by ulysses_degree {multiple}")

@@ -11,20 +11,23 @@ attention that gives the log-sum-exp that a ring needs, and a gathering of parts
 import json
 import sys
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from diffusers import ContextParallelConfig, LTXVideoTransformer3DModel
 from diffusers.models import attention_dispatch
+from family_ltx import tiny_ltx
 from safetensors.torch import save_file
 from test_pipeline import a_mask, a_video, call
 from tiny import tiny_wan
 
 import kvlock_fast as kvf
 from kvlock_fast.config import CacheConfig, LockConfig
-from kvlock_fast.models.arch import ArchSpec
 from kvlock_fast.models.locking import Mode, TransformerLock, blend_weight
+from kvlock_fast.models.ltx import LTX
+from kvlock_fast.parallel import share_video
 
 ULYSSES, RING = {"ulysses_degree": 2}, {"ring_degree": 2}
 RESIDENT = CacheConfig(tier="resident", format="native")
@@ -33,6 +36,15 @@ SEPARATE = LockConfig.preset("kvlock", guidance_batching="separate")
 
 def configured(parallel):
     return ContextParallelConfig(**parallel)
+
+
+def pipeline(parallel=None, family="wan", **settings):
+    if family == "wan":
+        return wan(parallel, **settings)
+    pipe = tiny_ltx()
+    if parallel is not None:
+        share_video(pipe.transformer, configured(parallel))
+    return pipe
 
 
 def wan(parallel=None, second=False, expanded=False, **transformer):
@@ -51,6 +63,7 @@ def half_covered():
     return mask
 
 
+LTX_CLIP = {"video": a_video(5, 64, 64), "mask": a_mask(5, 64, 64)}
 EDITS = {
     "lockstep": ({}, {"lock": "paper"}),
     "lockstep, one after the other": ({}, {"lock": SEPARATE}),
@@ -66,11 +79,13 @@ EDITS = {
     "compiled blocks": ({}, {"lock": "kvlock", "compile": "regional"}),
     "in stretches": ({}, {"lock": "kvlock", "video": a_video(17), "mask": a_mask(17), "window": 13, "overlap": 4}),
     "unlocked": ({}, {"lock": "cfg"}),
+    "ltx": ({"family": "ltx"}, {"lock": "kvlock", **LTX_CLIP}),
+    "ltx, resident": ({"family": "ltx"}, {"lock": "kvlock", "cache": RESIDENT, **LTX_CLIP}),
 }
 """By name: the pipeline, and the call."""
 KINDS = {
     "ulysses": (ULYSSES, tuple(EDITS)),
-    "ring": (RING, ("lockstep", "resident", "a process without background")),
+    "ring": (RING, ("lockstep", "resident", "a process without background", "ltx", "ltx, resident")),
     "ulysses, odd": (ULYSSES | {"ulysses_anything": True}, ("lockstep", "resident")),
     "ring, odd": (RING | {"ring_anything": True}, ("lockstep", "resident")),
 }
@@ -81,7 +96,7 @@ ODD = {"video": a_video(9, 48, 48), "mask": a_mask(9, 48, 48)}
 def edit(name, kind=None, odd=False):
     """The edit's latents, and its trace but for the seconds."""
     pipe, arguments = EDITS[name]
-    out = call(wan(kind, **pipe), steps=3, **(arguments | (ODD if odd else {})))
+    out = call(pipeline(kind, **pipe), steps=3, **(arguments | (ODD if odd else {})))
     return out.latents, [{k: v for k, v in asdict(record).items() if k != "seconds"} for record in out.trace.records]
 
 
@@ -95,6 +110,7 @@ REFUSED = {
     "stretches": ({}, {"video": a_video(17, 48, 48), "mask": a_mask(17, 48, 48), "window": 9, "overlap": 4}),
     "heads": ({"num_attention_heads": 3}, {}),
     "invert": ({}, {}),
+    "text mask": ({"family": "ltx"}, LTX_CLIP),
 }
 
 
@@ -103,7 +119,12 @@ def refused(name, folder):
     pipe, arguments = REFUSED[name]
     arguments = {"generator": torch.Generator().manual_seed(0)} | arguments
     video, mask = arguments.pop("video", a_video()), arguments.pop("mask", a_mask())
-    pipe = kvf.KVLockPipeline.from_pipe(wan(ULYSSES, **pipe))
+    if "family" in pipe:  # as diffusers has it
+        pipe = tiny_ltx()
+        pipe.transformer.enable_parallelism(config=configured(ULYSSES))
+    else:
+        pipe = wan(ULYSSES, **pipe)
+    pipe = kvf.KVLockPipeline.from_pipe(pipe)
     try:
         if name == "invert":
             pipe.invert(video, mask, folder, source_prompt="a cat", **arguments)
@@ -112,9 +133,6 @@ def refused(name, folder):
     except kvf.InputError as error:
         return str(error)
     return "done"
-
-
-LTX = ArchSpec(family="ltx", transformers=("LTXVideoTransformer3DModel",), attention=r"transformer_blocks\.\d+\.attn1")
 
 
 def ltx(parallel=None, masked=False):
@@ -128,7 +146,9 @@ def ltx(parallel=None, masked=False):
         num_layers=2, caption_channels=12,
     ).eval()  # fmt: skip
     if parallel is not None:
-        share_video(transformer, parallel) if masked else transformer.enable_parallelism(config=configured(parallel))
+        share_video(transformer, configured(parallel)) if masked else transformer.enable_parallelism(
+            config=configured(parallel)
+        )
     size, rows, text = (2, 3, 4), torch.randn(3, 24, 4), torch.randn(3, 6, 12)
     text_mask = torch.arange(6)[None] < torch.tensor([[4], [6], [1]]) if masked else None
     foreground = torch.rand(1, 24) < 0.4
@@ -148,15 +168,6 @@ def ltx(parallel=None, masked=False):
     }
     lock.detach()
     return predictions
-
-
-def share_video(transformer, parallel):
-    """Context parallelism of LTX as docs/interplay.md has it."""
-    plan = {name: part for name, part in transformer._cp_plan.items() if name}
-    plan[""] = {"hidden_states": transformer._cp_plan[""]["hidden_states"]}
-    transformer.enable_parallelism(config=configured(parallel), cp_plan=plan)
-    for block in transformer.transformer_blocks:
-        block.attn2.processor._parallel_config = None
 
 
 def attention_with_lse(ctx, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, **_):
@@ -194,7 +205,9 @@ def main(rank, count, store, output):
     compiled = torch.nn.Module.compile
     torch.nn.Module.compile = lambda self: compiled(self, backend="eager")
     lend_to_diffusers()
-    dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=int(rank), world_size=int(count))
+    dist.init_process_group(
+        "gloo", init_method=Path(store).as_uri(), rank=int(rank), world_size=int(count), timeout=timedelta(minutes=2)
+    )
     tensors, said = {}, {}
     for kind, (settings, names) in KINDS.items():
         for name in names:
