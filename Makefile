@@ -11,7 +11,7 @@ JOBS   ?= 2
 # With "=": after a space pytest would take the folder for a place of tests, before it has read our options.
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) $(if $(CLIPS),--clips="$(CLIPS)")
 
-.PHONY: demo test test-all lint clean install
+.PHONY: demo test test-all matrix lint clean install
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -22,6 +22,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) --all
+
+# The table of what works with which model, for the docs.
+matrix: $(STAMP)
+	$(PYTEST) tests/test_families.py -k "not test_the_page" --matrix=kvlock_fast/docs/families.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

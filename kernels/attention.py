@@ -288,8 +288,9 @@ def run_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, route: str) -> 
 def _attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, route: str) -> Tensor:
     if not runs_triton(backend, q, k, v):
         return attention_reference(q, k, v, scale).to(q.dtype).contiguous()
-    if route == "auto":
-        route = choose_attention(q, only_ours=backend == "triton")
+    if route in ("auto", "library"):
+        chosen = choose_attention(q, only_ours=backend == "triton")
+        route = "sdpa" if route == "library" and chosen == "triton" else chosen
     return run_attention(q, k, v, scale, route)
 
 
@@ -328,7 +329,7 @@ def check_route(route: str, routes: tuple[str, ...], backend: str, q: Tensor) ->
             raise ValueError(f"attention={route!r} cannot be used: {reason}")
 
 
-ROUTES = ("auto", "triton", *attention_backends.BACKENDS)
+ROUTES = ("auto", "library", "triton", *attention_backends.BACKENDS)
 
 
 def attention(
@@ -336,7 +337,8 @@ def attention(
 ) -> Tensor:
     """softmax(scale Q K^T) V of q [B, Sq, H, D], k, v [B, S, H, D] in q's dtype; scale defaults to D ** -0.5.
 
-    attention: "triton" (ours), "cudnn", "flash", "sdpa", or "auto". Raises ValueError on what does not fit.
+    attention: "triton" (ours), "cudnn", "flash", "sdpa" (as torch chooses), "auto", or "library": what "auto" takes,
+    but "sdpa" in place of ours. Raises ValueError on what does not fit.
     """
     check_qkv(q, k, v)
     check_route(attention, ROUTES, backend, q)

@@ -32,6 +32,7 @@ from kvlock_fast.kernels.prologue_arguments import (
     alpha_of,
     check_names,
     check_norm,
+    check_places,
     check_projections,
     check_rope,
     placed_lock,
@@ -43,6 +44,7 @@ from kvlock_fast.kernels.prologue_reference import (
     OUTPUTS,
     Capture,
     Lock,
+    Places,
     PrologueOutput,
     QKNorm,
     RoPE,
@@ -52,7 +54,7 @@ from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
 
 require_package_name(__name__)
 
-__all__ = ["Capture", "Lock", "PrologueOutput", "QKNorm", "RoPE", "prologue"]
+__all__ = ["Capture", "Lock", "Places", "PrologueOutput", "QKNorm", "RoPE", "prologue"]
 
 
 @torch.library.custom_op("kvlock_fast::prologue", mutates_args=())
@@ -83,9 +85,13 @@ def _prologue_op(
     output: str,
     capture: str | None,
     capture_stage: str,
+    rows: Tensor | None,
+    count: int,
     backend: str,
 ) -> list[Tensor]:
-    """k_source, v_source: codes [B or 1, R, H, D or D/2] and their scales; empty without a lock. alpha None: 1."""
+    """k_source, v_source: codes [B or 1, R, H, D or D/2] and their scales; empty without a lock. alpha None: 1. count:
+    of the background's tokens.
+    """
     by = QKNorm(norm, q_weight, k_weight, q_bias, k_bias, eps)
     rope = None if cos is None else RoPE(cos, sin, layout)
     kept = None if capture is None else Capture(capture, capture_stage)
@@ -97,8 +103,8 @@ def _prologue_op(
                 packed_arguments(k_source[0], k_source[1:], k_format, "k", k_per_scale, arch),
                 packed_arguments(v_source[0], v_source[1:], v_format, "v", v_per_scale, arch),
             )
-        outputs = _allocate(q, k, heads, foreground, k_source, output, capture)
-        launch_prologue(q, k, v, outputs, heads, by, rope, foreground, source, alpha, stage, first_row, kept)
+        outputs = _allocate(q, k, heads, foreground, count, output, capture)
+        launch_prologue(q, k, v, outputs, heads, by, rope, foreground, source, alpha, stage, first_row, kept, rows)
         return outputs
     lock = None
     if k_source:
@@ -106,23 +112,26 @@ def _prologue_op(
         k_ref = dequantize_kv_reference(k_source[0], k_source[1:], k_format, "k", dim, k_per_scale)
         v_ref = dequantize_kv_reference(v_source[0], v_source[1:], v_format, "v", dim, v_per_scale)
         lock = Lock(alpha, k_ref, v_ref, stage, first_row)
-    return prologue_reference(q, k, v, heads, by, rope, foreground, lock, output, kept)
+    places = None if rows is None else Places(rows, count)
+    return prologue_reference(q, k, v, heads, by, rope, foreground, lock, output, kept, places)
 
 
 @_prologue_op.register_fake
 def _(
     q, k, v, heads, norm, q_weight, k_weight, q_bias, k_bias, eps, cos, sin, layout, foreground, alpha, first_row,
-    stage, k_source, k_format, k_per_scale, v_source, v_format, v_per_scale, output, capture, capture_stage, backend,
+    stage, k_source, k_format, k_per_scale, v_source, v_format, v_per_scale, output, capture, capture_stage,
+    rows, count, backend,
 ):  # fmt: skip
-    return _allocate(q, k, heads, foreground, k_source, output, capture)
+    return _allocate(q, k, heads, foreground, count, output, capture)
 
 
 def _allocate(
-    q: Tensor, k: Tensor, heads: int, foreground: int, k_source: list[Tensor], output: str, capture: str | None
+    q: Tensor, k: Tensor, heads: int, foreground: int, count: int, output: str, capture: str | None
 ) -> list[Tensor]:
     """The outputs, uninitialised: q, k, v; their fp8 scales; codes and scale of the captured k and v."""
     batch, dim = q.shape[0], q.shape[2] // heads
-    tokens = foreground + k_source[0].shape[1] if k_source else k.shape[1]
+    # The background may be missing in k, and not be the rest of it.
+    tokens = max(k.shape[1], foreground + count)
     lengths = (q.shape[1], tokens, tokens)
     layout = [((batch, n, heads, dim), q.dtype) for n in lengths]
     if output == "fp8":
@@ -131,7 +140,7 @@ def _allocate(
         layout = [(shape, torch.float8_e4m3fn) for shape, _ in layout]
         layout += [((batch, heads, -(-n // FP8_BLOCK)), torch.float32) for n in lengths]
     if capture is not None:
-        shape = (min(batch, 1), tokens - foreground, heads, dim)
+        shape = (min(batch, 1), count, heads, dim)
         for kind in ("k", "v"):
             layout += [(shape, q.dtype)] if capture == "native" else packed_layout(shape, capture, kind)
     return [torch.empty(shape, dtype=dtype, device=q.device) for shape, dtype in layout]
@@ -149,12 +158,15 @@ def prologue(
     lock: Lock | None = None,
     output: str = "native",
     capture: Capture | None = None,
+    places: Places | None = None,
     backend: str = "auto",
 ) -> PrologueOutput:
     """Normalise, rotate and lock the projections of a self-attention; see `PrologueOutput` for what comes out.
 
     q [B, Sq, H*D], k, v [B, S, H*D]: fp16, bf16 or fp32 of one dtype, contiguous channels, any other strides; tokens
     foreground first. Sq may be less than S: the first Sq tokens' queries. foreground: how many tokens are; default all.
+    places: where the background is of tokens that lie in any order (then `foreground` is not given, and what comes out
+    lies as what goes in).
     With a lock that brings its own k and v, the new k and v may hold the foreground only: the background then is the
     source's (alpha counts as 1). output: "native", or "fp8" for an fp8 attention. Raises ValueError on what does not
     fit.
@@ -163,13 +175,19 @@ def prologue(
     dim = check_projections(q, k, v, heads)
     check_names(norm, rope, output, capture)
     check_norm(norm, heads, dim)
+    if places is not None:
+        if foreground is not None:
+            raise ValueError(f"foreground counts tokens that lie first, and is not given with places: got {foreground}")
+        check_places(places, k.shape[1], lock)
+        foreground = 0
     foreground = k.shape[1] if foreground is None else foreground
     if not 0 <= foreground <= k.shape[1]:
         raise ValueError(f"foreground must be a number of tokens from 0 to {k.shape[1]}, got {foreground}")
-    tokens, alpha = k.shape[1], None
+    tokens, alpha, count = k.shape[1], None, k.shape[1] - foreground if places is None else places.count
     if lock is not None:
-        lock = placed_lock(lock, k, v, heads, foreground)
-        tokens = foreground + lock.k.shape[1]
+        lock = placed_lock(lock, k, v, heads, foreground, count)
+        count = lock.k.shape[1]
+        tokens = foreground + count if places is None else tokens
         alpha = alpha_of(lock, k) if k.shape[1] == tokens else None
     if capture is not None and (k.shape[1] != tokens or (lock is not None and lock.first_row == 0)):
         raise ValueError("capture takes the new keys and values of row 0: they may not be locked to others as well")
@@ -184,7 +202,7 @@ def prologue(
         foreground, alpha, *((lock.first_row, lock.stage) if lock else (0, "")),
         *_packed(lock and lock.k), *_packed(lock and lock.v),
         output, *(("native" if capture.format == "int4" else capture.format, capture.stage) if capture else (None, "")),
-        backend,
+        None if places is None else places.rows, count, backend,
     )  # fmt: skip
     count = 6 if output == "fp8" else 3
     kept = _captured(outputs[count:], capture, q.dtype, backend) if capture else ()
@@ -226,6 +244,10 @@ def launch_shipped(architecture: int) -> None:
         _ship(*wan, torch.float16, output, "fp8_e4m3")
         _ship(*wan, torch.bfloat16, output, "fp8_e4m3", foreground_only=True)
         _ship(*wan, torch.bfloat16, output, None, capture=Capture("fp8_e4m3"))
+        for model in (wan, hunyuan, cogvideox_5b, ltx):
+            _ship(*model, torch.bfloat16, output, "in_batch", placed=True)
+            _ship(*model, torch.bfloat16, output, "fp8_e4m3", stage="normed", placed=True)
+            _ship(*model, torch.bfloat16, output, None, capture=Capture("fp8_e4m3", "normed"), placed=True)
         _ship(*wan, torch.bfloat16, output, None, capture=Capture("int8", "normed"))
         _ship(32, 96, "none", 1, 32760, torch.bfloat16, output, "fp8_e4m3", layout="split_half")
     _ship(*wan, torch.float32, "native", "fp8_e4m3")
@@ -244,9 +266,13 @@ def _ship(
     layout: str = "interleaved",
     stage: str = "rotated",
     foreground_only: bool = False,
+    placed: bool = False,
 ) -> None:
-    """One dry launch: q, k, v slices of a fused projection, 20 % foreground, a source in a format or in the batch."""
-    foreground = tokens // 5
+    """One dry launch: q, k, v slices of a fused projection, 20 % foreground, a source in a format or in the batch.
+
+    placed: tokens in any order, a weight for each.
+    """
+    foreground = 0 if placed and source == "in_batch" else tokens // 5
     q, k, v = torch.empty(2, tokens, 3 * heads * dim, dtype=dtype, device="meta").chunk(3, 2)
     weight = torch.empty(heads * dim if norm == "rms_across_heads" else dim, dtype=dtype, device="meta")
     weights = [None if norm == "none" else weight] * 2 + [weight if norm == "layer" else None] * 2
@@ -263,11 +289,16 @@ def _ship(
         packed = {kind: meta_codes(1, tokens - foreground, heads, dim, source, kind) for kind in "kv"}
     format, stage, first_row = ("native", "raw", 1) if source == "in_batch" else (source, stage, 0)
     arguments = [packed_arguments(x[0], x[1:], format, kind, 1, 90) for kind, x in packed.items() if x]
-    alpha = torch.empty(2 - first_row, device="meta") if source and not foreground_only else None
+    alpha = rows = None
+    if source and not foreground_only:
+        alpha = torch.empty(2 - first_row, *[tokens] * placed, device="meta")
     if foreground_only:
         q, k, v = (x[:, :foreground] for x in (q, k, v))
-    outputs = _allocate(q, k, heads, foreground, packed["k"], output, capture and capture.format)
+    count = tokens - foreground
+    if placed and source != "in_batch":
+        rows, foreground = torch.empty(tokens, dtype=torch.int32, device="meta"), 0
+    outputs = _allocate(q, k, heads, foreground, count, output, capture and capture.format)
     launch_prologue(
         q, k, v, outputs, heads, QKNorm(norm, *weights), rope, foreground,
-        tuple(arguments) or None, alpha, stage, first_row, capture,
+        tuple(arguments) or None, alpha, stage, first_row, capture, rows,
     )  # fmt: skip

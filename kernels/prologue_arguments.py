@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.kernels.guard import require_package_name
-from kvlock_fast.kernels.prologue_reference import LAYOUTS, NORMS, OUTPUTS, STAGES, Capture, Lock, QKNorm, RoPE
+from kvlock_fast.kernels.prologue_reference import LAYOUTS, NORMS, OUTPUTS, STAGES, Capture, Lock, Places, QKNorm, RoPE
 from kvlock_fast.kernels.quantize import FORMATS, QuantizedKV
 
 require_package_name(__name__)
@@ -63,8 +63,23 @@ def check_rope(rope: RoPE | None, tokens: int, heads: int, dim: int) -> None:
             raise ValueError("cos and sin must have the same strides and contiguous rows")
 
 
-def placed_lock(lock: Lock, k: Tensor, v: Tensor, heads: int, foreground: int) -> Lock:
-    """The lock with its keys and values as [B or 1, R, H, D] or QuantizedKV; those of row 0 if it has none."""
+def check_places(places: Places, tokens: int, lock: Lock | None) -> None:
+    rows = places.rows
+    if rows.shape != (tokens,) or rows.dtype != torch.int32 or not rows.is_contiguous():
+        raise ValueError(f"places' rows must be contiguous int32 [{tokens}], got {rows.dtype} {tuple(rows.shape)}")
+    if not 0 <= places.count <= tokens:
+        raise ValueError(f"places' count must be a number of tokens from 0 to {tokens}, got {places.count}")
+    if lock is not None and lock.k is None:
+        raise ValueError(
+            "places are for a lock's own k and v: a source in the batch has its tokens where the others do"
+        )
+
+
+def placed_lock(lock: Lock, k: Tensor, v: Tensor, heads: int, foreground: int, count: int) -> Lock:
+    """The lock with its keys and values as [B or 1, R, H, D] or QuantizedKV; those of row 0 if it has none.
+
+    count: of the background's tokens.
+    """
     if (lock.k is None) != (lock.v is None):
         raise ValueError("a lock has both k and v or neither")
     if lock.k is None:
@@ -75,12 +90,12 @@ def placed_lock(lock: Lock, k: Tensor, v: Tensor, heads: int, foreground: int) -
     for kind in ("k", "v"):
         x = getattr(lock, kind)
         rows = x.shape[1]
-        fits = rows == k.shape[1] - foreground or k.shape[1] == foreground
+        fits = rows == count or k.shape[1] == foreground
         if isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] == k.shape[2]:
             x = x.unflatten(2, (heads, -1))
         want = rows, heads, k.shape[2] // heads
         if not fits or x.shape[0] not in (1, k.shape[0]) or tuple(x.shape[1:]) != want or rows != lock.k.shape[1]:
-            shape = f"[1 or {k.shape[0]}, {k.shape[1] - foreground}, {heads}, {want[2]}]"
+            shape = f"[1 or {k.shape[0]}, {count}, {heads}, {want[2]}]"
             raise ValueError(f"the lock's {kind} must be {shape}, got {tuple(getattr(lock, kind).shape)}")
         if isinstance(x, QuantizedKV) and x.kind != kind:
             raise ValueError(f"the lock's {kind} was quantised as {x.kind!r}")
@@ -91,11 +106,15 @@ def placed_lock(lock: Lock, k: Tensor, v: Tensor, heads: int, foreground: int) -
 
 
 def alpha_of(lock: Lock, k: Tensor) -> Tensor:
-    count = k.shape[0] - lock.first_row
+    count, tokens = k.shape[0] - lock.first_row, k.shape[1]
     if isinstance(lock.alpha, Tensor):
-        if lock.alpha.shape != (count,) or lock.alpha.dtype != torch.float32:
-            raise ValueError(f"alpha must be fp32 [{count}], got {lock.alpha.dtype} {tuple(lock.alpha.shape)}")
-        return lock.alpha
+        alpha = lock.alpha
+        if alpha.shape not in ((count,), (count, tokens), (1, tokens)) or alpha.dtype != torch.float32:
+            shapes = f"[{count}] or [{count} or 1, {tokens}]"
+            raise ValueError(f"alpha must be fp32 {shapes}, got {alpha.dtype} {tuple(alpha.shape)}")
+        if alpha.ndim == 2 and alpha.stride(1) != 1:
+            raise ValueError(f"alpha's rows must be contiguous, got strides {alpha.stride()}")
+        return alpha
     if not 0.0 <= lock.alpha <= 1.0:
         raise ValueError(f"alpha must be a number between 0 and 1 or a tensor, got {lock.alpha!r}")
     return torch.full((count,), float(lock.alpha), device=k.device)

@@ -35,7 +35,7 @@ _FP8_BLOCK = tl.constexpr(FP8_BLOCK)
 @triton.jit
 def _prepare(
     x, out, out_scale, weight, bias, cos, sin, codes, scale, minimum, kept, kept_scale,      # at their sample
-    first_token, first_head, w, keeps, S, F, PADDED, eps,                                    # S: tokens there are
+    first_token, first_head, w, by_token, rows, keeps, S, F, PADDED, eps,                    # S: tokens there are
     x_n, c_n, r_n, r_h,                                                                      # strides
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr,
@@ -45,15 +45,19 @@ def _prepare(
 ):  # fmt: skip
     """TOKENS tokens of q, k or v, HEADS heads in each of CHUNKS tiles, from load to store.
 
-    w: the source's weight on the background; keeps: whether this sample is captured.
+    w: the source's weight on the background, or whether `by_token` has one for each of its tokens; rows: the background
+    row that a token is, negative for none (None: tokens from F on, in order); keeps: whether this sample is captured.
     """
     HALVES: tl.constexpr = ROPE == "split_half"
     ACROSS: tl.constexpr = NORM == "rms_across_heads"
     WIDTH: tl.constexpr = H * D if ACROSS else D
-    rows = tl.arange(0, TOKENS * HEADS)[:, None]
-    o_t, o_h = first_token + rows // HEADS, first_head + rows % HEADS
+    i_r = tl.arange(0, TOKENS * HEADS)[:, None]
+    o_t, o_h = first_token + i_r // HEADS, first_head + i_r % HEADS
     token, m_t = o_t.to(tl.int64), o_t < S
-    w = tl.where(o_t >= F, w, 0.0)
+    o_n = o_t - F if rows is None else tl.load(rows + o_t, mask=m_t, other=-1)
+    if by_token is not None:
+        w = tl.load(by_token + o_t, mask=m_t & w, other=0.0)
+    w = tl.where(o_n >= 0, w, 0.0)
     xs, refs, inverse, ref_inverse = (), (), None, None
     # All loads come before the first store: the compiler cannot move a load over one.
     for c in tl.static_range(CHUNKS):
@@ -62,7 +66,7 @@ def _prepare(
         xs += (load_rows(x + token * x_n + i_h * D, m_new, D, BLOCK_D, HALVES),)
         if STAGE != "none":
             b_ref = load_source(
-                codes, scale, minimum, i_h, o_t - F, m_r & (w != 0), H, r_n, r_h, D, BLOCK_D, HALVES,
+                codes, scale, minimum, i_h, o_n, m_r & (w != 0), H, r_n, r_h, D, BLOCK_D, HALVES,
                 FORMAT, KIND, PER_SCALE, FP8,
             )  # fmt: skip
             refs += (b_ref,)
@@ -85,7 +89,7 @@ def _prepare(
             p_angle = token * c_n + (i_h * (D // 2) if ANGLE_HEADS > 1 else 0)
             b_cos = load_rows(cos + p_angle, m_r, D // 2, BLOCK_D // 2, False)
             b_sin = load_rows(sin + p_angle, m_r, D // 2, BLOCK_D // 2, False)
-        row, m_kept = (token - F) * H + i_h, m_r & (o_t >= F) & keeps
+        row, m_kept = o_n.to(tl.int64) * H + i_h, m_r & (o_n >= 0) & keeps
 
         b_x = normalise(xs[c], inverse, b_weight, b_bias, eps, D, NORM)
         if CAPTURE != "none" and CAPTURE_STAGE == "normed":
@@ -109,7 +113,7 @@ def _prepare(
 @triton.jit(do_not_specialize=["B", "SQ", "S", "F"])  # lengths change with every video; nothing is aligned by them
 def _prologue_kernel(
     q, k, v, q_out, k_out, v_out, q_scale, k_scale, v_scale,
-    q_weight, k_weight, q_bias, k_bias, cos, sin, alpha,
+    q_weight, k_weight, q_bias, k_bias, cos, sin, alpha, rows,
     k_codes, k_steps, k_lows, v_codes, v_steps, v_lows,                          # the source's: codes, scales, minima
     kept_k, kept_k_scale, kept_v, kept_v_scale,                                  # what is captured
     B, SQ, S, F, PADDED, eps,                                                    # SQ: tokens of q
@@ -118,6 +122,7 @@ def _prologue_kernel(
     H: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, CHUNKS: tl.constexpr, PARTS: tl.constexpr,
     NORM: tl.constexpr, ROPE: tl.constexpr, ANGLE_HEADS: tl.constexpr, STAGE: tl.constexpr, FIRST: tl.constexpr,
+    BY_TOKEN: tl.constexpr,
     K_FORMAT: tl.constexpr, K_PER_SCALE: tl.constexpr, V_FORMAT: tl.constexpr, V_PER_SCALE: tl.constexpr,
     CAPTURE: tl.constexpr, CAPTURE_STAGE: tl.constexpr, OUT: tl.constexpr, V_OUT: tl.constexpr, FP8: tl.constexpr,
 ):  # fmt: skip
@@ -130,7 +135,12 @@ def _prologue_kernel(
     part, rest = 2 if PARTS == "v" else tl.program_id(0) % COUNT, tl.program_id(0) // COUNT
     first_head, rest = (rest % GROUPS) * HEADS * CHUNKS, rest // GROUPS
     i_b, first_token = (rest % B).to(tl.int64), (rest // B) * TOKENS
-    w, keeps = source_weight(alpha, i_b, a_b, FIRST), i_b == 0
+    keeps, by_token = i_b == 0, None
+    if BY_TOKEN:
+        # Before FIRST nothing is read there.
+        w, by_token = i_b >= FIRST, alpha + (i_b - FIRST) * a_b
+    else:
+        w = source_weight(alpha, i_b, a_b, FIRST)
     if q_scale is not None:
         q_scale += i_b * H * tl.cdiv(SQ, _FP8_BLOCK)
         k_scale += i_b * H * tl.cdiv(S, _FP8_BLOCK)
@@ -150,7 +160,7 @@ def _prologue_kernel(
         _prepare(
             q + i_b * q_b, q_out + i_b * SQ * H * D, q_scale, q_weight, q_bias, cos, sin,
             None, None, None, None, None,
-            first_token, first_head, w, keeps, SQ, F, PADDED, eps, q_n, c_n, 0, 0,
+            first_token, first_head, 0.0, None, None, keeps, SQ, F, PADDED, eps, q_n, c_n, 0, 0,
             H, D, BLOCK_D, TOKENS, HEADS, CHUNKS, NORM, ROPE, ANGLE_HEADS, "none",
             "native", "k", 1, "none", "none", OUT, FP8,
         )  # fmt: skip
@@ -158,17 +168,17 @@ def _prologue_kernel(
         _prepare(
             k + i_b * k_b, k_out + i_b * S * H * D, k_scale, k_weight, k_bias, cos, sin,
             k_codes, k_steps, k_lows, kept_k, kept_k_scale,
-            first_token, first_head, w, keeps, S, F, PADDED, eps, k_n, c_n, kc_n, kc_h,
+            first_token, first_head, w, by_token, rows, keeps, S, F, PADDED, eps, k_n, c_n, kc_n, kc_h,
             H, D, BLOCK_D, TOKENS, HEADS, CHUNKS, NORM, ROPE, ANGLE_HEADS, STAGE,
             K_FORMAT, "k", K_PER_SCALE, CAPTURE, CAPTURE_STAGE, OUT, FP8,
         )  # fmt: skip
     elif PARTS != "qk":
         # Values have neither norm nor RoPE: every stage is the last.
-        rows = S if V_OUT == "native" else PADDED
+        v_rows = S if V_OUT == "native" else PADDED
         _prepare(
-            v + i_b * v_b, v_out + i_b * rows * H * D, v_scale, None, None, None, None,
+            v + i_b * v_b, v_out + i_b * v_rows * H * D, v_scale, None, None, None, None,
             v_codes, v_steps, v_lows, kept_v, kept_v_scale,
-            first_token, first_head, w, keeps, S, F, PADDED, eps, v_n, 0, vc_n, vc_h,
+            first_token, first_head, w, by_token, rows, keeps, S, F, PADDED, eps, v_n, 0, vc_n, vc_h,
             H, D, BLOCK_D, TOKENS, HEADS, CHUNKS, "none", "none", 1, "none" if STAGE == "none" else "rotated",
             V_FORMAT, "v", V_PER_SCALE, CAPTURE, "rotated", V_OUT, FP8,
         )  # fmt: skip
@@ -235,11 +245,12 @@ def launch_prologue(
     stage: str,
     first_row: int,
     capture: Capture | None,
+    rows: Tensor | None = None,
 ) -> None:
     """Fill `outputs`: q, k, v; for fp8 also their scales; with `capture` codes (and scale) of k and of v.
 
     q, k, v [B, S, H*D] with contiguous channels; source: the locked background's keys and values, at `stage`; alpha
-    None for weight 1. The background of k and v may be missing then.
+    None for weight 1. The background of k and v may be missing then. rows: as `Places.rows`.
     """
     batch, dim = q.shape[0], q.shape[2] // heads
     fp8 = outputs[0].dtype == torch.float8_e4m3fn
@@ -254,17 +265,17 @@ def launch_prologue(
             _prologue_kernel, (geometry.programs(batch, tokens, heads),),
             q, k, v, *map(_bits, codes), *scales,
             norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias,
-            *((rope.cos, rope.sin) if rope else (None, None)), alpha,
+            *((rope.cos, rope.sin) if rope else (None, None)), alpha, rows,
             k_source.codes, k_source.scale, k_source.minimum, v_source.codes, v_source.scale, v_source.minimum,
             _bits(kept_k), kept_k_scale, _bits(kept_v), kept_v_scale,
             batch, q.shape[1], tokens, foreground, outputs[2].shape[3] if fp8 else 0, norm.eps,
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], rope.cos.stride(0) if rope else 0,
-            alpha.stride(0) if alpha is not None else 0,
+            0 if alpha is None or (alpha.ndim == 2 and alpha.shape[0] == 1) else alpha.stride(0),
             *k_source.strides[:3], k_source.scale_stride, *v_source.strides[:3], v_source.scale_stride,
             H=heads, D=dim, BLOCK_D=block_d,
             TOKENS=geometry.tokens, HEADS=geometry.heads, CHUNKS=geometry.chunks, PARTS=geometry.parts,
             NORM=norm.kind, ROPE=rope.layout if rope else "none", ANGLE_HEADS=rope.cos.shape[1] if rope else 1,
-            STAGE=stage if source else "none", FIRST=first_row,
+            STAGE=stage if source else "none", FIRST=first_row, BY_TOKEN=alpha is not None and alpha.ndim == 2,
             K_FORMAT=k_source.meta["FORMAT"], K_PER_SCALE=k_source.meta["PER_SCALE"],
             V_FORMAT=v_source.meta["FORMAT"], V_PER_SCALE=v_source.meta["PER_SCALE"],
             CAPTURE=capture.format if capture else "none", CAPTURE_STAGE=capture.stage if capture else "none",

@@ -52,7 +52,8 @@ class RoPE:
 class Lock:
     """How the background's keys and values are locked to the source's.
 
-    alpha: weight of the source, a number in [0, 1] or fp32 [B - first_row] on the device (range unchecked).
+    alpha: weight of the source, a number in [0, 1] or fp32 on the device (range unchecked): [B - first_row], or one for
+    every token, [B - first_row or 1, S], which counts on the background only.
     k, v: the source's background tokens, [B or 1, R, H, D], [B or 1, R, H*D] or QuantizedKV; None for both: the source
     rides along as row 0 of the batch (then stage is "raw" and first_row is 1).
     stage: what was done to `k` already: "raw" nothing, "normed" the norm, "rotated" norm and RoPE.
@@ -75,6 +76,18 @@ class Capture:
 
     format: str = "fp8_e4m3"
     stage: str = "rotated"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the background is, of tokens in any order.
+
+    rows: int32 [S], which row of the source's keys and values (or of what is captured) a token is, negative for none;
+    count: how many rows there are. Each is one token's.
+    """
+
+    rows: Tensor
+    count: int
 
 
 @dataclass(frozen=True)
@@ -118,10 +131,13 @@ def rotated(x: Tensor, rope: RoPE | None) -> Tensor:
     return torch.cat((a * cos - b * sin, a * sin + b * cos), 3)
 
 
-def blended(x: Tensor, ref: Tensor, weight: Tensor, foreground: int) -> Tensor:
-    """x [B, S or foreground, H, D] whose background is blended with ref by weight [B]: [B, S, H, D]."""
-    w = weight.to(x.dtype)[:, None, None, None]
+def blended(x: Tensor, ref: Tensor, weight: Tensor, foreground: int, rows: Tensor | None) -> Tensor:
+    """x [B, S or foreground, H, D] whose background is blended with ref by weight [B] or [B, S]: [B, S, H, D]."""
     ref = ref.to(x.dtype).expand(x.shape[0], -1, -1, -1)
+    if rows is not None:
+        weight = torch.where(rows >= 0, weight if weight.ndim == 2 else weight[:, None], 0.0)
+        ref = ref.index_select(1, rows.clamp_min(0)) if ref.shape[1] else torch.zeros_like(x)
+    w = (weight[:, foreground:] if weight.ndim == 2 else weight[:, None]).to(x.dtype)[..., None, None]
     new = x[:, foreground:] if x.shape[1] > foreground else torch.zeros_like(ref)
     mixed = torch.where(w == 0, new, torch.where(w == 1, ref, torch.lerp(new, ref, w)))
     return torch.cat((x[:, :foreground], mixed), 1)
@@ -138,9 +154,11 @@ def prologue_reference(
     lock: Lock | None,
     output: str,
     capture: Capture | None,
+    places: Places | None = None,
 ) -> list[Tensor]:
     """q, k, v; their scales if output is "fp8"; then codes and scale of captured k and v. Lock holds plain tensors."""
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+    rows = None if places is None else places.rows
     q, k, v = (x.to(wide).unflatten(2, (heads, -1)) for x in (q, k, v))
     q = rotated(normalised(q, norm.kind, norm.q_weight, norm.q_bias, norm.eps), rope)
     by_k = norm.kind, norm.k_weight, norm.k_bias, norm.eps
@@ -150,21 +168,38 @@ def prologue_reference(
     if lock is None:
         k = rotated(k, rope)
     else:
-        weight = F.pad(lock.alpha, (lock.first_row, 0)) if k.shape[1] > foreground else k.new_ones(k.shape[0])
+        weight = _weights(lock, k, foreground)
         k_ref = lock.k.to(wide)
         k_ref = normalised(k_ref, *by_k) if lock.stage == "raw" else k_ref
         if lock.stage == "rotated":
-            k = blended(rotated(k, rope), k_ref, weight, foreground)
+            k = blended(rotated(k, rope), k_ref, weight, foreground, rows)
         else:
-            k = rotated(blended(k, k_ref, weight, foreground), rope)
-        v = blended(v, lock.v, weight, foreground)
+            k = rotated(blended(k, k_ref, weight, foreground, rows), rope)
+        v = blended(v, lock.v, weight, foreground, rows)
 
     outputs = [q, k, v]
     outputs = _fp8_outputs(q, k, v, norm) if output == "fp8" else [_own(x.to(dtype)) for x in outputs]
     for x, kind in zip(captured, ("k", "v"), strict=False):
-        x = x[:1, foreground:]
+        x = x[:1, foreground:] if places is None else _in_rows(x[:1], places)
         outputs += quantize_kv_reference(x.to(dtype) if capture.format == "native" else x, capture.format, kind)
     return outputs
+
+
+def _weights(lock: Lock, k: Tensor, foreground: int) -> Tensor:
+    """Of the source for each sample of k, [B] or [B, S]: 0 before the lock's first row, 1 where k has no background."""
+    if k.shape[1] == foreground:
+        return k.new_ones(k.shape[0])
+    if lock.alpha.ndim == 1:
+        return F.pad(lock.alpha, (lock.first_row, 0))
+    return F.pad(lock.alpha.expand(k.shape[0] - lock.first_row, -1), (0, 0, lock.first_row, 0))
+
+
+def _in_rows(x: Tensor, places: Places) -> Tensor:
+    """The background's tokens of x [B, S, H, D] where their rows are: [B, count, H, D]."""
+    spare = places.count
+    into = torch.where(places.rows < 0, spare, places.rows).long()
+    out = x.new_zeros(x.shape[0], spare + 1, *x.shape[2:])
+    return out.index_copy(1, into, x)[:, :spare]
 
 
 def _own(x: Tensor) -> Tensor:

@@ -55,6 +55,9 @@ CacheFormat = Annotated[str, _option(_FORMATS)]
 InversionSolver = Annotated[str | None, _option("'euler' or 'heun'.")]
 SourcePath = Annotated[str | None, _option("'renoise' or 'invert'.")]
 Alpha = Annotated[str | None, _option("'dynamic' or a fixed ratio of the source's K and V, 0 to 1.")]
+Processors = Annotated[
+    str, _option("Locked attention: 'generic', 'fast' by one kernel, or 'auto': fast on a GPU where the model has it.")
+]
 Policy = Annotated[FramesPolicy, _option("For a frame count the model cannot take.")]
 MaxFrames = Annotated[int | None, _option("Use only the first so many frames.", min=1)]
 Size = Annotated[str | None, _option("Work at HEIGHTxWIDTH; else the source's size (demo: small).")]
@@ -183,6 +186,7 @@ def edit(
     prompts_at_once: Annotated[int | None, _option("The most prompts in one batch.")] = None,
     graph: Annotated[str, _option("Capture the steps in CUDA graphs: 'off', 'on', or 'auto' where it can.")] = "off",
     compile: Annotated[str, _option("torch.compile: 'off', or 'regional' for the transformer's blocks.")] = "off",
+    processors: Processors = "auto",
     composite: Annotated[bool, _option("Paste the source's background back, at its size.")] = False,
     feather: Annotated[int | None, _option(_FEATHER, min=0, max=256)] = None,
     no_audio: Annotated[bool, _option("Leave the source's sound out of the edit.", "--no-audio")] = False,
@@ -216,7 +220,7 @@ def edit(
         made.or_given("source_prompt", source_prompt, "--source-prompt"), prompt, negative_prompt,
         made.or_given("num_inference_steps", steps, "--steps", made.steps or 50), guidance, guidance_2,
         made.or_given("seed", seed, "--seed", 0 if cache is None else None), parse_size(size) or made.size,
-        frames_policy.value, lock, composite, feather, kept, graph, compile,
+        frames_policy.value, lock, composite, feather, kept, graph, compile, processors,
         mask_shape=commands.MaskShape(mask_threshold, mask_invert, mask_grow, mask_feather),
         window_frames=window, window_overlap=overlap,
     )  # fmt: skip
@@ -253,6 +257,7 @@ def batch(
     cpus_per_worker: Annotated[int | None, _option("Cores of an actor, without a GPU.", min=1)] = None,
     graph: Annotated[str, _option("As for edit, of every job.")] = "off",
     compile: Annotated[str, _option("As for edit, of every job.")] = "off",
+    processors: Annotated[str, _option("As for edit, of every job.")] = "auto",
     json_file: JsonFile = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -271,8 +276,8 @@ def batch(
     given = {"model": model, "steps": steps, "guidance": guidance, "seed": seed, "size": size, "preset": preset}
     asked = command.BatchSettings(
         manifest, output, defaults, {name: value for name, value in given.items() if value is not None},
-        tuple(settings or ()), results, device, dtype, Speed(graph, compile), edits_per_pass, reports, retry_failed,
-        engine, address, workers, cpus_per_worker, metrics_file, json_file, _command_line(), quiet,
+        tuple(settings or ()), results, device, dtype, Speed(graph, compile, processors), edits_per_pass, reports,
+        retry_failed, engine, address, workers, cpus_per_worker, metrics_file, json_file, _command_line(), quiet,
     )  # fmt: skip
     return command.check(asked) if check else command.run(asked)
 
@@ -305,6 +310,7 @@ def invert(
     format: Annotated[str, _option(_FORMATS, "--format", "--cache-format")] = "fp8_e4m3",
     stride: Annotated[int, _option(_STRIDE, "--stride", "--cache-stride")] = 1,
     store: Annotated[str, _option(_STEPS, "--store", "--cache-steps")] = "all",
+    processors: Processors = "auto",
     json_file: JsonFile = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -321,7 +327,7 @@ def invert(
     settings = commands.EditSettings(
         source_prompt, [], steps=steps, guidance=guidance, seed=seed, size=parse_size(size),
         frames_policy=frames_policy.value, lock=lock,
-        cache=commands.cache_config(format=format, step_stride=stride, steps=store),
+        cache=commands.cache_config(format=format, step_stride=stride, steps=store), processors=processors,
         mask_shape=commands.MaskShape(mask_threshold, mask_invert, mask_grow, mask_feather),
     )  # fmt: skip
     commands.invert(source, mask, output, settings, model, max_frames, device, dtype, json_file, quiet, mask_preview)

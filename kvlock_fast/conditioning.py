@@ -30,15 +30,22 @@ class Given:
 
 
 class Conditioning(Mapping[str, Tensor]):
-    """Tensors by name, all of `rows` samples along their first dimension."""
+    """Tensors by name, all of `rows` samples along their first dimension.
 
-    def __init__(self, **tensors: Tensor):
-        """Raises ValueError where there are none, or of different numbers of samples."""
+    filled: whether texts of different lengths are among them, which their mask tells apart.
+    """
+
+    def __init__(self, unmasked: str | None = None, /, **tensors: Tensor):
+        """unmasked: the name of texts [n, L, C] that have a mask only where `cat` fills them up.
+
+        Raises ValueError where there are no tensors, or of different numbers of samples.
+        """
         counts = {len(x) for x in tensors.values()}
         if len(counts) != 1:
             raise ValueError(f"conditioning must be of one number of samples, got {sorted(counts)}")
-        self._tensors = tensors
+        self._tensors, self._unmasked = tensors, unmasked
         self.rows = counts.pop()
+        self.filled = False
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -51,15 +58,25 @@ class Conditioning(Mapping[str, Tensor]):
 
     def part(self, first: int, end: int) -> "Conditioning":
         """Of samples from `first` to before `end`, as views."""
-        return Conditioning(**{name: x[first:end] for name, x in self.items()})
+        return self._like({name: x[first:end] for name, x in self.items()})
 
     def expand(self, rows: int) -> "Conditioning":
         """One sample for as many, as views."""
-        return Conditioning(**{name: x.expand(rows, *x.shape[1:]) for name, x in self.items()})
+        return self._like({name: x.expand(rows, *x.shape[1:]) for name, x in self.items()})
 
     def replace(self, **tensors: Tensor) -> "Conditioning":
         """With some of the tensors replaced, or more of them."""
-        return Conditioning(**{**self._tensors, **tensors})
+        return self._like({**self._tensors, **tensors})
+
+    def _like(self, tensors: Mapping[str, Tensor]) -> "Conditioning":
+        other = Conditioning(self._unmasked, **tensors)
+        other.filled = self.filled
+        return other
+
+    def _masked(self) -> "Conditioning":
+        """With a mask, of all tokens where it had none."""
+        text = None if MASK in self else self[self._unmasked]
+        return self if text is None else self.replace(mask=text.new_ones(text.shape[:2], dtype=torch.bool))
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
@@ -67,8 +84,16 @@ class Conditioning(Mapping[str, Tensor]):
 
         Raises InputError where texts of different lengths have no mask, so that no forward can take them together.
         """
+        unmasked = parts[0]._unmasked
+        if unmasked is not None:
+            lengths = {part[unmasked].shape[1] for part in parts}
+            if len(lengths) > 1 or any(MASK in part for part in parts):
+                parts = [part._masked() for part in parts]
         first = parts[0]
-        return Conditioning(**{name: _cat([part[name] for part in parts], MASK in first) for name in first})
+        together = first._like({name: _cat([part[name] for part in parts], MASK in first) for name in first})
+        lengths = {part[MASK].shape[1] for part in parts if MASK in first}
+        together.filled = len(lengths) > 1 or any(part.filled for part in parts)
+        return together
 
 
 def _cat(tensors: Sequence[Tensor], masked: bool) -> Tensor:

@@ -99,7 +99,9 @@ class _Steps:
         stages = tuple(predict.stage(k) for k in range(predict.solver.num_steps))
         facts = tuple(launch_facts(transformer) for transformer in predict.model.transformers)
         layout = None if stored is None else stored.store.layout
-        constants = (task.lock, task.guidance, stages, facts, layout, forwards.region and forwards.region.foreground)
+        paths = tuple(lock.fast is not None for lock in predict.locks)
+        region = forwards.region and forwards.region.foreground
+        constants = (task.lock, task.guidance, stages, facts, paths, layout, region)
         held = loops.take(constants, {**forwards.tensors(), **self.stepper.tensors()}, slots)
         if stored is not None and held.slots is not slots:
             stored.store.use_slots(held.slots)
@@ -165,6 +167,8 @@ def why_not_captured(model: Any, lock: LockConfig, solver: Solver) -> str | None
         return "it takes the scheduler's own steps"
     if compares_with_source(lock):
         return "tau='auto' counts the source's predictions on the host"
+    if model.why_not_captured is not None:
+        return model.why_not_captured
     parts = (part for transformer in model.transformers for part in transformer.modules())
     if any(hasattr(part, "_hf_hook") or "forward" in vars(part) for part in parts):
         return "forwards of the model were replaced, as by offloading: its weights may move between steps"

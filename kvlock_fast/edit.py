@@ -75,6 +75,7 @@ class EditSettings:
     cache: CacheConfig = field(default_factory=CacheConfig)
     graph: str = "off"
     compile: str = "off"
+    processors: str = "auto"
     mask_shape: MaskShape = field(default_factory=MaskShape)
     window_frames: int | None = None
     window_overlap: int | None = None
@@ -234,6 +235,7 @@ def call_pipeline(pipe: Any, clip: Clip, settings: EditSettings, progress: Progr
         cache=settings.cache,
         graph=settings.graph,
         compile=settings.compile,
+        processors=settings.processors,
         progress=progress,
         **more,
     )

@@ -70,9 +70,20 @@ class Task:
 class Predictor:
     """The model's transformers with the lock attached while the context is open."""
 
-    def __init__(self, model: Any, solver: Solver, lock: LockConfig, background: Tensor, recorder: Recorder):
-        """background: indices [N] of the tokens whose K and V are kept apart from the batch."""
+    def __init__(
+        self,
+        model: Any,
+        solver: Solver,
+        lock: LockConfig,
+        background: Tensor,
+        recorder: Recorder,
+        processors: str = "auto",
+    ):
+        """background: indices [N] of the tokens whose K and V are kept apart from the batch; processors: by which
+        attention forwards that lock go, as `KVLockPipeline` has it.
+        """
         self.model, self.solver, self.lock, self.recorder = model, solver, lock, recorder
+        self.processors = processors
         self.background = background
         self.locks: list[TransformerLock] = []
         self._exit = ExitStack()
@@ -82,7 +93,8 @@ class Predictor:
     def __enter__(self) -> "Predictor":
         with ExitStack() as attached:  # what is attached comes off again if one of two transformers is refused
             for transformer in self.model.transformers if self.lock.locks else ():
-                lock = TransformerLock(transformer, self.model.arch, self.lock.layers, self.background)
+                arch, layers = self.model.arch, self.lock.layers
+                lock = TransformerLock(transformer, arch, layers, self.background, self.processors)
                 attached.callback(lock.detach)
                 self.locks.append(lock)
             for transformer in self.model.transformers:

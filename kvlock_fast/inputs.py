@@ -116,25 +116,29 @@ def fit_to_model(
     if size != wanted:
         down, across = geometry.size_multiple()
         _warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: working at {size[0]}x{size[1]}")
-    _check_extent(geometry, min(count, at_once or count), *size)
+    _check_extent(geometry, count if geometry.one_frame else min(count, at_once or count), *size)
     video, mask = resize_video(video, *size), resize_mask(mask, *size)
-    video, _ = fit_frames(video, policy, geometry.frame_step)
-    mask, _ = fit_frames(mask, policy, geometry.frame_step)
+    video, _ = fit_frames(video, policy, *geometry.frame_rule)
+    mask, _ = fit_frames(mask, policy, *geometry.frame_rule)
     if not mask.any():
         raise InputError(f"mask is empty on the {len(mask)} frames that frames_policy={policy!r} keeps")
     if len(video) > count:
         _warn(f"{count} frames padded to {len(video)} by repeating the last; cut back afterwards")
     elif len(video) < count:
-        _warn(f"{count} frames trimmed to {len(video)}, a multiple of {geometry.frame_step} plus 1")
+        plus = " plus 1" if geometry.lone_frames else ""
+        _warn(f"{count} frames trimmed to {len(video)}, a multiple of {geometry.frame_step}{plus}")
     return torch.from_numpy(np.ascontiguousarray(video)), torch.from_numpy(np.ascontiguousarray(mask)), count
 
 
 def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> None:
-    """Raise InputError where the model's position codes end."""
+    """Raise InputError for several frames of a model of images, and where the model's position codes end."""
+    if geometry.one_frame and frames > 1:
+        raise InputError(f"the model makes images, which are videos of 1 frame, and the video has {frames} frames")
     if geometry.knows(frames, height, width):
         return
     (down, across), (long, high, wide) = geometry.size_multiple(), geometry.limits
-    most = None if long is None else geometry.temporal_stride * (long * geometry.patch_size[0] - 1) + 1
+    alone = geometry.lone_frames
+    most = None if long is None else geometry.temporal_stride * (long * geometry.patch_size[0] - alone) + alone
     longest = "" if most is None else f"{most} frames and "
     way_out = ": give it a window" if most is not None and frames > most else ""
     raise InputError(

@@ -92,6 +92,7 @@ def run_invert(
         frames_policy=settings.frames_policy,
         lock=settings.lock,
         cache=settings.cache,
+        processors=settings.processors,
         notes={"seed": settings.seed, "num_inference_steps": settings.steps, "max_frames": max_frames},
         progress=progress,
     )

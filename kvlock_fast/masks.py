@@ -18,7 +18,7 @@ class Geometry:
     Strides in pixels, patch_size (t, h, w) in latents; most_tokens: the most along one axis that the model knows, or
     along each (None: any number); lead_in: where the patch does not divide the latent frames, the model has the first
     of them repeated in front (else its last patch is incomplete); latents_together: how many latent frames after the
-    first the autoencoder decodes at once, and needs whole.
+    first the autoencoder decodes at once, and needs whole; one_frame: whether the model makes images, no videos.
     """
 
     temporal_stride: int
@@ -28,6 +28,7 @@ class Geometry:
     most_tokens: int | tuple[int | None, int | None, int | None] | None = None
     lead_in: bool = False
     latents_together: int = 1
+    one_frame: bool = False
 
     def __post_init__(self):
         sizes = (self.temporal_stride, self.spatial_stride, *self.patch_size)
@@ -39,15 +40,28 @@ class Geometry:
 
     def token_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Tokens (t, h, w) of a video of so many frames of height x width pixels."""
-        alone = 1 if self.causal else 0
-        latents = alone + -(-(frames - alone) // self.temporal_stride)
+        latents = self.lone_frames + -(-(frames - self.lone_frames) // self.temporal_stride)
         sizes = (latents, -(-height // self.spatial_stride), -(-width // self.spatial_stride))
         return tuple(-(-size // patch) for size, patch in zip(sizes, self.patch_size, strict=True))
 
     @property
+    def lone_frames(self) -> int:
+        """How many frames have a latent frame of their own in front: the first one, of a causal autoencoder."""
+        return 1 if self.causal else 0
+
+    @property
     def frame_step(self) -> int:
-        """The frames that a video has are a multiple of this, plus 1."""
+        """The frames that a video has are a multiple of this, plus `lone_frames`."""
         return self.temporal_stride * self.latents_together
+
+    @property
+    def frame_rule(self) -> tuple[int, int]:
+        """`frame_step` and `lone_frames`."""
+        return self.frame_step, self.lone_frames
+
+    def whole_frames(self, frames: int) -> int:
+        """As many, or as few more as the model can take."""
+        return frames + (self.lone_frames - frames) % self.frame_step
 
     def lead(self, latent_frames: int) -> int:
         """How many times the first of so many latent frames is repeated in front."""

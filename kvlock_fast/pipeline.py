@@ -25,6 +25,7 @@ from kvlock_fast.memory import Way, run_with_memory
 from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.arch import select_layers
 from kvlock_fast.models.compiling import COMPILE, compiled_blocks
+from kvlock_fast.models.fast import check_processors
 from kvlock_fast.parallel import CAPTURED, check_tokens, check_transformers
 from kvlock_fast.scene import Scene, edit_prompts
 from kvlock_fast.schedulers import check_scheduler
@@ -103,6 +104,7 @@ class KVLockPipeline:
         cache: CacheConfig | None = None,
         graph: str = "off",
         compile: str = "off",
+        processors: str = "auto",
         ladder: bool = True,
         output: str = "frames",
         progress: Progress | None = None,
@@ -119,9 +121,13 @@ class KVLockPipeline:
         window); lock: default LockConfig.preset("kvlock"); cache: where the source's K and V come from (one made by
         `invert` brings its noise along: give no generator or latents, or the same); graph: whether the steps are
         captured in CUDA graphs, "off", "on", or "auto" (where they can be; a warning says why not); compile: "regional"
-        has torch.compile take the transformer's blocks, "off" leaves them as they are; ladder: whether the cache is
-        planned for and smaller ways are tried when memory runs out (without, `cache` is taken to the letter, and "auto"
-        is lockstep); output: "frames" or "latent"; progress(stage, done, total) is called along the way.
+        has torch.compile take the transformer's blocks, "off" leaves them as they are; processors: by which attention
+        the locked layers go: "generic" is diffusers' own, its keys and values blended in place; "fast" has one kernel
+        do norms, rotation, blending and keeping, the same to rounding (Wan, CogVideoX, LTX, HunyuanVideo); "auto" is
+        "fast" on CUDA where the model has it and a trial of the kernel there agrees with plain torch, else "generic":
+        without the kernel there is nothing to gain; ladder: whether the cache is planned for and smaller ways are tried
+        when memory runs out (without, `cache` is taken to the letter, and "auto" is lockstep); output: "frames" or
+        "latent"; progress(stage, done, total) is called along the way.
 
         Raises InputError (a ValueError) on bad input; warns where the input is changed to fit.
         """
@@ -132,13 +138,14 @@ class KVLockPipeline:
             raise InputError(f"graph must be one of {', '.join(GRAPH)}, got {graph!r}")
         if compile not in COMPILE:
             raise InputError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
+        check_processors(processors, self.model)
         if output not in ("frames", "latent"):
             raise InputError(f"output must be frames or latent, got {output!r}")
         windows = self._windows(window, overlap)
         recorder = Recorder(self.model.device)
         with self._scene(
             (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
-            lock, cache, recorder, progress, guidance_scale, graph, windows,
+            lock, cache, recorder, progress, guidance_scale, graph, windows, processors,
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
                 texts = self._texts(prompts, negative_prompt, source_prompt, scene.given)
@@ -149,6 +156,7 @@ class KVLockPipeline:
                 blocks = compiled_blocks(self.model.transformers, compile, self.model.arch.blocks)
                 with _stage(recorder, progress, "denoise"), blocks:
                     edited = edit_prompts(task, scene, way.cache, recorder, progress)
+                edited = self.model.finish(edited, task.prompt)
                 _refuse_nan(recorder, prompts, num_inference_steps)
                 if output == "latent":
                     return edited, []
@@ -181,6 +189,7 @@ class KVLockPipeline:
         frames_policy: str = "pad",
         lock: LockConfig | None = None,
         cache: CacheConfig | None = None,
+        processors: str = "auto",
         notes: dict[str, Any] | None = None,
         progress: Progress | None = None,
     ) -> dict[str, Any]:
@@ -196,6 +205,7 @@ class KVLockPipeline:
         lock, cache, progress = _lock(lock), _cache(cache), progress or (lambda stage, done, total: None)
         check_texts("", source_prompt, None)
         check_numbers(num_inference_steps, guidance_scale, None, self.model.two_stages)
+        check_processors(processors, self.model)
         if cache.path is not None:
             raise InputError(f"cache must not have a path, got {str(cache.path)!r}: the output is where it is made")
         if not lock.locks:
@@ -203,10 +213,10 @@ class KVLockPipeline:
         recorder = Recorder(self.model.device)
         with self._scene(
             (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
-            lock, replace(cache, tier="disk"), recorder, progress, guidance_scale,
+            lock, replace(cache, tier="disk"), recorder, progress, guidance_scale, processors=processors,
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
-                text = self.model.condition([source_prompt], scene.given)
+                text = self.model.condition_source([source_prompt], scene.given)
             with EntryWriter(output) as writer, _stage(recorder, progress, "source pass"):
                 return scene.save(text, cache, writer, recorder, progress, notes or {})
 
@@ -224,6 +234,7 @@ class KVLockPipeline:
         guidance_scale: float,
         graph: str = "off",
         windows: Windows | None = None,
+        processors: str = "auto",
     ) -> Iterator[Scene]:
         """The source, encoded or taken from the cache that `cache` names; its files are open meanwhile."""
         shard = check_transformers(self.model, lock, cache, noise)
@@ -265,7 +276,7 @@ class KVLockPipeline:
                 lock = replace(lock, compute="full", background_latents="source")
             scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved, windows, loops)
             scene.kept_loops, scene.pixels, scene.guidance_scale = self._loops, pixel_mask, guidance_scale
-            scene.shared = shard is not None
+            scene.processors, scene.shared = processors, shard is not None
             scene.place(clean, *noise)
             yield scene
         except torch.OutOfMemoryError as error:  # outside of the ladder
@@ -297,7 +308,7 @@ class KVLockPipeline:
         return self._loops
 
     def _project(self, pixel_mask: Tensor) -> ProjectedMask:
-        projected = project_mask(pixel_mask.to(self.model.device), self.model.geometry)
+        projected = project_mask(self.model.may_change(pixel_mask).to(self.model.device), self.model.geometry)
         if not projected.tokens.any():
             raise InputError("mask is empty: no pixel is marked as foreground")
         if projected.tokens.all():
@@ -309,11 +320,12 @@ class KVLockPipeline:
         self, prompts: list[str], negative_prompt: str | None, source_prompt: str, given: Given
     ) -> tuple[Conditioning, Conditioning | None, Conditioning]:
         """What the model is told of the prompts, of the negative one and of the source's."""
-        told = [self.model.condition([text], given) for text in (*prompts, source_prompt)]
+        told = [self.model.condition([text], given) for text in prompts]
         negative = None
-        if self.model.guided(given.guidance_scale):
-            negative = self.model.condition([negative_prompt or ""], given).expand(len(prompts))
-        return Conditioning.cat(told[:-1]), negative, told[-1]
+        asked = negative_prompt is not None or not self.model.guided_if_asked
+        if asked and self.model.guided(given.guidance_scale):
+            negative = self.model.condition_negative(negative_prompt or "", prompts, given)
+        return Conditioning.cat(told), negative, self.model.condition_source([source_prompt], given)
 
 
 @contextmanager

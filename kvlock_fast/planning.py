@@ -125,7 +125,7 @@ def _video(settings: PlanSettings, model: ModelSize) -> tuple[int, int, int, int
         _warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: planning for {size[0]}x{size[1]}")
     frames = settings.frames or (len(mask) if mask is not None and len(mask) > 1 else model.frames)
     stride = model.geometry.frame_step
-    padded = frames + -(frames - 1) % stride
+    padded = model.geometry.whole_frames(frames)
     if padded != frames:
         _warn(f"{frames} frames are not {stride}n+1: planning for {padded}, as an edit would pad them")
     _check_extent(model, padded, size)
@@ -153,7 +153,7 @@ def _foreground(path: str, mask: Any, model: ModelSize, frames: int, size: tuple
         mask = fit_mask(mask, frames, *size)
     except InputError as error:
         raise InputError(f"the mask '{path}' does not fit {frames} frames of {size[0]}x{size[1]}: {error}") from error
-    mask, _ = fit_frames(mask, "pad", model.geometry.frame_step)
+    mask, _ = fit_frames(mask, "pad", *model.geometry.frame_rule)
     return int(project_mask(torch.from_numpy(mask), model.geometry).tokens.sum())
 
 

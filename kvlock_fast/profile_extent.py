@@ -63,7 +63,7 @@ def find_extent(model: ModelSize, frames: int | None, size: tuple[int, int] | No
     fitting = nearest_size(model.geometry, *wanted)
     if fitting != wanted:
         _warn(f"{model.name} cannot take the size {wanted[0]}x{wanted[1]}: profiling {fitting[0]}x{fitting[1]}")
-    whole = frames + -(frames - 1) % stride
+    whole = model.geometry.whole_frames(frames)
     if whole != frames:
         _warn(f"{frames} frames are not {stride}n+1: profiling {whole}, as an edit would pad them")
     if not model.geometry.knows(whole, *fitting):

@@ -40,8 +40,9 @@ class Scene:
 
     frames: uint8 [F, H, W, 3]; count: how many of them to give back; saved: the cache that the user named; windows: of
     a clip that goes through the model in stretches; loops: where the steps are captured; kept_loops: those of earlier
-    calls, whose memory can be had back; pixels: the mask bool [F, H, W]; guidance_scale: that of the call; shared:
-    whether other processes have part of its tokens. `place` comes first.
+    calls, whose memory can be had back; pixels: the mask bool [F, H, W]; guidance_scale: that of the call; processors:
+    by which attention forwards that lock go; shared: whether other processes have part of its tokens. `place` comes
+    first.
     """
 
     model: Any
@@ -59,17 +60,20 @@ class Scene:
     noise: Tensor | None = None
     pixels: Tensor | None = None
     guidance_scale: float = 1.0
+    processors: str = "auto"
     shared: bool = False
 
     def place(self, clean: Tensor | None, latents: Tensor | None, generator: torch.Generator | None) -> None:
         """Fix the clean latent [1, C, T, h, w] and the starting noise, or take both from the saved source."""
         if self.saved is None:
-            self.clean, self.noise = clean, start_noise(self.model, latents, clean, generator)
+            drawn = start_noise(self.model, latents, clean, generator)
+            self.clean, self.noise = clean, self.model.first_latents(drawn, self.given)
             return
         start = self.saved.start
         seeded = latents is not None or generator is not None
         if seeded and not self.saved.inverted:  # an inverted source ends in a noise of its own
-            noise = start_noise(self.model, latents, start.to(self.mask.tokens.device), generator)
+            drawn = start_noise(self.model, latents, start.to(self.mask.tokens.device), generator)
+            noise = self.model.first_latents(drawn, self.given)
             if not torch.equal(noise.cpu(), start):
                 folder = self.saved.folder
                 raise InputError(f"cache '{folder}' was made with other noise than generator or latents give")
@@ -101,7 +105,7 @@ class Scene:
 
     def predictor(self, recorder: Recorder) -> Predictor:
         """The model, which has the lock attached while the context is open."""
-        return Predictor(self.model, self.solver, self.lock, self.background(), recorder)
+        return Predictor(self.model, self.solver, self.lock, self.background(), recorder, self.processors)
 
     def path(self, predict: Predictor, text: Conditioning, recorder: Recorder) -> SourcePath:
         """Where the source is at each step."""

@@ -18,6 +18,13 @@ from kvlock_fast.errors import InputError
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
 DDIM_SCHEDULERS = ("DDIMScheduler", "CogVideoXDDIMScheduler")
 DIFFUSION_SCHEDULERS = (*DDIM_SCHEDULERS, *FLOW_SCHEDULERS[1:])
+WITHOUT_NOISE: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType({
+    "CogVideoXDPMScheduler": ("CogVideoXDDIMScheduler", {"timestep_spacing": "trailing"}),
+    "EulerAncestralDiscreteScheduler": ("DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False}),
+})  # fmt: skip
+"""For schedulers that models ship and that add noise at every step: one that does not, and what it is told beside
+their config.
+"""
 DIFFUSION_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 FLOW = "flow_prediction"
@@ -47,10 +54,12 @@ def check_scheduler(scheduler: Any, flow: bool | str | None = None, shifts: bool
     if flow is not None and inverted != (flow == "reversed"):
         against = "from noise to data" if flow == "reversed" else "from data to noise"
         raise InputError(f"scheduler {name} with invert_sigmas={inverted} is not supported: the model counts {against}")
-    if name == "CogVideoXDPMScheduler":
+    if name in WITHOUT_NOISE and flow is not True:
+        other, changes = WITHOUT_NOISE[name]
+        told = ", ".join(["pipe.scheduler.config", *(f"{key}={value!r}" for key, value in changes.items())])
         raise InputError(
             f"scheduler {name} adds noise at every step, so that the source's path would not be the edit's: set "
-            'pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")'
+            f"pipe.scheduler = {other}.from_config({told})"
         )
     if config.get("stochastic_sampling") or str(config.get("algorithm_type", "")).startswith("sde"):
         raise InputError(f"scheduler {name} adds noise at every step: the source's path would not be the edit's")

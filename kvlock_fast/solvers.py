@@ -51,6 +51,8 @@ class Solver:
         self.table = _table(scheduler, num_steps, settings)
         if len(self.timesteps) != num_steps or len(self.sigmas) != num_steps + 1:
             raise InputError(f"scheduler {name} made {len(self.timesteps)} timesteps for {num_steps} steps")
+        if not self.sigmas.isfinite().all():
+            raise InputError(f"scheduler {name} cannot make {num_steps} steps: its sigmas are not finite")
         if self.prediction == "epsilon" and self.signal[0] == 0:
             raise InputError(
                 f"scheduler {name} begins at pure noise (rescale_betas_zero_snr=True), where a prediction of type "

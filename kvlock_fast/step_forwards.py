@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.cache.store import Packed
-from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.controller import can_lock, compares_with_source
 from kvlock_fast.foreground import edit_region
 from kvlock_fast.forwards import Forwards, Predictor, Task
@@ -150,10 +149,9 @@ class StepForwards:
 
     def use(self, tensors: dict[str, Tensor]) -> None:
         """Read these instead."""
+        told = ((field, getattr(self.task, field)) for field in TEXTS)
         texts = {
-            field: Conditioning(**{name: tensors[f"{field}.{name}"] for name in told})
-            for field in TEXTS
-            if (told := getattr(self.task, field)) is not None
+            field: x.replace(**{name: tensors[f"{field}.{name}"] for name in x}) for field, x in told if x is not None
         }
         self.task = replace(self.task, mask=replace(self.task.mask, tokens=tensors["tokens"]), **texts)
         self.background, self.rows = tensors["background"], tensors.get("rows")

@@ -58,7 +58,7 @@ class Windows:
         InputError where nothing is left of the window but the overlap.
         """
         stride, patch = geometry.temporal_stride, geometry.patch_size[0]
-        alone = 1 if geometry.causal else 0
+        alone = geometry.lone_frames
         window = ((self.frames - alone) // stride + alone) // patch * patch
         overlap = -(-self.overlap // stride)
         overlap = -(-overlap // patch) * patch

@@ -31,8 +31,9 @@ class Case:
     size: frames, height, width in pixels; more: arguments of diffusers' own pipeline; guidance: a scale with an effect;
     guided: whether it means two branches; unguided: a scale that means one, None where there is none; dtypes: of all
     but the autoencoder; blend: where K and V at an attention call are not [B, H, tokens, D] with the video's tokens at
-    one end, what does there as `blend_at_call`; calls: attention calls a layer; tolerance: of the lock against blending
-    at the attention call, in fp32; frames: diffusers' own pixels, where a call's own output is not a list of videos;
+    one end, what does there as `blend_at_call`; calls: attention calls a layer; text_alone: a module whose attentions
+    are of the text to itself; tolerance: of the lock against blending at the attention call, in fp32; frames:
+    diffusers' own pixels, where a call's own output is not a list of videos;
     without: tests of the suite that the case cannot take, by name, each with the reason.
     """
 
@@ -48,6 +49,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     blend: Callable[..., Tensor] | None = None
     calls: int = 1
+    text_alone: str | None = None
     tolerance: float = 1e-6
     frames: Callable[[Any, "StockCall"], np.ndarray] | None = None
     without: dict[str, str] = field(default_factory=dict)
@@ -126,7 +128,7 @@ class Scene:
     def told(self) -> tuple[Conditioning, Conditioning]:
         """Of the edit and of the source."""
         with torch.no_grad():
-            return tuple(self.model.condition([text], self.given) for text in (PROMPT, SOURCE))
+            return self.model.condition([PROMPT], self.given), self.model.condition_source([SOURCE], self.given)
 
     def predict(self, latents: Tensor, told: Conditioning) -> Tensor:
         """The first transformer's."""
@@ -167,9 +169,16 @@ def blend_at_call(x: Tensor, source: Tensor, scene: Scene, alpha: float) -> Tens
 @contextmanager
 def attention_calls(scene: Scene, change: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]):
     """`change(number, k, v)` in front of each attention of the video's tokens to themselves; counts in the list."""
-    plain, seen = torch.nn.functional.scaled_dot_product_attention, []
+    plain, seen, aside = torch.nn.functional.scaled_dot_product_attention, [], []
+    hooks = []
+    if scene.case.text_alone is not None:
+        module = scene.transformer.get_submodule(scene.case.text_alone)
+        hooks.append(module.register_forward_pre_hook(lambda *_: aside.append(1)))
+        hooks.append(module.register_forward_hook(lambda *_: aside.clear()))
 
     def attention(query, key, value, *args, **kwargs):
+        if aside:
+            return plain(query, key, value, *args, **kwargs)
         is_own = query.shape[-2] == key.shape[-2] and key.shape[-2] >= scene.tokens
         if is_own or (scene.case.blend is not None and query.shape[-2] == key.shape[-2]):
             changed = change(len(seen), key, value)
@@ -183,6 +192,8 @@ def attention_calls(scene: Scene, change: Callable[[int, Tensor, Tensor], tuple[
         yield seen
     finally:
         torch.nn.functional.scaled_dot_product_attention = plain
+        for hook in hooks:
+            hook.remove()
 
 
 def all_cases() -> list[Case]:

@@ -9,6 +9,7 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption("--clips", metavar="DIR", help="a folder of real clips; tests that want one skip without")
+    parser.addoption("--matrix", metavar="FILE", help="write the families' table, of what test_families.py found")
     parser.addoption("--all", action="store_true", help="also the tests marked large; ten times the examples")
 
 
@@ -21,7 +22,19 @@ def pytest_configure(config):
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not _has_cuda():  # kernels run on CPU tensors then, in Triton's interpreter
         os.environ.setdefault("TRITON_INTERPRET", "1")
+    if config.getoption("--matrix"):
+        from matrix import Results
+
+        config.pluginmanager.register(Results(), "matrix")
     hypothesis.settings.load_profile("all" if config.getoption("--all") else "default")
+
+
+def pytest_sessionfinish(session):
+    results = session.config.pluginmanager.get_plugin("matrix")
+    if results is not None and not hasattr(session.config, "workerinput"):  # not in a worker of xdist
+        from matrix import page
+
+        Path(session.config.getoption("--matrix")).write_text(page(results))
 
 
 def pytest_collection_modifyitems(config, items):

@@ -1,5 +1,6 @@
 """One suite for all families: what docs/families.md says of each is what passed here."""
 
+import matrix
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.masks import project_mask
 from kvlock_fast.models import FAMILIES
 from kvlock_fast.models.compiling import compiled_blocks
+from kvlock_fast.models.fast import why_not_fast
 from kvlock_fast.models.locking import Mode
 
 CASES = {case.name: case for case in all_cases()}
@@ -24,6 +26,16 @@ def case(request):
     if reason is not None:
         pytest.skip(reason)
     return case
+
+
+def test_the_page_is_of_these_families_and_tests():
+    """docs/families.md: `make matrix` makes it anew."""
+    text = matrix.PAGE.read_text()
+    assert matrix.facts() in text and matrix.INTRO in text
+    header, _, *rows = (line for line in text.partition("## ")[0].splitlines() if line.startswith("|"))
+    assert header.split("|")[2:-1] == [f" {feature} " for feature in matrix.FEATURES.values()]
+    assert [row.split("|")[1].strip() for row in rows] == list(CASES)
+    assert not any(word in text for word in ("NO", "not run"))
 
 
 def stock(case, pipe, guidance=None):
@@ -154,7 +166,9 @@ def test_tokens_lie_as_the_model_has_them(case):
     scene = Scene(case)
     before = scene.kept(scene.latents)[0, "v"]
     assert before.shape[1] == scene.tokens
-    for token in np.random.default_rng(0).permutation(scene.tokens)[:6]:
+    able = scene.model.may_change(torch.ones(case.size, dtype=torch.bool))
+    able = project_mask(able, scene.model.geometry).tokens[0].nonzero()[:, 0]
+    for token in np.random.default_rng(0).permutation(able)[:6]:
         one = torch.zeros_like(scene.mask.tokens)
         one[0, token] = True
         changed = scene.latents + scene.mask.on_latents(one.float())[:, None]
@@ -241,6 +255,21 @@ def _compiled(case):
         counts.append(counters["stats"]["unique_graphs"])
     lock.detach()
     assert counts[0] > 0 and counts[1:] == counts[:1] * 2
+
+
+def test_the_fast_path_is_the_generic_one(case):
+    """Locked attentions by the prologue, on a source that runs along and on one that is kept."""
+    pipe = case.make()
+    model = kvf.KVLockPipeline.from_pipe(pipe).model
+    attentions = dict(enumerate(model.arch.attentions(model.transformers[0])))
+    reason = why_not_fast(model.transformers[0], attentions)
+    if reason is not None:
+        with pytest.raises(kvf.InputError, match="processors is 'fast', but"):
+            case.edit(pipe, processors="fast")
+        pytest.skip(reason)
+    for cache in (CacheConfig(), CacheConfig(tier="resident", format="native")):
+        fast, generic = (case.edit(pipe, processors=wish, cache=cache).latents for wish in ("fast", "generic"))
+        torch.testing.assert_close(fast, generic, rtol=1e-3, atol=1e-3)
 
 
 def test_foreground_only_is_exact(case):

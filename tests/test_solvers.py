@@ -297,3 +297,54 @@ def test_an_unknown_scheduler_that_follows_the_flow_is_called_itself():
     with pytest.raises(InputError, match=r"graph is .on., .*scheduler's own steps"):
         solver = Solver(pipe.scheduler, 5, torch.device("cpu"))
         choose_capture("on", torch.device("cuda"), why_not_captured(wrap_pipeline(pipe), kvf.LockConfig(), solver))
+
+
+REVERSED = {"reversed": {}, "its own sigmas": {"sigmas": [0.0, 0.1, 0.3, 0.45, 0.8]}}
+
+
+@pytest.mark.parametrize("settings", list(REVERSED.values()), ids=list(REVERSED))
+def test_reversed_time_goes_the_same_line(settings):
+    """Sigma from noise to data, the model predicting x0 - n, as Mochi: by the scheduler, by the table, and upwards."""
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True, shift=1.0)
+    settings = {name: [1 - s for s in values] for name, values in settings.items()}  # which the scheduler turns round
+    ode = Solver(scheduler, 5, torch.device("cpu"), settings)
+    check_scheduler(scheduler, "reversed")
+    assert ode.prediction == "reversed_flow" and ode.table is not None and ode.num_steps == 5
+    clean, noise = torch.randn(2, 1, 4, 3, 5, 6).unbind(0)
+    source = renoise(clean, noise, ode)
+    x = source.at(0)
+    for k in range(ode.num_steps):
+        torch.testing.assert_close(x, source.at(k), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ode.predict_clean(k, clean - noise, x), clean, rtol=1e-4, atol=1e-4)
+        by_table = ode.table[k, :, 0, None] * x.flatten() + ode.table[k, :, 1, None] * (clean - noise).flatten()
+        torch.testing.assert_close(by_table[0], clean.flatten(), rtol=1e-4, atol=1e-4)
+        x = ode.step(k, clean - noise, x)
+        torch.testing.assert_close(by_table[1], x.flatten(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x, clean, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(invert(clean, ode, lambda x, k: clean - noise).start, source.at(0), rtol=1e-4, atol=1e-4)
+    assert ode.timestep_at(5) == pytest.approx(1000)
+
+
+def test_the_direction_of_time_is_the_models():
+    forwards, backwards = (FlowMatchEulerDiscreteScheduler(invert_sigmas=x) for x in (False, True))
+    with pytest.raises(InputError, match=r"invert_sigmas=True is not supported: the model counts from data to noise"):
+        check_scheduler(backwards, True)
+    with pytest.raises(InputError, match=r"invert_sigmas=False is not supported: the model counts from noise to data"):
+        check_scheduler(forwards, "reversed")
+
+
+@pytest.mark.parametrize("steps", [2, 4, 9])
+def test_a_shift_by_resolution_is_the_pipelines_own(steps):
+    """Sigmas and mu as pipelines give them; without a mu the shift would be a guess."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.1)
+    sigmas = [1 - i / steps * 0.9 for i in range(steps)]
+    ode = Solver(scheduler, steps, torch.device("cpu"), {"sigmas": sigmas, "mu": 0.8})
+    theirs = copy.deepcopy(scheduler)
+    theirs.set_timesteps(sigmas=sigmas, mu=0.8, device="cpu")
+    assert torch.equal(ode.timesteps, theirs.timesteps) and torch.equal(ode.sigmas, theirs.sigmas)
+    assert torch.equal(ode.table, solver_table(theirs))
+    with pytest.raises(InputError, match="use_dynamic_shifting=True"):
+        Solver(scheduler, steps, torch.device("cpu"))
+    check_scheduler(scheduler, True, shifts=True)
+    with pytest.raises(InputError, match="cannot make 1 steps: its sigmas are not finite"):
+        Solver(scheduler, 1, torch.device("cpu"), {"sigmas": [1.0], "mu": 0.8})  # stretched to a terminal by 0 / 0

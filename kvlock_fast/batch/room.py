@@ -30,7 +30,7 @@ class Extent:
         from kvlock_fast.media import fit_frames
 
         geometry = model.geometry
-        frames = len(fit_frames(np.empty(given[0], np.bool_), setup.frames_policy, geometry.frame_step)[0])
+        frames = len(fit_frames(np.empty(given[0], np.bool_), setup.frames_policy, *geometry.frame_rule)[0])
         height, width = nearest_size(geometry, *(size or given[1:]))
         at_once = min(frames, setup.clip_window or frames)
         if not geometry.knows(at_once, height, width):
@@ -49,7 +49,7 @@ def foreground_tokens(mask: np.ndarray, extent: Extent, setup: Setup, model: Any
     from kvlock_fast.media import fit_frames, resize_mask
 
     mask = resize_mask(mask, extent.height, extent.width)
-    mask, _ = fit_frames(mask, setup.frames_policy, model.geometry.frame_step)
+    mask, _ = fit_frames(mask, setup.frames_policy, *model.geometry.frame_rule)
     tokens = int(project_mask(torch.from_numpy(np.ascontiguousarray(mask)), model.geometry).tokens.sum())
     if tokens == 0:
         raise InputError(f"is empty on the {len(mask)} frames that frames_policy={setup.frames_policy!r} keeps")

@@ -1,4 +1,4 @@
-"""What changes how fast every edit of a batch is, and not what is asked for: CUDA graphs and torch.compile."""
+"""What changes how fast every edit of a batch is, and not what is asked for: CUDA graphs, torch.compile, attention."""
 
 from dataclasses import dataclass
 
@@ -9,18 +9,21 @@ from kvlock_fast.errors import InputError
 
 @dataclass(frozen=True)
 class Speed:
-    """graph, compile: as `EditSettings` has them."""
+    """graph, compile, processors: as `EditSettings` has them."""
 
     graph: str = "off"
     compile: str = "off"
+    processors: str = "auto"
 
 
 def check_speed(speed: Speed) -> None:
-    """Raise InputError for a word that is none of --graph or --compile."""
+    """Raise InputError for a word that is none of --graph, --compile or --processors."""
     from kvlock_fast.graph import GRAPH
     from kvlock_fast.models.compiling import COMPILE
+    from kvlock_fast.models.fast import PROCESSORS
 
-    for option, value, known in (("--graph", speed.graph, GRAPH), ("--compile", speed.compile, COMPILE)):
+    words = ("--graph", speed.graph, GRAPH), ("--compile", speed.compile, COMPILE)
+    for option, value, known in (*words, ("--processors", speed.processors, PROCESSORS)):
         if value not in known:
             raise InputError(f"{option} must be one of {', '.join(known)}, got '{value}'")
 

@@ -24,8 +24,47 @@ class Family:
 
 REGISTRY: tuple[Family, ...] = (
     Family("wan", "wan.WanModel", ("WanPipeline",), ("WanTransformer3DModel",)),
+    Family("wan-i2v", "wan_image.WanImageModel", ("WanImageToVideoPipeline",), ("WanTransformer3DModel",)),
+    Family("wan-vace", "wan_vace.WanVACEModel", ("WanVACEPipeline",), ("WanVACETransformer3DModel",)),
+    Family("skyreels-v2", "skyreels.SkyReelsModel", ("SkyReelsV2Pipeline",), ("SkyReelsV2Transformer3DModel",)),
+    Family(
+        "skyreels-v2-i2v",
+        "skyreels.SkyReelsImageModel",
+        ("SkyReelsV2ImageToVideoPipeline",),
+        ("SkyReelsV2Transformer3DModel",),
+    ),
+    Family("chronoedit", "chronoedit.ChronoEditModel", ("ChronoEditPipeline",), ("ChronoEditTransformer3DModel",)),
     Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
     Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
+    Family("mochi", "mochi.MochiModel", ("MochiPipeline",), ("MochiTransformer3DModel",)),
+    Family("allegro", "allegro.AllegroModel", ("AllegroPipeline",), ("AllegroTransformer3DModel",)),
+    Family(
+        "hunyuan-video",
+        "hunyuan_video.HunyuanVideoModel",
+        ("HunyuanVideoPipeline",),
+        ("HunyuanVideoTransformer3DModel",),
+    ),
+    Family(
+        "hunyuan-video-i2v",
+        "hunyuan_video_i2v.HunyuanVideoI2VModel",
+        ("HunyuanVideoImageToVideoPipeline",),
+        ("HunyuanVideoTransformer3DModel",),
+    ),
+    Family(
+        "hunyuan-video-1.5",
+        "hunyuan_video15.HunyuanVideo15Model",
+        ("HunyuanVideo15Pipeline",),
+        ("HunyuanVideo15Transformer3DModel",),
+    ),
+    Family(
+        "hunyuan-video-1.5-i2v",
+        "hunyuan_video15.HunyuanVideo15I2VModel",
+        ("HunyuanVideo15ImageToVideoPipeline",),
+        ("HunyuanVideo15Transformer3DModel",),
+    ),
+    Family("sd3", "sd3.SD3Model", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",)),
+    Family("qwen-image", "qwen_image.QwenImageModel", ("QwenImagePipeline",), ("QwenImageTransformer2DModel",)),
+    Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
 )
 FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)

@@ -31,20 +31,28 @@ class View:
 @contextmanager
 def processors(attentions: Sequence[nn.Module], processor: Any) -> Iterator[None]:
     """Attentions of diffusers with this processor, and their own again afterwards."""
-    before = [(attention, attention.processor) for attention in attentions]
-    for _, own in before:
+    for module in attentions:
+        own = module.processor
         if not type(own).__module__.startswith("diffusers."):
             raise InputError(
                 f"compute 'foreground' would leave out {type(own).__name__}, an attention processor that is not "
                 "diffusers' own: use compute 'full'"
             )
+    with swapped(attentions, [processor] * len(attentions)):
+        yield
+
+
+@contextmanager
+def swapped(attentions: Sequence[nn.Module], ours: Sequence[Any]) -> Iterator[None]:
+    """Attentions with these processors, one each, and their own again afterwards."""
+    before = [module.processor for module in attentions]
     try:
-        for attention in attentions:
-            attention.processor = processor
+        for module, processor in zip(attentions, ours, strict=True):
+            module.processor = processor
         yield
     finally:
-        for attention, own in before:
-            attention.processor = own
+        for module, own in zip(attentions, before, strict=True):
+            module.processor = own
 
 
 BRINGING = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting")

@@ -9,6 +9,7 @@ import torch
 
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.models.families import PIPELINES
+from kvlock_fast.schedulers import WITHOUT_NOISE
 
 
 def load_diffusers(path: str | Path, torch_dtype: torch.dtype | dict | None) -> Any:
@@ -33,14 +34,16 @@ def load_diffusers(path: str | Path, torch_dtype: torch.dtype | dict | None) -> 
 
 
 def _without_noise(pipe: Any) -> None:
-    """Put DDIM in the place of the scheduler that the larger CogVideoX models ship, which adds noise at every step."""
-    if type(pipe.scheduler).__name__ != "CogVideoXDPMScheduler":
+    """Put DDIM in the place of a scheduler that adds noise at every step, as some models ship one."""
+    name = type(pipe.scheduler).__name__
+    if name not in WITHOUT_NOISE:
         return
-    from diffusers import CogVideoXDDIMScheduler
+    import diffusers
 
-    message = "scheduler CogVideoXDPMScheduler adds noise at every step: taking CogVideoXDDIMScheduler of its config"
+    other, changes = WITHOUT_NOISE[name]
+    message = f"scheduler {name} adds noise at every step: taking {other} of its config"
     warnings.warn(message, InputWarning, stacklevel=4)
-    pipe.scheduler = CogVideoXDDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    pipe.scheduler = getattr(diffusers, other).from_config(pipe.scheduler.config, **changes)
 
 
 def _check_index(folder: Path) -> None:

@@ -13,7 +13,7 @@ but the number of the module.
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum, auto
 from functools import cache
 from typing import Any
@@ -25,6 +25,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.blend import as_heads, blend_
 from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
 from kvlock_fast.models.arch import ArchSpec, first_submodule, select_layers, without_text
+from kvlock_fast.models.fast import choose_path
 from kvlock_fast.models.foreground import View, attend
 from kvlock_fast.models.sharding import Shard, shard_of
 from kvlock_fast.models.wrapped import refuse_caches, refuse_wrapped
@@ -60,10 +61,13 @@ class LockState:
         self.background = background
         self.kept: KeptKV = {}
         self.view: View | None = None
+        self.prologue: Any = None
         self.fired = 0
 
     def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
         """A module's output x, taken for what the mode wants, or blended in place."""
+        if self.prologue is not None:  # which does it, and counts
+            return
         self.fired += 1
         if self.mode in (Mode.OFF, Mode.FOREGROUND):
             return
@@ -94,6 +98,11 @@ class LockState:
 _NUMBERS = itertools.count()
 _LOCKED: dict[int, tuple[LockState, tuple[int, str], int]] = {}
 """By number: the state, the key and the dimension of the tokens of every module that is locked now."""
+
+
+def locked_entry(number: int) -> tuple[LockState, tuple[int, str], int]:
+    """The state, the key and the dimension of the tokens of a locked module."""
+    return _LOCKED[number]
 
 
 def _lock_output(x: Tensor, number: int) -> None:
@@ -170,11 +179,14 @@ class TransformerLock:
         arch: ArchSpec,
         layers: tuple[int, ...] | None = None,
         background: Tensor | None = None,
+        processors: str = "generic",
     ):
         """layers: the locked self-attention layers by number, None for all; background: as in `LockState`, of the whole
-        video also where processes share its tokens.
+        video also where processes share its tokens; processors: by which attention forwards that lock go, a wish of
+        `fast.PROCESSORS`.
 
-        Raises InputError where the lock would miss K or V; then nothing is attached.
+        Raises InputError where the lock would miss K or V, and where processors 'fast' cannot be had; then nothing is
+        attached.
         """
         refuse_wrapped(transformer)
         attentions = arch.attentions(transformer)
@@ -191,6 +203,7 @@ class TransformerLock:
                 name, attention = attentions[layer]
                 for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
                     self._attach(attention, names, (self.state, (layer, kind), token_dim), name)
+            self.fast = choose_path(processors, transformer, {n: attentions[n] for n in self.layers}, self.state)
         except BaseException:
             self.detach()
             raise
@@ -245,11 +258,14 @@ class TransformerLock:
                     "adapter: load adapters first, then lock"
                 )
         weight, tokens = self._own_part(mode, weight, tokens)
-        state = self.state
+        state, by = self.state, nullcontext()
         state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, 0
         state.tokens = tokens
+        if self.fast is not None and mode not in (Mode.OFF, Mode.FOREGROUND):
+            by = self.fast.forward()
         try:
-            yield
+            with by:
+                yield
         finally:
             state.mode, state.weight, state.kept, state.view = Mode.OFF, None, {}, None
         expected = 2 * len(self.layers)

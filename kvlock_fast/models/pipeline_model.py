@@ -27,6 +27,10 @@ class PipelineModel:
     """Whether `timesteps_settings` gives a scheduler with dynamic shifting its mu."""
     told_of_frames = False
     """Whether what the transformer is told belongs to frames of the clip, so that a clip cannot be cut into windows."""
+    why_not_captured: str | None = None
+    """What in a forward of diffusers' own, such as a read from the device, a captured step would miss."""
+    guided_if_asked = False
+    """Whether a negative branch is run only where a negative prompt is given: by models that may be distilled."""
     latents_dtype: torch.dtype = torch.float32
     """Of the latents between steps, in the family's pipeline."""
 
@@ -90,11 +94,35 @@ class PipelineModel:
         """What the transformer is told of each of the prompts."""
         return Conditioning(text=self.encode_prompts(prompts))
 
+    def condition_source(self, prompts: list[str], given: Given) -> Conditioning:
+        """The same for the source's own pass, of which nothing is to be changed."""
+        return self.condition(prompts, given)
+
+    def may_change(self, pixels: Tensor) -> Tensor:
+        """Of a mask bool [F, H, W], what the model can change at all. Raises InputError where that is nothing."""
+        return pixels
+
+    def condition_negative(self, prompt: str, prompts: list[str], given: Given) -> Conditioning:
+        """What it is told of the negative prompt beside each of the prompts."""
+        return self.condition([prompt], given).expand(len(prompts))
+
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """[1, C, T, h, w] fp32, as the family's pipeline draws it."""
         from diffusers.utils.torch_utils import randn_tensor
 
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def first_latents(self, noise: Tensor, given: Given) -> Tensor:
+        """What the family's pipeline starts from, of the noise drawn: the noise, where nothing is mixed into it."""
+        return noise
+
+    def last_latents(self, latents: Tensor, told: Conditioning) -> Tensor:
+        """What the family's pipeline makes of the last step's latents [B, C, T, h, w], told so of each sample."""
+        return latents
+
+    def finish(self, latents: Tensor, told: Conditioning) -> Tensor:
+        """The last latents [B, C, T, h, w], as the family's pipeline gives them out."""
+        return latents
 
     def encode_video(self, frames: Tensor) -> Tensor:
         """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""

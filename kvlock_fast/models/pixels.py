@@ -11,7 +11,7 @@ from torch import Tensor
 def encode_mode(vae: Any, frames: Tensor, device: torch.device) -> Tensor:
     """uint8 [F, H, W, 3] to the posterior's mode [1, C, T, h, w] fp32, not normalised."""
     pixels = frames.permute(3, 0, 1, 2)[None].to(device=device, dtype=vae.dtype) / 127.5 - 1.0
-    return vae.encode(pixels).latent_dist.mode().float()
+    return vae.encode(pixels).latent_dist.mode().float().contiguous()
 
 
 def decode_each(vae: Any, latents: Tensor, tiled: bool, **told: Any) -> Tensor:
@@ -22,9 +22,28 @@ def decode_each(vae: Any, latents: Tensor, tiled: bool, **told: Any) -> Tensor:
     videos = []
     with _tiling(vae) if tiled else nullcontext():
         for one in latents.to(vae.dtype).split(1):
-            pixels = vae.decode(one, return_dict=False, **told)[0].float()
-            videos.append(((pixels + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu())
+            videos.append(as_pixels(vae.decode(one, return_dict=False, **told)[0]))
     return torch.cat(videos).permute(0, 2, 3, 4, 1)
+
+
+def as_pixels(decoded: Tensor) -> Tensor:
+    """What an autoencoder decodes, from -1 to 1, to uint8 on the CPU."""
+    return ((decoded.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu()
+
+
+def encode_image(vae: Any, frames: Tensor, device: torch.device) -> Tensor:
+    """uint8 [1, H, W, 3] to the posterior's mode [1, C, h, w] fp32, not normalised, of an autoencoder of images."""
+    pixels = frames.permute(0, 3, 1, 2).to(device=device, dtype=vae.dtype) / 127.5 - 1.0
+    return vae.encode(pixels).latent_dist.mode().float()
+
+
+def decode_images(vae: Any, latents: Tensor, tiled: bool) -> Tensor:
+    """Latents [B, C, h, w] as the autoencoder made them to uint8 [B, H, W, 3] on the CPU; tiled: as `decode_each`."""
+    images = []
+    with _tiling(vae) if tiled else nullcontext():
+        for one in latents.to(vae.dtype).split(1):
+            images.append(as_pixels(vae.decode(one, return_dict=False)[0]))
+    return torch.cat(images).permute(0, 2, 3, 1)
 
 
 @contextmanager

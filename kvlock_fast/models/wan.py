@@ -5,6 +5,7 @@ transformer takes (latents, timestep, text) and predicts the flow's velocity; Wa
 at `boundary_ratio`; Wan 2.2 TI2V-5B takes one timestep a token (`expand_timesteps`).
 """
 
+from math import prod
 from typing import Any
 
 import torch
@@ -95,12 +96,10 @@ class WanModel(PipelineModel):
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The velocity [B, C, T, h, w] in the transformer's dtype, at latents [B, ...], timestep []."""
         transformer = self.transformers[which]
-        _, ph, pw = transformer.config.patch_size
-        tokens = latents.shape[2] * (latents.shape[3] // ph) * (latents.shape[4] // pw)
         return transformer(
-            hidden_states=latents.to(transformer.dtype),
-            timestep=self._timesteps(timestep, latents.shape[0], tokens),
-            encoder_hidden_states=told["text"],
+            hidden_states=self.entering(latents, told).to(transformer.dtype),
+            timestep=self.timesteps(timestep, latents),
+            **self.beside(told),
             return_dict=False,
         )[0]
 
@@ -111,20 +110,35 @@ class WanModel(PipelineModel):
         """The velocity of the region's tokens [B, C, T, h, w], 0 elsewhere, under a lock that has the background's K
         and V: of the tokens `background`, of which `rows` (None: all) are outside the mask.
         """
-        transformer, tokens = lock.transformer, len(region.computed)
-        timestep = self._timesteps(timestep, latents.shape[0], tokens)
+        transformer = lock.transformer
         with whole_forward(transformer):
             return foreground_forward(
                 lock,
-                latents.to(transformer.dtype),
-                timestep,
-                told["text"],
+                self.entering(latents, told).to(transformer.dtype),
+                self.timesteps(timestep, latents, region.computed),
+                self.beside(told),
                 region.computed,
                 region.foreground,
                 background,
                 rows,
             )
 
-    def _timesteps(self, timestep: Tensor, rows: int, tokens: int) -> Tensor:
-        """A timestep a sample, or a token."""
-        return timestep.expand(rows, tokens) if self.pipe.config.get("expand_timesteps") else timestep.expand(rows)
+    def entering(self, latents: Tensor, told: Conditioning) -> Tensor:
+        """What the transformer takes for the latents [B, ...]."""
+        return latents
+
+    def beside(self, told: Conditioning) -> dict[str, Tensor]:
+        """What it is given beside them and the time, by its own names."""
+        return {"encoder_hidden_states": told["text"]}
+
+    def timesteps(self, timestep: Tensor, latents: Tensor, computed: Tensor | None = None) -> Tensor:
+        """A timestep a sample [B], or a token [B, N]: of all tokens, or of those that are computed."""
+        rows = latents.shape[0]
+        if not self.pipe.config.get("expand_timesteps"):
+            return timestep.expand(rows)
+        return timestep.expand(rows, self.tokens(latents) if computed is None else len(computed))
+
+    def tokens(self, latents: Tensor) -> int:
+        """Of a sample; patches that are not whole are none."""
+        sizes = zip(latents.shape[2:], self.geometry.patch_size, strict=True)
+        return prod(size // patch for size, patch in sizes)

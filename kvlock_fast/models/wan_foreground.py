@@ -1,8 +1,10 @@
-"""Wan's forward of some of the tokens: as `WanTransformer3DModel.forward`, on rows of the sequence.
+"""Forwards of some of the tokens: as `WanTransformer3DModel.forward` and its kin, on rows of the sequence.
 
 All but self-attention works token by token; self-attention sees the rest of the sequence as the source's keys and
 values, which are kept (models/foreground.py). The blocks are the model's own, compiled or not.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ def foreground_forward(
     lock: TransformerLock,
     latents: Tensor,
     timestep: Tensor,
-    text: Tensor,
+    beside: Mapping[str, Tensor],
     computed: Tensor,
     foreground: int,
     background: Tensor,
@@ -46,9 +48,9 @@ def foreground_forward(
 ) -> Tensor:
     """The velocity [B, C, T, h, w] of the tokens `computed` [N]; 0 elsewhere.
 
-    latents: [B, C, T, h, w] whole, in the transformer's dtype; timestep: [B], or [B, N]; foreground: how many of the
-    tokens have keys and values of their own, from the first on; background: indices of the kept tokens, of which
-    `rows` (None: all) are seen.
+    latents: [B, C, T, h, w] whole, in the transformer's dtype; timestep: [B], or [B, N]; beside: what else the
+    transformer's forward is given, by its names; foreground: how many of the tokens have keys and values of their own,
+    from the first on; background: indices of the kept tokens, of which `rows` (None: all) are seen.
     """
     transformer = lock.transformer
     cos, sin = transformer.rope(latents)
@@ -59,13 +61,14 @@ def foreground_forward(
     tokens = x.shape[1]
     x = x.index_select(1, computed)
     per_token = timestep.shape[1] if timestep.ndim == 2 else None
-    temb, timestep_proj, text, _ = transformer.condition_embedder(
-        timestep.flatten(), text, None, timestep_seq_len=per_token
+    more = {} if per_token is None else {"timestep_seq_len": per_token}
+    temb, timestep_proj, text, picture = transformer.condition_embedder(
+        timestep.flatten(), beside["encoder_hidden_states"], beside.get("encoder_hidden_states_image"), **more
     )
+    text = text if picture is None else torch.cat([picture, text], dim=1)
     timestep_proj = timestep_proj.unflatten(-1, (6, -1))
     with processors(lock.attentions, PROCESSOR):
-        for block in transformer.blocks:
-            x = block(x, text, timestep_proj, rope)
+        x = _blocks(transformer, x, text, timestep_proj, rope, _control(transformer, beside, computed))
     table = transformer.scale_shift_table.to(temb.device)
     if per_token is None:
         shift, scale = (table + temb.unsqueeze(1)).chunk(2, dim=1)
@@ -74,6 +77,31 @@ def foreground_forward(
     x = transformer.proj_out((transformer.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
     whole = x.new_zeros(x.shape[0], tokens, x.shape[2]).index_copy_(1, computed, x)
     return _unpatchify(whole, latents.shape, transformer.config.patch_size)
+
+
+def _control(transformer: nn.Module, beside: Mapping[str, Tensor], computed: Tensor) -> Tensor | None:
+    """What VACE is shown of the tokens `computed`."""
+    shown = beside.get("control_hidden_states")
+    if shown is None:
+        return None
+    return transformer.vace_patch_embedding(shown).flatten(2).transpose(1, 2).index_select(1, computed)
+
+
+def _blocks(
+    transformer: nn.Module, x: Tensor, text: Tensor, temb: Tensor, rope: tuple[Tensor, Tensor], control: Tensor | None
+) -> Tensor:
+    """Through all blocks; the hints of VACE's own blocks are added after those that they belong to."""
+    hints: dict[int, Tensor] = {}
+    if control is not None:
+        for layer, block in zip(sorted(transformer.config.vace_layers), transformer.vace_blocks, strict=True):
+            hints[layer], control = block(x, text, control, temb, rope)
+    # SkyReels' blocks take an attention mask too, of frames that do not see later ones: there is none.
+    more = (None,) if "num_frame_per_block" in transformer.config else ()
+    for layer, block in enumerate(transformer.blocks):
+        x = block(x, text, temb, rope, *more)
+        if layer in hints:
+            x = x + hints[layer]
+    return x
 
 
 def _unpatchify(x: Tensor, shape: torch.Size, patch: tuple[int, int, int]) -> Tensor:

@@ -56,5 +56,13 @@ def refuse_wrapped(transformer: Any) -> None:
     if getattr(getattr(transformer, "_parallel_config", None), "tensor_parallel_config", None) is not None:
         raise InputError("the transformer runs in tensor parallelism, in which no process has all of a token's keys")
     for name, module in transformer.named_modules():
-        if getattr(module, "fused_projections", False):
+        if _is_fused(module):
             raise InputError(f"{name} has fused projections, which hide its values: unfuse_qkv_projections() first")
+
+
+def _is_fused(attention: nn.Module) -> bool:
+    if not getattr(attention, "fused_projections", False):
+        return False
+    # diffusers' older attentions keep the mark when they are taken apart: their processor decides.
+    older = any(kind.__module__ == "diffusers.models.attention_processor" for kind in type(attention).__mro__)
+    return not older or "Fused" in type(attention.processor).__name__

@@ -1,0 +1,50 @@
+"""ChronoEdit: an edit of a picture as a short clip, from the picture to what became of it.
+
+Facts of diffusers' `ChronoEditPipeline`: as Wan 2.1's image-to-video (wan_image.py), with a transformer class of its
+own. A clip of 5 frames has two latent ones, the picture's and the edit's, at positions further apart. With temporal
+reasoning there are more frames, the way from one to the other; then the last latent frame is encoded and decoded right
+behind the first, and the others without it.
+
+The pipeline can drop the way in the middle of denoising (`num_temporal_reasoning_steps`); here it stays to the end.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.errors import InputError
+from kvlock_fast.models.wan_image import WAN_IMAGE, WanImageModel
+
+CHRONOEDIT = replace(WAN_IMAGE, family="chronoedit", transformers=("ChronoEditTransformer3DModel",))
+
+
+class ChronoEditModel(WanImageModel):
+    """What the loop needs of a diffusers `ChronoEditPipeline`."""
+
+    arch = CHRONOEDIT
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode.
+
+        Raises InputError for a single picture.
+        """
+        stride = self.geometry.temporal_stride
+        if len(frames) == 1:
+            raise InputError(
+                f"video has one frame, and ChronoEdit makes clips: give it the picture {1 + stride} times, and take "
+                "the last frame of what comes"
+            )
+        if len(frames) == 1 + stride:
+            return super().encode_video(frames)
+        way, ends = frames[:-stride], torch.cat([frames[:1], frames[-stride:]])
+        return torch.cat([super().encode_video(way), super().encode_video(ends)[:, :, 1:]], dim=2)
+
+    def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
+        """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
+        if latents.shape[2] <= 2:
+            return super().decode(latents, frames, tiled)
+        stride = self.geometry.temporal_stride
+        way = super().decode(latents[:, :, :-1], frames - stride, tiled)
+        ends = super().decode(latents[:, :, [0, -1]], 1 + stride, tiled)
+        return torch.cat([way, ends[:, 1:]], dim=1)

@@ -1,0 +1,174 @@
+"""From a locked self-attention's projections to its queries, keys and values, in one pass: what the fast path's
+processors share.
+
+Norms, rotation, blending and keeping are the prologue's (kernels/prologue.py). Tokens stay in the model's order: each
+has a weight of its own, 0 where it is foreground or text, and a row in what is kept, if it is of the background.
+Compiled code sees one operator, which knows nothing but the number of a locked module, as on the generic path.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from kvlock_fast.kernels.blend import as_heads
+from kvlock_fast.kernels.prologue import Capture, Lock, Places, QKNorm, RoPE, prologue
+from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
+from kvlock_fast.models.locking import LockState, Mode, locked_entry
+from kvlock_fast.models.qk_norms import qk_norm
+from kvlock_fast.nvtx import span
+
+K_STAGE = "normed"
+"""Keys are kept after their norm and before their rotation, as by the generic path."""
+Projections = tuple[Tensor, Tensor, Tensor]
+
+
+class Prologue:
+    """That of one forward. What its layers have in common is made by the first that needs it."""
+
+    def __init__(self, state: LockState, norms: dict[int, tuple[nn.Module | None, nn.Module | None]]):
+        """norms: of queries and keys, by layer."""
+        self.state, self.norms = state, norms
+        self._ropes: dict[tuple[int, int], tuple[Tensor, RoPE]] = {}
+        self._weights: dict[int, Tensor] = {}
+        self._places: dict[int, Places] = {}
+
+    def __call__(
+        self, layer: int, token_dim: int, qkv: Projections, rotation: tuple[Tensor, Tensor] | None, heads: int
+    ) -> Projections:
+        """Projections [B, n, H*D] as q, k, v [B, n, H, D]; rotation: cosine and sine as the model has them; token_dim:
+        where keys that are kept as tensors have their tokens.
+        """
+        state, (q, k, v) = self.state, qkv
+        state.fired += 2
+        tokens = k.shape[1]
+        norm = qk_norm(*self.norms[layer], heads, q)
+        rope = None if rotation is None else self._rope(*rotation, tokens, heads)
+        if state.mode is Mode.CAPTURE:
+            return self._captured(layer, token_dim, qkv, norm, rope, heads)
+        if state.mode is Mode.IN_BATCH:
+            lock, placed = Lock(self._weight(tokens)), {"foreground": 0}
+        else:
+            kept = ((state.kept[layer, "k"], token_dim), (state.kept[layer, "v"], 1))
+            source = (x if isinstance(x, QuantizedKV) else as_heads(x, dim, heads) for x, dim in kept)
+            lock, placed = Lock(self._weight(tokens), *source, stage=K_STAGE), {"places": self._placed(k)}
+        out = prologue(q, k, v, heads, norm=norm, rope=rope, lock=lock, **placed)
+        return out.q, out.k, out.v
+
+    def _captured(
+        self, layer: int, token_dim: int, qkv: Projections, norm: QKNorm, rope: RoPE | None, heads: int
+    ) -> Projections:
+        """q, k, v, the background's K and V packed into the layer's places, or kept as tensors."""
+        (q, k, v), places = qkv, self._placed(qkv[1])
+        k_place, v_place = (self.state.kept.get((layer, kind)) for kind in "kv")
+        # The kernel packs with a scale a token, and the first sample only.
+        fused = k_place is not None and k_place.tokens_per_scale == v_place.tokens_per_scale == 1 and len(k) == 1
+        format = k_place.format if fused else "native"
+        outs = [
+            prologue(*(x[i : i + 1] for x in (q, k, v)), heads, norm=norm, rope=rope, places=places,
+                     capture=Capture(format, K_STAGE))
+            for i in range(len(k))
+        ]  # fmt: skip
+        found = zip(("k", "v"), (k_place, v_place), ("captured_k", "captured_v"), strict=True)
+        for kind, place, name in found:
+            captured = [getattr(out, name) for out in outs]
+            if fused:
+                place.copy_(captured[0])
+                continue
+            x = torch.cat([each.codes for each in captured])
+            if place is not None:
+                place.copy_(quantize_kv(x, place.format, kind, tokens_per_scale=place.tokens_per_scale))
+            elif kind == "v" or norm.kind in ("none", "rms_across_heads"):
+                self.state.kept[layer, kind] = x.flatten(2)
+            else:
+                self.state.kept[layer, kind] = x.movedim(1, token_dim)
+        whole = (torch.cat([getattr(out, name) for out in outs]) for name in "qkv")
+        return (outs[0].q, outs[0].k, outs[0].v) if len(outs) == 1 else tuple(whole)
+
+    def _offset(self, tokens: int) -> tuple[int, int]:
+        """How many of so many tokens are text, in front of the video's and behind them."""
+        state = self.state
+        words = 0 if state.tokens is None else tokens - state.tokens
+        if words < 0 or (words and state.text == "none"):
+            raise RuntimeError(f"a self-attention has {tokens} tokens, of a video of {state.tokens}")
+        return (words, 0) if state.text == "prefix" else (0, words)
+
+    def _weight(self, tokens: int) -> Tensor:
+        """The source's, of every token [rows, n]."""
+        if tokens not in self._weights:
+            self._weights[tokens] = nn.functional.pad(self.state.weight, self._offset(tokens))
+        return self._weights[tokens]
+
+    def _placed(self, k: Tensor) -> Places:
+        """Which of k's tokens is which of the background's."""
+        tokens = k.shape[1]
+        if tokens not in self._places:
+            before, after = self._offset(tokens)
+            background = self.state.background
+            if background is None:
+                background = torch.arange(tokens - before - after, device=k.device)
+            rows = torch.full((tokens,), -1, dtype=torch.int32, device=k.device)
+            numbers = torch.arange(len(background), dtype=torch.int32, device=k.device)
+            self._places[tokens] = Places(rows.index_copy_(0, background + before, numbers), len(background))
+        return self._places[tokens]
+
+    def _rope(self, cos: Tensor, sin: Tensor, tokens: int, heads: int) -> RoPE:
+        # By the tensor itself, which is held here: its number cannot become another's.
+        key = id(cos), tokens
+        if key not in self._ropes:
+            angles = cos[..., 0::2], sin[..., 1::2]
+            before, after = self._offset(tokens) if _length(cos) < tokens else (0, 0)
+            cosine, sine = (
+                nn.functional.pad(_by_token(x, heads), (0, 0, 0, 0, before, after), value=still)
+                for x, still in zip(angles, (1.0, 0.0), strict=True)
+            )
+            self._ropes[key] = cos, RoPE(cosine.contiguous(), sine.contiguous())
+        return self._ropes[key][1]
+
+
+def _length(x: Tensor) -> int:
+    return x.shape[0] if x.ndim == 2 else x.shape[1]
+
+
+def _by_token(x: Tensor, heads: int) -> Tensor:
+    """Angles [n, D/2], [1, n, 1, D/2] or, where heads have their own, [B, n, H*D/2], as [n, 1 or H, D/2] fp32.
+
+    Those of a batch are the same in every sample: its samples are edits of one video.
+    """
+    if x.ndim == 2:
+        return x[:, None].float()
+    return (x[0] if x.ndim == 4 else x[0].unflatten(1, (heads, -1))).float()
+
+
+def _locked_qkv(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, number: int
+) -> Projections:
+    state, (layer, _), token_dim = locked_entry(number)
+    with span("prologue"):
+        return state.prologue(layer, token_dim, (q, k, v), None if cos is None else (cos, sin), heads)
+
+
+@torch.library.custom_op("kvlock_fast::locked_qkv", mutates_args=())
+def _locked_qkv_op(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, number: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _locked_qkv(q, k, v, cos, sin, heads, int(number))
+
+
+@_locked_qkv_op.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, number: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty((*x.shape[:2], heads, x.shape[2] // heads)) for x in (q, k, v))
+
+
+def locked_qkv(attention: nn.Module, qkv: Projections, rotation: tuple[Tensor, Tensor] | None) -> Projections:
+    """A locked self-attention's projections [B, n, H*D] as what it attends with, [B, n, H, D] each.
+
+    rotation: cosine and sine of the video's tokens, angles twice, neighbouring channels being a pair: [S, D],
+    [1, S, 1, D], or [B, S, H*D] where heads have angles of their own; None for none.
+    """
+    norm = getattr(attention, "norm_k", None)
+    locked = attention.to_k if norm is None else norm
+    cos, sin = (None, None) if rotation is None else rotation
+    if torch.compiler.is_compiling():
+        return _locked_qkv_op(*qkv, cos, sin, attention.heads, locked.kvlock_number_tensor)
+    return _locked_qkv(*qkv, cos, sin, attention.heads, locked.kvlock_number)

@@ -1,0 +1,103 @@
+"""The Mochi family, text-to-video.
+
+Facts of diffusers' `MochiPipeline`: sigma counts from noise to data, so that the velocity points at the data, and the
+sigmas are its own, linear at first and quadratic afterwards; text and video have projections of their own, so that the
+lock sees the video alone; a text's mask takes its filling out of the attention; both branches of guidance are one
+forward, unconditional rows first; predictions are taken in fp32, latents and timesteps are kept in the model's dtype.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import MochiPipeline
+from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+from torch import Tensor
+
+from kvlock_fast.conditioning import Conditioning, Given
+from kvlock_fast.errors import InputError
+from kvlock_fast.masks import Geometry
+from kvlock_fast.models.arch import ArchSpec
+from kvlock_fast.models.pipeline_model import PipelineModel
+from kvlock_fast.models.pixels import decode_each, encode_mode
+
+MOCHI = ArchSpec(
+    family="mochi",
+    transformers=("MochiTransformer3DModel",),
+    attention=r"transformer_blocks\.\d+\.attn1",
+    flow="reversed",
+    one_call=True,
+    blocks=("MochiTransformerBlock",),
+)
+THRESHOLD_NOISE = 0.025
+"""How far the linear part of the sigmas goes, by MochiPipeline."""
+DEFAULTS = inspect.signature(MochiPipeline.__call__).parameters
+
+
+class MochiModel(PipelineModel):
+    """What the loop needs of a diffusers `MochiPipeline`."""
+
+    arch = MOCHI
+    why_not_captured = "its attention counts the text's tokens on the host"
+
+    @property
+    def geometry(self) -> Geometry:
+        vae, patch = self.pipe.vae, self.config.patch_size
+        return Geometry(vae.temporal_compression_ratio, vae.spatial_compression_ratio, (1, patch, patch))
+
+    @property
+    def latents_dtype(self) -> torch.dtype:
+        """Of the latents between steps, in MochiPipeline."""
+        return self.transformers[0].dtype
+
+    def facts(self, given: Given) -> dict[str, Any]:
+        """What decides, beside weights and words, what a forward of the source gives."""
+        return {"force_zeros_for_empty_prompt": self.pipe.config.force_zeros_for_empty_prompt}
+
+    def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
+        """Its own sigmas. Raises InputError for a single step, for which there are none."""
+        if num_steps < 2:
+            raise InputError(f"num_inference_steps must be at least 2 for the family mochi, got {num_steps}")
+        return {"sigmas": np.array(linear_quadratic_schedule(num_steps, THRESHOLD_NOISE))}
+
+    def condition(self, prompts: list[str], given: Given) -> Conditioning:
+        """text [n, L, C] in the transformer's dtype, mask bool [n, L] of its tokens."""
+        length = min(DEFAULTS["max_sequence_length"].default, self.pipe.tokenizer_max_length)
+        text, mask, _, _ = self.pipe.encode_prompt(
+            prompts, do_classifier_free_guidance=False, max_sequence_length=length, device=self.device
+        )
+        return Conditioning(text=text.to(self.transformers[0].dtype), mask=mask)
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
+        latents = encode_mode(self.pipe.vae, frames, self.device)
+        mean, std = self._latent_statistics(latents)
+        return (latents - mean) / std
+
+    def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
+        """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
+        mean, std = self._latent_statistics(latents)
+        return decode_each(self.pipe.vae, latents.float() * std + mean, tiled)
+
+    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the autoencoder's latents, which are 0 and 1 where it does not say."""
+        config = self.pipe.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is None or std is None:
+            mean, std = (0.0,) * config.latent_channels, (1.0,) * config.latent_channels
+        both = (torch.tensor(x, dtype=torch.float32, device=latents.device).view(1, -1, 1, 1, 1) for x in (mean, std))
+        mean, std = both
+        return mean, std / config.scaling_factor
+
+    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+        """The velocity towards the data [B, C, T, h, w] fp32, at latents [B, ...], timestep []."""
+        transformer = self.transformers[which]
+        return transformer(
+            hidden_states=latents.to(transformer.dtype),
+            encoder_hidden_states=told["text"],
+            timestep=timestep.expand(len(latents)).to(transformer.dtype),
+            encoder_attention_mask=told["mask"],
+            return_dict=False,
+        )[0].float()

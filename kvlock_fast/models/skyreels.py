@@ -1,0 +1,46 @@
+"""SkyReels-V2, text-to-video and image-to-video.
+
+Facts of diffusers' `SkyReelsV2Pipeline` and `SkyReelsV2ImageToVideoPipeline`: as Wan 2.1's (wan.py, wan_image.py), with
+a transformer class of their own. Its diffusion forcing, where every frame has a time of its own, or sees no later ones,
+is refused: there a step has no one latent of the source.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from kvlock_fast.errors import InputError
+from kvlock_fast.models.wan import WAN, WanModel
+from kvlock_fast.models.wan_image import WanImageModel
+
+SKYREELS = replace(WAN, family="skyreels-v2", transformers=("SkyReelsV2Transformer3DModel",))
+SKYREELS_IMAGE = replace(SKYREELS, family="skyreels-v2-i2v")
+
+
+class SkyReelsModel(WanModel):
+    """What the loop needs of a diffusers `SkyReelsV2Pipeline`."""
+
+    arch = SKYREELS
+
+    def __init__(self, pipe: Any):
+        """Raises InputError for a pipeline of another kind."""
+        super().__init__(pipe)
+        _refuse_forcing(self.config)
+
+
+class SkyReelsImageModel(WanImageModel):
+    """What the loop needs of a diffusers `SkyReelsV2ImageToVideoPipeline`."""
+
+    arch = SKYREELS_IMAGE
+
+    def __init__(self, pipe: Any):
+        """Raises InputError for a pipeline of another kind."""
+        super().__init__(pipe)
+        _refuse_forcing(self.config)
+
+
+def _refuse_forcing(config: Any) -> None:
+    for name, plain in (("num_frame_per_block", 1), ("inject_sample_info", False)):
+        if config.get(name, plain) != plain:
+            raise InputError(
+                f"the transformer is made for diffusion forcing ({name}={config[name]}), which is not known"
+            )
