@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -110,18 +109,3 @@ def select_layers(count: int, layers: tuple[int, ...] | None) -> tuple[int, ...]
         if layer >= count:
             raise InputError(f"layers names layer {layer}, but the model has layers 0 to {count - 1}")
     return layers
-
-
-def refuse_wrapped(transformer: Any) -> None:
-    """Raise InputError for states of a model in which a lock would miss keys, values or whole layers."""
-    if hasattr(transformer, "_orig_mod"):
-        raise InputError(
-            "the transformer is wrapped by torch.compile(): use its own compile() or compile_repeated_blocks() instead"
-        )
-    if getattr(transformer, "is_cache_enabled", False):
-        raise InputError(
-            "the transformer skips layers (a diffusers cache such as FirstBlockCache is on): call disable_cache() first"
-        )
-    for name, module in transformer.named_modules():
-        if getattr(module, "fused_projections", False):
-            raise InputError(f"{name} has fused projections, which hide its values: unfuse_qkv_projections() first")

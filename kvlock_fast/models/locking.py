@@ -33,13 +33,14 @@ from kvlock_fast.models.arch import (
     first_submodule,
     kv_width,
     place_by_place,
-    refuse_wrapped,
     select_layers,
     value_columns,
     without_text,
 )
 from kvlock_fast.models.fast import choose_path
 from kvlock_fast.models.foreground import View, attend
+from kvlock_fast.models.sharding import Shard, shard_of
+from kvlock_fast.models.wrapped import refuse_caches, refuse_wrapped
 from kvlock_fast.nvtx import span
 
 KeptKV = dict[tuple[int, str], Tensor | QuantizedKV]
@@ -239,8 +240,9 @@ class TransformerLock:
         processors: str = "generic",
         format: str | None = None,
     ):
-        """layers: the locked self-attention layers by number, None for all; background, format: as in `LockState`;
-        processors: by which attention forwards that lock go, a wish of `fast.PROCESSORS`.
+        """layers: the locked self-attention layers by number, None for all; background: as in `LockState`, of the whole
+        video also where processes share its tokens; format: as in `LockState`; processors: by which attention forwards
+        that lock go, a wish of `fast.PROCESSORS`.
 
         Raises InputError where the lock would miss K or V, and where processors 'fast' cannot be had; then nothing is
         attached.
@@ -253,6 +255,8 @@ class TransformerLock:
         self.layers = select_layers(len(attentions), layers)
         self.state = LockState(background, arch.text, format)
         self.forwards = 0
+        self.use_background(background)
+        self._around = _with_parents(transformer, [attentions[layer][0] for layer in self.layers])
         self._targets: list[tuple[nn.Module, tuple[str, ...], nn.Module, type[nn.Module]]] = []
         try:
             for layer in self.layers:
@@ -285,6 +289,11 @@ class TransformerLock:
         """The locked self-attentions."""
         return list(dict.fromkeys(attention for attention, *_ in self._targets))
 
+    def use_background(self, background: Tensor | None) -> None:
+        """Keep and blend these tokens [N] of the whole video from now on."""
+        self.state.background = self._background = background
+        self._shared: tuple[Shard, int] | None = None
+
     def detach(self) -> None:
         """Take the lock off; the transformer is as it was."""
         for _, _, target, kind in self._targets:
@@ -307,16 +316,20 @@ class TransformerLock:
         fp32 (for IN_BATCH without the source's row), needed where the mode blends; rows may be repeated. kept: the
         background's K and V to blend with (STORED) or to see (FOREGROUND), or the places to pack them into (CAPTURE;
         where there is none for a layer, a tensor is added). tokens: the video's, S, beyond which a self-attention's are
-        text; None where there is no text among them.
+        text; None where there is no text among them. In context parallelism weight and tokens are of the whole video,
+        kept is of this process's part.
 
-        Raises RuntimeError where modules were skipped or replaced, as by an adapter that was added later.
+        Raises RuntimeError where modules were skipped or replaced, as by an adapter that was added later; InputError
+        where a cache was switched on meanwhile.
         """
+        refuse_caches(self._around)
         for attention, names, target, _ in self._targets:
             if first_submodule(attention, names) is not target:
                 raise RuntimeError(
                     f"a projection of {type(attention).__name__} was replaced after the lock was attached, as by an "
                     "adapter: load adapters first, then lock"
                 )
+        weight, tokens = self._own_part(mode, weight, tokens)
         state, by = self.state, nullcontext()
         state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, Counter()
         state.tokens, state._at_places = tokens, None
@@ -334,6 +347,31 @@ class TransformerLock:
                 f"{sum(counts)} of {len(counts) * self.forwards} locked projections ran in a forward of "
                 f"{type(self.transformer).__name__}: layers were skipped"
             )
+
+    def _own_part(self, mode: Mode, weight: Tensor | None, tokens: int | None) -> tuple[Tensor | None, int | None]:
+        """Weight and tokens of this process's part, which becomes the state's background as well."""
+        shard = shard_of(self.transformer)
+        if shard is None or mode is Mode.OFF:
+            return weight, tokens
+        if tokens is None or mode is Mode.FOREGROUND:
+            raise RuntimeError(f"mode {mode.name} with tokens {tokens} does not go with context parallelism")
+        if self._background is not None and self._shared != (shard, tokens):
+            self.state.background = shard.indices(self._background, tokens)
+            self._shared = shard, tokens
+        first, end = shard.bounds(tokens)
+        return None if weight is None else weight[:, first:end], end - first
+
+
+def _with_parents(transformer: nn.Module, names: list[str]) -> list[nn.Module]:
+    """The modules of these names, and all that they are in."""
+    modules = dict(transformer.named_modules())
+    found = {"": transformer}
+    for name in names:
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            parent = ".".join(parts[:depth])
+            found[parent] = modules[parent]
+    return list(found.values())
 
 
 def kv_sizes(transformer: nn.Module, arch: ArchSpec) -> tuple[int, int]:
