@@ -37,7 +37,15 @@ REGISTRY: tuple[Family, ...] = (
     Family("chronoedit", "chronoedit.ChronoEditModel", ("ChronoEditPipeline",), ("ChronoEditTransformer3DModel",)),
     Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
     Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
+    Family(
+        "cogvideox-i2v",
+        "cogvideox_image.CogVideoXImageModel",
+        ("CogVideoXImageToVideoPipeline",),
+        ("CogVideoXTransformer3DModel",),
+    ),
     Family("mochi", "mochi.MochiModel", ("MochiPipeline",), ("MochiTransformer3DModel",)),
+    Family("easyanimate", "easyanimate.EasyAnimateModel", ("EasyAnimatePipeline",), ("EasyAnimateTransformer3DModel",)),
+    Family("latte", "latte.LatteModel", ("LattePipeline",), ("LatteTransformer3DModel",)),
     Family("allegro", "allegro.AllegroModel", ("AllegroPipeline",), ("AllegroTransformer3DModel",)),
     Family(
         "hunyuan-video",
@@ -73,6 +81,8 @@ REGISTRY: tuple[Family, ...] = (
         ("Kandinsky5T2IPipeline",),
         ("Kandinsky5Transformer3DModel",),
     ),
+    Family("flux2", "flux2.Flux2Model", ("Flux2Pipeline",), ("Flux2Transformer2DModel",)),
+    Family("flux2-klein", "flux2.Flux2KleinModel", ("Flux2KleinPipeline",), ("Flux2Transformer2DModel",)),
 )
 PIECES = "it makes a clip piece by piece, so that no step has one latent of the whole source"
 MEAN_VELOCITY = "it predicts the mean velocity of a step, from which no clean latent follows"
@@ -124,3 +134,21 @@ def family_of_pipeline(pipe: Any) -> Family:
         known = ", ".join(FAMILIES)
         raise InputError(f"unknown model family: {kinds[0]} with transformer {name}; known: {known}")
     return family
+
+
+def arch_of(transformer: Any, name: str | None = None) -> Any:
+    """The `ArchSpec` for a transformer: that of the family of this name, else by its class, or those it is made from.
+
+    Raises InputError for a family that is not known.
+    """
+    kinds = [kind.__name__ for kind in type(getattr(transformer, "_orig_mod", transformer)).__mro__]
+    found = [family for family in REGISTRY if family.name == name]
+    if name is None:
+        found = [family for kind in kinds for family in REGISTRY if kind in family.transformers]
+    if not found:
+        unknown = f"transformer {kinds[0]}" if name is None else f"family {name!r}"
+        raise InputError(
+            f"unknown {unknown}; known families: {', '.join(FAMILIES)}; family='auto' with a sample finds and checks "
+            "the self-attentions of any transformer"
+        )
+    return found[0].load().arch
