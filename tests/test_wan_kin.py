@@ -126,6 +126,7 @@ def test_sizes_by_config_are_the_models(name):
     assert size.parameters == sum(p.numel() for p in pipe.transformer.parameters())
     model = kvf.KVLockPipeline.from_pipe(pipe).model
     assert size.layers == len(model.arch.attentions(pipe.transformer)) and size.geometry == model.geometry
+    assert size.channels == pipe.vae.config.z_dim
 
 
 @pytest.mark.parametrize("name", ["wan-i2v-2.1", "wan-vace", "chronoedit"])

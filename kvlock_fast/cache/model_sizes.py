@@ -201,7 +201,7 @@ def _size_of(family: _Family, c: Config, vae: Config | None, name: str) -> Model
         head_dim=head_dim,
         feed_forward=family.feed_forward(c),
         text_tokens=family.text_tokens(c),
-        channels=c["in_channels"],
+        channels=c.get("out_channels") or c["in_channels"],
         geometry=Geometry(time, space, family.patch(c), causal=True, most_tokens=family.most_tokens(c), **family.more),
         frames=shape[0],
         height=shape[1],
