@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -19,13 +18,15 @@ from kvlock_fast.nvtx import span
 from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder
 
-Combine = Callable[[Tensor, Tensor, float], Tensor]
-"""Of the conditional and the unconditional prediction and a guidance scale, in the order of a pipeline's own bits."""
+Combine = Callable[[Tensor, Tensor | None, float, Tensor, Tensor], Tensor]
+"""Of the conditional and the unconditional prediction (None without guidance), a guidance scale, the latents and their
+sigma: what goes to the scheduler, in the order of a pipeline's own bits.
+"""
 
 
-def classifier_free(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+def classifier_free(cond: Tensor, uncond: Tensor | None, scale: float, latents: Tensor, sigma: Tensor) -> Tensor:
     """As most of diffusers' pipelines guide."""
-    return uncond + scale * (cond - uncond)
+    return cond if uncond is None else uncond + scale * (cond - uncond)
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,7 @@ class Predictor:
         which, timestep = self._count(k, latents, timestep)
         if not self.locks:
             return self.model.predict(which, latents, timestep, text)
-        patch = self.model.geometry.patch_size
-        tokens = prod(-(-size // p) for size, p in zip(latents.shape[2:], patch, strict=True))
+        tokens = self.model.tokens_of(latents)
         with self.locks[which].forward(mode, weight, kept, tokens):
             return self.model.predict(which, latents, timestep, text)
 
