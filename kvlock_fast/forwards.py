@@ -14,6 +14,7 @@ from kvlock_fast.foreground import Region
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.models.ranges import layer_ranges
+from kvlock_fast.models.sharding import shard_of
 from kvlock_fast.nvtx import span
 from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder
@@ -106,10 +107,17 @@ class Predictor:
         self._exit.close()
 
     def use_background(self, background: Tensor) -> None:
-        """Read the same indices from this memory."""
+        """Keep and blend these tokens from now on."""
+        if background is self.background:
+            return
         self.background = background
         for lock in self.locks:
-            lock.state.background = background
+            lock.use_background(background)
+
+    def kept_tokens(self, background: Tensor, latents: Tensor) -> int:
+        """How many of the background's tokens of latents [..., T, H, W] this process keeps."""
+        shard = shard_of(self.locks[0].transformer)
+        return len(background if shard is None else shard.indices(background, self.model.tokens_of(latents)))
 
     def stage(self, k: int) -> int:
         """0, or 1 in the low-noise steps of a model that has two stages; for k = T too."""
@@ -129,8 +137,7 @@ class Predictor:
         which, timestep = self._count(k, latents, timestep)
         if not self.locks:
             return self.model.predict(which, latents, timestep, text)
-        tokens = self.model.tokens_of(latents)
-        with self.locks[which].forward(mode, weight, kept, tokens):
+        with self.locks[which].forward(mode, weight, kept, self.model.tokens_of(latents)):
             return self.model.predict(which, latents, timestep, text)
 
     def foreground(

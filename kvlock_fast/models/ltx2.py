@@ -90,7 +90,7 @@ class LTX2Model(PipelineModel):
 
     def tokens_of(self, latents: Tensor) -> int:
         """Of the video in latents [B, C, T, h, w]."""
-        return super().tokens_of(latents[:, :, : self._video_frames(latents)])
+        return super().tokens_of(latents.narrow(-3, 0, self._split(*latents.shape[-3:])))
 
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """[1, C, T, h, w] fp32, as LTX2Pipeline draws it: the video's, then the sound's."""

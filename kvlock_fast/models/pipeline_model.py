@@ -88,7 +88,7 @@ class PipelineModel:
         return uncond + scale * (cond - uncond)
 
     def settle(self, cond: Tensor, uncond: Tensor | None, scale: float, latents: Tensor, sigma: Tensor) -> Tensor:
-        """What the family's pipeline gives its scheduler, of one prediction or both branches', at latents of a sigma."""
+        """What the family's pipeline gives its scheduler, of a prediction or both branches', at latents of a sigma."""
         return cond if uncond is None else self.combine(cond, uncond, scale)
 
     def project(self, pixels: Tensor) -> ProjectedMask:
@@ -97,7 +97,7 @@ class PipelineModel:
 
     def tokens_of(self, latents: Tensor) -> int:
         """Of the video in latents [B, C, T, h, w]."""
-        return prod(-(-size // p) for size, p in zip(latents.shape[2:], self.geometry.patch_size, strict=True))
+        return prod(-(-size // p) for size, p in zip(latents.shape[-3:], self.geometry.patch_size, strict=True))
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """[len(prompts), L, C] in the transformer's dtype."""
@@ -131,10 +131,6 @@ class PipelineModel:
 
     def last_latents(self, latents: Tensor, told: Conditioning) -> Tensor:
         """What the family's pipeline makes of the last step's latents [B, C, T, h, w], told so of each sample."""
-        return latents
-
-    def finish(self, latents: Tensor, told: Conditioning) -> Tensor:
-        """The last latents [B, C, T, h, w], as the family's pipeline gives them out."""
         return latents
 
     def encode_video(self, frames: Tensor) -> Tensor:
