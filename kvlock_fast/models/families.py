@@ -43,6 +43,7 @@ REGISTRY: tuple[Family, ...] = (
         ("CogVideoXImageToVideoPipeline",),
         ("CogVideoXTransformer3DModel",),
     ),
+    Family("ltx2", "ltx2.LTX2Model", ("LTX2Pipeline",), ("LTX2VideoTransformer3DModel",)),
     Family("mochi", "mochi.MochiModel", ("MochiPipeline",), ("MochiTransformer3DModel",)),
     Family("easyanimate", "easyanimate.EasyAnimateModel", ("EasyAnimatePipeline",), ("EasyAnimateTransformer3DModel",)),
     Family("latte", "latte.LatteModel", ("LattePipeline",), ("LatteTransformer3DModel",)),
