@@ -147,7 +147,7 @@ class Predictor:
         """Count the rows; which transformer serves step k, and its timestep."""
         self.recorder.forwards += latents.shape[0]
         which = self.model.transformer_of(self.stage(k))
-        return which, self.solver.timestep_at(k) if timestep is None else timestep
+        return which, self.model.time_at(self.solver, k) if timestep is None else timestep
 
 
 class Forwards:

@@ -132,7 +132,7 @@ class Scene:
 
     def predict(self, latents: Tensor, told: Conditioning) -> Tensor:
         """The first transformer's."""
-        return self.model.predict(0, latents, self.solver.timestep_at(self.case.steps // 2), told).float()
+        return self.model.predict(0, latents, self.model.time_at(self.solver, self.case.steps // 2), told).float()
 
     @property
     def tokens(self) -> int:

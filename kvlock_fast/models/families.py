@@ -65,6 +65,9 @@ REGISTRY: tuple[Family, ...] = (
     Family("sd3", "sd3.SD3Model", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",)),
     Family("qwen-image", "qwen_image.QwenImageModel", ("QwenImagePipeline",), ("QwenImageTransformer2DModel",)),
     Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
+    Family("cosmos", "cosmos.CosmosModel", ("CosmosTextToWorldPipeline",), ("CosmosTransformer3DModel",)),
+    Family("cosmos2-image", "cosmos.Cosmos2Model", ("Cosmos2TextToImagePipeline",), ("CosmosTransformer3DModel",)),
+    Family("cosmos2.5", "cosmos.Cosmos25Model", ("Cosmos2_5_PredictBasePipeline",), ("CosmosTransformer3DModel",)),
 )
 FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)

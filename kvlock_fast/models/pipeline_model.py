@@ -82,8 +82,16 @@ class PipelineModel:
         """Whether a negative branch is run at this scale: not by models that were distilled to do without."""
         return guidance_scale > 1
 
+    def omega0(self, guidance_scale: float) -> float:
+        """The scale as the loop counts it, where 1 adds nothing to the conditional prediction."""
+        return guidance_scale
+
+    def time_at(self, solver: Any, k: int) -> Tensor:
+        """What `predict` is given as the timestep of x_k [], for k = T too: the scheduler's own."""
+        return solver.timestep_at(k)
+
     def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Both branches as the family's pipeline guides them, in its order of operations."""
+        """Both branches as the family's pipeline guides them, in its order of operations; scale: by `omega0`."""
         return uncond + scale * (cond - uncond)
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
