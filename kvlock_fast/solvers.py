@@ -46,7 +46,7 @@ class Solver:
         self._start = num_steps, device, settings
         try:
             self.restart()
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # the second where it does not know one of the settings
             raise InputError(f"scheduler {name} cannot make {num_steps} steps: {error}") from error
         self.timesteps = self.scheduler.timesteps
         self.signal, self.sigmas = (x.to(device) for x in noise_levels(self.scheduler))
