@@ -37,7 +37,7 @@ def _words() -> T5Gemma2Encoder:
     text = {
         "vocab_size": len(WORDS) + 3, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 0,
-        "eos_token_id": 1,
+        "eos_token_id": 1, "dropout_rate": 0.0,
     }  # fmt: skip
     eyes = {
         "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 8,
