@@ -136,7 +136,8 @@ class Predictor:
         which, timestep = self._count(k, latents, timestep)
         if not self.locks:
             return self.model.predict(which, latents, timestep, text)
-        with self.locks[which].forward(mode, weight, kept, self._tokens(latents)):
+        ahead = self.model.tokens_ahead(latents)
+        with self.locks[which].forward(mode, weight, kept, self._tokens(latents), ahead=ahead):
             return self.model.predict(which, latents, timestep, text)
 
     def foreground(

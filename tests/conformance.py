@@ -138,6 +138,11 @@ class Scene:
     def tokens(self) -> int:
         return len(self.inside)
 
+    @property
+    def ahead(self) -> int | None:
+        """How many tokens lie in front of the video's."""
+        return self.model.tokens_ahead(self.latents)
+
     def lock(self, background: Tensor | None = None) -> TransformerLock:
         return TransformerLock(self.transformer, self.model.arch, background=background)
 
@@ -145,7 +150,7 @@ class Scene:
         """Keys and values of a forward of the source at these latents."""
         lock, kept = self.lock(background), {}
         try:
-            with torch.no_grad(), lock.forward(Mode.CAPTURE, kept=kept, tokens=self.tokens):
+            with torch.no_grad(), lock.forward(Mode.CAPTURE, kept=kept, tokens=self.tokens, ahead=self.ahead):
                 self.predict(latents, self.told[1])
         finally:
             lock.detach()
@@ -158,7 +163,7 @@ class Scene:
 def blend_at_call(x: Tensor, source: Tensor, scene: Scene, alpha: float) -> Tensor:
     """K or V [B, H, tokens, D] at an attention call, blended by the definition in fp64."""
     others = x.shape[2] - scene.tokens
-    first = others if scene.model.arch.text == "prefix" else 0
+    first = others if scene.model.arch.text == "prefix" else scene.ahead or 0
     video = slice(first, first + scene.tokens)
     weight = torch.where(scene.inside, 0.0, alpha).double()[:, None]
     mixed = x.double().clone()

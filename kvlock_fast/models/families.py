@@ -85,6 +85,12 @@ REGISTRY: tuple[Family, ...] = (
     ),
     Family("flux2", "flux2.Flux2Model", ("Flux2Pipeline",), ("Flux2Transformer2DModel",)),
     Family("flux2-klein", "flux2.Flux2KleinModel", ("Flux2KleinPipeline",), ("Flux2Transformer2DModel",)),
+    Family(
+        "framepack",
+        "framepack.FramepackModel",
+        ("HunyuanVideoFramepackPipeline",),
+        ("HunyuanVideoFramepackTransformer3DModel",),
+    ),
     Family("motif", "motif.MotifModel", ("MotifVideoPipeline",), ("MotifVideoTransformer3DModel",)),
 )
 FORCING = "every frame has a time of its own (diffusion forcing), so that no step has one latent of the source"

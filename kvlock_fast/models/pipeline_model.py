@@ -102,6 +102,10 @@ class PipelineModel:
         """What the transformer is told of each of the prompts."""
         return Conditioning(text=self.encode_prompts(prompts))
 
+    def tokens_ahead(self, latents: Tensor) -> int | None:
+        """How many tokens of other frames self-attentions have in front of those of latents [..., T, h, w]."""
+        return None
+
     def condition_source(self, prompts: list[str], given: Given) -> Conditioning:
         """The same for the source's own pass, of which nothing is to be changed."""
         return self.condition(prompts, given)
