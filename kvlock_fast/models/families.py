@@ -65,6 +65,14 @@ REGISTRY: tuple[Family, ...] = (
     Family("sd3", "sd3.SD3Model", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",)),
     Family("qwen-image", "qwen_image.QwenImageModel", ("QwenImagePipeline",), ("QwenImageTransformer2DModel",)),
     Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
+    Family("chroma", "chroma.ChromaModel", ("ChromaPipeline",), ("ChromaTransformer2DModel",)),
+    Family("ovis-image", "ovis_image.OvisImageModel", ("OvisImagePipeline",), ("OvisImageTransformer2DModel",)),
+    Family(
+        "longcat-image",
+        "longcat_image.LongCatImageModel",
+        ("LongCatImagePipeline",),
+        ("LongCatImageTransformer2DModel",),
+    ),
     Family("flux2", "flux2.Flux2Model", ("Flux2Pipeline",), ("Flux2Transformer2DModel",)),
     Family("flux2-klein", "flux2.Flux2KleinModel", ("Flux2KleinPipeline",), ("Flux2Transformer2DModel",)),
 )
