@@ -85,6 +85,14 @@ REGISTRY: tuple[Family, ...] = (
         ("Kandinsky5T2IPipeline",),
         ("Kandinsky5Transformer3DModel",),
     ),
+    Family("chroma", "chroma.ChromaModel", ("ChromaPipeline",), ("ChromaTransformer2DModel",)),
+    Family("ovis-image", "ovis_image.OvisImageModel", ("OvisImagePipeline",), ("OvisImageTransformer2DModel",)),
+    Family(
+        "longcat-image",
+        "longcat_image.LongCatImageModel",
+        ("LongCatImagePipeline",),
+        ("LongCatImageTransformer2DModel",),
+    ),
     Family("flux2", "flux2.Flux2Model", ("Flux2Pipeline",), ("Flux2Transformer2DModel",)),
     Family("flux2-klein", "flux2.Flux2KleinModel", ("Flux2KleinPipeline",), ("Flux2Transformer2DModel",)),
     Family(

@@ -32,6 +32,8 @@ class PipelineModel:
     """What in a forward of diffusers' own, such as a read from the device, a captured step would miss."""
     guided_if_asked = False
     """Whether a negative branch is run only where a negative prompt is given: by models that may be distilled."""
+    most_text = 512
+    """Text tokens that the model may be given, for planning."""
     latents_dtype: torch.dtype = torch.float32
     """Of the latents between steps, in the family's pipeline."""
 
