@@ -6,7 +6,6 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conformance import all_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_graph import RecordedCapture
@@ -15,7 +14,6 @@ from test_pipeline import a_mask, a_video, call, stock, unipc
 from test_sync_free import guarded  # noqa: F401
 from test_windows import long
 from tiny import tiny_cogvideox, tiny_wan, untouched
-from torch._dynamo.utils import counters
 
 import kvlock_fast as kvf
 from kvlock_fast import pipeline
@@ -42,7 +40,7 @@ def prologues(monkeypatch):
     plain, counts = fast_prologue.prologue, Counter()
 
     def counted(*given, lock=None, capture=None, **named):
-        counts["capture" if capture is not None else lock.stage] += 1
+        counts["capture" if capture is not None else "along" if lock.k is None else "stored"] += 1
         return plain(*given, lock=lock, capture=capture, **named)
 
     monkeypatch.setattr(fast_prologue, "prologue", counted)
@@ -54,7 +52,8 @@ def assert_same(one, other, tolerance=1e-5):
     assert other.trace.forwards == one.trace.forwards
     for a, b in zip(one.trace, other.trace, strict=True):
         for name in ("alpha", "omega", "s_star", "variance", "tokens"):
-            assert getattr(b, name) == pytest.approx(getattr(a, name), rel=1e-4), name
+            said, wanted = getattr(b, name), getattr(a, name)
+            assert said is wanted is None or said == pytest.approx(wanted, rel=1e-4), name
 
 
 def both(pipe, **changes):
@@ -72,7 +71,7 @@ def test_every_tier(prologues, tmp_path, name, tier):
         for wish in ("generic", "fast")
     )
     assert_same(one, other)
-    assert prologues == ({"raw": 9} if tier == "lockstep" else {"capture": 9, "normed": 9})
+    assert prologues == ({"along": 9} if tier == "lockstep" else {"capture": 9, "stored": 9})
     assert all(map(untouched, (pipe.transformer, getattr(pipe, "transformer_2", None) or pipe.transformer)))
 
 
@@ -124,7 +123,7 @@ def test_foreground_only_steps_among_those_that_lock(prologues, make):
     lock = LockConfig(compute="foreground", tau=0.5, kappa=3)
     for tier in ("lockstep", "resident"):
         assert_same(*both(make(), lock=lock, steps=5, cache=CacheConfig(tier=tier, format="native")), 1e-4)
-    assert prologues["capture"] and prologues["normed"] and prologues["raw"]
+    assert prologues["capture"] and prologues["stored"] and prologues["along"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -154,7 +153,7 @@ def test_adapters_count(tier):
     assert_same(*both(pipe, cache=CacheConfig(tier=tier)))
 
 
-# With captured and compiled steps
+# Captured steps
 
 
 @pytest.mark.parametrize("tier", ["lockstep", "resident", "host"])
@@ -183,52 +182,6 @@ def test_a_step_of_one_path_does_not_serve_the_other(monkeypatch):
         edit(wish)
         counts.append(capture.captures)
     assert counts[1] == 2 * counts[0] and counts[2:] == [counts[1]] * 2
-
-
-@pytest.fixture
-def graphs(monkeypatch):
-    """Compiles without a C++ compiler; how many graphs have been made."""
-    plain = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager", fullgraph=True))
-    torch.compiler.reset()
-    counters.clear()
-    yield lambda: counters["stats"]["unique_graphs"]
-    torch.compiler.reset()
-
-
-def test_compiled_blocks_take_one_graph_for_all_locks(graphs):
-    pipe = kvf.KVLockPipeline.from_pipe(tiny_wan(num_layers=12))
-
-    def edit(wish, compile, **changes):
-        return pipe(
-            a_video(), a_mask(), source_prompt="a cat", prompt="a dog", num_inference_steps=3, output="latent",
-            generator=torch.Generator().manual_seed(0), compile=compile, processors=wish, **changes,
-        ).latents  # fmt: skip
-
-    for lock in (LockConfig(), LockConfig(alpha=0.3), LockConfig(alpha=1.0), LockConfig(tau=0.5)):
-        compiled = edit("fast", "regional", lock=lock)
-        torch.testing.assert_close(compiled, edit("generic", "off", lock=lock), rtol=1e-5, atol=1e-5)
-    assert graphs() == 1, "of a locked block"
-    cache = CacheConfig(tier="resident", format="int8")
-    compiled = edit("fast", "regional", cache=cache)
-    torch.testing.assert_close(compiled, edit("generic", "off", cache=cache), rtol=1e-4, atol=1e-4)
-    assert graphs() <= 3, "the source alone, both branches, and any other number of rows"
-    edit("generic", "regional")
-    edit("fast", "regional", lock=LockConfig(layers=(0, 5)))
-    assert graphs() <= 6, "diffusers' own attention is another block"
-
-
-CASES = {case.name: case for case in all_cases() if case.name in ("ltx", "hunyuan-video", "cogvideox-5b")}
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_compiled_blocks_of_every_family(graphs, case):
-    pipe = case.make()
-    compiled = case.edit(pipe, processors="fast", compile="regional", steps=2).latents
-    before = graphs()
-    torch.testing.assert_close(compiled, case.edit(pipe, processors="generic", steps=2).latents, rtol=1e-3, atol=1e-3)
-    case.edit(pipe, processors="fast", compile="regional", steps=2, lock=LockConfig(alpha=0.3))
-    assert 0 < before == graphs()
 
 
 @two_pipes
