@@ -15,6 +15,7 @@ from kvlock_fast.foreground import Region
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.models.ranges import layer_ranges
+from kvlock_fast.models.sharding import shard_of
 from kvlock_fast.nvtx import span
 from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder
@@ -105,10 +106,17 @@ class Predictor:
         self._exit.close()
 
     def use_background(self, background: Tensor) -> None:
-        """Read the same indices from this memory."""
+        """Keep and blend these tokens from now on."""
+        if background is self.background:
+            return
         self.background = background
         for lock in self.locks:
-            lock.state.background = background
+            lock.use_background(background)
+
+    def kept_tokens(self, background: Tensor, latents: Tensor) -> int:
+        """How many of the background's tokens of latents [..., T, H, W] this process keeps."""
+        shard = shard_of(self.locks[0].transformer)
+        return len(background if shard is None else shard.indices(background, self._tokens(latents)))
 
     def stage(self, k: int) -> int:
         """0, or 1 in the low-noise steps of a model that has two stages; for k = T too."""
@@ -128,9 +136,7 @@ class Predictor:
         which, timestep = self._count(k, latents, timestep)
         if not self.locks:
             return self.model.predict(which, latents, timestep, text)
-        patch = self.model.geometry.patch_size
-        tokens = prod(-(-size // p) for size, p in zip(latents.shape[2:], patch, strict=True))
-        with self.locks[which].forward(mode, weight, kept, tokens):
+        with self.locks[which].forward(mode, weight, kept, self._tokens(latents)):
             return self.model.predict(which, latents, timestep, text)
 
     def foreground(
@@ -142,6 +148,10 @@ class Predictor:
         lock = self.locks[which]
         with lock.forward(Mode.FOREGROUND, kept=kept):
             return self.model.predict_foreground(lock, latents, timestep, text, region, self.background, rows)
+
+    def _tokens(self, latents: Tensor) -> int:
+        patch = self.model.geometry.patch_size
+        return prod(-(-size // p) for size, p in zip(latents.shape[-3:], patch, strict=True))
 
     def _count(self, k: int, latents: Tensor, timestep: Tensor | None) -> tuple[int, Tensor]:
         """Count the rows; which transformer serves step k, and its timestep."""

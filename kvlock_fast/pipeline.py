@@ -26,6 +26,7 @@ from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.arch import select_layers
 from kvlock_fast.models.compiling import COMPILE, compiled_blocks
 from kvlock_fast.models.fast import check_processors
+from kvlock_fast.parallel import CAPTURED, check_tokens, check_transformers
 from kvlock_fast.scene import Scene, edit_prompts
 from kvlock_fast.schedulers import check_scheduler
 from kvlock_fast.solvers import Solver
@@ -155,7 +156,7 @@ class KVLockPipeline:
                 blocks = compiled_blocks(self.model.transformers, compile, self.model.arch.blocks)
                 with _stage(recorder, progress, "denoise"), blocks:
                     edited = edit_prompts(task, scene, way.cache, recorder, progress)
-                edited = self.model.finish(edited, task.prompt)
+                    edited = self.model.last_latents(edited, task.prompt)
                 _refuse_nan(recorder, prompts, num_inference_steps)
                 if output == "latent":
                     return edited, []
@@ -163,7 +164,10 @@ class KVLockPipeline:
                     videos = self.model.decode(edited, len(scene.frames), tiled=way.tiled_decoding)
                 return edited, [video[: scene.count].numpy() for video in videos]
 
-            edited, decoded = run_with_memory(run, scene, task, cache, self.pipe) if ladder else run(Way(cache))
+            if ladder and not scene.shared:  # what one process has room for, another may not
+                edited, decoded = run_with_memory(run, scene, task, cache, self.pipe)
+            else:
+                edited, decoded = run(Way(cache))
         warmup, solver = max(0, num_inference_steps - lock.kappa), scene.solver
         trace = recorder.finish(prompts, warmup, scene.mask, solver.timesteps, solver.sigmas)
         return EditOutput(decoded, edited.float(), trace, scene.mask)
@@ -209,7 +213,7 @@ class KVLockPipeline:
         recorder = Recorder(self.model.device)
         with self._scene(
             (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
-            lock, cache, recorder, progress, guidance_scale, processors=processors,
+            lock, replace(cache, tier="disk"), recorder, progress, guidance_scale, processors=processors,
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
                 text = self.model.condition_source([source_prompt], scene.given)
@@ -233,6 +237,7 @@ class KVLockPipeline:
         processors: str = "auto",
     ) -> Iterator[Scene]:
         """The source, encoded or taken from the cache that `cache` names; its files are open meanwhile."""
+        shard = check_transformers(self.model, lock, cache, noise)
         for transformer in self.model.transformers:
             count = len(self.model.arch.attentions(transformer))
             if len(select_layers(count, lock.layers)) < count and lock.compute == "foreground":
@@ -258,9 +263,11 @@ class KVLockPipeline:
                 message = f"scheduler {name} has no table of its steps: it is called itself, which is slower"
                 warnings.warn(message, InputWarning, stacklevel=4)
             several = "the clip goes through the model in stretches" if windows is not None else None
+            several = several if shard is None else CAPTURED
             loops = self._captured(graph, several or why_not_captured(self.model, lock, solver))
             with _stage(recorder, progress, "encode"):
                 mask = self._project(pixel_mask)
+                check_tokens(shard, mask, windows, self.model.geometry)
                 clean = None if saved is not None else self.model.encode_video(frames)
             if lock.compute == "foreground" and mask.tokens.all():
                 message = "mask covers every token: compute 'foreground' has nothing to leave out, computing in full"
@@ -269,7 +276,7 @@ class KVLockPipeline:
                 lock = replace(lock, compute="full", background_latents="source")
             scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved, windows, loops)
             scene.kept_loops, scene.pixels, scene.guidance_scale = self._loops, pixel_mask, guidance_scale
-            scene.processors = processors
+            scene.processors, scene.shared = processors, shard is not None
             scene.place(clean, *noise)
             yield scene
         except torch.OutOfMemoryError as error:  # outside of the ladder

@@ -41,7 +41,8 @@ class Scene:
     frames: uint8 [F, H, W, 3]; count: how many of them to give back; saved: the cache that the user named; windows: of
     a clip that goes through the model in stretches; loops: where the steps are captured; kept_loops: those of earlier
     calls, whose memory can be had back; pixels: the mask bool [F, H, W]; guidance_scale: that of the call; processors:
-    by which attention forwards that lock go. `place` comes first.
+    by which attention forwards that lock go; shared: whether other processes have part of its tokens. `place` comes
+    first.
     """
 
     model: Any
@@ -60,6 +61,7 @@ class Scene:
     pixels: Tensor | None = None
     guidance_scale: float = 1.0
     processors: str = "auto"
+    shared: bool = False
 
     def place(self, clean: Tensor | None, latents: Tensor | None, generator: torch.Generator | None) -> None:
         """Fix the clean latent [1, C, T, h, w] and the starting noise, or take both from the saved source."""
