@@ -70,8 +70,8 @@ def whole_forward(transformer: nn.Module) -> Iterator[None]:
     replaced = "forward" in vars(transformer) and not own
     if set(diffusers) - set(BRINGING) or (replaced and accelerates is None and not diffusers):
         raise InputError(
-            "compute 'foreground' calls the parts of the transformer, whose forward was replaced by more than what brings "
-            "its weights: use compute 'full'"
+            "compute 'foreground' calls the parts of the transformer, whose forward was replaced by more than what "
+            "brings its weights: use compute 'full'"
         )
     hooks = [*([] if accelerates is None else [accelerates]), *diffusers.values()]
     for hook in reversed(hooks):
