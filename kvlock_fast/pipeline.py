@@ -156,7 +156,7 @@ class KVLockPipeline:
                 blocks = compiled_blocks(self.model.transformers, compile, self.model.arch.blocks)
                 with _stage(recorder, progress, "denoise"), blocks:
                     edited = edit_prompts(task, scene, way.cache, recorder, progress)
-                edited = self.model.finish(edited, task.prompt)
+                    edited = self.model.last_latents(edited, task.prompt)
                 _refuse_nan(recorder, prompts, num_inference_steps)
                 if output == "latent":
                     return edited, []

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from kvlock_fast.errors import InputError
 
+SAMPLES, FRAMES, PLACES = "samples", "frames", "places"
+
 
 @dataclass(frozen=True)
 class ArchSpec:
@@ -18,7 +20,9 @@ class ArchSpec:
     where the text's tokens are among them, "none", "prefix" or "suffix"; flow: whether the model predicts a flow's
     velocity, "reversed" where sigma counts from noise to data; one_call: whether the family's pipeline runs both
     branches of guidance in one forward; blocks: the class names of the blocks that are alike, where diffusers does not
-    say.
+    say; by_frame, by_place: regular expressions for those self-attentions that see one frame alone, or one place in all
+    frames, which are then rows of their batch, sample by sample; fused: those of `value` whose output holds query, key
+    and value, each as wide as the heads together, and more after them.
     """
 
     family: str
@@ -31,11 +35,20 @@ class ArchSpec:
     flow: bool | str = True
     one_call: bool = False
     blocks: tuple[str, ...] = ()
+    by_frame: str = ""
+    by_place: str = ""
+    fused: tuple[str, ...] = ()
 
     def attentions(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
         """The self-attention modules with their names, in the model's order; the index in it is the layer's number."""
         pattern = re.compile(self.attention)
         return [(name, module) for name, module in transformer.named_modules() if pattern.fullmatch(name)]
+
+    def rows(self, name: str) -> str:
+        """What the rows of a self-attention's batch are: SAMPLES, FRAMES or PLACES."""
+        if re.fullmatch(self.by_frame, name):
+            return FRAMES
+        return PLACES if re.fullmatch(self.by_place, name) else SAMPLES
 
 
 def without_text(x: Tensor, dim: int, text: str, tokens: int | None) -> Tensor:
@@ -48,6 +61,19 @@ def without_text(x: Tensor, dim: int, text: str, tokens: int | None) -> Tensor:
     return x.narrow(dim, others if text == "prefix" else 0, tokens)
 
 
+def by_samples(x: Tensor, tokens: int | None) -> Tensor:
+    """A view [B, S, ...] of x, whose rows are parts of the samples' `tokens`, S."""
+    if tokens is None:
+        raise RuntimeError("how many tokens the video has must be said where self-attentions see a part of them")
+    return x.view(-1, tokens, *x.shape[2:])
+
+
+def place_by_place(index: Tensor, frames: int, tokens: int) -> Tensor:
+    """Tokens' numbers in (t, h, w) order as those in (h, w, t) order."""
+    places = tokens // frames
+    return index % places * frames + index // places
+
+
 def first_submodule(attention: nn.Module, names: tuple[str, ...]) -> nn.Module:
     """The first of `names` that is a submodule of `attention`."""
     for name in names:
@@ -55,6 +81,24 @@ def first_submodule(attention: nn.Module, names: tuple[str, ...]) -> nn.Module:
         if isinstance(module, nn.Module):
             return module
     raise ValueError(f"{type(attention).__name__} has none of the submodules {', '.join(names)}")
+
+
+def kv_width(attention: nn.Module, arch: ArchSpec) -> int:
+    """Channels of all heads of a self-attention's values, and keys, together."""
+    target = first_submodule(attention, arch.value)
+    return attention.inner_dim if _is_fused(attention, arch, target) else target.out_features
+
+
+def value_columns(attention: nn.Module, arch: ArchSpec) -> tuple[int, int] | None:
+    """Where the value begins in the output of its submodule, and how wide it is; None where it is all there is."""
+    if not _is_fused(attention, arch, first_submodule(attention, arch.value)):
+        return None
+    width = attention.inner_dim
+    return 2 * width, width
+
+
+def _is_fused(attention: nn.Module, arch: ArchSpec, target: nn.Module) -> bool:
+    return any(getattr(attention, name, None) is target for name in arch.fused)
 
 
 def select_layers(count: int, layers: tuple[int, ...] | None) -> tuple[int, ...]:

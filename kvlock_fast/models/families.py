@@ -36,7 +36,15 @@ REGISTRY: tuple[Family, ...] = (
     Family("chronoedit", "chronoedit.ChronoEditModel", ("ChronoEditPipeline",), ("ChronoEditTransformer3DModel",)),
     Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
     Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
+    Family(
+        "cogvideox-i2v",
+        "cogvideox_image.CogVideoXImageModel",
+        ("CogVideoXImageToVideoPipeline",),
+        ("CogVideoXTransformer3DModel",),
+    ),
     Family("mochi", "mochi.MochiModel", ("MochiPipeline",), ("MochiTransformer3DModel",)),
+    Family("easyanimate", "easyanimate.EasyAnimateModel", ("EasyAnimatePipeline",), ("EasyAnimateTransformer3DModel",)),
+    Family("latte", "latte.LatteModel", ("LattePipeline",), ("LatteTransformer3DModel",)),
     Family("allegro", "allegro.AllegroModel", ("AllegroPipeline",), ("AllegroTransformer3DModel",)),
     Family(
         "hunyuan-video",
@@ -65,7 +73,23 @@ REGISTRY: tuple[Family, ...] = (
     Family("sd3", "sd3.SD3Model", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",)),
     Family("qwen-image", "qwen_image.QwenImageModel", ("QwenImagePipeline",), ("QwenImageTransformer2DModel",)),
     Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
+    Family("kandinsky-5", "kandinsky5.Kandinsky5Model", ("Kandinsky5T2VPipeline",), ("Kandinsky5Transformer3DModel",)),
+    Family(
+        "kandinsky-5-image",
+        "kandinsky5.Kandinsky5ImageModel",
+        ("Kandinsky5T2IPipeline",),
+        ("Kandinsky5Transformer3DModel",),
+    ),
+    Family("flux2", "flux2.Flux2Model", ("Flux2Pipeline",), ("Flux2Transformer2DModel",)),
+    Family("flux2-klein", "flux2.Flux2KleinModel", ("Flux2KleinPipeline",), ("Flux2Transformer2DModel",)),
 )
+FORCING = "every frame has a time of its own (diffusion forcing), so that no step has one latent of the source"
+REFUSED = {
+    "SkyReelsV2DiffusionForcingPipeline": FORCING,
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": FORCING,
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": FORCING,
+}
+"""Pipelines that are known and cannot be followed, with the reason."""
 FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)
 
@@ -83,9 +107,11 @@ def family_of_transformer(name: str) -> Family | None:
 def family_of_pipeline(pipe: Any) -> Family:
     """The family of a loaded pipeline: by its class, or those it is made from, else by its transformer's class.
 
-    Raises InputError for a family that is not known.
+    Raises InputError for a family that is not known, or cannot be followed.
     """
     kinds = [kind.__name__ for kind in type(pipe).__mro__]
+    if kinds[0] in REFUSED:
+        raise InputError(f"{kinds[0]} is not supported: {REFUSED[kinds[0]]}")
     for kind in kinds:
         for family in REGISTRY:
             if kind in family.pipelines:
@@ -99,3 +125,21 @@ def family_of_pipeline(pipe: Any) -> Family:
         known = ", ".join(FAMILIES)
         raise InputError(f"unknown model family: {kinds[0]} with transformer {name}; known: {known}")
     return family
+
+
+def arch_of(transformer: Any, name: str | None = None) -> Any:
+    """The `ArchSpec` for a transformer: that of the family of this name, else by its class, or those it is made from.
+
+    Raises InputError for a family that is not known.
+    """
+    kinds = [kind.__name__ for kind in type(getattr(transformer, "_orig_mod", transformer)).__mro__]
+    found = [family for family in REGISTRY if family.name == name]
+    if name is None:
+        found = [family for kind in kinds for family in REGISTRY if kind in family.transformers]
+    if not found:
+        unknown = f"transformer {kinds[0]}" if name is None else f"family {name!r}"
+        raise InputError(
+            f"unknown {unknown}; known families: {', '.join(FAMILIES)}; family='auto' with a sample finds and checks "
+            "the self-attentions of any transformer"
+        )
+    return found[0].load().arch

@@ -38,7 +38,7 @@ class Prologue:
         where keys that are kept as tensors have their tokens.
         """
         state, (q, k, v) = self.state, qkv
-        state.fired += 2
+        state.fired.update([(layer, "k"), (layer, "v")])
         tokens = k.shape[1]
         norm = qk_norm(*self.norms[layer], heads, q)
         rope = None if rotation is None else self._rope(*rotation, tokens, heads)

@@ -120,10 +120,6 @@ class PipelineModel:
         """What the family's pipeline makes of the last step's latents [B, C, T, h, w], told so of each sample."""
         return latents
 
-    def finish(self, latents: Tensor, told: Conditioning) -> Tensor:
-        """The last latents [B, C, T, h, w], as the family's pipeline gives them out."""
-        return latents
-
     def encode_video(self, frames: Tensor) -> Tensor:
         """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
         raise NotImplementedError
