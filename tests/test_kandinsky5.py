@@ -13,7 +13,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.models import kandinsky5
 from kvlock_fast.models.locking import Mode
 
-VIDEO, _, IMAGE = CASES
+VIDEO, IMAGE = CASES
 
 
 class Unrounded:
