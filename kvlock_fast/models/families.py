@@ -72,6 +72,7 @@ REGISTRY: tuple[Family, ...] = (
         ("HunyuanVideo15Transformer3DModel",),
     ),
     Family("cogview4", "cogview4.CogView4Model", ("CogView4Pipeline",), ("CogView4Transformer2DModel",)),
+    Family("aura-flow", "aura_flow.AuraFlowModel", ("AuraFlowPipeline",), ("AuraFlowTransformer2DModel",)),
     Family("sd3", "sd3.SD3Model", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",)),
     Family("qwen-image", "qwen_image.QwenImageModel", ("QwenImagePipeline",), ("QwenImageTransformer2DModel",)),
     Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
