@@ -137,7 +137,8 @@ class Predictor:
         which, timestep = self._count(k, latents, timestep)
         if not self.locks:
             return self.model.predict(which, latents, timestep, text)
-        with self.locks[which].forward(mode, weight, kept, self.model.tokens_of(latents)):
+        tokens, ahead = self.model.tokens_of(latents), self.model.tokens_ahead(latents)
+        with self.locks[which].forward(mode, weight, kept, tokens, ahead=ahead):
             return self.model.predict(which, latents, timestep, text)
 
     def foreground(
@@ -154,7 +155,7 @@ class Predictor:
         """Count the rows; which transformer serves step k, and its timestep."""
         self.recorder.forwards += latents.shape[0]
         which = self.model.transformer_of(self.stage(k))
-        return which, self.solver.timestep_at(k) if timestep is None else timestep
+        return which, self.model.time_at(self.solver, k) if timestep is None else timestep
 
 
 class Forwards:

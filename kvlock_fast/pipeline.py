@@ -149,7 +149,8 @@ class KVLockPipeline:
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
                 texts = self._texts(prompts, negative_prompt, source_prompt, scene.given)
-            scales = (guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2)
+            second = guidance_scale if guidance_scale_2 is None else guidance_scale_2
+            scales = tuple(self.model.omega0(scale) for scale in (guidance_scale, second))
             task = Task(scene.mask, *texts, scales, scene.lock, self.model.latents_dtype, self.model.settle)
 
             def run(way: Way) -> tuple[Tensor, list[np.ndarray]]:

@@ -116,10 +116,10 @@ def test_locking_is_blending_at_the_attention_call(case, alpha):
 
     background = (~scene.inside).nonzero()[:, 0]
     kept, lock = scene.kept(scene.source, background), scene.lock(background)
-    with lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens):
+    with lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens, ahead=scene.ahead):
         stored = scene.predict(scene.latents, told)
     rows = torch.cat([scene.source, scene.latents])
-    with lock.forward(Mode.IN_BATCH, scene.weight(alpha), tokens=scene.tokens):
+    with lock.forward(Mode.IN_BATCH, scene.weight(alpha), tokens=scene.tokens, ahead=scene.ahead):
         along = scene.predict(rows, type(told).cat([of_source, told]))[1:]
     assert lock.state.fired.total() == 2 * layers
     with lock.forward(Mode.OFF):
@@ -245,11 +245,11 @@ def _compiled(case):
     background = (~scene.inside).nonzero()[:, 0]
     kept, lock = scene.kept(scene.source, background), scene.lock(background)
     for alpha in (0.0, 0.3, 1.0):
-        with lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens):
+        with lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens, ahead=scene.ahead):
             eager = scene.predict(scene.latents, scene.told[0])
         with (
             compiled_blocks([scene.transformer], "regional", scene.model.arch.blocks),
-            lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens),
+            lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens, ahead=scene.ahead),
         ):
             compiled = scene.predict(scene.latents, scene.told[0])
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4 * max(1.0, eager.abs().max().item()))

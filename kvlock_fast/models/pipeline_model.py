@@ -32,6 +32,8 @@ class PipelineModel:
     """What in a forward of diffusers' own, such as a read from the device, a captured step would miss."""
     guided_if_asked = False
     """Whether a negative branch is run only where a negative prompt is given: by models that may be distilled."""
+    most_text = 512
+    """Text tokens that the model may be given, for planning."""
     latents_dtype: torch.dtype = torch.float32
     """Of the latents between steps, in the family's pipeline."""
 
@@ -83,8 +85,16 @@ class PipelineModel:
         """Whether a negative branch is run at this scale: not by models that were distilled to do without."""
         return guidance_scale > 1
 
+    def omega0(self, guidance_scale: float) -> float:
+        """The scale as the loop counts it, where 1 adds nothing to the conditional prediction."""
+        return guidance_scale
+
+    def time_at(self, solver: Any, k: int) -> Tensor:
+        """What `predict` is given as the timestep of x_k [], for k = T too: the scheduler's own."""
+        return solver.timestep_at(k)
+
     def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Both branches as the family's pipeline guides them, in its order of operations."""
+        """Both branches as the family's pipeline guides them, in its order of operations; scale: by `omega0`."""
         return uncond + scale * (cond - uncond)
 
     def settle(self, cond: Tensor, uncond: Tensor | None, scale: float, latents: Tensor, sigma: Tensor) -> Tensor:
@@ -106,6 +116,10 @@ class PipelineModel:
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """What the transformer is told of each of the prompts."""
         return Conditioning(text=self.encode_prompts(prompts))
+
+    def tokens_ahead(self, latents: Tensor) -> int | None:
+        """How many tokens of other frames self-attentions have in front of those of latents [..., T, h, w]."""
+        return None
 
     def condition_source(self, prompts: list[str], given: Given) -> Conditioning:
         """The same for the source's own pass, of which nothing is to be changed."""
