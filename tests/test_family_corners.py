@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 from conformance import OFF, PROMPT, Scene
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
+from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, SanaPipeline, SanaVideoPipeline
 from family_allegro import tiny_allegro
 from family_cogvideox_image import tiny_cogvideox_image
+from family_cogview4 import CASES as COGVIEW4
+from family_cogview4 import tiny_cogview4
 from family_easyanimate import tiny_easyanimate
 from family_latte import CASES as LATTE
 from family_latte import tiny_latte
@@ -228,3 +230,27 @@ def test_the_sound_goes_along():
         other[:, :, 3:] += 1
         heard = (scene.predict(other, scene.told[0]) - scene.predict(scene.latents, scene.told[0]))[:, :, :3]
     assert heard.abs().max() > 1e-4
+
+
+def test_texts_of_other_lengths_go_one_by_one():
+    """Where the model has no mask for them: with "auto"; asked for together they are refused."""
+    pipe, short = tiny_cogview4(), "a dog"
+    long = "a red circle moves over a blue square and a green cat moves left over dark stripes"
+    pipe.tokenizer.model_max_length = 40
+    case = COGVIEW4[0]
+    auto, apart = (
+        case.edit(pipe, short, lock=kvf.LockConfig.preset("kvlock", guidance_batching=batching), source_prompt=long)
+        for batching in ("auto", "separate")
+    )
+    assert torch.equal(auto.latents, apart.latents) and auto.trace.forwards == case.steps * 3
+    with pytest.raises(kvf.InputError, match=r"the model takes texts of one length .* \[16, 32\] tokens"):
+        case.edit(pipe, short, lock=kvf.LockConfig.preset("kvlock", guidance_batching="batched"), source_prompt=long)
+
+
+@pytest.mark.parametrize("kind", [SanaPipeline, SanaVideoPipeline])
+def test_linear_attention_is_refused_with_the_reason(kind, tmp_path):
+    with pytest.raises(kvf.InputError, match=f"{kind.__name__} is not supported: its self-attention is linear"):
+        kvf.KVLockPipeline.from_pipe(kind.__new__(kind))
+    (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{kind.__name__}"}}')
+    with pytest.raises(kvf.InputError, match=f"is a {kind.__name__}, which is not supported: its self-attention is"):
+        kvf.KVLockPipeline.from_pretrained(tmp_path)
