@@ -144,11 +144,12 @@ def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> N
     (down, across), (long, high, wide) = geometry.size_multiple(), geometry.limits
     alone = geometry.lone_frames
     most = None if long is None else geometry.temporal_stride * (long * geometry.patch_size[0] - alone) + alone
-    longest = "" if most is None else f"{most} frames and "
+    limits = [] if most is None else [f"{most} frames"]
+    limits += [] if high is None or wide is None else [f"{high * down}x{wide * across}"]
     way_out = ": give it a window" if most is not None and frames > most else ""
     raise InputError(
         f"{frames} frames of {height}x{width} are too many for this model: "
-        f"it takes at most {longest}{high * down}x{wide * across}{way_out}"
+        f"it takes at most {' and '.join(limits)}{way_out}"
     )
 
 
