@@ -14,7 +14,6 @@ from torch import Tensor
 
 import kvlock_fast as kvf
 from kvlock_fast.conditioning import Conditioning, Given
-from kvlock_fast.masks import project_mask
 from kvlock_fast.models import wrap_pipeline
 from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.solvers import Solver
@@ -114,7 +113,7 @@ class Scene:
         self.model = wrap_pipeline(self.pipe)
         self.transformer = self.model.transformers[0]
         frames, pixels = torch.from_numpy(case.video()), torch.from_numpy(case.mask())
-        self.mask = project_mask(pixels, self.model.geometry)
+        self.mask = self.model.project(pixels)
         self.inside = self.mask.tokens[0]
         self.given = Given(frames, pixels, self.mask, case.guidance)
         settings = self.model.timesteps_settings(case.steps, *case.size)

@@ -185,13 +185,14 @@ def test_a_pixel_reaches_the_tokens_that_the_mask_says(case):
     pixels = rng.random(case.size) < 1e-3
     pixels[tuple(rng.integers(case.size))] = True
     grid, expected = geometry.token_grid(*case.size), []
-    lead = scene.source.shape[2] - len({latent_frame(geometry, f) for f in range(case.size[0])})
+    sizes = (scene.source.shape[2] - scene.mask.beside, *scene.source.shape[3:])
+    lead = sizes[0] - len({latent_frame(geometry, f) for f in range(case.size[0])})
     for f, y, x in np.argwhere(pixels):
         at = latent_frame(geometry, f) + lead, y // geometry.spatial_stride, x // geometry.spatial_stride
         expected.append(tuple(n // patch for n, patch in zip(at, geometry.patch_size, strict=True)))
     found = project_mask(torch.from_numpy(pixels), geometry).tokens
     assert {tuple(token) for token in found.view(grid).nonzero().tolist()} == set(expected)
-    assert tuple(-(-n // p) for n, p in zip(scene.source.shape[2:], geometry.patch_size, strict=True)) == grid
+    assert tuple(-(-n // p) for n, p in zip(sizes, geometry.patch_size, strict=True)) == grid
 
 
 def latent_frame(geometry, frame):

@@ -85,10 +85,14 @@ class LockState:
 
     def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
         """A module's output x, taken for what the mode wants, or blended in place."""
+        locks = self.mode not in (Mode.OFF, Mode.FOREGROUND)
+        if locks and x.requires_grad and torch.is_grad_enabled():
+            # A blend has no gradient, and a checkpointed layer is run again when the forward is over.
+            raise RuntimeError("keys and values are locked without a gradient: run the transformer in torch.no_grad()")
         if self.prologue is not None:  # which does it, and counts
             return
         self.fired[key] += 1
-        if self.mode in (Mode.OFF, Mode.FOREGROUND):
+        if not locks:
             return
         if key in self.columns:
             x = x.narrow(-1, *self.columns[key])
