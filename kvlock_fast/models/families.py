@@ -93,6 +93,7 @@ REGISTRY: tuple[Family, ...] = (
         ("LongCatImagePipeline",),
         ("LongCatImageTransformer2DModel",),
     ),
+    Family("aura-flow", "aura_flow.AuraFlowModel", ("AuraFlowPipeline",), ("AuraFlowTransformer2DModel",)),
     Family("flux2", "flux2.Flux2Model", ("Flux2Pipeline",), ("Flux2Transformer2DModel",)),
     Family("flux2-klein", "flux2.Flux2KleinModel", ("Flux2KleinPipeline",), ("Flux2Transformer2DModel",)),
     Family(
