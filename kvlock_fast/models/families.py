@@ -100,6 +100,7 @@ REGISTRY: tuple[Family, ...] = (
         ("HunyuanImagePipeline",),
         ("HunyuanImageTransformer2DModel",),
     ),
+    Family("cogview4", "cogview4.CogView4Model", ("CogView4Pipeline",), ("CogView4Transformer2DModel",)),
     Family("flux2", "flux2.Flux2Model", ("Flux2Pipeline",), ("Flux2Transformer2DModel",)),
     Family("flux2-klein", "flux2.Flux2KleinModel", ("Flux2KleinPipeline",), ("Flux2Transformer2DModel",)),
     Family(

@@ -1,11 +1,11 @@
 """The HunyuanImage family, text-to-image: HunyuanImage 2.1.
 
 Facts of diffusers' `HunyuanImagePipeline`: latents are the autoencoder's times its `scaling_factor`, drawn and kept in
-the transformer's dtype, a token each; sigmas are evenly spaced from 1; the transformer is told words, and quoted ones by
-their letters, each with a mask. Blocks with two streams project image and text apart, blocks with one stream together,
-the text last. A "guider" guides, each branch in a forward of its own; an edit takes classifier-free guidance in the
-place of the adaptive projected guidance that its checkpoints ship. Without a guider, or where the transformer is told the
-scale, there is one branch.
+the transformer's dtype, a token each; sigmas are evenly spaced from 1; the transformer is told words, and quoted ones
+by their letters, each with a mask. Blocks with two streams project image and text apart, blocks with one stream
+together, the text last. A "guider" guides, each branch in a forward of its own; an edit takes classifier-free guidance
+in the place of the adaptive projected guidance that its checkpoints ship. Without a guider, or where the transformer is
+told the scale, there is one branch.
 """
 
 import warnings
