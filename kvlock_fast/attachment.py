@@ -36,6 +36,7 @@ def attach(
     patch_size: tuple[int, int, int] | None = None,
     format: str | None = None,
     sample: Sample | None = None,
+    processors: str = "generic",
 ) -> "AttachedLock":
     """The lock on a video transformer (or on several that take turns, as Wan 2.2's two) while a `with` is open.
 
@@ -51,17 +52,19 @@ def attach(
     for a class that is not known: its self-attentions are found and checked by `sample`, the arguments of one forward
     by name or a function that makes one, of as many tokens as the foreground. layers: those that are locked, by number;
     None for `lock`'s. format: how the source's K and V are kept, one of `kvf.capabilities()["formats"]`; None: as they
-    are.
+    are. processors: "fast" has one kernel do the norms, rotation, blending and keeping of Wan, CogVideoX, LTX and
+    HunyuanVideo, "generic" does it around diffusers' own attention, "auto" is "fast" on a GPU where the model has it.
 
     For a schedule by the variance (`kv.alpha`, `kv.omega`, `kv.guide`, `kv.observe`): lock, the configuration (None:
     the preset "kvlock"); num_steps, of the loop; guidance_scale, omega0; patch_size, the latents (t, h, w) of a token,
     None for what the transformer's config says.
 
     Raises InputError for a transformer that cannot be locked (unknown, linear attention, fused projections, locked
-    already) and for a foreground that is not one; then nothing is attached.
+    already; at `with`, processors "fast" where that cannot be) and for a foreground that is not one; then nothing is
+    attached.
     """
     return AttachedLock(
-        transformer, foreground, family, layers, lock, num_steps, guidance_scale, patch_size, format, sample
+        transformer, foreground, family, layers, lock, num_steps, guidance_scale, patch_size, format, sample, processors
     )
 
 
@@ -80,6 +83,7 @@ class AttachedLock:
         patch_size: tuple[int, int, int] | None,
         format: str | None,
         sample: Sample | None,
+        processors: str = "generic",
     ):
         if format is not None and format not in FORMATS:
             raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -92,7 +96,7 @@ class AttachedLock:
             self.lock, self.foreground, num_steps, guidance_scale, patch_size or _patch_size(self.transformers[0])
         )
         self._layers = self.lock.layers if layers is None else layers
-        self._format = format
+        self._format, self._processors = format, processors
         self._archs = [_arch(each, family, sample, self.foreground.shape[1]) for each in self.transformers]
         self._locks: list[TransformerLock] = []
         self._kept: dict[Hashable, list[KeptKV]] = {}
@@ -106,7 +110,7 @@ class AttachedLock:
         locks = []
         with ExitStack() as attached:
             for transformer, arch in zip(self.transformers, self._archs, strict=True):
-                lock = TransformerLock(transformer, arch, self._layers, background, format=self._format)
+                lock = TransformerLock(transformer, arch, self._layers, background, self._processors, self._format)
                 attached.callback(lock.detach)
                 locks.append(lock)
             self._exit = attached.pop_all()
