@@ -120,9 +120,9 @@ class AttachedLock:
 
     @contextmanager
     def source(self, name: Hashable = None) -> Iterator[None]:
-        """One forward of the source, of one row, whose K and V are kept for `edit` until the next of the same name.
+        """One forward of the source, whose K and V are kept for `edit` until the next of the same name.
 
-        name: such as the number of a step, to keep those of several; see `nbytes`.
+        Of one row, or one for each row of the edit. name: such as the number of a step, to keep those of several; see `nbytes`.
         """
         self._kept.pop(name, None)
         kept: list[KeptKV] = [{} for _ in self.transformers]
