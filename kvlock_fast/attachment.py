@@ -57,6 +57,8 @@ def attach(
     the preset "kvlock"); num_steps, of the loop; guidance_scale, omega0; patch_size, the latents (t, h, w) of a token,
     None for what the transformer's config says.
 
+    For inference: gradients do not pass through what is locked.
+
     Raises InputError for a transformer that cannot be locked (unknown, linear attention, fused projections, locked
     already) and for a foreground that is not one; then nothing is attached.
     """
@@ -122,7 +124,8 @@ class AttachedLock:
     def source(self, name: Hashable = None) -> Iterator[None]:
         """One forward of the source, whose K and V are kept for `edit` until the next of the same name.
 
-        Of one row, or one for each row of the edit. name: such as the number of a step, to keep those of several; see `nbytes`.
+        Of one row, or one for each row of the edit. name: such as the number of a step, to keep those of several; see
+        `nbytes`.
         """
         self._kept.pop(name, None)
         kept: list[KeptKV] = [{} for _ in self.transformers]
