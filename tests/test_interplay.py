@@ -21,11 +21,11 @@ CPU = torch.device("cpu")
 SPARSE = LockConfig.preset("fixed-alpha", alpha=1.0, compute="foreground")
 RESIDENT = CacheConfig(tier="resident", format="native")
 EDITS = {
-    "lockstep": {"lock": "paper"},
-    "separate": {"lock": LockConfig.preset("kvlock", guidance_batching="separate")},
-    "resident": {"lock": "kvlock", "cache": RESIDENT},
-    "foreground": {"lock": SPARSE},
-    "foreground, resident": {"lock": SPARSE, "cache": RESIDENT},
+    "lockstep": {"lock": "paper", "steps": 3},
+    "separate": {"lock": LockConfig.preset("kvlock", guidance_batching="separate"), "steps": 3},
+    "resident": {"lock": "kvlock", "cache": RESIDENT, "steps": 3},
+    "foreground": {"lock": SPARSE, "steps": 3},
+    "foreground, resident": {"lock": SPARSE, "cache": RESIDENT, "steps": 3},
 }
 
 
@@ -122,7 +122,7 @@ def test_offloading_after_the_pipeline_is_made(plain, tmp_path, way):
     ours = kvf.KVLockPipeline.from_pipe(pipe)
     OFFLOADED[way](pipe, tmp_path)
     out = ours(
-        a_video(), a_mask(), source_prompt="a red circle", prompt="a blue circle", num_inference_steps=5,
+        a_video(), a_mask(), source_prompt="a red circle", prompt="a blue circle", num_inference_steps=3,
         generator=torch.Generator().manual_seed(1), lock=LockConfig.preset("paper"), output="latent",
     )  # fmt: skip
     torch.testing.assert_close(out.latents, plain["lockstep"], rtol=0, atol=2e-6)

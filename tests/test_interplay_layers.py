@@ -11,7 +11,7 @@ from tiny import tiny_cogvideox, tiny_wan, untouched
 from torch import nn
 
 import kvlock_fast as kvf
-from kvlock_fast.models.locking import TransformerLock
+from kvlock_fast.models.locking import Mode, TransformerLock
 from kvlock_fast.models.wan import WAN
 
 
@@ -225,6 +225,21 @@ def test_a_wrapper_of_torch_compile_is_refused():
     with pytest.raises(kvf.InputError, match=r"wrapped by torch.compile\(\)"):
         call(pipe, progress=lambda *args: done.append(args))
     assert not done
+
+
+@pytest.mark.parametrize("mode", [Mode.CAPTURE, Mode.IN_BATCH])
+def test_gradients_are_refused(mode):
+    """They would be wrong: with checkpoints, a layer is run again when the lock's forward is over."""
+    pipe = tiny_wan()
+    with_checkpoints(pipe)
+    lock, inputs = TransformerLock(pipe.transformer, WAN), (torch.randn(2, 4, 1, 4, 6), torch.tensor([5.0, 5.0]))
+    inputs += (torch.zeros(2, 2, 16),)
+    with lock.forward(Mode.OFF):
+        assert pipe.transformer(*inputs, return_dict=False)[0].requires_grad
+    late = pytest.raises(RuntimeError, match=r"locked without a gradient.*no_grad\(\)")
+    with late, lock.forward(mode, torch.ones(1, 6), {}, tokens=6):
+        pipe.transformer(*inputs, return_dict=False)
+    lock.detach()
 
 
 def test_a_copy_of_a_locked_model_is_refused_a_second_lock():
