@@ -170,4 +170,4 @@ def arch_of(transformer: Any, name: str | None = None) -> Any:
             f"unknown {unknown}; known families: {', '.join(FAMILIES)}; family='auto' with a sample finds and checks "
             "the self-attentions of any transformer"
         )
-    return found[0].load().arch
+    return found[0].load().arch_of(transformer)
