@@ -79,13 +79,14 @@ class AttachedLock:
         sample: "Sample | None",
     ):
         from kvlock_fast.loop_schedule import LoopSchedule
+        from kvlock_fast.models.wrapped import device_of
 
         if format is not None and format not in FORMATS:
             raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
         if lock is not None and not isinstance(lock, LockConfig):
             raise InputError(f"lock must be a LockConfig, got {type(lock).__name__}")
         self.transformers = tuple(transformer) if isinstance(transformer, (tuple, list)) else (transformer,)
-        device = next(self.transformers[0].parameters()).device
+        device = device_of(self.transformers[0])
         self.foreground = _foreground(foreground).to(device)
         self.lock = LockConfig.preset("kvlock") if lock is None else lock
         self.schedule = LoopSchedule(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.blend import blend_reference
-from kvlock_fast.models.arch import ArchSpec, refuse_wrapped, without_text
+from kvlock_fast.models.arch import ArchSpec, without_text
 from kvlock_fast.models.linear import refuse_linear
 from kvlock_fast.models.locking import Mode, TransformerLock
 from kvlock_fast.models.probe import (
@@ -29,6 +29,7 @@ from kvlock_fast.models.probe import (
     submodule,
     watch,
 )
+from kvlock_fast.models.wrapped import refuse_wrapped
 
 Sample = Mapping[str, Any] | Callable[[], Any]
 ALPHA = 0.7
