@@ -8,31 +8,34 @@ as ever, bit for bit, and after the `with` nothing of the lock is left.
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from kvlock_fast.config import FORMATS, LockConfig
 from kvlock_fast.errors import InputError, InputWarning
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from kvlock_fast.models.arch import ArchSpec
-    from kvlock_fast.models.auto import Sample
-    from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock
+from kvlock_fast.loop_schedule import LoopSchedule
+from kvlock_fast.models.arch import ArchSpec
+from kvlock_fast.models.auto import Sample, find_and_check
+from kvlock_fast.models.families import arch_of
+from kvlock_fast.models.linear import refuse_linear
+from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock, blend_weight
+from kvlock_fast.models.wrapped import device_of
 
 
 def attach(
-    transformer: "nn.Module | Sequence[nn.Module]",
-    foreground: "Tensor",
+    transformer: nn.Module | Sequence[nn.Module],
+    foreground: Tensor,
     *,
-    family: "str | ArchSpec | None" = None,
+    family: str | ArchSpec | None = None,
     layers: tuple[int, ...] | None = None,
     lock: LockConfig | None = None,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
     patch_size: tuple[int, int, int] | None = None,
     format: str | None = None,
-    sample: "Sample | None" = None,
+    sample: Sample | None = None,
 ) -> "AttachedLock":
     """The lock on a video transformer (or on several that take turns, as Wan 2.2's two) while a `with` is open.
 
@@ -67,27 +70,23 @@ class AttachedLock:
 
     def __init__(
         self,
-        transformer: "nn.Module | Sequence[nn.Module]",
-        foreground: "Tensor",
-        family: "str | ArchSpec | None",
+        transformer: nn.Module | Sequence[nn.Module],
+        foreground: Tensor,
+        family: str | ArchSpec | None,
         layers: tuple[int, ...] | None,
         lock: LockConfig | None,
         num_steps: int | None,
         guidance_scale: float | None,
         patch_size: tuple[int, int, int] | None,
         format: str | None,
-        sample: "Sample | None",
+        sample: Sample | None,
     ):
-        from kvlock_fast.loop_schedule import LoopSchedule
-        from kvlock_fast.models.wrapped import device_of
-
         if format is not None and format not in FORMATS:
             raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
         if lock is not None and not isinstance(lock, LockConfig):
             raise InputError(f"lock must be a LockConfig, got {type(lock).__name__}")
         self.transformers = tuple(transformer) if isinstance(transformer, (tuple, list)) else (transformer,)
-        device = device_of(self.transformers[0])
-        self.foreground = _foreground(foreground).to(device)
+        self.foreground = _foreground(foreground).to(device_of(self.transformers[0]))
         self.lock = LockConfig.preset("kvlock") if lock is None else lock
         self.schedule = LoopSchedule(
             self.lock, self.foreground, num_steps, guidance_scale, patch_size or _patch_size(self.transformers[0])
@@ -100,8 +99,6 @@ class AttachedLock:
         self._exit = ExitStack()
 
     def __enter__(self) -> "AttachedLock":
-        from kvlock_fast.models.locking import TransformerLock
-
         if self._locks:
             raise InputError("the lock is attached already: open one `with` at a time")
         # What is the foreground of every sample is never read.
@@ -127,8 +124,6 @@ class AttachedLock:
 
         name: such as the number of a step, to keep those of several; see `nbytes`.
         """
-        from kvlock_fast.models.locking import Mode
-
         self._kept.pop(name, None)
         kept: list[KeptKV] = [{} for _ in self.transformers]
         with self._forwards(Mode.CAPTURE, None, kept) as forwards:
@@ -138,15 +133,13 @@ class AttachedLock:
         self._kept[name] = kept
 
     @contextmanager
-    def edit(self, alpha: "float | Tensor | None" = None, name: Hashable = None) -> Iterator[None]:
+    def edit(self, alpha: float | Tensor | None = None, name: Hashable = None) -> Iterator[None]:
         """Forwards of the edit, their background locked to the source's K and V by alpha.
 
         alpha: a number in [0, 1], or a tensor [] or [B]; None for the schedule's. A forward may have a multiple of B
         rows, branch by branch: [uncond, cond] of all samples. name: as given to `source`. Raises InputError where that
         has not run.
         """
-        from kvlock_fast.models.locking import Mode
-
         if name not in self._kept:
             raise InputError(f"no K and V of the source are kept under the name {name!r}: run it in source() first")
         kept = self._kept[name]
@@ -158,10 +151,8 @@ class AttachedLock:
             raise RuntimeError("the source ran through another of the transformers than the edit")
 
     @contextmanager
-    def along(self, alpha: "float | Tensor | None" = None) -> Iterator[None]:
+    def along(self, alpha: float | Tensor | None = None) -> Iterator[None]:
         """Forwards whose row 0 is the source; the other rows are locked to it by alpha, as in `edit`."""
-        from kvlock_fast.models.locking import Mode
-
         with self._forwards(Mode.IN_BATCH, self._weight(alpha), None) as forwards:
             yield
         if not sum(forwards):
@@ -185,23 +176,23 @@ class AttachedLock:
         return self.schedule.step
 
     @property
-    def alpha(self) -> "Tensor":
+    def alpha(self) -> Tensor:
         """How much of the source's K and V the background takes in this step, [B] fp32."""
         return self.schedule.alpha
 
     @property
-    def omega(self) -> "Tensor":
+    def omega(self) -> Tensor:
         """The guidance scale of this step, [B] fp32."""
         return self.schedule.omega
 
-    def guide(self, cond: "Tensor", uncond: "Tensor | None" = None) -> "Tensor":
+    def guide(self, cond: Tensor, uncond: Tensor | None = None) -> Tensor:
         """The guided prediction: s* uncond + omega (cond - s* uncond), by the lock's configuration.
 
         Predictions [B, ...] as the model gives them, laid out as for `observe`. Without uncond, cond as it is.
         """
         return self.schedule.guide(cond, uncond)
 
-    def observe(self, x0hat: "Tensor", source_x0hat: "Tensor | None" = None) -> "Tensor":
+    def observe(self, x0hat: Tensor, source_x0hat: Tensor | None = None) -> Tensor:
         """End a step: take in the clean latents that the guided prediction says, as `kvf.ops.windowed_variance`.
 
         x0hat: [B, C, T, h, w], an image's [B, C, h, w], or tokens [B, S, C]; source_x0hat: [1, ...], the source's own,
@@ -209,7 +200,7 @@ class AttachedLock:
         """
         return self.schedule.observe(x0hat, source_x0hat)
 
-    def keep_background(self, latents: "Tensor", source_latents: "Tensor") -> "Tensor":
+    def keep_background(self, latents: Tensor, source_latents: Tensor) -> Tensor:
         """The latents with the source's outside of the foreground's tokens; both laid out as for `observe`."""
         return self.schedule.keep_background(latents, source_latents)
 
@@ -217,11 +208,7 @@ class AttachedLock:
         """Begin another edit: step 0, nothing observed. The source's K and V stay."""
         self.schedule.restart()
 
-    def _weight(self, alpha: "float | Tensor | None") -> "Tensor":
-        import torch
-
-        from kvlock_fast.models.locking import blend_weight
-
+    def _weight(self, alpha: float | Tensor | None) -> Tensor:
         if alpha is None:
             alpha = self.alpha
         if not isinstance(alpha, torch.Tensor):
@@ -233,10 +220,8 @@ class AttachedLock:
         return blend_weight(alpha.to(self.foreground.device).reshape(-1), self.foreground)
 
     @contextmanager
-    def _forwards(self, mode: "Mode", weight: "Tensor | None", kept: "list[KeptKV] | None") -> Iterator[list[int]]:
+    def _forwards(self, mode: Mode, weight: Tensor | None, kept: list[KeptKV] | None) -> Iterator[list[int]]:
         """Forwards in a mode; afterwards how many each of the transformers made."""
-        from kvlock_fast.models.locking import Mode
-
         if not self._locks:
             raise InputError("the lock is not attached: use it as `with kvf.attach(...) as kv`")
         if any(lock.state.mode is not Mode.OFF for lock in self._locks):
@@ -252,10 +237,8 @@ class AttachedLock:
         ran += [lock.forwards for lock in self._locks]
 
 
-def _foreground(foreground: Any) -> "Tensor":
+def _foreground(foreground: Any) -> Tensor:
     """Bool [B or 1, S]."""
-    import torch
-
     if not isinstance(foreground, torch.Tensor) or foreground.dtype != torch.bool or foreground.ndim not in (1, 2):
         given = f"{foreground.dtype} {list(foreground.shape)}" if isinstance(foreground, torch.Tensor) else foreground
         raise InputError(f"foreground must be a bool tensor [S] or [B, S] of tokens, got {given!s:.80}")
@@ -267,7 +250,7 @@ def _foreground(foreground: Any) -> "Tensor":
     return foreground
 
 
-def _patch_size(transformer: "nn.Module") -> tuple[int, int, int] | None:
+def _patch_size(transformer: nn.Module) -> tuple[int, int, int] | None:
     """Latents (t, h, w) of a token by the transformer's config, None where it does not say."""
     config = getattr(transformer, "config", None)
     size, time = getattr(config, "patch_size", None), getattr(config, "patch_size_t", None) or 1
@@ -278,15 +261,8 @@ def _patch_size(transformer: "nn.Module") -> tuple[int, int, int] | None:
     return None
 
 
-def _arch(
-    transformer: "nn.Module", family: "str | ArchSpec | None", sample: "Sample | None", tokens: int
-) -> "ArchSpec":
+def _arch(transformer: nn.Module, family: str | ArchSpec | None, sample: Sample | None, tokens: int) -> ArchSpec:
     """Where the transformer is locked. Raises InputError where that is not known."""
-    from kvlock_fast.models.arch import ArchSpec
-    from kvlock_fast.models.auto import find_and_check
-    from kvlock_fast.models.families import arch_of
-    from kvlock_fast.models.linear import refuse_linear
-
     if isinstance(family, ArchSpec):
         return family
     if family == "auto":

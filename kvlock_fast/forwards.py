@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -20,13 +19,15 @@ from kvlock_fast.nvtx import span
 from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder
 
-Combine = Callable[[Tensor, Tensor, float], Tensor]
-"""Of the conditional and the unconditional prediction and a guidance scale, in the order of a pipeline's own bits."""
+Combine = Callable[[Tensor, Tensor | None, float, Tensor, Tensor], Tensor]
+"""Of the conditional and the unconditional prediction (None without guidance), a guidance scale, the latents and their
+sigma: what goes to the scheduler, in the order of a pipeline's own bits.
+"""
 
 
-def classifier_free(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+def classifier_free(cond: Tensor, uncond: Tensor | None, scale: float, latents: Tensor, sigma: Tensor) -> Tensor:
     """As most of diffusers' pipelines guide."""
-    return uncond + scale * (cond - uncond)
+    return cond if uncond is None else uncond + scale * (cond - uncond)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Predictor:
     def kept_tokens(self, background: Tensor, latents: Tensor) -> int:
         """How many of the background's tokens of latents [..., T, H, W] this process keeps."""
         shard = shard_of(self.locks[0].transformer)
-        return len(background if shard is None else shard.indices(background, self._tokens(latents)))
+        return len(background if shard is None else shard.indices(background, self.model.tokens_of(latents)))
 
     def stage(self, k: int) -> int:
         """0, or 1 in the low-noise steps of a model that has two stages; for k = T too."""
@@ -136,7 +137,8 @@ class Predictor:
         which, timestep = self._count(k, latents, timestep)
         if not self.locks:
             return self.model.predict(which, latents, timestep, text)
-        with self.locks[which].forward(mode, weight, kept, self._tokens(latents)):
+        tokens, ahead = self.model.tokens_of(latents), self.model.tokens_ahead(latents)
+        with self.locks[which].forward(mode, weight, kept, tokens, ahead=ahead):
             return self.model.predict(which, latents, timestep, text)
 
     def foreground(
@@ -149,15 +151,11 @@ class Predictor:
         with lock.forward(Mode.FOREGROUND, kept=kept):
             return self.model.predict_foreground(lock, latents, timestep, text, region, self.background, rows)
 
-    def _tokens(self, latents: Tensor) -> int:
-        patch = self.model.geometry.patch_size
-        return prod(-(-size // p) for size, p in zip(latents.shape[-3:], patch, strict=True))
-
     def _count(self, k: int, latents: Tensor, timestep: Tensor | None) -> tuple[int, Tensor]:
         """Count the rows; which transformer serves step k, and its timestep."""
         self.recorder.forwards += latents.shape[0]
         which = self.model.transformer_of(self.stage(k))
-        return which, self.solver.timestep_at(k) if timestep is None else timestep
+        return which, self.model.time_at(self.solver, k) if timestep is None else timestep
 
 
 class Forwards:

@@ -130,10 +130,15 @@ def fit_to_model(
     return torch.from_numpy(np.ascontiguousarray(video)), torch.from_numpy(np.ascontiguousarray(mask)), count
 
 
-def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> None:
-    """Raise InputError for several frames of a model of images, and where the model's position codes end."""
+def refuse_frames(geometry: Geometry, frames: int) -> None:
+    """Raise InputError for several frames of a model of images."""
     if geometry.one_frame and frames > 1:
         raise InputError(f"the model makes images, which are videos of 1 frame, and the video has {frames} frames")
+
+
+def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> None:
+    """Raise InputError for several frames of a model of images, and where the model's position codes end."""
+    refuse_frames(geometry, frames)
     if geometry.knows(frames, height, width):
         return
     (down, across), (long, high, wide) = geometry.size_multiple(), geometry.limits

@@ -142,13 +142,19 @@ class KVLockSourceStep(ModularPipelineBlocks):
             InputParam("height", type_hint=int, description="To work at; default: the source's."),
             InputParam("width", type_hint=int, description="To work at; default: the source's."),
             InputParam("max_sequence_length", default=512),
+            InputParam("latents", type_hint=Tensor, description="The starting noise [1, C, T, h, w]."),
+            InputParam("generator", description="What draws the noise, where no latents are given."),
         ]
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
         """What it leaves for the blocks behind it."""
         named = [OutputParam(param.name, type_hint=param.type_hint, description=param.description) for param in SOURCE]
-        return [*named, OutputParam("num_frames", type_hint=int, description="Of the source.")]
+        return [
+            *named,
+            OutputParam("num_frames", type_hint=int, description="Of the source."),
+            OutputParam("latents", type_hint=Tensor, description="The starting noise."),
+        ]
 
     @torch.no_grad()
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
@@ -162,6 +168,8 @@ class KVLockSourceStep(ModularPipelineBlocks):
         video, mask, _ = fit_to_model(block.video, block.mask, model.geometry, block.height, block.width, "error")
         block.num_frames, block.height, block.width = video.shape[:3]
         block.source_latents = model.encode_video(video)
+        if block.latents is None:
+            block.latents = model.draw_noise(block.source_latents.shape, block.generator, device)
         block.foreground = project_mask(mask, model.geometry).tokens.to(device)
         block.source_prompt_embeds = get_t5_prompt_embeds(
             components.text_encoder, components.tokenizer, block.source_prompt, block.max_sequence_length, device
@@ -239,7 +247,7 @@ class KVLockDenoiseStep(WanDenoiseLoopWrapper):
                 raise InputError(f"the guider must be a KVLockGuidance, got {type(guider).__name__}")
         source = SimpleNamespace(**{param.name: getattr(block, param.name) for param in SOURCE})
         run = LockedRun(components, guiders[0], block.num_inference_steps, block.latents, source)
-        state.set("latents", run.start(len(block.latents)))
+        state.set("latents", run.start(len(block.prompt_embeds)))
         with _held(run, guiders):
             return super().__call__(components, state)
 

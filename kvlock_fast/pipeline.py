@@ -20,7 +20,7 @@ from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.forwards import Task
 from kvlock_fast.graph import GRAPH, CapturedLoops, choose_capture
 from kvlock_fast.inputs import check_numbers, check_texts, fit_to_model
-from kvlock_fast.masks import ProjectedMask, project_mask
+from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.memory import Way, run_with_memory
 from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.arch import select_layers
@@ -149,8 +149,9 @@ class KVLockPipeline:
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
                 texts = self._texts(prompts, negative_prompt, source_prompt, scene.given)
-            scales = (guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2)
-            task = Task(scene.mask, *texts, scales, scene.lock, self.model.latents_dtype, self.model.combine)
+            second = guidance_scale if guidance_scale_2 is None else guidance_scale_2
+            scales = tuple(self.model.omega0(scale) for scale in (guidance_scale, second))
+            task = Task(scene.mask, *texts, scales, scene.lock, self.model.latents_dtype, self.model.settle)
 
             def run(way: Way) -> tuple[Tensor, list[np.ndarray]]:
                 blocks = compiled_blocks(self.model.transformers, compile, self.model.arch.blocks)
@@ -308,7 +309,7 @@ class KVLockPipeline:
         return self._loops
 
     def _project(self, pixel_mask: Tensor) -> ProjectedMask:
-        projected = project_mask(self.model.may_change(pixel_mask).to(self.model.device), self.model.geometry)
+        projected = self.model.project(self.model.may_change(pixel_mask).to(self.model.device))
         if not projected.tokens.any():
             raise InputError("mask is empty: no pixel is marked as foreground")
         if projected.tokens.all():

@@ -14,7 +14,6 @@ from torch import Tensor
 
 import kvlock_fast as kvf
 from kvlock_fast.conditioning import Conditioning, Given
-from kvlock_fast.masks import project_mask
 from kvlock_fast.models import wrap_pipeline
 from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.solvers import Solver
@@ -114,7 +113,7 @@ class Scene:
         self.model = wrap_pipeline(self.pipe)
         self.transformer = self.model.transformers[0]
         frames, pixels = torch.from_numpy(case.video()), torch.from_numpy(case.mask())
-        self.mask = project_mask(pixels, self.model.geometry)
+        self.mask = self.model.project(pixels)
         self.inside = self.mask.tokens[0]
         self.given = Given(frames, pixels, self.mask, case.guidance)
         settings = self.model.timesteps_settings(case.steps, *case.size)
@@ -132,11 +131,16 @@ class Scene:
 
     def predict(self, latents: Tensor, told: Conditioning) -> Tensor:
         """The first transformer's."""
-        return self.model.predict(0, latents, self.solver.timestep_at(self.case.steps // 2), told).float()
+        return self.model.predict(0, latents, self.model.time_at(self.solver, self.case.steps // 2), told).float()
 
     @property
     def tokens(self) -> int:
         return len(self.inside)
+
+    @property
+    def ahead(self) -> int | None:
+        """How many tokens lie in front of the video's."""
+        return self.model.tokens_ahead(self.latents)
 
     def lock(self, background: Tensor | None = None) -> TransformerLock:
         return TransformerLock(self.transformer, self.model.arch, background=background)
@@ -145,7 +149,7 @@ class Scene:
         """Keys and values of a forward of the source at these latents."""
         lock, kept = self.lock(background), {}
         try:
-            with torch.no_grad(), lock.forward(Mode.CAPTURE, kept=kept, tokens=self.tokens):
+            with torch.no_grad(), lock.forward(Mode.CAPTURE, kept=kept, tokens=self.tokens, ahead=self.ahead):
                 self.predict(latents, self.told[1])
         finally:
             lock.detach()
@@ -158,7 +162,7 @@ class Scene:
 def blend_at_call(x: Tensor, source: Tensor, scene: Scene, alpha: float) -> Tensor:
     """K or V [B, H, tokens, D] at an attention call, blended by the definition in fp64."""
     others = x.shape[2] - scene.tokens
-    first = others if scene.model.arch.text == "prefix" else 0
+    first = others if scene.model.arch.text == "prefix" else scene.ahead or 0
     video = slice(first, first + scene.tokens)
     weight = torch.where(scene.inside, 0.0, alpha).double()[:, None]
     mixed = x.double().clone()

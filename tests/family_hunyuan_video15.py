@@ -37,7 +37,7 @@ def tiny_hunyuan15(image: bool = False, scheduler=None, **transformer):
         "num_refiner_layers": 1, "text_embed_dim": 16, "text_embed_2_dim": 8, "image_embed_dim": 8,
         "rope_axes_dim": (2, 4, 4), "target_size": 80,
     }  # fmt: skip
-    parts = {"image_encoder": _eyes(), "feature_extractor": _feature_extractor()} if image else {}
+    parts = {"image_encoder": tiny_eyes(), "feature_extractor": tiny_feature_extractor()} if image else {}
     pipe = (HunyuanVideo15ImageToVideoPipeline if image else HunyuanVideo15Pipeline)(
         text_encoder=_qwen(),
         tokenizer=_chat_tokenizer(),
@@ -83,7 +83,7 @@ def _letters() -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=384, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).eval()
 
 
-def _eyes() -> SiglipVisionModel:
+def tiny_eyes() -> SiglipVisionModel:
     torch.manual_seed(4)
     return SiglipVisionModel(
         SiglipVisionConfig(
@@ -92,7 +92,7 @@ def _eyes() -> SiglipVisionModel:
     ).eval()
 
 
-def _feature_extractor() -> SiglipImageProcessor:
+def tiny_feature_extractor() -> SiglipImageProcessor:
     return SiglipImageProcessor(size={"height": 8, "width": 8})
 
 

@@ -320,7 +320,7 @@ BAD = {
     "no-tensor": (dict(foreground=[True]), "foreground must be a bool tensor"),
     "empty": (dict(foreground=torch.zeros(1, 24, dtype=torch.bool)), "without any foreground"),
     "format": (dict(format="fp4"), "format must be one of.*'fp4'"),
-    "family": (dict(family="wann"), "unknown family 'wann'; known families: wan, cogvideox"),
+    "family": (dict(family="wann"), "unknown family 'wann'; known families: wan, "),
     "layers": (dict(layers=(3,)), "names layer 3, but the model has layers 0 to 2"),
     "lock": (dict(lock="kvlock"), "lock must be a LockConfig, got str"),
     "steps": (dict(num_steps=0), "num_steps must be.*0"),

@@ -21,7 +21,8 @@ class ArchSpec:
     velocity, "reversed" where sigma counts from noise to data; one_call: whether the family's pipeline runs both
     branches of guidance in one forward; blocks: the class names of the blocks that are alike, where diffusers does not
     say; by_frame, by_place: regular expressions for those self-attentions that see one frame alone, or one place in all
-    frames, which are then rows of their batch, sample by sample; fused: those of `value` whose output holds query, key
+    frames, which are then rows of their batch, sample by sample; ahead: whether tokens of other frames lie in front of
+    the video's, and how many must be said of each forward; fused: those of `value` whose output holds query, key
     and value, each as wide as the heads together, and more after them.
     """
 
@@ -37,6 +38,7 @@ class ArchSpec:
     blocks: tuple[str, ...] = ()
     by_frame: str = ""
     by_place: str = ""
+    ahead: bool = False
     fused: tuple[str, ...] = ()
 
     def attentions(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -51,14 +53,22 @@ class ArchSpec:
         return PLACES if re.fullmatch(self.by_place, name) else SAMPLES
 
 
-def without_text(x: Tensor, dim: int, text: str, tokens: int | None) -> Tensor:
-    """A view of the video's `tokens` of x along `dim`, where all others are the text's, placed as `ArchSpec.text`."""
+def without_text(x: Tensor, dim: int, text: str, tokens: int | None, ahead: int = 0) -> Tensor:
+    """A view of the video's `tokens` of x along `dim`, where all others are the text's, placed as `ArchSpec.text`, but
+    for so many `ahead` of the video's.
+    """
     if tokens is None:
         return x
-    others = x.shape[dim] - tokens
-    if others < 0 or (others and text == "none"):
-        raise RuntimeError(f"a self-attention has {x.shape[dim]} tokens, of a video of {tokens} and text {text!r}")
-    return x.narrow(dim, others if text == "prefix" else 0, tokens)
+    before, _ = around_video(x.shape[dim], text, tokens, ahead)
+    return x.narrow(dim, before, tokens)
+
+
+def around_video(total: int, text: str, tokens: int, ahead: int = 0) -> tuple[int, int]:
+    """How many of `total` tokens are not the video's, in front of them and behind: as `without_text`."""
+    words = total - tokens - ahead
+    if words < 0 or (words and text == "none"):
+        raise RuntimeError(f"a self-attention has {total} tokens, of a video of {tokens + ahead} and text {text!r}")
+    return (words + ahead, 0) if text == "prefix" else (ahead, words)
 
 
 def by_samples(x: Tensor, tokens: int | None) -> Tensor:

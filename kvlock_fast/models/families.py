@@ -33,6 +33,7 @@ REGISTRY: tuple[Family, ...] = (
         ("SkyReelsV2ImageToVideoPipeline",),
         ("SkyReelsV2Transformer3DModel",),
     ),
+    Family("lucy-edit", "lucy.LucyModel", ("LucyEditPipeline",), ("WanTransformer3DModel",)),
     Family("chronoedit", "chronoedit.ChronoEditModel", ("ChronoEditPipeline",), ("ChronoEditTransformer3DModel",)),
     Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
     Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
@@ -42,6 +43,7 @@ REGISTRY: tuple[Family, ...] = (
         ("CogVideoXImageToVideoPipeline",),
         ("CogVideoXTransformer3DModel",),
     ),
+    Family("ltx2", "ltx2.LTX2Model", ("LTX2Pipeline",), ("LTX2VideoTransformer3DModel",)),
     Family("mochi", "mochi.MochiModel", ("MochiPipeline",), ("MochiTransformer3DModel",)),
     Family("easyanimate", "easyanimate.EasyAnimateModel", ("EasyAnimatePipeline",), ("EasyAnimateTransformer3DModel",)),
     Family("latte", "latte.LatteModel", ("LattePipeline",), ("LatteTransformer3DModel",)),
@@ -73,6 +75,9 @@ REGISTRY: tuple[Family, ...] = (
     Family("sd3", "sd3.SD3Model", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",)),
     Family("qwen-image", "qwen_image.QwenImageModel", ("QwenImagePipeline",), ("QwenImageTransformer2DModel",)),
     Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
+    Family("cosmos", "cosmos.CosmosModel", ("CosmosTextToWorldPipeline",), ("CosmosTransformer3DModel",)),
+    Family("cosmos2-image", "cosmos.Cosmos2Model", ("Cosmos2TextToImagePipeline",), ("CosmosTransformer3DModel",)),
+    Family("cosmos2.5", "cosmos.Cosmos25Model", ("Cosmos2_5_PredictBasePipeline",), ("CosmosTransformer3DModel",)),
     Family("kandinsky-5", "kandinsky5.Kandinsky5Model", ("Kandinsky5T2VPipeline",), ("Kandinsky5Transformer3DModel",)),
     Family(
         "kandinsky-5-image",
@@ -80,14 +85,37 @@ REGISTRY: tuple[Family, ...] = (
         ("Kandinsky5T2IPipeline",),
         ("Kandinsky5Transformer3DModel",),
     ),
+    Family("chroma", "chroma.ChromaModel", ("ChromaPipeline",), ("ChromaTransformer2DModel",)),
+    Family("ovis-image", "ovis_image.OvisImageModel", ("OvisImagePipeline",), ("OvisImageTransformer2DModel",)),
+    Family(
+        "longcat-image",
+        "longcat_image.LongCatImageModel",
+        ("LongCatImagePipeline",),
+        ("LongCatImageTransformer2DModel",),
+    ),
     Family("flux2", "flux2.Flux2Model", ("Flux2Pipeline",), ("Flux2Transformer2DModel",)),
     Family("flux2-klein", "flux2.Flux2KleinModel", ("Flux2KleinPipeline",), ("Flux2Transformer2DModel",)),
+    Family(
+        "framepack",
+        "framepack.FramepackModel",
+        ("HunyuanVideoFramepackPipeline",),
+        ("HunyuanVideoFramepackTransformer3DModel",),
+    ),
+    Family("motif", "motif.MotifModel", ("MotifVideoPipeline",), ("MotifVideoTransformer3DModel",)),
 )
+PIECES = "it makes a clip piece by piece, so that no step has one latent of the whole source"
+MEAN_VELOCITY = "it predicts the mean velocity of a step, from which no clean latent follows"
+DRIVEN = "it is driven by videos of a pose and a face, which an edit does not have"
 FORCING = "every frame has a time of its own (diffusion forcing), so that no step has one latent of the source"
 REFUSED = {
     "SkyReelsV2DiffusionForcingPipeline": FORCING,
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": FORCING,
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": FORCING,
+    "AnyFlowPipeline": MEAN_VELOCITY,
+    "AnyFlowFARPipeline": MEAN_VELOCITY,
+    "HeliosPipeline": PIECES,
+    "HeliosPyramidPipeline": PIECES,
+    "WanAnimatePipeline": DRIVEN,
 }
 """Pipelines that are known and cannot be followed, with the reason."""
 FAMILIES = tuple(family.name for family in REGISTRY)

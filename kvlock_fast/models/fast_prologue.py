@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kvlock_fast.kernels.blend import as_heads
 from kvlock_fast.kernels.prologue import Capture, Lock, Places, QKNorm, RoPE, prologue
 from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
+from kvlock_fast.models.arch import around_video
 from kvlock_fast.models.locking import LockState, Mode, locked_entry
 from kvlock_fast.models.qk_norms import qk_norm
 from kvlock_fast.nvtx import span
@@ -84,12 +85,9 @@ class Prologue:
         return (outs[0].q, outs[0].k, outs[0].v) if len(outs) == 1 else tuple(whole)
 
     def _offset(self, tokens: int) -> tuple[int, int]:
-        """How many of so many tokens are text, in front of the video's and behind them."""
+        """How many of so many tokens are not the video's, in front of them and behind."""
         state = self.state
-        words = 0 if state.tokens is None else tokens - state.tokens
-        if words < 0 or (words and state.text == "none"):
-            raise RuntimeError(f"a self-attention has {tokens} tokens, of a video of {state.tokens}")
-        return (words, 0) if state.text == "prefix" else (0, words)
+        return (0, 0) if state.tokens is None else around_video(tokens, state.text, state.tokens, state.ahead)
 
     def _weight(self, tokens: int) -> Tensor:
         """The source's, of every token [rows, n]."""
@@ -115,7 +113,8 @@ class Prologue:
         key = id(cos), tokens
         if key not in self._ropes:
             angles = cos[..., 0::2], sin[..., 1::2]
-            before, after = self._offset(tokens) if _length(cos) < tokens else (0, 0)
+            words = tokens - _length(cos)  # which are not rotated
+            before, after = (words, 0) if self.state.text == "prefix" else (0, words)
             cosine, sine = (
                 nn.functional.pad(_by_token(x, heads), (0, 0, 0, 0, before, after), value=still)
                 for x, still in zip(angles, (1.0, 0.0), strict=True)

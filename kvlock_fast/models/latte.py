@@ -67,7 +67,7 @@ class LatteModel(PipelineModel):
         return {"clean_caption": self._cleans}
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
-        """text [n, L, C] in the transformer's dtype, of L tokens at most, and its mask [n, L]."""
+        """text [n, L, C] in the transformer's dtype, of L tokens at most; with a mask [n, L] where some have fewer."""
         return Conditioning.cat([self._told(prompt, "")[0] for prompt in prompts])
 
     def condition_negative(self, prompt: str, prompts: list[str], given: Given) -> Conditioning:
@@ -81,7 +81,7 @@ class LatteModel(PipelineModel):
             device=self.device,
         )  # fmt: skip
         texts = (text.to(self.transformers[0].dtype) for text in both)
-        return tuple(Conditioning(text=text, mask=text.new_ones(text.shape[:2])) for text in texts)
+        return tuple(Conditioning("text", text=text) for text in texts)
 
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """[1, C, T, h, w] fp32, as LattePipeline draws it: in the model's dtype."""
@@ -115,8 +115,9 @@ class LatteModel(PipelineModel):
                 f"give one of {self.config.video_length}"
             )
         below = None
-        if told.filled:  # without, diffusers' own has none
-            below = ((1 - told["mask"]) * FAR_BELOW).repeat_interleave(frames, 0, output_size=rows * frames)[:, None]
+        if "mask" in told:
+            below = torch.where(told["mask"], 0.0, FAR_BELOW).to(transformer.dtype)
+            below = below.repeat_interleave(frames, 0, output_size=rows * frames)[:, None]
         return transformer(
             hidden_states=latents.to(transformer.dtype),
             encoder_hidden_states=told["text"],

@@ -70,7 +70,7 @@ class LockState:
         columns: first and how many of a module's output, by layer number and "k" or "v", where it holds more.
         """
         self.mode = Mode.OFF
-        self.text, self.tokens = text, None
+        self.text, self.tokens, self.ahead = text, None, 0
         self.rows: dict[int, str] = {}
         self._at_places: tuple[Tensor | None, Tensor | None] | None = None
         self.weight: Tensor | None = None
@@ -99,7 +99,7 @@ class LockState:
         rows = self.rows.get(key[0])
         weight, background = self.weight, self.background
         if rows is None:
-            x = without_text(x, token_dim, self.text, self.tokens)
+            x = without_text(x, token_dim, self.text, self.tokens, self.ahead)
         else:
             if rows == PLACES:
                 weight, background = self._place_by_place(x.shape[1])
@@ -255,7 +255,7 @@ class TransformerLock:
         attentions = arch.attentions(transformer)
         if not attentions:
             raise InputError(f"{type(transformer).__name__} has no self-attention named {arch.attention!r}")
-        self.transformer = transformer
+        self.transformer, self._says_ahead = transformer, arch.ahead
         self.layers = select_layers(len(attentions), layers)
         self.state = LockState(background, arch.text, format)
         self.forwards = 0
@@ -313,6 +313,7 @@ class TransformerLock:
         kept: KeptKV | None = None,
         tokens: int | None = None,
         any_number: bool = False,
+        ahead: int | None = None,
     ) -> Iterator[None]:
         """One forward in `mode`; afterwards every locked module must have run once, and `forwards` is how often.
 
@@ -320,8 +321,9 @@ class TransformerLock:
         fp32 (for IN_BATCH without the source's row), needed where the mode blends; rows may be repeated. kept: the
         background's K and V to blend with (STORED) or to see (FOREGROUND), or the places to pack them into (CAPTURE;
         where there is none for a layer, a tensor is added). tokens: the video's, S, beyond which a self-attention's are
-        text; None where there is no text among them. In context parallelism weight and tokens are of the whole video,
-        kept is of this process's part.
+        text; None where there is no text among them; ahead: how many tokens of other frames lie in front of them, which
+        is to be said of those that have any (`ArchSpec.ahead`) and are left as they are. In context parallelism weight
+        and tokens are of the whole video, kept is of this process's part.
 
         Raises RuntimeError where modules were skipped or replaced, as by an adapter that was added later; InputError
         where a cache was switched on meanwhile.
@@ -333,10 +335,14 @@ class TransformerLock:
                     f"a projection of {type(attention).__name__} was replaced after the lock was attached, as by an "
                     "adapter: load adapters first, then lock"
                 )
+        if self._says_ahead and ahead is None and mode is not Mode.OFF:
+            raise RuntimeError(
+                f"{type(self.transformer).__name__} has tokens in front of the video's, whose number was not said"
+            )
         weight, tokens = self._own_part(mode, weight, tokens)
         state, by = self.state, nullcontext()
         state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, Counter()
-        state.tokens, state._at_places = tokens, None
+        state.tokens, state.ahead, state._at_places = tokens, ahead or 0, None
         if self.fast is not None and mode not in (Mode.OFF, Mode.FOREGROUND):
             by = self.fast.forward()
         try:
