@@ -225,7 +225,15 @@ def test_layerwise_casting_edits_as_what_it_stores(edit):
     assert torch.equal(call(pipe, lock="cfg").latents, stock(pipe))
 
 
-def test_layerwise_casting_computes_in_its_own_dtype(tmp_path):
+def test_caches_know_a_model_whose_layers_are_cast(tmp_path):
+    cache, pipe = CacheConfig(tier="disk", format="native", root=tmp_path), tiny_wan()
+    cast_layers(pipe)
+    first, again = (call(pipe, lock="kvlock", cache=cache, steps=3) for _ in range(2))
+    assert torch.equal(first.latents, again.latents) and again.trace.forwards < first.trace.forwards
+    assert fingerprint([pipe.transformer]) != fingerprint([rounded().transformer])  # of other bytes
+
+
+def test_layerwise_casting_computes_in_its_own_dtype():
     """Keys are kept, texts are encoded and caches are known by the dtype of computing, not by that of the weights."""
     pipe = tiny_wan()
     pipe.transformer.to(torch.bfloat16)
