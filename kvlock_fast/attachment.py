@@ -19,9 +19,9 @@ from kvlock_fast.loop_schedule import LoopSchedule
 from kvlock_fast.models.arch import ArchSpec
 from kvlock_fast.models.auto import Sample, find_and_check
 from kvlock_fast.models.families import arch_of
-from kvlock_fast.models.fast import device_of
 from kvlock_fast.models.linear import refuse_linear
 from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock, blend_weight
+from kvlock_fast.models.wrapped import device_of
 
 
 def attach(
