@@ -47,6 +47,11 @@ class PipelineModel:
         self.pipe = pipe
         self.transformers: list[nn.Module] = transformers
 
+    @classmethod
+    def arch_of(cls, transformer: nn.Module) -> ArchSpec:
+        """What locking must know of a transformer of the family, without its pipeline."""
+        return cls.arch
+
     @property
     def config(self) -> Any:
         """Of the (first) transformer."""
