@@ -95,6 +95,12 @@ REGISTRY: tuple[Family, ...] = (
         ("LongCatImagePipeline",),
         ("LongCatImageTransformer2DModel",),
     ),
+    Family(
+        "hunyuan-image",
+        "hunyuan_image.HunyuanImageModel",
+        ("HunyuanImagePipeline",),
+        ("HunyuanImageTransformer2DModel",),
+    ),
     Family("flux2", "flux2.Flux2Model", ("Flux2Pipeline",), ("Flux2Transformer2DModel",)),
     Family("flux2-klein", "flux2.Flux2KleinModel", ("Flux2KleinPipeline",), ("Flux2Transformer2DModel",)),
     Family(
@@ -181,4 +187,4 @@ def arch_of(transformer: Any, name: str | None = None) -> Any:
             f"unknown {unknown}; known families: {', '.join(FAMILIES)}; family='auto' with a sample finds and checks "
             "the self-attentions of any transformer"
         )
-    return found[0].load().arch
+    return found[0].load().arch_of(transformer)
