@@ -115,6 +115,7 @@ PIECES = "it makes a clip piece by piece, so that no step has one latent of the 
 MEAN_VELOCITY = "it predicts the mean velocity of a step, from which no clean latent follows"
 DRIVEN = "it is driven by videos of a pose and a face, which an edit does not have"
 FORCING = "every frame has a time of its own (diffusion forcing), so that no step has one latent of the source"
+CONTROLLED = "it is driven by a control video, which an edit does not have"
 LINEAR = (
     "its self-attention is linear: keys and values of all tokens end in one sum, where no token's can be the source's"
 )
@@ -127,6 +128,11 @@ REFUSED = {
     "HeliosPipeline": PIECES,
     "HeliosPyramidPipeline": PIECES,
     "WanAnimatePipeline": DRIVEN,
+    "CogVideoXFunControlPipeline": CONTROLLED,
+    "EasyAnimateControlPipeline": CONTROLLED,
+    "CogVideoXVideoToVideoPipeline": "it starts from a noised video of its own: load the model by CogVideoXPipeline",
+    "ConsisIDPipeline": "it is told a face by models that find it in a picture, which an edit does not have",
+    "EasyAnimateInpaintPipeline": "its transformer is shown a masked video: load a text-to-video model instead",
     "SanaPipeline": LINEAR,
     "SanaSprintPipeline": LINEAR,
     "SanaVideoPipeline": LINEAR,
