@@ -34,6 +34,8 @@ class PipelineModel:
     """Whether a negative branch is run only where a negative prompt is given: by models that may be distilled."""
     most_text = 512
     """Text tokens that the model may be given, for planning."""
+    usual_extent: tuple[int | None, int | None, int | None] = None, None, None
+    """Frames, height and width of a call that gives none, where the pipeline's call has no number for it."""
     latents_dtype: torch.dtype = torch.float32
     """Of the latents between steps, in the family's pipeline."""
 
