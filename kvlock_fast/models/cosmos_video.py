@@ -41,7 +41,7 @@ class Cosmos2VideoModel(Cosmos2Model):
         return torch.cat([torch.zeros_like(pixels[:1]), pixels[1:]])
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        """The clean latents [B, C, T, h, w] fp32, at latents [B, ...] of sigma `timestep` [], the first frame as given."""
+        """Clean latents [B, C, T, h, w] fp32, at latents [B, ...] of sigma `timestep` [], the first frame as given."""
         dtype, image = self.transformers[which].dtype, told["image"]
         time = timestep / (timestep + 1)  # of the flow that x / (1 + sigma) goes along
         kept = 1 - time
