@@ -79,6 +79,12 @@ REGISTRY: tuple[Family, ...] = (
     Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
     Family("cosmos", "cosmos.CosmosModel", ("CosmosTextToWorldPipeline",), ("CosmosTransformer3DModel",)),
     Family("cosmos2-image", "cosmos.Cosmos2Model", ("Cosmos2TextToImagePipeline",), ("CosmosTransformer3DModel",)),
+    Family(
+        "cosmos2-video",
+        "cosmos_video.Cosmos2VideoModel",
+        ("Cosmos2VideoToWorldPipeline",),
+        ("CosmosTransformer3DModel",),
+    ),
     Family("cosmos2.5", "cosmos.Cosmos25Model", ("Cosmos2_5_PredictBasePipeline",), ("CosmosTransformer3DModel",)),
     Family("kandinsky-5", "kandinsky5.Kandinsky5Model", ("Kandinsky5T2VPipeline",), ("Kandinsky5Transformer3DModel",)),
     Family(
@@ -119,7 +125,9 @@ CONTROLLED = "it is driven by a control video, which an edit does not have"
 LINEAR = (
     "its self-attention is linear: keys and values of all tokens end in one sum, where no token's can be the source's"
 )
+COSMOS_CONTROL = "its transformer is led by a control network and by a clip beside the text"
 REFUSED = {
+    "Cosmos2_5_TransferPipeline": COSMOS_CONTROL,
     "SkyReelsV2DiffusionForcingPipeline": FORCING,
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": FORCING,
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": FORCING,
