@@ -1,10 +1,10 @@
 """The CogView4 family, text-to-image.
 
 Facts of diffusers' `CogView4Pipeline`: latents are the autoencoder's times its `scaling_factor`, drawn and kept in
-fp32; the timesteps are evenly spaced whole numbers, shifted by the number of tokens; the transformer is told the image's
-size; each branch of guidance is a forward of its own. Text and image share the self-attention, the text first. Texts
-are filled up in front to a multiple of 16 tokens, without a mask: those of different lengths go through the model one
-after the other.
+fp32; the timesteps are evenly spaced whole numbers, shifted by the number of tokens; the transformer is told the
+image's size; each branch of guidance is a forward of its own. Text and image share the self-attention, the text first.
+Texts are filled up in front to a multiple of 16 tokens, without a mask: those of different lengths go through the model
+one after the other.
 """
 
 from collections.abc import Mapping
