@@ -74,9 +74,9 @@ class Conditioning(Mapping[str, Tensor]):
 
     @staticmethod
     def fit(parts: Sequence["Conditioning"]) -> bool:
-        """Whether `cat` can take them together: their texts are of one length, or can be filled up."""
+        """Whether `cat` takes them: all of one length, or such as can be filled up."""
         first = parts[0]
-        if first._unmasked is not None or MASK in first:
+        if MASK in first or first._unmasked is not None:
             return True
         return all(len({part[name].shape[1:2] for part in parts}) == 1 for name in first)
 
