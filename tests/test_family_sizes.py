@@ -37,7 +37,7 @@ def test_a_loaded_pipeline_and_its_folder_say_the_same(name, tmp_path):
     assert {getattr(a, "to_v", None) and a.to_v.out_features for _, a in attentions} <= {size.dim, None}
     if type(pipe).__name__ in COUNTED:
         return
-    assert size.feed_forward >= size.dim and size.text_tokens >= 256 and (size.frames == 1) == size.geometry.one_frame
+    assert size.feed_forward >= size.dim and size.text_tokens >= 256 and size.frames >= 1
     pipe.save_pretrained(tmp_path)
     read = from_config(tmp_path)
     # Files hold buffers beside the parameters, and shared embeddings once or twice.
