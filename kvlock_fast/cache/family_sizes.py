@@ -21,8 +21,8 @@ from kvlock_fast.models.locking import kv_sizes
 
 GUIDED = 2.0
 """A guidance scale that is one."""
-IMAGE_SIZE = 1024
-"""Pixels of a side, where neither the pipeline's call nor its configs tell."""
+IMAGE_SIZE, FRAMES = 1024, 81
+"""Pixels of a side, and frames of a video, where neither the pipeline's call nor its configs tell."""
 
 
 def family_size(model: Any, name: str) -> ModelSize:
@@ -119,4 +119,4 @@ def _usual_extent(model: Any) -> tuple[int, int, int]:
     height, width = usual("height", "sample_height", space, side), usual("width", "sample_width", space, side)
     if geometry.one_frame:
         return 1, height, width
-    return geometry.whole_frames(usual("num_frames", "sample_frames", geometry.temporal_stride, 1)), height, width
+    return geometry.whole_frames(usual("num_frames", "sample_frames", geometry.temporal_stride, FRAMES)), height, width
