@@ -116,6 +116,7 @@ class LockState:
 
     def _keep(self, key: tuple[int, str], x: Tensor, token_dim: int, background: Tensor | None) -> None:
         """Pack x into what is there for this layer, or keep it in the format, or as it is."""
+        x = x.detach()  # what is kept would keep its whole forward
         place = self.kept.get(key)
         if not isinstance(place, QuantizedKV):
             if self.format is not None:
