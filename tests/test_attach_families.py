@@ -1,4 +1,4 @@
-"""Every family's transformer by itself, without its pipeline: what `attach` knows of it, and what "auto" finds of it."""
+"""Every family's transformer by itself, without its pipeline: what `attach` knows and what "auto" finds of it."""
 
 import dataclasses
 
