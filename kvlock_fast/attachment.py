@@ -19,9 +19,9 @@ from kvlock_fast.loop_schedule import LoopSchedule
 from kvlock_fast.models.arch import ArchSpec
 from kvlock_fast.models.auto import Sample, find_and_check
 from kvlock_fast.models.families import arch_of
-from kvlock_fast.models.fast import device_of
 from kvlock_fast.models.linear import refuse_linear
 from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock, blend_weight
+from kvlock_fast.models.wrapped import device_of
 
 
 def attach(
@@ -36,6 +36,7 @@ def attach(
     patch_size: tuple[int, int, int] | None = None,
     format: str | None = None,
     sample: Sample | None = None,
+    processors: str = "generic",
     ahead: int | None = None,
 ) -> "AttachedLock":
     """The lock on a video transformer (or on several that take turns, as Wan 2.2's two) while a `with` is open.
@@ -52,7 +53,9 @@ def attach(
     for a class that is not known: its self-attentions are found and checked by `sample`, the arguments of one forward
     by name or a function that makes one, of as many tokens as the foreground. layers: those that are locked, by number;
     None for `lock`'s. format: how the source's K and V are kept, one of `kvf.capabilities()["formats"]`; None: as they
-    are. ahead: how many tokens of other frames lie in front of the video's, which FramePack has and none else.
+    are. processors: "fast" has one kernel do the norms, rotation, blending and keeping of Wan, CogVideoX, LTX and
+    HunyuanVideo, "generic" does it around diffusers' own attention, "auto" is "fast" on a GPU where the model has it.
+    ahead: how many tokens of other frames lie in front of the video's, which FramePack has and none else.
 
     For a schedule by the variance (`kv.alpha`, `kv.omega`, `kv.guide`, `kv.observe`): lock, the configuration (None:
     the preset "kvlock"); num_steps, of the loop; guidance_scale, omega0; patch_size, the latents (t, h, w) of a token,
@@ -61,11 +64,13 @@ def attach(
     For inference: gradients do not pass through what is locked.
 
     Raises InputError for a transformer that cannot be locked (unknown, linear attention, fused projections, locked
-    already) and for a foreground that is not one; then nothing is attached.
+    already; at `with`, processors "fast" where that cannot be) and for a foreground that is not one; then nothing is
+    attached.
     """
     return AttachedLock(
-        transformer, foreground, family, layers, lock, num_steps, guidance_scale, patch_size, format, sample, ahead
-    )
+        transformer, foreground, family, layers, lock, num_steps, guidance_scale, patch_size, format, sample,
+        processors, ahead,
+    )  # fmt: skip
 
 
 class AttachedLock:
@@ -83,6 +88,7 @@ class AttachedLock:
         patch_size: tuple[int, int, int] | None,
         format: str | None,
         sample: Sample | None,
+        processors: str,
         ahead: int | None,
     ):
         if format is not None and format not in FORMATS:
@@ -96,8 +102,7 @@ class AttachedLock:
             self.lock, self.foreground, num_steps, guidance_scale, patch_size or _patch_size(self.transformers[0])
         )
         self._layers = self.lock.layers if layers is None else layers
-        self._format = format
-        self._ahead = ahead
+        self._format, self._processors, self._ahead = format, processors, ahead
         self._archs = [_arch(each, family, sample, self.foreground.shape[1], ahead) for each in self.transformers]
         self._locks: list[TransformerLock] = []
         self._kept: dict[Hashable, list[KeptKV]] = {}
@@ -111,7 +116,7 @@ class AttachedLock:
         locks = []
         with ExitStack() as attached:
             for transformer, arch in zip(self.transformers, self._archs, strict=True):
-                lock = TransformerLock(transformer, arch, self._layers, background, format=self._format)
+                lock = TransformerLock(transformer, arch, self._layers, background, self._processors, self._format)
                 attached.callback(lock.detach)
                 locks.append(lock)
             self._exit = attached.pop_all()

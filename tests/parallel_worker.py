@@ -109,7 +109,9 @@ REFUSED = {
     "tokens": ({}, ODD),
     "stretches": ({}, {"video": a_video(17, 48, 48), "mask": a_mask(17, 48, 48), "window": 9, "overlap": 4}),
     "heads": ({"num_attention_heads": 3}, {}),
+    "fast processors": ({}, {"processors": "fast"}),
     "invert": ({}, {}),
+    "one of two": ({"second": True}, {}),
     "text mask": ({"family": "ltx"}, LTX_CLIP),
 }
 
@@ -124,6 +126,8 @@ def refused(name, folder):
         pipe.transformer.enable_parallelism(config=configured(ULYSSES))
     else:
         pipe = wan(ULYSSES, **pipe)
+    if name == "one of two":
+        pipe.transformer_2 = tiny_wan(second=True).transformer_2
     pipe = kvf.KVLockPipeline.from_pipe(pipe)
     try:
         if name == "invert":
@@ -170,6 +174,18 @@ def ltx(parallel=None, masked=False):
     return predictions
 
 
+def own_loop(parallel=None):
+    """What a loop of one's own predicts for an edit of two samples, locked to its source."""
+    transformer = wan(parallel).transformer
+    torch.manual_seed(1)
+    latents, text = torch.randn(3, 4, 3, 4, 6), torch.randn(3, 5, 16)
+    with torch.no_grad(), kvf.attach(transformer, torch.rand(18) < 0.4) as kv:
+        with kv.source():
+            transformer(latents[:1], torch.tensor([500.0]), text[:1])
+        with kv.edit(0.7):
+            return transformer(latents[1:], torch.tensor([500.0, 500.0]), text[1:], return_dict=False)[0]
+
+
 def attention_with_lse(ctx, query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, return_lse, **_):
     """[B, S, H, D] and log-sum-exp [B, S, H], as diffusers' forward operators of attention."""
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
@@ -213,6 +229,7 @@ def main(rank, count, store, output):
         for name in names:
             tensors[f"{kind}: {name}"], said[f"{kind}: {name}"] = edit(name, settings, "odd" in kind)
         if "odd" not in kind:
+            tensors[f"{kind}: own loop"] = own_loop(settings)
             for masked in (False, True):
                 tensors |= {f"{kind}: ltx {masked} {mode}": x for mode, x in ltx(settings, masked).items()}
     said |= {f"refused: {name}": refused(name, Path(output, "cache")) for name in REFUSED}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_worker import KINDS, REFUSED, edit, ltx
+from parallel_worker import KINDS, REFUSED, edit, ltx, own_loop
 from safetensors.torch import load_file
 
 from kvlock_fast.models.sharding import Shard
@@ -82,6 +82,13 @@ def test_ltx_predicts_as_in_one_process(ranks, kind, masked):
         assert not torch.allclose(alone[locked][-2:], alone["off"][1:], atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["ulysses", "ring"])
+def test_a_loop_of_ones_own_predicts_as_in_one_process(ranks, kind):
+    alone = own_loop()
+    for rank, _ in ranks:
+        torch.testing.assert_close(rank[f"{kind}: own loop"], alone, rtol=1e-5, atol=1e-5)
+
+
 SENTENCES = {
     "foreground": "compute 'foreground' does not go with context parallelism",
     "disk": "cache tier 'disk' does not go with context parallelism",
@@ -91,6 +98,8 @@ SENTENCES = {
     "tokens": r"the video has 27 tokens (3x3x3), which 2 processes cannot share",
     "stretches": r"the video has 27 tokens (3x3x3), which 2 processes cannot share",
     "heads": "the transformer's 3 heads cannot be shared by ulysses_degree 2",
+    "fast processors": "processors is 'fast', but blocks.0.attn1 shares its tokens with other processes",
+    "one of two": "one of the model's transformers runs in context parallelism and the other does not",
     "text mask": "context parallelism splits the text's mask, which diffusers' attention cannot follow",
     "invert": "cache tier 'disk' does not go with context parallelism",
 }

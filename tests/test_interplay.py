@@ -1,6 +1,6 @@
 """What diffusers, accelerate and peft do to a model, and the lock on it: each works, or is refused before it runs.
 
-`WORKS` and `REFUSED` are the rows of docs/interplay.md.
+docs/interplay.md says it all in one place.
 """
 
 import pytest
@@ -163,6 +163,41 @@ def test_a_cache_on_disk_serves_an_offloaded_model(tmp_path, way):
     assert out.trace.forwards == expected.trace.forwards - 5  # none of the source
 
 
+def attached(transformer):
+    """What a loop of one's own predicts: of an edit that is locked to its source."""
+    generator = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(2, 4, 1, 4, 6, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    foreground, when = torch.tensor([True, False, False, True, False, True]), torch.tensor([500.0])
+    with torch.no_grad(), kvf.attach(transformer, foreground) as kv:
+        with kv.source():
+            transformer(latents[:1], when, text[:1])
+        with kv.edit(0.7):
+            return transformer(latents[1:], when, text[1:], return_dict=False)[0]
+
+
+@pytest.mark.parametrize("way", OFFLOADED)
+def test_a_loop_of_ones_own_with_an_offloaded_model(tmp_path, way):
+    pipe = tiny_wan()
+    expected = attached(tiny_wan().transformer)
+    OFFLOADED[way](pipe, tmp_path)
+    torch.testing.assert_close(attached(pipe.transformer), expected, rtol=0, atol=2e-6)
+    assert untouched(pipe.transformer)
+
+
+@pytest.mark.parametrize("way", OFFLOADED)
+def test_fast_processors_of_an_offloaded_model(tmp_path, way):
+    """They read the norms' weights by themselves: where these come with their module's forward, they are refused."""
+    expected, pipe = call(tiny_wan(), **EDITS["resident"], processors="fast").latents, tiny_wan()
+    OFFLOADED[way](pipe, tmp_path)
+    if any("forward" in vars(block.attn1.norm_k) for block in pipe.transformer.blocks):
+        with pytest.raises(kvf.InputError, match=r"processors is 'fast', but .* hooks on its norms"):
+            call(pipe, **EDITS["resident"], processors="fast")
+    else:
+        out = call(pipe, **EDITS["resident"], processors="fast").latents
+        torch.testing.assert_close(out, expected, rtol=0, atol=2e-6)
+    assert untouched(pipe.transformer)
+
+
 def cast_layers(pipe, compute=torch.float32):
     pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=compute)
 
@@ -190,7 +225,15 @@ def test_layerwise_casting_edits_as_what_it_stores(edit):
     assert torch.equal(call(pipe, lock="cfg").latents, stock(pipe))
 
 
-def test_layerwise_casting_computes_in_its_own_dtype(tmp_path):
+def test_caches_know_a_model_whose_layers_are_cast(tmp_path):
+    cache, pipe = CacheConfig(tier="disk", format="native", root=tmp_path), tiny_wan()
+    cast_layers(pipe)
+    first, again = (call(pipe, lock="kvlock", cache=cache, steps=3) for _ in range(2))
+    assert torch.equal(first.latents, again.latents) and again.trace.forwards < first.trace.forwards
+    assert fingerprint([pipe.transformer]) != fingerprint([rounded().transformer])  # of other bytes
+
+
+def test_layerwise_casting_computes_in_its_own_dtype():
     """Keys are kept, texts are encoded and caches are known by the dtype of computing, not by that of the weights."""
     pipe = tiny_wan()
     pipe.transformer.to(torch.bfloat16)

@@ -1,6 +1,7 @@
 """What changes how a model's layers run: caches are refused however they came, other settings work."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,6 +226,13 @@ def test_a_wrapper_of_torch_compile_is_refused():
     with pytest.raises(kvf.InputError, match=r"wrapped by torch.compile\(\)"):
         call(pipe, progress=lambda *args: done.append(args))
     assert not done
+
+
+def test_tensor_parallelism_is_refused():
+    pipe = tiny_wan()
+    pipe.transformer._parallel_config = SimpleNamespace(tensor_parallel_config=object(), context_parallel_config=None)
+    with pytest.raises(kvf.InputError, match="runs in tensor parallelism"):
+        call(pipe)
 
 
 @pytest.mark.parametrize("mode", [Mode.CAPTURE, Mode.IN_BATCH])

@@ -22,6 +22,7 @@ from kvlock_fast.kernels.language import HAS_TRITON
 from kvlock_fast.kernels.launch import KERNEL_DTYPES
 from kvlock_fast.models.foreground import swapped
 from kvlock_fast.models.qk_norms import norm_kind, why_no_norm
+from kvlock_fast.models.wrapped import device_of
 
 PROCESSORS = ("auto", "generic", "fast")
 FAST = {
@@ -165,13 +166,6 @@ def _chosen_attention(own: Any) -> Any:
 
     chosen = own._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
     return None if chosen == AttentionBackendName.NATIVE else chosen
-
-
-def device_of(transformer: nn.Module) -> torch.device:
-    """Where a transformer runs, which accelerate's hooks know before its weights are there."""
-    hook = getattr(transformer, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return next(transformer.parameters()).device if device is None else torch.device(device)
 
 
 def _why_not_on(

@@ -58,6 +58,11 @@ class PipelineModel:
         return self.transformers[0].config
 
     @property
+    def latent_channels(self) -> int:
+        """Of the latents between steps."""
+        return self.config.in_channels
+
+    @property
     def device(self) -> torch.device:
         return self.pipe._execution_device
 

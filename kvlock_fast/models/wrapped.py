@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from kvlock_fast.errors import InputError
@@ -23,6 +24,18 @@ CACHES = {
 def hooks_of(module: nn.Module) -> dict[str, Any]:
     """diffusers' hooks on a module, by name."""
     return getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+
+
+def device_of(transformer: nn.Module) -> torch.device:
+    """Where a transformer runs, which the hooks that offload it know before its weights are there."""
+    for module in transformer.modules():
+        group = hooks_of(module).get("group_offloading")
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if group is not None:
+            device = group.config.onload_device
+        if device is not None:
+            return torch.device(device)
+    return next(transformer.parameters()).device
 
 
 def refuse_caches(modules: Iterable[nn.Module]) -> None:
