@@ -110,5 +110,7 @@ def _usual_extent(model: Any) -> tuple[int, int, int]:
         value = call[name].default if name in call else None
         return value if isinstance(value, int) and not isinstance(value, bool) else other
 
-    frames = 1 if model.geometry.one_frame else usual("num_frames", 1)
-    return frames, usual("height", side), usual("width", side)
+    known = zip(model.usual_extent, (1, side, side), strict=True)
+    frames, height, width = (other if own is None else own for own, other in known)
+    frames = 1 if model.geometry.one_frame else usual("num_frames", frames)
+    return frames, usual("height", height), usual("width", width)
