@@ -181,7 +181,7 @@ def own_loop(parallel=None):
     latents, text = torch.randn(3, 4, 3, 4, 6), torch.randn(3, 5, 16)
     with torch.no_grad(), kvf.attach(transformer, torch.rand(18) < 0.4) as kv:
         with kv.source():
-            transformer(latents[:1], torch.tensor([500.0]), text[:1])
+            transformer(latents[:1], torch.tensor([500.0]), text[:1], return_dict=False)
         with kv.edit(0.7):
             return transformer(latents[1:], torch.tensor([500.0, 500.0]), text[1:], return_dict=False)[0]
 
@@ -222,7 +222,7 @@ def main(rank, count, store, output):
     torch.nn.Module.compile = lambda self: compiled(self, backend="eager")
     lend_to_diffusers()
     dist.init_process_group(
-        "gloo", init_method=Path(store).as_uri(), rank=int(rank), world_size=int(count), timeout=timedelta(minutes=2)
+        "gloo", init_method=Path(store).as_uri(), rank=int(rank), world_size=int(count), timeout=timedelta(minutes=5)
     )
     tensors, said = {}, {}
     for kind, (settings, names) in KINDS.items():
