@@ -36,6 +36,8 @@ def attach(
     patch_size: tuple[int, int, int] | None = None,
     format: str | None = None,
     sample: Sample | None = None,
+    processors: str = "generic",
+    ahead: int | None = None,
 ) -> "AttachedLock":
     """The lock on a video transformer (or on several that take turns, as Wan 2.2's two) while a `with` is open.
 
@@ -51,18 +53,24 @@ def attach(
     for a class that is not known: its self-attentions are found and checked by `sample`, the arguments of one forward
     by name or a function that makes one, of as many tokens as the foreground. layers: those that are locked, by number;
     None for `lock`'s. format: how the source's K and V are kept, one of `kvf.capabilities()["formats"]`; None: as they
-    are.
+    are. processors: "fast" has one kernel do the norms, rotation, blending and keeping of Wan, CogVideoX, LTX and
+    HunyuanVideo, "generic" does it around diffusers' own attention, "auto" is "fast" on a GPU where the model has it.
+    ahead: how many tokens of other frames lie in front of the video's, which FramePack has and none else.
 
     For a schedule by the variance (`kv.alpha`, `kv.omega`, `kv.guide`, `kv.observe`): lock, the configuration (None:
     the preset "kvlock"); num_steps, of the loop; guidance_scale, omega0; patch_size, the latents (t, h, w) of a token,
     None for what the transformer's config says.
 
+    For inference: gradients do not pass through what is locked.
+
     Raises InputError for a transformer that cannot be locked (unknown, linear attention, fused projections, locked
-    already) and for a foreground that is not one; then nothing is attached.
+    already; at `with`, processors "fast" where that cannot be) and for a foreground that is not one; then nothing is
+    attached.
     """
     return AttachedLock(
-        transformer, foreground, family, layers, lock, num_steps, guidance_scale, patch_size, format, sample
-    )
+        transformer, foreground, family, layers, lock, num_steps, guidance_scale, patch_size, format, sample,
+        processors, ahead,
+    )  # fmt: skip
 
 
 class AttachedLock:
@@ -80,6 +88,8 @@ class AttachedLock:
         patch_size: tuple[int, int, int] | None,
         format: str | None,
         sample: Sample | None,
+        processors: str,
+        ahead: int | None,
     ):
         if format is not None and format not in FORMATS:
             raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
@@ -92,8 +102,8 @@ class AttachedLock:
             self.lock, self.foreground, num_steps, guidance_scale, patch_size or _patch_size(self.transformers[0])
         )
         self._layers = self.lock.layers if layers is None else layers
-        self._format = format
-        self._archs = [_arch(each, family, sample, self.foreground.shape[1]) for each in self.transformers]
+        self._format, self._processors, self._ahead = format, processors, ahead
+        self._archs = [_arch(each, family, sample, self.foreground.shape[1], ahead) for each in self.transformers]
         self._locks: list[TransformerLock] = []
         self._kept: dict[Hashable, list[KeptKV]] = {}
         self._exit = ExitStack()
@@ -106,7 +116,7 @@ class AttachedLock:
         locks = []
         with ExitStack() as attached:
             for transformer, arch in zip(self.transformers, self._archs, strict=True):
-                lock = TransformerLock(transformer, arch, self._layers, background, format=self._format)
+                lock = TransformerLock(transformer, arch, self._layers, background, self._processors, self._format)
                 attached.callback(lock.detach)
                 locks.append(lock)
             self._exit = attached.pop_all()
@@ -120,9 +130,10 @@ class AttachedLock:
 
     @contextmanager
     def source(self, name: Hashable = None) -> Iterator[None]:
-        """One forward of the source, of one row, whose K and V are kept for `edit` until the next of the same name.
+        """One forward of the source, whose K and V are kept for `edit` until the next of the same name.
 
-        name: such as the number of a step, to keep those of several; see `nbytes`.
+        Of one row, or one for each row of the edit. name: such as the number of a step, to keep those of several; see
+        `nbytes`.
         """
         self._kept.pop(name, None)
         kept: list[KeptKV] = [{} for _ in self.transformers]
@@ -232,7 +243,7 @@ class AttachedLock:
                 places = None if kept is None else kept[i]
                 # One that the source did not run through has nothing to lock to, and must not run.
                 own = Mode.OFF if mode is Mode.STORED and not places else mode
-                stack.enter_context(lock.forward(own, weight, places, self.foreground.shape[1], any_number=True))
+                stack.enter_context(lock.forward(own, weight, places, self.foreground.shape[1], True, self._ahead))
             yield ran
         ran += [lock.forwards for lock in self._locks]
 
@@ -261,13 +272,18 @@ def _patch_size(transformer: nn.Module) -> tuple[int, int, int] | None:
     return None
 
 
-def _arch(transformer: nn.Module, family: str | ArchSpec | None, sample: Sample | None, tokens: int) -> ArchSpec:
+def _arch(
+    transformer: nn.Module, family: str | ArchSpec | None, sample: Sample | None, tokens: int, ahead: int | None
+) -> ArchSpec:
     """Where the transformer is locked. Raises InputError where that is not known."""
-    if isinstance(family, ArchSpec):
-        return family
+    if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0):
+        raise InputError(f"ahead must be a number of tokens of at least 0, got {ahead!r}")
     if family == "auto":
         if sample is None:
             raise InputError("family 'auto' needs sample: one forward's arguments by name, to check the lock with")
-        return find_and_check(transformer, sample, tokens)
+        return find_and_check(transformer, sample, tokens, ahead or 0)
     refuse_linear(transformer)
-    return arch_of(transformer, family)
+    arch = family if isinstance(family, ArchSpec) else arch_of(transformer, family)
+    if arch.ahead and ahead is None:
+        raise InputError(f"ahead must be given: {type(transformer).__name__} has tokens of other frames in front")
+    return arch

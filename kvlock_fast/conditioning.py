@@ -73,6 +73,14 @@ class Conditioning(Mapping[str, Tensor]):
         return self if text is None else self.replace(mask=text.new_ones(text.shape[:2], dtype=torch.bool))
 
     @staticmethod
+    def fit(parts: Sequence["Conditioning"]) -> bool:
+        """Whether `cat` takes them: all of one length, or such as can be filled up."""
+        first = parts[0]
+        if MASK in first or first._unmasked is not None:
+            return True
+        return all(len({part[name].shape[1:2] for part in parts}) == 1 for name in first)
+
+    @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
         """One after the other. Texts of different lengths are filled up with zeros, which their mask tells apart.
 

@@ -165,7 +165,8 @@ class Forwards:
         """timestep: where each step's timestep is read from [], None for the solver's table."""
         self.task, self.predict, self.timestep = task, predict, timestep
         batching = task.lock.guidance_batching
-        together = task.lock.locks or predict.model.arch.one_call
+        told = [x for x in (task.source_prompt, task.negative, task.prompt) if x is not None]
+        together = (task.lock.locks or predict.model.arch.one_call) and Conditioning.fit(told)
         self.batched = batching == "batched" or (batching == "auto" and together)
 
     def run_along(

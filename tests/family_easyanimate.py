@@ -16,12 +16,12 @@ from transformers import BertConfig, BertModel
 CHAT = "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"
 
 
-def tiny_easyanimate(own_projections: int = 3, **transformer) -> EasyAnimatePipeline:
+def tiny_easyanimate(own_projections: int = 3, channels: int = 4) -> EasyAnimatePipeline:
     """An `EasyAnimatePipeline` of 3 layers, of which so many have projections of the text's own."""
     torch.manual_seed(0)
     transformer = EasyAnimateTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, patch_size=2, num_layers=3,
-        mmdit_layers=own_projections, time_embed_dim=8, text_embed_dim=16, **transformer,
+        num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=4, patch_size=2, num_layers=3,
+        mmdit_layers=own_projections, time_embed_dim=8, text_embed_dim=16,
     ).eval()  # fmt: skip
     with torch.no_grad():  # norms of their own
         for name, parameter in transformer.named_parameters():

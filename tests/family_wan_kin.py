@@ -89,8 +89,8 @@ def vace(count=1):
     return of(WanVACEPipeline, *transformers, boundary_ratio=0.5 if count == 2 else None)
 
 
-def lucy(expand_timesteps=False):
-    return of(LucyEditPipeline, transformer(WanTransformer3DModel, in_channels=8), expand_timesteps=expand_timesteps)
+def lucy():
+    return of(LucyEditPipeline, transformer(WanTransformer3DModel, in_channels=8), expand_timesteps=True)
 
 
 def skyreels():
@@ -148,7 +148,6 @@ CASES = [
     case("skyreels-v2", skyreels),
     case("skyreels-v2-i2v", skyreels_i2v, first_frame, 512),
     case("lucy-edit", lucy, whole_video),
-    case("lucy-edit-5b", partial(lucy, True), whole_video),
     case("chronoedit", chronoedit, first_frame, 512, size=(5, 32, 48)),
     case("chronoedit-reasoning", chronoedit, first_frame, 512, **REASONED),
 ]

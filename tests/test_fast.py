@@ -1,6 +1,7 @@
 """The fast path's processors against the lock's definition, against the generic path, and against a model untouched."""
 
 import functools
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import untouched
 
+import kvlock_fast as kvf
 from kvlock_fast.cache.layout import KVShape, StepLayout
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.kernels.language import HAS_TRITON
@@ -172,6 +174,44 @@ def test_the_whole_video_as_background(make):
             family.predict(1)
         with lock.forward(Mode.STORED, weight, kept, tokens=TOKENS):
             outs.append(family.predict(2))
+        lock.detach()
+    torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-6)
+
+
+@families
+@torch.no_grad()
+def test_in_somebody_elses_loop(make):
+    """`attach`: any number of forwards, both branches of guidance in one, kept in a format or as they are."""
+    family, outs = make(), {}
+    inside, _ = a_mask(2)
+    for format, wish in product((None, "int8"), ("generic", "fast")):
+        with kvf.attach(family.transformer, inside, family=family.arch, format=format, processors=wish) as kv:
+            with kv.source():
+                family.predict(1)
+            with kv.edit(torch.tensor([0.7])):
+                one, two = family.predict(1), family.predict(2)
+        outs[format, wish] = one, two, kv
+        assert untouched(family.transformer)
+    for format in (None, "int8"):
+        for a, b in zip(outs[format, "generic"][:2], outs[format, "fast"][:2], strict=True):
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-6)
+    assert not torch.equal(outs[None, "fast"][0], outs["int8", "fast"][0])
+
+
+@torch.no_grad()
+def test_rows_of_weights_may_be_repeated():
+    """Two samples, both branches in a batch."""
+    family, outs = wan(), []
+    inside, background = a_mask()
+    weight = blend_weight(torch.tensor([0.2, 0.9]), inside[None])
+    for wish in ("generic", "fast"):
+        lock, kept = locked(family, background, wish), {}
+        with lock.forward(Mode.CAPTURE, kept=kept, tokens=TOKENS):
+            family.predict(1)
+        latents = torch.cat([normal(2, 4, 3, 4, 6, seed=5)] * 2)
+        text = normal(4, WORDS, 16, seed=6)
+        with lock.forward(Mode.STORED, weight, kept, tokens=TOKENS):
+            outs.append(family.transformer(latents, torch.full((4,), 300), text, return_dict=False)[0])
         lock.detach()
     torch.testing.assert_close(outs[1], outs[0], rtol=0, atol=1e-6)
 

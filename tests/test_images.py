@@ -3,13 +3,16 @@
 import json
 import re
 import warnings
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from family_cogview4 import CASES as COGVIEW4_CASES
 from family_flux import tiny_flux
 from family_flux2 import tiny_klein
+from family_hunyuan_image import tiny_hunyuan_image
 from family_qwen_image import tiny_qwen_image
 from PIL import Image
 from tiny import tiny_wan
@@ -19,6 +22,9 @@ from kvlock_fast.cli import main
 from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.errors import InputError, InputWarning, OutputError
 from kvlock_fast.media import read_video, write_video
+from kvlock_fast.models import wrap_pipeline
+
+COGVIEW4 = COGVIEW4_CASES[0]
 
 HEIGHT, WIDTH = 32, 48
 
@@ -172,6 +178,36 @@ def test_texts_of_other_lengths_have_a_mask_only_together():
     assert three["mask"].tolist() == [[True] * 3 + [False] * 2] * 3
     with pytest.raises(InputError, match="texts of one length"):
         Conditioning.cat([Conditioning(text=torch.ones(1, n, 2)) for n in (3, 5)])
+
+
+def test_texts_that_cannot_be_together_go_one_after_the_other():
+    """CogView4 fills its texts up to multiples of 16 tokens, and has no mask for them."""
+    case = replace(COGVIEW4, steps=3)
+    long = " ".join(["a red circle moves left over dark stripes"] * 3)
+    pipe, lock = case.make(), kvf.LockConfig.preset("kvlock", kappa=3)
+    out = case.edit(pipe, prompt=long, lock=lock)
+    assert out.trace.forwards == 3 * 3 and out.latents.isfinite().all()
+    with pytest.raises(InputError, match="texts of one length"):
+        batched = kvf.LockConfig.preset("kvlock", kappa=3, guidance_batching="batched")
+        case.edit(pipe, prompt=long, lock=batched)
+    with pytest.raises(InputError, match=r"texts of one length.*give one prompt at a time"):
+        case.edit(pipe, prompt=[long, "a dog"], lock=lock)
+    together, apart = (
+        case.edit(pipe, lock=kvf.LockConfig.preset("kvlock", kappa=3, guidance_batching=batching)).latents
+        for batching in ("auto", "separate")
+    )
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+
+
+def test_a_guider_that_an_edit_replaces_is_said():
+    from diffusers.guiders import AdaptiveProjectedMixGuidance, SkipLayerGuidance
+
+    with pytest.warns(InputWarning, match="AdaptiveProjectedMixGuidance is left out"):
+        model = wrap_pipeline(tiny_hunyuan_image(guider=AdaptiveProjectedMixGuidance()))
+    assert model.guided(3.0) and not model.guided(1.0)
+    assert not wrap_pipeline(tiny_hunyuan_image(guider=None)).guided(3.0)
+    with pytest.raises(InputError, match="guider SkipLayerGuidance is not supported"):
+        wrap_pipeline(tiny_hunyuan_image(guider=SkipLayerGuidance(skip_layer_guidance_layers=[0])))
 
 
 def test_a_size_that_does_not_fit_is_said():

@@ -164,12 +164,3 @@ def test_capabilities_are_plain_values():
     import json
 
     assert json.loads(json.dumps(kvf.capabilities())) == kvf.capabilities()
-
-
-@pytest.mark.parametrize("name", sorted({name for family in REGISTRY for name in family.transformers}))
-def test_attach_knows_every_transformer_of_a_family(name):
-    """By name alone: what the class is of decides."""
-    from kvlock_fast.models.families import arch_of
-
-    made = type(name, (), {})()
-    assert name in arch_of(made).transformers

@@ -16,6 +16,7 @@ from family_wan_kin import (
 )
 
 import kvlock_fast as kvf
+from kvlock_fast.cache.model_sizes import size_of
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.models.per_clip import PerClip
@@ -115,6 +116,17 @@ def test_chronoedit_encodes_the_last_frames_behind_the_first():
     assert not torch.allclose(one[:, :, 2], wan[:, :, 2])
     with pytest.raises(InputError, match="one frame, and ChronoEdit makes clips"):
         model.encode_video(video[:1])
+
+
+@pytest.mark.parametrize("name", list(BY_NAME))
+def test_sizes_by_config_are_the_models(name):
+    """What the planner counts on: parameters, and every layer that is kept."""
+    pipe = BY_NAME[name].make()
+    size = size_of({**pipe.transformer.config, "_class_name": type(pipe.transformer).__name__}, pipe.vae.config)
+    assert size.parameters == sum(p.numel() for p in pipe.transformer.parameters())
+    model = kvf.KVLockPipeline.from_pipe(pipe).model
+    assert size.layers == len(model.arch.attentions(pipe.transformer)) and size.geometry == model.geometry
+    assert size.channels == pipe.vae.config.z_dim
 
 
 @pytest.mark.parametrize("name", ["wan-i2v-2.1", "wan-vace", "chronoedit"])

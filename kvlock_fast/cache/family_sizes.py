@@ -42,7 +42,7 @@ def family_size(model: Any, name: str) -> ModelSize:
         head_dim=head_dim,
         feed_forward=_widest_input(first, [name for name, _ in attentions]),
         text_tokens=model.most_text,
-        channels=first.config.in_channels,
+        channels=model.latent_channels,
         geometry=model.geometry,
         frames=frames,
         height=height,

@@ -130,15 +130,20 @@ def _cogvideox_limits(c: Config) -> tuple[int | None, int, int] | None:
     return None, c["sample_height"] // c["patch_size"], c["sample_width"] // c["patch_size"]
 
 
+WAN = _Family(
+    "wan",
+    parameters.wan,
+    patch=lambda c: tuple(c["patch_size"]),
+    strides=lambda vae: (vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)),
+    default=(4, 8, 81, 480, 832),
+    layers=lambda c: c["num_layers"] + len(c.get("vace_layers") or ()),
+    feed_forward=lambda c: c["ffn_dim"],
+)
 FAMILIES = {
-    "WanTransformer3DModel": _Family(
-        "wan",
-        parameters.wan,
-        patch=lambda c: tuple(c["patch_size"]),
-        strides=lambda vae: (vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)),
-        default=(4, 8, 81, 480, 832),
-        feed_forward=lambda c: c["ffn_dim"],
-    ),
+    "WanTransformer3DModel": WAN,
+    "WanVACETransformer3DModel": WAN,
+    "SkyReelsV2Transformer3DModel": WAN,
+    "ChronoEditTransformer3DModel": WAN,
     "CogVideoXTransformer3DModel": _Family(
         "cogvideox",
         parameters.cogvideox,
@@ -205,7 +210,7 @@ def _size_of(family: _Family, c: Config, vae: Config | None, name: str) -> Model
         head_dim=head_dim,
         feed_forward=family.feed_forward(c),
         text_tokens=family.text_tokens(c),
-        channels=c["in_channels"],
+        channels=c.get("out_channels") or c["in_channels"],
         geometry=Geometry(time, space, family.patch(c), causal=True, most_tokens=family.most_tokens(c), **family.more),
         frames=shape[0],
         height=shape[1],

@@ -37,12 +37,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-5}
 HALF_TOLERANCE = 2e-2
 
 
-def find_and_check(transformer: nn.Module, sample: Sample, tokens: int) -> ArchSpec:
+def find_and_check(transformer: nn.Module, sample: Sample, tokens: int, ahead: int = 0) -> ArchSpec:
     """Where and how a transformer is locked, found and verified in eight forwards of a sample.
 
     sample: the arguments of a forward by name, or a function that makes one and returns the prediction; its latents,
-    of `tokens` tokens, are the forward's first argument. Raises InputError with the reason where no lock is certain to
-    do what it should; the transformer is left as it was either way.
+    of `tokens` tokens, are the forward's first argument; ahead: tokens of others in front of the video's.
+
+    Raises InputError with the reason where no lock is certain to do what it should; the transformer is left as it was
+    either way.
     """
     refuse_wrapped(transformer)
     refuse_linear(transformer)
@@ -53,7 +55,7 @@ def find_and_check(transformer: nn.Module, sample: Sample, tokens: int) -> ArchS
         return first_tensor(sample() if callable(sample) else transformer(**sample))
 
     try:
-        found = _Found(transformer, forward, tokens)
+        found = _Found(transformer, forward, tokens, ahead)
         _check(transformer, forward, found)
     except InputError:
         raise
@@ -78,8 +80,8 @@ class _Found:
     the video's tokens in that attention's keys, first and end.
     """
 
-    def __init__(self, transformer: nn.Module, forward: Forward, tokens: int):
-        self.transformer, self.tokens = transformer, tokens
+    def __init__(self, transformer: nn.Module, forward: Forward, tokens: int, ahead: int):
+        self.transformer, self.tokens, self.ahead = transformer, tokens, ahead
         self.parts = {
             name: tuple(
                 filter(None, (submodule(module, KEY_NORMS), submodule(module, KEYS), submodule(module, VALUES)))
@@ -167,6 +169,7 @@ class _Found:
             value=tuple(dict.fromkeys(values)),
             token_dim=dims.pop(),
             text=texts.pop() if texts else "none",
+            ahead=self.ahead > 0,
         )
 
     def _layout(self, name: str, part: str, one: Seen, other: Seen) -> tuple[int, str]:
@@ -187,8 +190,12 @@ class _Found:
             )
         first, end = self._place(x, others[0], dims[0], f"{name}.{part}")
         size = x.shape[dims[0]]
-        if first > 0 and end < size:
-            raise self.refusal(f"{name}.{part} has tokens of others on both sides of the video's")
+        if self.ahead and first != self.ahead:
+            raise self.refusal(f"{name}.{part} has {first} tokens in front of the video's, and ahead is {self.ahead}")
+        if not self.ahead and first > 0 and end < size:
+            raise self.refusal(f"{name}.{part} has tokens of others on both sides of the video's: give ahead={first}")
+        if self.ahead:
+            return dims[0], "suffix" if end < size else "none"
         return dims[0], "none" if size == self.tokens else "prefix" if first else "suffix"
 
 
@@ -197,13 +204,13 @@ def _check(transformer: nn.Module, forward: Forward, found: _Found) -> None:
     arch, tokens, plain = found.arch, found.tokens, found.plain
     lock = TransformerLock(transformer, arch)
     try:
-        kept = _references(lock, plain, arch, tokens)
+        kept = _references(lock, plain, found)
         rows = max(len(x) for x in kept.values())
         weight = torch.full((rows, tokens), ALPHA, device=plain.result.device)
         weight[:, ::3] = 0
 
         def locked(weight: Tensor) -> Seen:
-            with lock.forward(Mode.STORED, weight, kept, tokens):
+            with lock.forward(Mode.STORED, weight, kept, tokens, ahead=found.ahead):
                 return watch(transformer, forward, {}, keep=False)
 
         at_one, blended, off = locked(torch.ones_like(weight)), locked(weight), locked(torch.zeros_like(weight))
@@ -241,12 +248,13 @@ def _check(transformer: nn.Module, forward: Forward, found: _Found) -> None:
         raise found.refusal(f"locking its sample changes the prediction by no more than {effect:.2g}: nothing to check")
 
 
-def _references(lock: TransformerLock, plain: Seen, arch: ArchSpec, tokens: int) -> dict[tuple[int, str], Tensor]:
+def _references(lock: TransformerLock, plain: Seen, found: _Found) -> dict[tuple[int, str], Tensor]:
     """Keys and values to lock to, as large as the model's own: their shapes are those of the projections' outputs."""
-    generator, kept = torch.Generator().manual_seed(1), {}
+    generator, kept, arch = torch.Generator().manual_seed(1), {}, found.arch
     for layer, (name, attention) in enumerate(arch.attentions(lock.transformer)):
         for kind, names, dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
-            own = without_text(plain.outputs[name, submodule(attention, names)][0], dim, arch.text, tokens)
+            whole = plain.outputs[name, submodule(attention, names)][0]
+            own = without_text(whole, dim, arch.text, found.tokens, found.ahead)
             kept[layer, kind] = torch.randn(own.shape, generator=generator).to(own) * own.std()
     return kept
 

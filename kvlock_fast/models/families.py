@@ -72,6 +72,8 @@ REGISTRY: tuple[Family, ...] = (
         ("HunyuanVideo15ImageToVideoPipeline",),
         ("HunyuanVideo15Transformer3DModel",),
     ),
+    Family("cogview4", "cogview4.CogView4Model", ("CogView4Pipeline",), ("CogView4Transformer2DModel",)),
+    Family("aura-flow", "aura_flow.AuraFlowModel", ("AuraFlowPipeline",), ("AuraFlowTransformer2DModel",)),
     Family("sd3", "sd3.SD3Model", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",)),
     Family("qwen-image", "qwen_image.QwenImageModel", ("QwenImagePipeline",), ("QwenImageTransformer2DModel",)),
     Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
@@ -93,6 +95,12 @@ REGISTRY: tuple[Family, ...] = (
         ("LongCatImagePipeline",),
         ("LongCatImageTransformer2DModel",),
     ),
+    Family(
+        "hunyuan-image",
+        "hunyuan_image.HunyuanImageModel",
+        ("HunyuanImagePipeline",),
+        ("HunyuanImageTransformer2DModel",),
+    ),
     Family("flux2", "flux2.Flux2Model", ("Flux2Pipeline",), ("Flux2Transformer2DModel",)),
     Family("flux2-klein", "flux2.Flux2KleinModel", ("Flux2KleinPipeline",), ("Flux2Transformer2DModel",)),
     Family(
@@ -107,6 +115,7 @@ PIECES = "it makes a clip piece by piece, so that no step has one latent of the 
 MEAN_VELOCITY = "it predicts the mean velocity of a step, from which no clean latent follows"
 DRIVEN = "it is driven by videos of a pose and a face, which an edit does not have"
 FORCING = "every frame has a time of its own (diffusion forcing), so that no step has one latent of the source"
+LINEAR = "its self-attention is linear: keys and values end in sums over all tokens, where no token's own can be locked"
 REFUSED = {
     "SkyReelsV2DiffusionForcingPipeline": FORCING,
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": FORCING,
@@ -116,8 +125,14 @@ REFUSED = {
     "HeliosPipeline": PIECES,
     "HeliosPyramidPipeline": PIECES,
     "WanAnimatePipeline": DRIVEN,
+    "SanaPipeline": LINEAR,
+    "SanaSprintPipeline": LINEAR,
+    "SanaVideoPipeline": LINEAR,
+    "SanaImageToVideoPipeline": LINEAR,
+    "SanaTransformer2DModel": LINEAR,
+    "SanaVideoTransformer3DModel": LINEAR,
 }
-"""Pipelines that are known and cannot be followed, with the reason."""
+"""Pipelines and transformers that are known and cannot be followed, with the reason."""
 FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)
 
@@ -161,6 +176,8 @@ def arch_of(transformer: Any, name: str | None = None) -> Any:
     Raises InputError for a family that is not known.
     """
     kinds = [kind.__name__ for kind in type(getattr(transformer, "_orig_mod", transformer)).__mro__]
+    if kinds[0] in REFUSED:
+        raise InputError(f"{kinds[0]} is not supported: {REFUSED[kinds[0]]}")
     found = [family for family in REGISTRY if family.name == name]
     if name is None:
         found = [family for kind in kinds for family in REGISTRY if kind in family.transformers]
@@ -170,4 +187,4 @@ def arch_of(transformer: Any, name: str | None = None) -> Any:
             f"unknown {unknown}; known families: {', '.join(FAMILIES)}; family='auto' with a sample finds and checks "
             "the self-attentions of any transformer"
         )
-    return found[0].load().arch
+    return found[0].load().arch_of(transformer)

@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from kvlock_fast.conditioning import Conditioning, Given
+from kvlock_fast.conditioning import MASK, Conditioning, Given
 from kvlock_fast.errors import InputError
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models.arch import ArchSpec
@@ -58,6 +58,11 @@ class Kandinsky5Model(PipelineModel):
         vae, most = self.pipe.vae.config, tuple(self.transformers[0].visual_rope_embeddings.max_pos)
         patch = tuple(self.config.patch_size)
         return Geometry(vae.temporal_compression_ratio, vae.spatial_compression_ratio, patch, most_tokens=most)
+
+    @property
+    def latent_channels(self) -> int:
+        """Of the latents, without those of a given frame."""
+        return self.config.in_visual_dim
 
     @property
     def latents_dtype(self) -> torch.dtype:
@@ -150,12 +155,12 @@ class Kandinsky5ImageModel(Kandinsky5Model, ImageModel):
 
 def _masked(transformer: nn.Module, told: Conditioning) -> AbstractContextManager[None]:
     """Attention to the text that leaves out what texts were filled up with, where some were."""
-    if not told.filled:
+    if MASK not in told:
         return nullcontext()
     of_text = [block.self_attention for block in transformer.text_transformer_blocks]
     of_video = [block.cross_attention for block in transformer.visual_transformer_blocks]
     attentions = of_text + of_video
-    return swapped(attentions, [MaskedText(told["mask"])] * len(attentions))
+    return swapped(attentions, [MaskedText(told[MASK])] * len(attentions))
 
 
 class MaskedText:

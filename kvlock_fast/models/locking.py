@@ -109,13 +109,14 @@ class LockState:
                 self._keep(key, x, token_dim, background)
         elif self.mode is Mode.STORED:
             with span("lock"):
-                blend_(x, self.kept[key], _repeated(weight, len(x)), token_dim, background)
+                blend_(x, self.kept[key], repeated(weight, len(x)), token_dim, background)
         elif self.mode is Mode.IN_BATCH:
             with span("lock"):
-                blend_(x[1:], x[:1], _repeated(weight, len(x) - 1), token_dim)
+                blend_(x[1:], x[:1], repeated(weight, len(x) - 1), token_dim)
 
     def _keep(self, key: tuple[int, str], x: Tensor, token_dim: int, background: Tensor | None) -> None:
         """Pack x into what is there for this layer, or keep it in the format, or as it is."""
+        x = x.detach()  # what is kept would keep its whole forward
         place = self.kept.get(key)
         if not isinstance(place, QuantizedKV):
             if self.format is not None:
@@ -151,7 +152,7 @@ class LockState:
         return heads or 1
 
 
-def _repeated(weight: Tensor, rows: int) -> Tensor:
+def repeated(weight: Tensor, rows: int) -> Tensor:
     """The weight of so many rows: that of the samples repeated, where branches of guidance share a batch."""
     samples = len(weight)
     return weight.repeat(rows // samples, 1) if rows > samples > 1 and rows % samples == 0 else weight

@@ -47,10 +47,20 @@ class PipelineModel:
         self.pipe = pipe
         self.transformers: list[nn.Module] = transformers
 
+    @classmethod
+    def arch_of(cls, transformer: nn.Module) -> ArchSpec:
+        """What locking must know of a transformer of the family, without its pipeline."""
+        return cls.arch
+
     @property
     def config(self) -> Any:
         """Of the (first) transformer."""
         return self.transformers[0].config
+
+    @property
+    def latent_channels(self) -> int:
+        """Of the latents between steps."""
+        return self.config.in_channels
 
     @property
     def device(self) -> torch.device:
