@@ -63,7 +63,14 @@ def half_covered():
     return mask
 
 
-LTX_CLIP = {"video": a_video(5, 64, 64), "mask": a_mask(5, 64, 64)}
+def a_moving_mask(*size):
+    """Another one for each of two processes."""
+    mask = a_mask(*size)
+    mask[1:, :, : size[2] // 4] = False
+    return mask
+
+
+LTX_CLIP = {"video": a_video(5, 64, 64), "mask": a_moving_mask(5, 64, 64)}
 EDITS = {
     "lockstep": ({}, {"lock": "paper"}),
     "lockstep, one after the other": ({}, {"lock": SEPARATE}),
@@ -77,7 +84,10 @@ EDITS = {
     "a timestep a token": ({"expanded": True}, {"lock": "kvlock"}),
     "inverted": ({}, {"lock": LockConfig.preset("kvlock", source_path="invert"), "cache": RESIDENT}),
     "compiled blocks": ({}, {"lock": "kvlock", "compile": "regional"}),
-    "in stretches": ({}, {"lock": "kvlock", "video": a_video(17), "mask": a_mask(17), "window": 13, "overlap": 4}),
+    "in stretches": (
+        {},
+        {"lock": "kvlock", "video": a_video(17), "mask": a_moving_mask(17, 32, 48), "window": 13, "overlap": 4},
+    ),
     "unlocked": ({}, {"lock": "cfg"}),
     "ltx": ({"family": "ltx"}, {"lock": "kvlock", **LTX_CLIP}),
     "ltx, resident": ({"family": "ltx"}, {"lock": "kvlock", "cache": RESIDENT, **LTX_CLIP}),
