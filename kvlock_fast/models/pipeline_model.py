@@ -165,6 +165,10 @@ class PipelineModel:
         """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
         raise NotImplementedError
 
+    def own_frames(self, video: Tensor, count: int) -> Tensor:
+        """Of decoded frames [F, H, W, 3], those of a source that had so many before it was brought to the model's."""
+        return video[:count]
+
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The prediction [B, C, T, h, w] of a transformer, at latents [B, ...], timestep [], told so of each sample.
 
