@@ -25,7 +25,7 @@ test-all: $(STAMP)
 
 # The table of what works with which model, for the docs.
 matrix: $(STAMP)
-	$(PYTEST) tests/test_families.py -k "not test_the_page" --matrix=kvlock_fast/docs/families.md
+	$(PYTEST) tests/test_families.py -k "not test_the_page" --all --matrix=kvlock_fast/docs/families.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

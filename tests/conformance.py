@@ -53,6 +53,11 @@ class Case:
     frames: Callable[[Any, "StockCall"], np.ndarray] | None = None
     without: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def transformer(self) -> str:
+        """The name of the transformer's class."""
+        return type(self.make().transformer).__name__
+
     def video(self) -> np.ndarray:
         """uint8 [F, H, W, 3]: noise on a ramp."""
         frames, height, width = self.size

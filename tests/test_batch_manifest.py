@@ -337,7 +337,7 @@ def test_the_schema_knows_every_field_and_is_printed(capsys):
     assert set(fields.LOCK_NAMES) | set(fields.MASK_NAMES) <= set(JobFields.model_fields)
 
 
-ELSEWHERE = {"lock", "cache", "mask_shape", "prompts", "graph", "compile"}
+ELSEWHERE = {"lock", "cache", "mask_shape", "prompts", "graph", "compile", "processors"}
 RENAMED = {"window_frames": "clip_window", "window_overlap": "clip_overlap"}
 
 

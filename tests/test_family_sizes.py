@@ -1,8 +1,10 @@
 """Planning for any family: sizes by its modules, the same from configs alone, and never too small."""
 
+import importlib
 import json
 from dataclasses import replace
 from math import prod
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -23,9 +25,11 @@ from kvlock_fast.models import wrap_pipeline
 from kvlock_fast.models.random_weights import model_of
 
 CASES = {case.name: case for case in all_cases()}
+FIRST = {importlib.import_module(path.stem).CASES[0].name for path in Path(__file__).parent.glob("family_*.py")}
+NAMES = [name if name in FIRST else pytest.param(name, marks=pytest.mark.large) for name in CASES]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_loaded_pipeline_and_its_folder_say_the_same(name, tmp_path):
     case = CASES[name]
     pipe = case.make()

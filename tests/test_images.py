@@ -218,3 +218,21 @@ def test_a_size_that_does_not_fit_is_said():
         out = pipe(picture(height=30, width=50)[None], spot()[:30].repeat(2, 1)[:, :50], **arguments)
     assert out.latents.shape == (1, 4, 1, 8, 12)
     assert any(w.category is InputWarning and "working at 32x48" in str(w.message) for w in said)
+
+
+def test_batches_of_images(files, tmp_path, capsys):
+    jobs = [
+        {"id": "a", "source": "photo.png", "output": "a.png", "model": str(files / "flux")},
+        {"id": "b", "source": "two.mkv", "output": "b.png", "model": str(files / "flux")},
+    ]
+    write_video(files / "two.mkv", np.stack([picture(1), picture(2)]), Fraction(8))
+    told = {"mask": "mask.png", "source_prompt": "a red circle", "prompt": "a cat", "steps": 2}
+    manifest = files / "jobs.jsonl"
+    manifest.write_text("\n".join(json.dumps({**job, **told}) for job in jobs))
+    batch = ["batch", str(manifest), "--output", str(tmp_path / "out")]
+    assert main([*batch, "--check"]) == 2
+    said = capsys.readouterr()
+    assert "b.png" in said.out + said.err and "holds one frame" in said.out + said.err
+    manifest.write_text(json.dumps({**jobs[0], **told}))
+    assert main([*batch, "-q"]) == 0
+    assert Image.open(tmp_path / "out/a.png").size == (WIDTH, HEIGHT)

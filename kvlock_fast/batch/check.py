@@ -17,7 +17,7 @@ from kvlock_fast.batch.places import fetched, is_remote, is_there, local_path
 from kvlock_fast.batch.room import Extent, decide, foreground_tokens
 from kvlock_fast.edit import solid_mask, working_size
 from kvlock_fast.errors import InputError, InputWarning
-from kvlock_fast.media import grow_mask, is_box, read_mask, read_video
+from kvlock_fast.media import STILLS, grow_mask, is_box, read_mask, read_video
 
 Shape = tuple[int, int, int]
 """Frames, height and width."""
@@ -119,6 +119,7 @@ class Checker:
             if isinstance(shape, str):
                 raise InputError(shape)
             shape = (min(shape[0], setup.max_frames or shape[0]), *shape[1:])
+            self._check_images(group, shape[0])
             name = "mask"
             mask = self._fitted(setup, shape, pixels)
             name = "model"
@@ -141,6 +142,12 @@ class Checker:
             for job in group:
                 self.reading.wrong(job.line, name, str(error))
         return None
+
+    def _check_images(self, group: Sequence[Job], frames: int) -> None:
+        for job in group:
+            if frames > 1 and Path(job.output).suffix.lower() in STILLS:
+                message = f"is an image, which holds one frame, and the source has {frames}: {job.output!r}"
+                self.reading.wrong(job.line, "output", message)
 
     def _fitted(self, setup: Setup, shape: Shape, pixels: np.ndarray | str | None) -> np.ndarray:
         if isinstance(pixels, str):

@@ -4,9 +4,9 @@ from pathlib import Path, PurePosixPath
 
 from kvlock_fast.batch.fields import short
 from kvlock_fast.batch.ledger import NAME
-from kvlock_fast.media import ENCODERS
+from kvlock_fast.media import ENCODERS, STILLS
 
-SUFFIXES = tuple(ENCODERS)
+SUFFIXES = (*ENCODERS, *STILLS)
 REPORTS = "reports"
 OWN_FILES = (NAME, "index.html", "results.jsonl", "results.parquet")
 MOST_BYTES = 200

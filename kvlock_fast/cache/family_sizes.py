@@ -21,8 +21,8 @@ from kvlock_fast.models.locking import kv_sizes
 
 GUIDED = 2.0
 """A guidance scale that is one."""
-IMAGE_SIZE = 1024
-"""Pixels of a side, where neither the pipeline's call nor its configs tell."""
+IMAGE_SIZE, FRAMES = 1024, 81
+"""Pixels of a side, and frames of a video, where neither the pipeline's call nor its configs tell."""
 
 
 def family_size(model: Any, name: str) -> ModelSize:
@@ -76,8 +76,10 @@ def model_of_folder(folder: Path, index: dict[str, Any]) -> Any:
 def _part(folder: Path, name: str, entry: Any) -> Any:
     """A component of a pipeline, or a value of its config: networks without weights, no tokenizers.
 
-    Of what is for images only that it is there counts.
+    Of what is for images only that it is there counts; a judge of outputs is left out, as an edit asks none.
     """
+    if name == "safety_checker":
+        return nn.Identity()
     if not isinstance(entry, list):
         return entry
     library, kind = entry
@@ -102,13 +104,24 @@ def _widest_input(transformer: nn.Module, attentions: list[str]) -> int:
 
 def _usual_extent(model: Any) -> tuple[int, int, int]:
     """Frames, height and width of a call that gives none."""
-    call = inspect.signature(type(model.pipe).__call__).parameters
+    call, config, geometry = inspect.signature(type(model.pipe).__call__).parameters, model.config, model.geometry
     side = getattr(model.pipe, "default_sample_size", None)
     side = side * model.pipe.vae_scale_factor if isinstance(side, int) else IMAGE_SIZE
 
-    def usual(name: str, other: int) -> int:
-        value = call[name].default if name in call else None
-        return value if isinstance(value, int) and not isinstance(value, bool) else other
+    def usual(own: int | None, name: str, sample: str, stride: int, other: int) -> int:
+        """What the family says itself, or else the call, or the transformer's sample in latents."""
+        value, latents = call[name].default if name in call else None, config.get(sample)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if own is not None:
+            return own
+        return latents * stride if isinstance(latents, int) else other
 
-    frames = 1 if model.geometry.one_frame else usual("num_frames", 1)
-    return frames, usual("height", side), usual("width", side)
+    (frames, *sides), space = model.usual_extent, geometry.spatial_stride
+    height, width = (
+        usual(own, name, f"sample_{name}", space, side) for own, name in zip(sides, ("height", "width"), strict=True)
+    )
+    if geometry.one_frame:
+        return 1, height, width
+    frames = usual(frames, "num_frames", "sample_frames", geometry.temporal_stride, FRAMES)
+    return geometry.whole_frames(frames), height, width

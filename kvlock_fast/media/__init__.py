@@ -11,13 +11,14 @@ from kvlock_fast.media.fitting import fit_frames, fit_mask, resize_mask, resize_
 from kvlock_fast.media.mask_files import read_mask
 from kvlock_fast.media.mask_shape import MaskShape, grow_mask
 from kvlock_fast.media.video_files import MAX_BYTES, MAX_FRAMES, MAX_PIXELS, Video, read_video
-from kvlock_fast.media.video_output import ENCODERS, check_video_output, write_video
+from kvlock_fast.media.video_output import ENCODERS, STILLS, check_video_output, write_video
 
 __all__ = [
     "ENCODERS",
     "MAX_BYTES",
     "MAX_FRAMES",
     "MAX_PIXELS",
+    "STILLS",
     "Audio",
     "MaskShape",
     "Video",
