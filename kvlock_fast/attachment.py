@@ -196,6 +196,16 @@ class AttachedLock:
         """The guidance scale of this step, [B] fp32."""
         return self.schedule.omega
 
+    @property
+    def s_star(self) -> Tensor | None:
+        """s* of the last `guide`, [B] fp32; None before one, and where guidance is not calibrated."""
+        return self.schedule.s_star
+
+    @property
+    def variance(self) -> Tensor | None:
+        """What the last `observe` found, [B] fp32; None before one."""
+        return self.schedule.variance
+
     def guide(self, cond: Tensor, uncond: Tensor | None = None) -> Tensor:
         """The guided prediction: s* uncond + omega (cond - s* uncond), by the lock's configuration.
 

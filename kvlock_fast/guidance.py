@@ -22,7 +22,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.loop_schedule import LoopSchedule
 
 if TYPE_CHECKING:
-    from kvlock_fast.modular import LockedRun
+    from kvlock_fast.locked_run import LockedRun
 
 
 def lock_of(lock: str | Mapping[str, Any] | LockConfig) -> LockConfig:

@@ -18,7 +18,8 @@ class Geometry:
     Strides in pixels, patch_size (t, h, w) in latents; most_tokens: the most along one axis that the model knows, or
     along each (None: any number); lead_in: where the patch does not divide the latent frames, the model has the first
     of them repeated in front (else its last patch is incomplete); latents_together: how many latent frames after the
-    first the autoencoder decodes at once, and needs whole; one_frame: whether the model makes images, no videos.
+    first the autoencoder decodes at once, and needs whole; one_frame: whether the model makes images, no videos;
+    least_frames: the fewest that it makes.
     """
 
     temporal_stride: int
@@ -29,6 +30,7 @@ class Geometry:
     lead_in: bool = False
     latents_together: int = 1
     one_frame: bool = False
+    least_frames: int = 1
 
     def __post_init__(self):
         sizes = (self.temporal_stride, self.spatial_stride, *self.patch_size)
@@ -55,13 +57,13 @@ class Geometry:
         return self.temporal_stride * self.latents_together
 
     @property
-    def frame_rule(self) -> tuple[int, int]:
-        """`frame_step` and `lone_frames`."""
-        return self.frame_step, self.lone_frames
+    def frame_rule(self) -> tuple[int, int, int]:
+        """`frame_step`, `lone_frames` and `least_frames`."""
+        return self.frame_step, self.lone_frames, self.least_frames
 
     def whole_frames(self, frames: int) -> int:
         """As many, or as few more as the model can take."""
-        return frames + (self.lone_frames - frames) % self.frame_step
+        return max(self.least_frames, frames + (self.lone_frames - frames) % self.frame_step)
 
     def lead(self, latent_frames: int) -> int:
         """How many times the first of so many latent frames is repeated in front."""

@@ -163,7 +163,7 @@ class KVLockPipeline:
                     return edited, []
                 with _stage(recorder, progress, "decode"):
                     videos = self.model.decode(edited, len(scene.frames), tiled=way.tiled_decoding)
-                return edited, [video[: scene.count].numpy() for video in videos]
+                return edited, [self.model.own_frames(video, scene.count).numpy() for video in videos]
 
             if ladder and not scene.shared:  # what one process has room for, another may not
                 edited, decoded = run_with_memory(run, scene, task, cache, self.pipe)

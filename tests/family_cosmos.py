@@ -1,6 +1,7 @@
 """Cosmos as the conformance suite takes it. The transformer without a padding mask, for which it needs torchvision."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import torch
 from conformance import Case
@@ -8,6 +9,7 @@ from diffusers import (
     AutoencoderKLCosmos,
     Cosmos2_5_PredictBasePipeline,
     Cosmos2TextToImagePipeline,
+    Cosmos2VideoToWorldPipeline,
     CosmosTextToWorldPipeline,
     CosmosTransformer3DModel,
     EDMEulerScheduler,
@@ -17,6 +19,7 @@ from diffusers import (
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.models.modeling_utils import ModelMixin
 from images import tiny_qwen_vl, tiny_t5
+from PIL import Image
 from tiny import tiny_tokenizer, tiny_vae
 
 
@@ -80,6 +83,12 @@ def cosmos2_image():
     return of(Cosmos2TextToImagePipeline, transformer(extra_pos_embed_type=None), tiny_vae(), scheduler)
 
 
+def cosmos2_video():
+    scheduler = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    made = transformer(5, extra_pos_embed_type=None)
+    return of(Cosmos2VideoToWorldPipeline, made, tiny_vae(), scheduler)
+
+
 def cosmos25():
     words = tiny_tokenizer(512)
     words.chat_template = (
@@ -110,9 +119,25 @@ def stock_picture(pipe, call):
     return pipe(**arguments).images
 
 
+def stock_from_picture(pipe, call):
+    """Of the first frame, with the posterior's mode for its latents."""
+    encode = pipe.vae.encode
+    pipe.vae.encode = lambda x: SimpleNamespace(latents=encode(x).latent_dist.mode())
+    try:
+        return pipe(**call.arguments, image=Image.fromarray(call.case.video()[0])).frames
+    finally:
+        del pipe.vae.encode
+
+
+def stock_video(pipe, call):
+    """diffusers' own pixels."""
+    return stock_from_picture(pipe, call)[0]
+
+
 CASES = [
     Case("cosmos", cosmos, stock),
     Case("cosmos-statistics", partial(cosmos, statistics=True), stock),
     Case("cosmos2-image", cosmos2_image, stock_image, size=(1, 64, 96), frames=stock_picture),
+    Case("cosmos2-video", cosmos2_video, stock_from_picture, frames=stock_video),
     Case("cosmos2.5", cosmos25, stock),
 ]

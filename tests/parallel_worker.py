@@ -63,7 +63,14 @@ def half_covered():
     return mask
 
 
-LTX_CLIP = {"video": a_video(5, 64, 64), "mask": a_mask(5, 64, 64)}
+def a_moving_mask(*size):
+    """Another one for each of two processes."""
+    mask = a_mask(*size)
+    mask[1:, :, : size[2] // 4] = False
+    return mask
+
+
+LTX_CLIP = {"video": a_video(5, 64, 64), "mask": a_moving_mask(5, 64, 64)}
 EDITS = {
     "lockstep": ({}, {"lock": "paper"}),
     "lockstep, one after the other": ({}, {"lock": SEPARATE}),
@@ -77,7 +84,10 @@ EDITS = {
     "a timestep a token": ({"expanded": True}, {"lock": "kvlock"}),
     "inverted": ({}, {"lock": LockConfig.preset("kvlock", source_path="invert"), "cache": RESIDENT}),
     "compiled blocks": ({}, {"lock": "kvlock", "compile": "regional"}),
-    "in stretches": ({}, {"lock": "kvlock", "video": a_video(17), "mask": a_mask(17), "window": 13, "overlap": 4}),
+    "in stretches": (
+        {},
+        {"lock": "kvlock", "video": a_video(17), "mask": a_moving_mask(17, 32, 48), "window": 13, "overlap": 4},
+    ),
     "unlocked": ({}, {"lock": "cfg"}),
     "ltx": ({"family": "ltx"}, {"lock": "kvlock", **LTX_CLIP}),
     "ltx, resident": ({"family": "ltx"}, {"lock": "kvlock", "cache": RESIDENT, **LTX_CLIP}),
@@ -181,7 +191,7 @@ def own_loop(parallel=None):
     latents, text = torch.randn(3, 4, 3, 4, 6), torch.randn(3, 5, 16)
     with torch.no_grad(), kvf.attach(transformer, torch.rand(18) < 0.4) as kv:
         with kv.source():
-            transformer(latents[:1], torch.tensor([500.0]), text[:1])
+            transformer(latents[:1], torch.tensor([500.0]), text[:1], return_dict=False)
         with kv.edit(0.7):
             return transformer(latents[1:], torch.tensor([500.0, 500.0]), text[1:], return_dict=False)[0]
 
@@ -222,7 +232,7 @@ def main(rank, count, store, output):
     torch.nn.Module.compile = lambda self: compiled(self, backend="eager")
     lend_to_diffusers()
     dist.init_process_group(
-        "gloo", init_method=Path(store).as_uri(), rank=int(rank), world_size=int(count), timeout=timedelta(minutes=2)
+        "gloo", init_method=Path(store).as_uri(), rank=int(rank), world_size=int(count), timeout=timedelta(minutes=5)
     )
     tensors, said = {}, {}
     for kind, (settings, names) in KINDS.items():

@@ -462,9 +462,11 @@ def test_latents_in_any_layout_say_the_same(batch, height, width, frames, seed):
         transformer = tiny_transformer(num_layers=1)
         kv = kvf.attach(transformer, foreground, lock=lock, num_steps=9, guidance_scale=3.0, patch_size=(1, 1, 1))
         assert kv.observe(a).isnan().all() and kv.step == 1
+        assert kv.variance.isnan().all() and kv.s_star is None
         variance, guided, kept = kv.observe(b), kv.guide(b, c), kv.keep_background(a, c)
+        assert torch.equal(kv.variance, variance)
         flat = [x.reshape(batch, 2, -1) if name != "tokens" else x.transpose(1, 2) for x in (guided, kept)]
-        said[name] = [variance, kv.alpha, kv.omega, kv.schedule.s_star, *flat]
+        said[name] = [variance, kv.alpha, kv.omega, kv.s_star, *flat]
     inside = foreground[0].nonzero()[:, 0]
     history = videos[:2].flatten(3)[..., inside].double()
     close(said["video"][0].double(), history.var(0, unbiased=True).flatten(1).mean(1), 1e-5)
@@ -477,6 +479,12 @@ def test_latents_in_any_layout_say_the_same(batch, height, width, frames, seed):
             close(mine, theirs, 1e-4)
 
 
+def under(foreground, videos):
+    """Values [n, ...] of the latents under the foreground's tokens of 1 x 2 x 2."""
+    where = foreground.view(3, 2, 4).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return videos[..., where]
+
+
 def test_the_schedule_says_what_it_needs(transformer, scene):
     x = torch.randn(1, *SIZE)
     kv = kvf.attach(transformer, scene.foreground)
@@ -484,6 +492,14 @@ def test_the_schedule_says_what_it_needs(transformer, scene):
         kv.observe(x)
     with pytest.raises(kvf.InputError, match="num_steps must be given"):
         _ = kv.alpha
+    assert kv.variance is None
+    fixed = kvf.attach(transformer, scene.foreground, lock=kvf.LockConfig.preset("cfg", window=4, alpha=0.3))
+    said = torch.stack([torch.randn(1, *SIZE, generator=torch.Generator().manual_seed(i)) for i in range(6)])
+    for i, one in enumerate(said):  # watched all the same, over the last four
+        inside = under(scene.foreground, said[max(0, i - 3) : i + 1])
+        variance = fixed.observe(one)
+        assert i == 0 or torch.allclose(variance, inside.var(0).mean(), rtol=1e-4)
+    assert float(fixed.alpha) == pytest.approx(0.3)
     kv = kvf.attach(transformer, scene.foreground, num_steps=2)
     with pytest.raises(kvf.InputError, match="guidance_scale must be given"):
         kv.guide(x, x)

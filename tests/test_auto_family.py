@@ -1,19 +1,15 @@
 """family="auto": transformers that nobody has described, some that must be found and some that must be refused."""
 
-import dataclasses
-
 import pytest
 import strangers
 import torch
 import torch.nn.functional as F
-from conformance import Scene, all_cases
 from strangers import STRANGERS, made
 from tiny import untouched
 from torch import nn
 
 import kvlock_fast as kvf
 from kvlock_fast.models.auto import find_and_check
-from kvlock_fast.models.families import arch_of
 from kvlock_fast.models.probe import first_tensor
 
 ALPHA = 0.6
@@ -120,40 +116,6 @@ def _is_the_images(name, key):
         pattern = {"pixart": (True, False) * 2, "z-image": (True, False, True, True)}[name]
         return pattern[_CALLS[name] % len(pattern)]
     return True
-
-
-CASES = {case.name: case for case in all_cases()}
-NOT_FOUND = {
-    "flux2-dev": "come from no projection of their own",
-    "flux2-klein": "come from no projection of their own",
-    "framepack": "has 12 tokens of the video, where the foreground has 18",  # its first frames are another argument
-    "latte": "has 12 tokens of the video, where the foreground has 60",
-    "motif-decoders": "has 36 tokens of the video, where the foreground has 18",
-}
-"""What auto cannot see of the families that are described."""
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_of_families_by_class_and_by_what_happens_is_found_what_is_written(name):
-    """Two ways to a family's description that know nothing of each other; the text's place by the attention's call may
-    be more than the projections show.
-    """
-    scene = Scene(CASES[name])
-    transformer, written = scene.transformer, scene.model.arch
-    assert dataclasses.replace(arch_of(transformer), family=written.family, flow=written.flow) == written
-    told, _ = scene.told
-
-    def sample():
-        return scene.predict(scene.latents, told)
-
-    if name in NOT_FOUND:
-        with pytest.raises(kvf.InputError, match=NOT_FOUND[name]):
-            find_and_check(transformer, sample, scene.tokens, scene.ahead or 0)
-    else:
-        found = find_and_check(transformer, sample, scene.tokens, scene.ahead or 0)
-        assert found.attentions(transformer) == written.attentions(transformer)
-        assert found.token_dim == written.token_dim and found.text in (written.text, "none")
-    assert untouched(transformer)
 
 
 def test_a_function_is_a_sample_too():

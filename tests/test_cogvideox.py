@@ -295,7 +295,7 @@ def test_a_saved_folder_is_loaded(tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     loaded = kvf.KVLockPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.float32)
     assert torch.equal(call(loaded.pipe).latents, call(pipe).latents)
-    assert kvf.capabilities()["families"] == ["wan", "cogvideox"]
+    assert {"wan", "cogvideox"} <= set(kvf.capabilities()["families"])
 
 
 def test_the_scheduler_of_the_larger_checkpoints(tmp_path):

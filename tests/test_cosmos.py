@@ -165,3 +165,24 @@ def test_an_image_is_one_frame():
     video, mask = np.zeros((2, 64, 96, 3), np.uint8), np.ones((2, 64, 96), bool)
     with pytest.raises(InputError, match="the model makes images"):
         kvf.KVLockPipeline.from_pipe(scene.pipe)(video, mask, source_prompt="a cat", prompt=PROMPT)
+
+
+def test_a_picture_is_held(monkeypatch):
+    """In the place of the first frame, at hardly any noise, for the source and both branches; the edit ends on it."""
+    case = BY_NAME["cosmos2-video"]
+    pipe = case.make()
+    seen, plain = [], pipe.transformer.forward
+    monkeypatch.setattr(pipe.transformer, "forward", lambda *a, **k: seen.append(k) or plain(*a, **k))
+    out = case.edit(pipe, lock="kvlock", steps=3)
+    with torch.no_grad():
+        first = wrap_pipeline(pipe).encode_video(torch.from_numpy(case.video()[:1]))
+    for call in seen:
+        assert torch.equal(call["hidden_states"][:, :4, :1], first.expand(3, -1, -1, -1, -1))
+        assert call["condition_mask"].flatten(2).sum(2).flatten().tolist() == [first.shape[3] * first.shape[4]] * 3
+        times = call["timestep"][:, 0, :, 0, 0]
+        assert torch.allclose(times[:, 0], torch.tensor(1e-4), rtol=1e-3) and (times[:, 1:] > 1e-3).all()
+    torch.testing.assert_close(out.latents[:, :, :1], first, rtol=0, atol=0.02)  # sigma ends at 0.002
+    only = np.zeros(case.size, bool)
+    only[0] = True
+    with pytest.raises(InputError, match="mask marks the first frame only"):
+        kvf.KVLockPipeline.from_pipe(pipe)(case.video(), only, source_prompt="a cat", prompt=PROMPT)

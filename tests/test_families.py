@@ -287,8 +287,8 @@ def test_the_fast_path_is_the_generic_one(representative):
         with pytest.raises(kvf.InputError, match="processors is 'fast', but"):
             case.edit(pipe, processors="fast")
         pytest.skip(reason)
-    for cache in (CacheConfig(), CacheConfig(tier="resident", format="native")):
-        fast, generic = (case.edit(pipe, processors=wish, cache=cache).latents for wish in ("fast", "generic"))
+    for config in (CacheConfig(), CacheConfig(tier="resident", format="native")):
+        fast, generic = (case.edit(pipe, processors=wish, cache=config).latents for wish in ("fast", "generic"))
         torch.testing.assert_close(fast, generic, rtol=1e-3, atol=1e-3)
 
 

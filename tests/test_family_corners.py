@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 import torch
 from conformance import OFF, PROMPT, Scene
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, SanaPipeline, SanaVideoPipeline
+from diffusers import (
+    CogVideoXFunControlPipeline,
+    CogVideoXVideoToVideoPipeline,
+    ConsisIDPipeline,
+    DDIMScheduler,
+    EasyAnimateControlPipeline,
+    EasyAnimateInpaintPipeline,
+    EulerAncestralDiscreteScheduler,
+    SanaPipeline,
+    SanaVideoPipeline,
+)
 from family_allegro import tiny_allegro
 from family_cogvideox_image import tiny_cogvideox_image
 from family_cogview4 import CASES as COGVIEW4
@@ -247,10 +257,22 @@ def test_texts_of_other_lengths_go_one_by_one():
         case.edit(pipe, short, lock=kvf.LockConfig.preset("kvlock", guidance_batching="batched"), source_prompt=long)
 
 
-@pytest.mark.parametrize("kind", [SanaPipeline, SanaVideoPipeline])
-def test_linear_attention_is_refused_with_the_reason(kind, tmp_path):
-    with pytest.raises(kvf.InputError, match=f"{kind.__name__} is not supported: its self-attention is linear"):
+UNFIT = {
+    SanaPipeline: "its self-attention is linear",
+    SanaVideoPipeline: "its self-attention is linear",
+    CogVideoXFunControlPipeline: "it is driven by a control video",
+    CogVideoXVideoToVideoPipeline: "load the model by CogVideoXPipeline",
+    ConsisIDPipeline: "it is told a face",
+    EasyAnimateControlPipeline: "it is driven by a control video",
+    EasyAnimateInpaintPipeline: "its transformer is shown a masked video",
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_what_cannot_be_followed_is_refused_with_the_reason(kind, tmp_path):
+    """By a loaded pipeline, and by a folder before any weight is read."""
+    with pytest.raises(kvf.InputError, match=f"{kind.__name__} is not supported: .*{UNFIT[kind]}"):
         kvf.KVLockPipeline.from_pipe(kind.__new__(kind))
     (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{kind.__name__}"}}')
-    with pytest.raises(kvf.InputError, match=f"is a {kind.__name__}, which is not supported: its self-attention is"):
+    with pytest.raises(kvf.InputError, match=f"is a {kind.__name__}, which is not supported: .*{UNFIT[kind]}"):
         kvf.KVLockPipeline.from_pretrained(tmp_path)

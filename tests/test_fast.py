@@ -415,3 +415,16 @@ def test_and_for_other_dtypes(monkeypatch, pretended_gpu):
 def test_words_and_tokens_differ_in_number():
     """Or a text's keys could not be told from a video's."""
     assert WORDS < TOKENS and normal(1).shape == (1,)
+
+
+def test_the_librarys_attention_is_attention():
+    """Never ours; in fp32, where only torch's own choice is left."""
+    from kvlock_fast.kernels.attention import attention, attention_reference
+    from kvlock_fast.kernels.launch import recorded_launches
+
+    q, k, v = (normal(2, n, 3, 8, seed=n) for n in (5, 9, 9))
+    for backend in ("auto", "triton") if HAS_TRITON else ("auto",):
+        with recorded_launches() as launches:
+            out = attention(q, k, v, backend=backend, attention="library")
+        torch.testing.assert_close(out, attention_reference(q, k, v, 8**-0.5), rtol=0, atol=1e-6)
+        assert not launches

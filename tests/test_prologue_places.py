@@ -92,7 +92,7 @@ def cases(draw):
     )
 
 
-@settings(max_examples=max(15, EXAMPLES // 4))
+@settings(max_examples=max(8, EXAMPLES // 10))
 @given(case=cases())
 def test_any_case(case):
     check(case, "triton")

@@ -18,7 +18,7 @@ from family_wan_kin import (
 import kvlock_fast as kvf
 from kvlock_fast.cache.model_sizes import size_of
 from kvlock_fast.config import CacheConfig, LockConfig
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.models.per_clip import PerClip
 from kvlock_fast.models.skyreels import SkyReelsModel
 from kvlock_fast.models.wan import WanModel
@@ -114,8 +114,27 @@ def test_chronoedit_encodes_the_last_frames_behind_the_first():
     assert torch.equal(one[:, :, [0, 2]], two[:, :, [0, 2]]) and not torch.equal(one[:, :, 1], two[:, :, 1])
     torch.testing.assert_close(one[:, :, :2], wan[:, :, :2])
     assert not torch.allclose(one[:, :, 2], wan[:, :, 2])
-    with pytest.raises(InputError, match="one frame, and ChronoEdit makes clips"):
-        model.encode_video(video[:1])
+
+
+def test_chronoedit_edits_a_picture():
+    """As the clip of 5 frames that diffusers' own pipeline makes of it, of which the last is the edit."""
+    case, pipe = BY_NAME["chronoedit"], chronoedit()
+    picture, mask = case.video()[:1], case.mask()[:1]
+
+    def edit(video, mask, **more):
+        generator = torch.Generator().manual_seed(1)
+        return kvf.KVLockPipeline.from_pipe(pipe)(
+            video, mask, source_prompt=SOURCE, prompt=PROMPT, num_inference_steps=3, generator=generator, **more
+        )
+
+    with pytest.warns(InputWarning, match="1 frames padded to 5"):
+        (one,) = edit(picture, mask).frames
+    (clip,) = edit(np.repeat(picture, 5, axis=0), np.repeat(mask, 5, axis=0)).frames
+    assert one.shape == (1, 32, 48, 3) and clip.shape[0] == 5
+    assert np.array_equal(one[0], clip[-1]) and not np.array_equal(one[0], clip[0])
+    for policy, words in (("error", "1 frames, which is not 5 or more"), ("trim", "the model takes 5 or more")):
+        with pytest.raises(InputError, match=words):
+            edit(picture, mask, frames_policy=policy)
 
 
 @pytest.mark.parametrize("name", list(BY_NAME))

@@ -152,7 +152,7 @@ def _edited(pipe, part, clean, noise, lock):
     """An edit of a stretch's latents, through the pipeline with the autoencoder left out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WanModel, "encode_video", lambda self, frames: part.of(clean))
-        patch.setattr("kvlock_fast.pipeline.project_mask", lambda *_: part.mask)
+        patch.setattr("kvlock_fast.models.pipeline_model.project_mask", lambda *_: part.mask)
         frames = 4 * (part.mask.latents.shape[1] - 1) + 1
         return call(
             pipe, lock=lock, steps=1, video=a_video(frames), mask=a_mask(frames), latents=part.of(noise)

@@ -127,15 +127,20 @@ def _usual_extent(model: Any) -> tuple[int, int, int]:
     side = getattr(model.pipe, "default_sample_size", None)
     side = side * model.pipe.vae_scale_factor if isinstance(side, int) else IMAGE_SIZE
 
-    def usual(name: str, sample: str, stride: int, other: int) -> int:
-        """By the call, else by the transformer's sample in latents."""
+    def usual(own: int | None, name: str, sample: str, stride: int, other: int) -> int:
+        """What the family says itself, or else the call, or the transformer's sample in latents."""
         value, latents = call[name].default if name in call else None, config.get(sample)
         if isinstance(value, int) and not isinstance(value, bool):
             return value
+        if own is not None:
+            return own
         return latents * stride if isinstance(latents, int) else other
 
-    space = geometry.spatial_stride
-    height, width = usual("height", "sample_height", space, side), usual("width", "sample_width", space, side)
+    (frames, *sides), space = model.usual_extent, geometry.spatial_stride
+    height, width = (
+        usual(own, name, f"sample_{name}", space, side) for own, name in zip(sides, ("height", "width"), strict=True)
+    )
     if geometry.one_frame:
         return 1, height, width
-    return geometry.whole_frames(usual("num_frames", "sample_frames", geometry.temporal_stride, FRAMES)), height, width
+    frames = usual(frames, "num_frames", "sample_frames", geometry.temporal_stride, FRAMES)
+    return geometry.whole_frames(frames), height, width

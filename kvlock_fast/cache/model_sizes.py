@@ -143,7 +143,7 @@ FAMILIES = {
     "WanTransformer3DModel": WAN,
     "WanVACETransformer3DModel": WAN,
     "SkyReelsV2Transformer3DModel": WAN,
-    "ChronoEditTransformer3DModel": WAN,
+    "ChronoEditTransformer3DModel": replace(WAN, more={"least_frames": 5}),
     "CogVideoXTransformer3DModel": _Family(
         "cogvideox",
         parameters.cogvideox,

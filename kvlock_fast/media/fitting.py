@@ -9,8 +9,10 @@ import numpy as np
 from kvlock_fast.errors import InputError
 
 
-def fit_frames(frames: np.ndarray, policy: str, multiple: int = 4, rest: int = 1) -> tuple[np.ndarray, int]:
-    """Bring the first dimension of `frames` `[F, ...]` to `multiple * n + rest`; return it and the original F.
+def fit_frames(
+    frames: np.ndarray, policy: str, multiple: int = 4, rest: int = 1, least: int = 1
+) -> tuple[np.ndarray, int]:
+    """Bring the first dimension of `frames` `[F, ...]` to `multiple * n + rest`, at least `least`; and the original F.
 
     `pad` repeats the last frame (cut the result back to the original count afterwards), `trim` drops frames at the
     end, `error` refuses. Raises InputError for no frames, another policy, a length that `error` refuses, or one that
@@ -19,19 +21,21 @@ def fit_frames(frames: np.ndarray, policy: str, multiple: int = 4, rest: int = 1
     count = len(frames)
     if count == 0:
         raise InputError("there are no frames")
-    excess = (count - rest) % multiple
+    excess, missing = (count - rest) % multiple, least - count
     if policy not in ("pad", "trim", "error"):
         raise InputError(f"the frames policy must be pad, trim or error, not '{policy}'")
-    if excess == 0:
+    if excess == 0 and missing <= 0:
         return frames, count
     if policy == "error":
         rule = f"{multiple}n+{rest}" if rest else f"{multiple}n"
+        rule = f"{least} or more" if missing > 0 else rule
         raise InputError(f"the video has {count} frames, which is not {rule} (frames policy 'error')")
-    if policy == "trim" and count == excess:
-        raise InputError(f"the video has {count} frames, and the model takes {multiple} or more (frames policy 'trim')")
+    if policy == "trim" and (count == excess or missing > 0):
+        enough = max(multiple * (not rest), least)
+        raise InputError(f"the video has {count} frames, and the model takes {enough} or more (frames policy 'trim')")
     if policy == "trim":
         return frames[: count - excess], count
-    tail = np.repeat(frames[-1:], multiple - excess, axis=0)
+    tail = np.repeat(frames[-1:], max(-excess % multiple, missing), axis=0)
     return np.concatenate([frames, tail]), count
 
 

@@ -50,6 +50,14 @@ class AllegroModel(PipelineModel):
         return Geometry(vae.config.temporal_compression_ratio, vae.spatial_compression_ratio, patch, causal=False)
 
     @property
+    def usual_extent(self) -> tuple[int, int, int]:
+        """Frames, height and width of a call of AllegroPipeline that gives none."""
+        config, geometry = self.config, self.geometry
+        space = geometry.spatial_stride
+        frames = config.sample_frames * geometry.temporal_stride
+        return frames, config.sample_height * space, config.sample_width * space
+
+    @property
     def latents_dtype(self) -> torch.dtype:
         """Of the latents between steps, in AllegroPipeline."""
         return self.transformers[0].dtype

@@ -5,6 +5,8 @@ own. A clip of 5 frames has two latent ones, the picture's and the edit's, at po
 reasoning there are more frames, the way from one to the other; then the last latent frame is encoded and decoded right
 behind the first, and the others without it.
 
+A single picture is given to the model as a clip of 5 frames, and the last of what comes is the edit.
+
 The pipeline can drop the way in the middle of denoising (`num_temporal_reasoning_steps`); here it stays to the end.
 """
 
@@ -13,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvlock_fast.errors import InputError
+from kvlock_fast.masks import Geometry
 from kvlock_fast.models.wan_image import WAN_IMAGE, WanImageModel
 
 CHRONOEDIT = replace(WAN_IMAGE, family="chronoedit", transformers=("ChronoEditTransformer3DModel",))
@@ -24,17 +26,14 @@ class ChronoEditModel(WanImageModel):
 
     arch = CHRONOEDIT
 
-    def encode_video(self, frames: Tensor) -> Tensor:
-        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode.
+    @property
+    def geometry(self) -> Geometry:
+        geometry = super().geometry
+        return replace(geometry, least_frames=1 + geometry.temporal_stride)
 
-        Raises InputError for a single picture.
-        """
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
         stride = self.geometry.temporal_stride
-        if len(frames) == 1:
-            raise InputError(
-                f"video has one frame, and ChronoEdit makes clips: give it the picture {1 + stride} times, and take "
-                "the last frame of what comes"
-            )
         if len(frames) == 1 + stride:
             return super().encode_video(frames)
         way, ends = frames[:-stride], torch.cat([frames[:1], frames[-stride:]])
@@ -48,3 +47,7 @@ class ChronoEditModel(WanImageModel):
         way = super().decode(latents[:, :, :-1], frames - stride, tiled)
         ends = super().decode(latents[:, :, [0, -1]], 1 + stride, tiled)
         return torch.cat([way, ends[:, 1:]], dim=1)
+
+    def own_frames(self, video: Tensor, count: int) -> Tensor:
+        """Of decoded frames [F, H, W, 3], those of the source; of a single picture, what became of it."""
+        return video[-1:] if count == 1 else super().own_frames(video, count)

@@ -7,11 +7,13 @@ Texts are filled up in front to a multiple of 16 tokens, without a mask: those o
 one after the other.
 """
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import CogView4Pipeline
 from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from torch import Tensor
 
@@ -35,7 +37,7 @@ class CogView4Model(ImageModel):
     arch = COGVIEW4
     shifts_by_size = True
     latents_dtype = torch.float32
-    most_text = 1024
+    most_text = inspect.signature(CogView4Pipeline.encode_prompt).parameters["max_sequence_length"].default
 
     def __init__(self, pipe: Any):
         """Raises InputError for a pipeline of another kind."""

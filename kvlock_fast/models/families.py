@@ -79,6 +79,12 @@ REGISTRY: tuple[Family, ...] = (
     Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
     Family("cosmos", "cosmos.CosmosModel", ("CosmosTextToWorldPipeline",), ("CosmosTransformer3DModel",)),
     Family("cosmos2-image", "cosmos.Cosmos2Model", ("Cosmos2TextToImagePipeline",), ("CosmosTransformer3DModel",)),
+    Family(
+        "cosmos2-video",
+        "cosmos_video.Cosmos2VideoModel",
+        ("Cosmos2VideoToWorldPipeline",),
+        ("CosmosTransformer3DModel",),
+    ),
     Family("cosmos2.5", "cosmos.Cosmos25Model", ("Cosmos2_5_PredictBasePipeline",), ("CosmosTransformer3DModel",)),
     Family("kandinsky-5", "kandinsky5.Kandinsky5Model", ("Kandinsky5T2VPipeline",), ("Kandinsky5Transformer3DModel",)),
     Family(
@@ -115,8 +121,13 @@ PIECES = "it makes a clip piece by piece, so that no step has one latent of the 
 MEAN_VELOCITY = "it predicts the mean velocity of a step, from which no clean latent follows"
 DRIVEN = "it is driven by videos of a pose and a face, which an edit does not have"
 FORCING = "every frame has a time of its own (diffusion forcing), so that no step has one latent of the source"
-LINEAR = "its self-attention is linear: keys and values end in sums over all tokens, where no token's own can be locked"
+CONTROLLED = "it is driven by a control video, which an edit does not have"
+LINEAR = (
+    "its self-attention is linear: keys and values of all tokens end in one sum, where no token's can be the source's"
+)
+COSMOS_CONTROL = "its transformer is led by a control network and by a clip beside the text"
 REFUSED = {
+    "Cosmos2_5_TransferPipeline": COSMOS_CONTROL,
     "SkyReelsV2DiffusionForcingPipeline": FORCING,
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": FORCING,
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": FORCING,
@@ -125,14 +136,17 @@ REFUSED = {
     "HeliosPipeline": PIECES,
     "HeliosPyramidPipeline": PIECES,
     "WanAnimatePipeline": DRIVEN,
+    "CogVideoXFunControlPipeline": CONTROLLED,
+    "EasyAnimateControlPipeline": CONTROLLED,
+    "CogVideoXVideoToVideoPipeline": "it starts from a noised video of its own: load the model by CogVideoXPipeline",
+    "ConsisIDPipeline": "it is told a face by models that find it in a picture, which an edit does not have",
+    "EasyAnimateInpaintPipeline": "its transformer is shown a masked video: load a text-to-video model instead",
     "SanaPipeline": LINEAR,
     "SanaSprintPipeline": LINEAR,
     "SanaVideoPipeline": LINEAR,
     "SanaImageToVideoPipeline": LINEAR,
-    "SanaTransformer2DModel": LINEAR,
-    "SanaVideoTransformer3DModel": LINEAR,
 }
-"""Pipelines and transformers that are known and cannot be followed, with the reason."""
+"""Pipelines that are known and cannot be followed, with the reason."""
 FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)
 
@@ -176,8 +190,6 @@ def arch_of(transformer: Any, name: str | None = None) -> Any:
     Raises InputError for a family that is not known.
     """
     kinds = [kind.__name__ for kind in type(getattr(transformer, "_orig_mod", transformer)).__mro__]
-    if kinds[0] in REFUSED:
-        raise InputError(f"{kinds[0]} is not supported: {REFUSED[kinds[0]]}")
     found = [family for family in REGISTRY if family.name == name]
     if name is None:
         found = [family for kind in kinds for family in REGISTRY if kind in family.transformers]

@@ -98,7 +98,8 @@ class Prologue:
         """The source's, of every token [rows, n]."""
         key = tokens, rows
         if key not in self._weights:
-            self._weights[key] = nn.functional.pad(repeated(self.state.weight, rows), self._offset(tokens))
+            weight = repeated(self.state.weight, rows)
+            self._weights[key] = nn.functional.pad(weight, self._offset(tokens)).contiguous()
         return self._weights[key]
 
     def _placed(self, k: Tensor) -> Places:

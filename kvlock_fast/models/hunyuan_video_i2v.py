@@ -93,7 +93,7 @@ class HunyuanVideoI2VModel(HunyuanVideoModel):
         mixed = noise * share + image.expand_as(noise) * (1 - share)
         return torch.cat([image, mixed[:, :, 1:]], dim=2) if self.replaces else mixed
 
-    def finish(self, latents: Tensor, told: Conditioning) -> Tensor:
+    def last_latents(self, latents: Tensor, told: Conditioning) -> Tensor:
         """With the image's own in the first frame, where it is the image: steps may have rounded them."""
         return torch.cat([told["image"].to(latents.dtype), latents[:, :, 1:]], dim=2) if self.replaces else latents
 

@@ -53,6 +53,11 @@ class LatteModel(PipelineModel):
         )  # fmt: skip
 
     @property
+    def usual_extent(self) -> tuple[int, None, None]:
+        """Frames: as many as the model takes."""
+        return self.config.video_length, None, None
+
+    @property
     def latents_dtype(self) -> torch.dtype:
         """Of the latents between steps, in LattePipeline."""
         return self.transformers[0].dtype

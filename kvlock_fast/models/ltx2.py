@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from diffusers import LTX2Pipeline
 from diffusers.pipelines.ltx2.pipeline_ltx2 import get_conditioning_frame_rate
 from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.masks import Geometry, ProjectedMask, project_mask
@@ -46,11 +46,18 @@ class LTX2Model(PipelineModel):
     arch = LTX2
     shifts_by_size = True
     told_of_frames = True
+    most_text = DEFAULTS["max_sequence_length"].default
+    usual_extent = 121, None, None
 
     def __init__(self, pipe: Any):
         """Raises InputError for a pipeline of another kind."""
         super().__init__(pipe)
         self._places: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """All whose weights a source's keys and values come from."""
+        return [*super().modules, self.pipe.connectors]
 
     @property
     def geometry(self) -> Geometry:

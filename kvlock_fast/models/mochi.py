@@ -48,6 +48,11 @@ class MochiModel(PipelineModel):
         return Geometry(vae.temporal_compression_ratio, vae.spatial_compression_ratio, (1, patch, patch))
 
     @property
+    def usual_extent(self) -> tuple[None, int, int]:
+        """Frames, height and width, as far as MochiPipeline's call does not say."""
+        return None, self.pipe.default_height, self.pipe.default_width
+
+    @property
     def latents_dtype(self) -> torch.dtype:
         """Of the latents between steps, in MochiPipeline."""
         return self.transformers[0].dtype

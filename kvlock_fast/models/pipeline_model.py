@@ -34,6 +34,8 @@ class PipelineModel:
     """Whether a negative branch is run only where a negative prompt is given: by models that may be distilled."""
     most_text = 512
     """Text tokens that the model may be given, for planning."""
+    usual_extent: tuple[int | None, int | None, int | None] = None, None, None
+    """Frames, height and width of a call that gives none, where the pipeline's call has no number for it."""
     latents_dtype: torch.dtype = torch.float32
     """Of the latents between steps, in the family's pipeline."""
 
@@ -164,6 +166,10 @@ class PipelineModel:
     def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
         """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
         raise NotImplementedError
+
+    def own_frames(self, video: Tensor, count: int) -> Tensor:
+        """Of decoded frames [F, H, W, 3], those of a source that had so many before it was brought to the model's."""
+        return video[:count]
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The prediction [B, C, T, h, w] of a transformer, at latents [B, ...], timestep [], told so of each sample.

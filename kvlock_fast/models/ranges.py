@@ -1,7 +1,7 @@
 """Ranges inside a transformer's forward, by hooks that are there only while ranges are switched on (nvtx.py).
 
-Up to four groups of blocks ("layers 0-7"), in them each self-attention ("attention"), in that the QK-norms ("prologue":
-with the lock, which comes after them, a part of what the fused prologue does). A transformer of which torch.compile
+Up to four groups of blocks ("layers 0-7"), in them each self-attention ("attention"), in that the QK-norms ("prologue",
+as the fast path calls what it does in their place, and more). A transformer of which torch.compile
 has taken a part gets no hooks: they would break its graphs.
 """
 
