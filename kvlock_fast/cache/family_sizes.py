@@ -5,7 +5,8 @@ that of the widest input of a block's layers, and text is as long as pipelines l
 """
 
 import inspect
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,32 @@ def model_of_folder(folder: Path, index: dict[str, Any]) -> Any:
     if kind not in PIPELINES:
         raise InputError(f"'{folder}' is a {kind}, of no known family; known: {', '.join(PIPELINES)}")
     try:
-        wanted = inspect.signature(getattr(diffusers, kind).__init__).parameters
-        parts = {name: _part(folder, name, index.get(name)) for name in wanted if name != "self"}
-        return wrap_pipeline(getattr(diffusers, kind)(**parts))
+        with _no_notes():
+            return _model(folder, kind, index)
     except InputError:
         raise
     except Exception as error:  # whatever a config that makes no sense causes in diffusers
         words = " ".join(str(error).split())[:300]
         raise InputError(f"'{folder}' has a config that makes no sense: {type(error).__name__}: {words}") from error
+
+
+@contextmanager
+def _no_notes() -> Iterator[None]:
+    """Without what transformers has to say of libraries that only its pictures' encoders would need."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _model(folder: Path, kind: str, index: dict[str, Any]) -> Any:
+    pipeline = getattr(diffusers, kind)
+    wanted = [name for name in inspect.signature(pipeline.__init__).parameters if name != "self"]
+    return wrap_pipeline(pipeline(**{name: _part(folder, name, index.get(name)) for name in wanted}))
 
 
 def _part(folder: Path, name: str, entry: Any) -> Any:
