@@ -109,6 +109,18 @@ def test_allegro_covers_any_size_with_its_tiles(size):
     assert video.float().std(dim=(2, 3)).min() > 0 and video.float().std(dim=(1, 3)).min() > 0
 
 
+@torch.no_grad()
+def test_decoding_in_tiles_leaves_easyanimates_autoencoder_as_it_was():
+    """Its tiles switch on more than themselves, which would be there in the next call's encoding."""
+    pipe = tiny_easyanimate()
+    model, before = wrap_pipeline(pipe), dict(vars(pipe.vae))
+    latents = model.encode_video(noise(5, 32, 48, 3))
+    assert model.decode(latents, 5, tiled=True).shape == (1, 5, 32, 48, 3)
+    assert {name: value for name, value in vars(pipe.vae).items() if name.startswith("use_")} == {
+        name: value for name, value in before.items() if name.startswith("use_")
+    }
+
+
 def test_allegros_own_scheduler(tmp_path):
     """It adds noise: from a folder DDIM takes its place, and a pipeline that is there is not touched."""
     pipe = tiny_allegro(EulerAncestralDiscreteScheduler())

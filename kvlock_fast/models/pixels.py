@@ -58,10 +58,13 @@ def decode_images(vae: Any, latents: Tensor, tiled: bool) -> Tensor:
 @contextmanager
 def tiling(vae: Any, tiled: bool = True) -> Iterator[None]:
     """The autoencoder in tiles, if they are wanted, and as it was afterwards."""
-    before = vae.use_tiling
+    # Some (EasyAnimate's) go frame by frame too, from then on.
+    switches = ("use_tiling", "use_framewise_encoding", "use_framewise_decoding")
+    before = {name: getattr(vae, name) for name in switches if hasattr(vae, name)}
     if tiled:
         vae.enable_tiling()
     try:
         yield
     finally:
-        vae.use_tiling = before
+        for name, value in before.items():
+            setattr(vae, name, value)
