@@ -61,6 +61,12 @@ class Geometry:
         """`frame_step`, `lone_frames` and `least_frames`."""
         return self.frame_step, self.lone_frames, self.least_frames
 
+    @property
+    def frame_words(self) -> str:
+        """The same in words."""
+        whole = f"{self.frame_step}n+{self.lone_frames}" if self.lone_frames else f"{self.frame_step}n"
+        return whole if self.least_frames == 1 else f"{whole} of at least {self.least_frames}"
+
     def whole_frames(self, frames: int) -> int:
         """As many, or as few more as the model can take."""
         return max(self.least_frames, frames + (self.lone_frames - frames) % self.frame_step)

@@ -124,10 +124,9 @@ def _video(settings: PlanSettings, model: ModelSize) -> tuple[int, int, int, int
         down, across = model.geometry.size_multiple()
         _warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: planning for {size[0]}x{size[1]}")
     frames = settings.frames or (len(mask) if mask is not None and len(mask) > 1 else model.frames)
-    stride = model.geometry.frame_step
     padded = model.geometry.whole_frames(frames)
     if padded != frames:
-        _warn(f"{frames} frames are not {stride}n+1: planning for {padded}, as an edit would pad them")
+        _warn(f"{frames} frames are not {model.geometry.frame_words}: planning for {padded}, as an edit would pad them")
     _check_extent(model, padded, size)
     grid = model.geometry.token_grid(padded, *size)
     if mask is None:

@@ -59,13 +59,13 @@ def find_extent(model: ModelSize, frames: int | None, size: tuple[int, int] | No
     frames = model.frames if frames is None else frames
     if not 1 <= frames <= MOST_FRAMES:
         raise InputError(f"--frames must be a whole number from 1 to {MOST_FRAMES}, got {frames}")
-    stride, wanted = model.geometry.frame_step, size or (model.height, model.width)
+    wanted = size or (model.height, model.width)
     fitting = nearest_size(model.geometry, *wanted)
     if fitting != wanted:
         _warn(f"{model.name} cannot take the size {wanted[0]}x{wanted[1]}: profiling {fitting[0]}x{fitting[1]}")
     whole = model.geometry.whole_frames(frames)
     if whole != frames:
-        _warn(f"{frames} frames are not {stride}n+1: profiling {whole}, as an edit would pad them")
+        _warn(f"{frames} frames are not {model.geometry.frame_words}: profiling {whole}, as an edit would pad them")
     if not model.geometry.knows(whole, *fitting):
         raise InputError(
             f"{whole} frames of {fitting[0]}x{fitting[1]} are too many for {model.name}: "

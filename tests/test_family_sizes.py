@@ -29,6 +29,15 @@ FIRST = {importlib.import_module(path.stem).CASES[0].name for path in Path(__fil
 NAMES = [name if name in FIRST else pytest.param(name, marks=pytest.mark.large) for name in CASES]
 
 
+def test_numbers_of_frames_in_words(capsys, tmp_path):
+    patch = (1, 2, 2)
+    assert Geometry(4, 8, patch).frame_words == "4n+1" and Geometry(4, 8, patch, causal=False).frame_words == "4n"
+    assert Geometry(4, 8, patch, least_frames=5).frame_words == "4n+1 of at least 5"
+    CASES["allegro"].make().save_pretrained(tmp_path)
+    assert main(["plan", "--config", str(tmp_path), "--frames", "9", "--size", "32x48"]) == 0
+    assert "warning: 9 frames are not 4n: planning for 12" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loaded_pipeline_and_its_folder_say_the_same(name, tmp_path):
     case = CASES[name]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conformance import NEGATIVE, PROMPT, SOURCE, Scene
 from diffusers import SkyReelsV2DiffusionForcingPipeline, SkyReelsV2Transformer3DModel, WanPipeline
+from family_cogvideox_image import CASES as COGVIDEOX_IMAGE
 from family_wan_kin import (
     CASES,
     chronoedit,
@@ -19,6 +20,7 @@ import kvlock_fast as kvf
 from kvlock_fast.cache.model_sizes import size_of
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.models.cogvideox_image import CogVideoXImageModel
 from kvlock_fast.models.per_clip import PerClip
 from kvlock_fast.models.skyreels import SkyReelsModel
 from kvlock_fast.models.wan import WanModel
@@ -182,6 +184,14 @@ def test_channels_that_do_not_fit_are_refused():
     blind.image_encoder = None
     with pytest.raises(InputError, match="no image_encoder"):
         kvf.KVLockPipeline.from_pipe(blind)
+
+
+def test_the_picture_of_cogvideox_is_encoded_once_for_all_prompts(monkeypatch):
+    case, seen = COGVIDEOX_IMAGE[0], []
+    plain = CogVideoXImageModel._image
+    monkeypatch.setattr(CogVideoXImageModel, "_image", lambda self, frame: seen.append(frame) or plain(self, frame))
+    case.edit(case.make(), [PROMPT, "a dog"], steps=1)
+    assert len(seen) == 1 and np.array_equal(seen[0].numpy(), case.video()[0])
 
 
 def test_what_is_made_of_a_clip_is_made_once():

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
 from kvlock_fast.models.cogvideox import COGVIDEOX, CogVideoXModel
+from kvlock_fast.models.per_clip import PerClip
 
 
 class CogVideoXImageModel(CogVideoXModel):
@@ -24,6 +25,11 @@ class CogVideoXImageModel(CogVideoXModel):
 
     arch = replace(COGVIDEOX, family="cogvideox-i2v")
     told_of_frames = True
+
+    def __init__(self, pipe: Any):
+        """Raises InputError for a pipeline of another kind."""
+        super().__init__(pipe)
+        self._made = PerClip()
 
     @property
     def usual_extent(self) -> tuple[None, int, int]:
@@ -48,7 +54,7 @@ class CogVideoXImageModel(CogVideoXModel):
                 f"the model takes videos of {learned[0] * stride}x{learned[1] * stride} only, and was given one of "
                 f"{height * stride}x{width * stride}: give height and width"
             )
-        image = self._image(given.frames[0]).unsqueeze(2)
+        image = self._made((given.frames,), "image", lambda: self._image(given.frames[0])).unsqueeze(2)
         image = torch.cat([image, image.new_zeros(*image.shape[:2], frames - 1, height, width)], dim=2)
         return Conditioning(text=self.encode_prompts(prompts), image=image.expand(len(prompts), -1, -1, -1, -1))
 
