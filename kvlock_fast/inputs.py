@@ -99,10 +99,12 @@ def fit_to_model(
     width: int | None,
     policy: str,
     at_once: int | None = None,
+    can_be_cut: bool = True,
 ) -> tuple[Tensor, Tensor, int]:
     """Video uint8 [F, H, W, 3] and mask bool [F, H, W] as the model takes them, and how many frames to give back.
 
-    at_once: the most frames that go through the model together, None for all. Warns where the size or the number of
+    at_once: the most frames that go through the model together, None for all; can_be_cut: whether it may be given a
+    window. Warns where the size or the number of
     frames is changed.
     """
     video = as_video(video)
@@ -116,7 +118,7 @@ def fit_to_model(
     if size != wanted:
         down, across = geometry.size_multiple()
         _warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: working at {size[0]}x{size[1]}")
-    _check_extent(geometry, count if geometry.one_frame else min(count, at_once or count), *size)
+    _check_extent(geometry, count if geometry.one_frame else min(count, at_once or count), *size, can_be_cut)
     video, mask = resize_video(video, *size), resize_mask(mask, *size)
     video, _ = fit_frames(video, policy, *geometry.frame_rule)
     mask, _ = fit_frames(mask, policy, *geometry.frame_rule)
@@ -136,7 +138,7 @@ def refuse_frames(geometry: Geometry, frames: int) -> None:
         raise InputError(f"the model makes images, which are videos of 1 frame, and the video has {frames} frames")
 
 
-def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> None:
+def _check_extent(geometry: Geometry, frames: int, height: int, width: int, can_be_cut: bool) -> None:
     """Raise InputError for several frames of a model of images, and where the model's position codes end."""
     refuse_frames(geometry, frames)
     if geometry.knows(frames, height, width):
@@ -148,7 +150,7 @@ def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> N
     if high is not None or wide is not None:
         sides = ("any" if side is None else side * step for side, step in ((high, down), (wide, across)))
         most_of.append("x".join(map(str, sides)))
-    way_out = ": give it a window" if most is not None and frames > most else ""
+    way_out = ": give it a window" if can_be_cut and most is not None and frames > most else ""
     raise InputError(
         f"{frames} frames of {height}x{width} are too many for this model: "
         f"it takes at most {' and '.join(most_of)}{way_out}"

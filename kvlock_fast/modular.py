@@ -96,7 +96,9 @@ class KVLockSourceStep(ModularPipelineBlocks):
         if not isinstance(block.source_prompt, str):
             raise InputError(f"source_prompt must be a text, got {block.source_prompt!r}")
         model, device = WanModel(components), components._execution_device
-        video, mask, _ = fit_to_model(block.video, block.mask, model.geometry, block.height, block.width, "error")
+        video, mask, _ = fit_to_model(
+            block.video, block.mask, model.geometry, block.height, block.width, "error", can_be_cut=False
+        )
         block.num_frames, block.height, block.width = video.shape[:3]
         block.source_latents = model.encode_video(video)
         if block.latents is None:

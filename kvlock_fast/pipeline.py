@@ -252,7 +252,8 @@ class KVLockPipeline:
             if saved is not None and height is None and width is None:
                 height, width = saved.size
             at_once = None if windows is None else windows.frames
-            fitted = fit_to_model(video, mask, self.model.geometry, height, width, policy, at_once)
+            can_be_cut = not self.model.told_of_frames
+            fitted = fit_to_model(video, mask, self.model.geometry, height, width, policy, at_once, can_be_cut)
             frames, pixel_mask, count = fitted
             windows = _if_longer(windows, len(frames), cache)
             check_scheduler(self.pipe.scheduler, self.model.arch.flow, self.model.shifts_by_size)

@@ -21,6 +21,7 @@ from family_cogvideox_image import tiny_cogvideox_image
 from family_cogview4 import CASES as COGVIEW4
 from family_cogview4 import tiny_cogview4
 from family_easyanimate import tiny_easyanimate
+from family_framepack import CASES as FRAMEPACK
 from family_latte import CASES as LATTE
 from family_latte import tiny_latte
 from family_ltx2 import CASES as LTX2
@@ -288,3 +289,12 @@ def test_what_cannot_be_followed_is_refused_with_the_reason(kind, tmp_path):
     (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{kind.__name__}"}}')
     with pytest.raises(kvf.InputError, match=f"is a {kind.__name__}, which is not supported: .*{UNFIT[kind]}"):
         kvf.KVLockPipeline.from_pretrained(tmp_path)
+
+
+def test_a_clip_that_is_too_long_is_told_of_windows_only_where_they_are_taken():
+    case = FRAMEPACK[0]
+    pipe, size = kvf.KVLockPipeline.from_pipe(case.make()), (81, 32, 48)
+    mask = np.zeros(size, bool)
+    mask[:, :16, :16] = True
+    with pytest.raises(kvf.InputError, match=r"81 frames of 32x48 are too many .* at most 37 frames$"):
+        pipe(np.zeros((*size, 3), np.uint8), mask, source_prompt="a circle", prompt=PROMPT)
