@@ -10,6 +10,7 @@ from family_framepack import tiny_framepack
 from family_hunyuan_video import CASES, tiny_hunyuan, tiny_hunyuan_i2v, tiny_hunyuan_transformer
 from family_hunyuan_video15 import CASES as CASES_15
 from family_hunyuan_video15 import tiny_hunyuan15
+from family_motif import CASES as MOTIF
 
 import kvlock_fast as kvf
 from kvlock_fast.config import LockConfig
@@ -195,3 +196,13 @@ def test_steps_that_wait_for_values_are_not_captured(name):
     reason = why_not_captured(scene.model, LockConfig.preset("kvlock"), scene.solver)
     with pytest.raises(InputError, match=r"graph is 'on', but the steps cannot be captured: a forward of .* waits"):
         choose_capture("on", torch.device("cuda"), reason)
+
+
+@pytest.mark.parametrize("case", [CASES_15[0], MOTIF[0]], ids=lambda case: case.name)
+def test_a_guider_that_is_off_does_not_guide(case):
+    off = swapped(case.make(), guider=ClassifierFreeGuidance(enabled=False))
+    ours, guided, unguided = (
+        case.edit(pipe, steps=2, guidance_scale=scale) for pipe, scale in ((off, 4.0), (case.make(), 4.0), (off, 1.0))
+    )
+    assert torch.equal(ours.latents, unguided.latents) and not torch.equal(ours.latents, guided.latents)
+    assert ours.trace.forwards < guided.trace.forwards

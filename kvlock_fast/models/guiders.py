@@ -18,3 +18,8 @@ def check_guider(guider: Any) -> None:
             raise InputError(
                 f"the pipeline's guider {name} with {setting}={config[setting]!r} is not supported: {remedy}"
             )
+
+
+def is_on(guider: Any) -> bool:
+    """Whether a pipeline's guider guides: not without one, and not where it is switched off."""
+    return guider is not None and bool(guider.config.get("enabled", True))

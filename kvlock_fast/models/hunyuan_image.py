@@ -20,7 +20,7 @@ from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.guiders import check_guider
+from kvlock_fast.models.guiders import check_guider, is_on
 from kvlock_fast.models.image import ImageModel
 from kvlock_fast.models.packed import ATTENTION
 
@@ -60,9 +60,7 @@ class HunyuanImageModel(ImageModel):
 
     def guided(self, guidance_scale: float) -> bool:
         """Where there is a guider that is on, and the transformer is not told the scale."""
-        guider = self.pipe.guider
-        on = guider is not None and guider.config.get("enabled", True)
-        return on and guidance_scale > 1 and not self.config.guidance_embeds
+        return is_on(self.pipe.guider) and guidance_scale > 1 and not self.config.guidance_embeds
 
     def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
         """Evenly spaced sigmas."""

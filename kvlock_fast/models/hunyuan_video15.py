@@ -22,7 +22,7 @@ from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.guiders import check_guider
+from kvlock_fast.models.guiders import check_guider, is_on
 from kvlock_fast.models.pipeline_model import PipelineModel
 from kvlock_fast.models.pixels import decode_each, encode_mode
 
@@ -62,6 +62,10 @@ class HunyuanVideo15Model(PipelineModel):
     def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
         """Evenly spaced sigmas."""
         return {"sigmas": np.linspace(1.0, 0.0, num_steps + 1)[:-1]}
+
+    def guided(self, guidance_scale: float) -> bool:
+        """Whether a negative branch is run: where the guider is on."""
+        return is_on(self.pipe.guider) and guidance_scale > 1
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """Of words [n, L, C] and letters [n, M, D] with masks, and an image, in the transformer's dtype."""

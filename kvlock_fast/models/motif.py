@@ -20,7 +20,7 @@ from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.guiders import check_guider
+from kvlock_fast.models.guiders import check_guider, is_on
 from kvlock_fast.models.pipeline_model import PipelineModel
 from kvlock_fast.models.pixels import decode_each, encode_mode
 from kvlock_fast.models.shifts import shift_of
@@ -61,6 +61,10 @@ class MotifModel(PipelineModel):
         """Evenly spaced sigmas, and the shift for so many tokens."""
         t, h, w = self.geometry.token_grid(frames, height, width)
         return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": shift_of(self.pipe.scheduler, t * h * w)}
+
+    def guided(self, guidance_scale: float) -> bool:
+        """Whether a negative branch is run: where the guider is on."""
+        return is_on(self.pipe.guider) and guidance_scale > 1
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """text [n, L, C] in the text encoder's dtype, mask [n, L] of its tokens."""
