@@ -55,20 +55,10 @@ class NeighbourOptions:
     def _check_neighbours_together(self) -> None:
         """What does not go together, once every value is right by itself."""
         if self.method != "lock":
-            plain = {
-                "alpha": 0,
-                "omega": "constant",
-                "s_star": False,
-                "zero_init_steps": 0,
-                "compute": "full",
-                "halo": 0,
-            }
-            for name, wanted in plain.items():
-                value = getattr(self, name)
-                if value != wanted:
-                    raise ValueError(
-                        f"{name} {value!r} does not go with the method {self.method!r}: it must be {wanted!r}"
-                    )
+            for name, wanted in _PLAIN.items():
+                if getattr(self, name) != wanted:
+                    wrong = f"{name} {getattr(self, name)!r}"
+                    raise ValueError(f"{wrong} does not go with the method {self.method!r}: it must be {wanted!r}")
         if self.foreground_mix and self.compute == "foreground":
             raise ValueError(
                 f"foreground_mix {self.foreground_mix} does not go with compute 'foreground': its tokens see their own "
@@ -81,6 +71,8 @@ class NeighbourOptions:
             )
 
 
+_PLAIN = {"alpha": 0, "omega": "constant", "s_star": False, "zero_init_steps": 0, "compute": "full", "halo": 0}
+"""What a method of its own needs of the lock."""
 _ALONE: dict[str, Any] = {"alpha": 0.0, "omega": "constant", "s_star": False}
 
 NEIGHBOURS: dict[str, dict[str, Any]] = {

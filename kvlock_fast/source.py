@@ -66,9 +66,10 @@ def shift_latents(start: Tensor, fresh: Tensor, foreground: Tensor, ratio: float
     """
     chosen = foreground[0]
     x, noise = start[0][:, chosen].double(), fresh[0][:, chosen].double()
-    means, deviations = zip(*((part.mean(1, keepdim=True), part.std(1, keepdim=True, correction=0)) for part in (x, noise)),
-                            strict=True)  # fmt: skip
-    moved = deviations[1] * (x - means[0]) / deviations[0].clamp_min(1e-8) + means[1]
+    (spread, mean), (fresh_spread, fresh_mean) = (
+        torch.std_mean(part, dim=1, keepdim=True, correction=0) for part in (x, noise)
+    )
+    moved = fresh_spread * (x - mean) / spread.clamp_min(1e-8) + fresh_mean
     shifted = start.clone()
     shifted[0][:, chosen] = ((1 - ratio) * x + ratio * moved).to(start.dtype)
     return shifted

@@ -215,7 +215,7 @@ def test_a_cache_of_the_background_alone_is_refused(tmp_path):
     given = {"source_prompt": "a red circle", "num_inference_steps": 4}
     pipe = kvf.KVLockPipeline.from_pipe(tiny_wan())
     pipe.invert(a_video(), a_mask(), tmp_path / "c", lock=lock("proedit", foreground_mix=0.0), **given)
-    with pytest.raises(InputError, match="holds the background's tokens only, and foreground_mix 0.1 needs"):
+    with pytest.raises(InputError, match=r"holds the background's tokens only, and foreground_mix 0\.1 needs"):
         pipe(a_video(), a_mask(), prompt="a", lock=lock("proedit"), cache=CacheConfig(path=tmp_path / "c"), **given)
 
 

@@ -1,7 +1,7 @@
 """The loop of methods that change self-attention: the source rides along in the batch's first row, at its inversion.
 
-Every step is one forward of [source, unconditional, conditional] with a processor of the method's in each self-attention
-of the transformer; all else is plain classifier-free guidance and the scheduler's own step.
+Every step is one forward of [source, unconditional, conditional] with a processor of the method's in each
+self-attention of the transformer; all else is plain classifier-free guidance and the scheduler's own step.
 """
 
 from collections.abc import Callable

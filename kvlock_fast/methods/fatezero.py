@@ -4,8 +4,8 @@ For query i, with M_i = 1 on the foreground, in the first `inject_share` of the 
 
     A'_i = M_i A_i + (1 - M_i) A_src,i          out = A' V
 
-V is always the edit's own. The paper is of Stable Diffusion 1.4 and stores every map, 100 GB for 8 frames. A row of a map
-times V is the source's query and keys attending to the edit's values, so here no map is made or kept: the source's
+V is always the edit's own. The paper is of Stable Diffusion 1.4 and stores every map, 100 GB for 8 frames. A row of a
+map times V is the source's query and keys attending to the edit's values, so here no map is made or kept: the source's
 inversion rides along, and no size is too large.
 
 Adapted: maps are those of the video transformer's self-attention over space and time; the mask is the user's, where the

@@ -8,7 +8,7 @@ nearest neighbours, found by cosine similarity of the *source's* features, in th
 d in frames. In the first `inject_share` of the steps the edit's queries and keys are the source's (as the paper has by
 Plug-and-Play). The source's features are those of its inversion, step by step.
 
-Adapted from an image U-Net to video transformers: a frame is a slice of latent frames, `keyframe_stride` of which have one
+Adapted from an image U-Net to video transformers: a frame is a latent frame, and of `keyframe_stride` of them one is a
 keyframe; features are what the self-attention takes in; extended attention is the model's own attention over space and
 time, of the keyframes' tokens alone. Where the paper draws keyframes at random in each step, here they move on by one
 frame a step, so that a seed means the same as for the other methods. There is no mask in it, but
