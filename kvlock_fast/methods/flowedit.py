@@ -5,8 +5,8 @@ In the time of noise sigma, with fresh noise n at each step, x_src clean and z b
     z_src = (1 - sigma) x_src + sigma n        z_tgt = z + z_src - x_src
     z <- z + (sigma' - sigma) (v(z_tgt | prompt) - v(z_src | source prompt))
 
-averaged over `noise_samples` noises (n_avg); both velocities are guided, by scales of their own. `skip_steps` leaves
-out the first steps (n_max counts from the end), and the last `free_steps` (n_min) sample from z_tgt by the prompt alone.
+averaged over `noise_samples` noises (n_avg); both are guided, by scales of their own. `skip_steps` leaves out
+the first steps (n_max counts from the end); the last `free_steps` (n_min) sample from z_tgt by the prompt alone.
 With equal prompts and scales every difference is 0 and z stays the source, bit for bit.
 
 The paper has no mask and edits images; frames of a video are one sample here. With background_latents "source" the mask
