@@ -162,5 +162,3 @@ def _both_are_right(case: QualityCase, video: np.ndarray) -> bool:
     kept = judge(video, grow(beside, side // 16))
     stray = judge(video, ~(around | grow(beside, side // 12)))
     return kept.colour == case.other.colour and kept.presence >= 0.9 and stray.presence < 0.5
-
-
