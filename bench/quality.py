@@ -8,9 +8,9 @@
 
 The demo's world knows the answer: seven kinds of edit, three forms of mask (bench/quality_cases.py), the same cases for
 every row, the source's keys and values shared among rows. Columns: bench/quality_measures.py. Rows: a preset's name, or
-that with /model or /source for other background latents (bench/quality_rows.py). Every finished row of a case is kept in
-`--work`; the same command again makes what is missing and the same table. Writes bench/results/quality.json, quality.md
-and quality.png. `--first-seed` takes other held-out edits, to check the table by.
+that with /model or /source for other background latents (bench/quality_rows.py). Every finished row of a case is kept
+in `--work`; the same command again makes what is missing and the same table. Writes bench/results/quality.json,
+quality.md and quality.png. `--first-seed` takes other held-out edits, to check the table by.
 """
 
 from __future__ import annotations
