@@ -66,6 +66,7 @@ def make_plan(given: argparse.Namespace, rows: tuple[str, ...]) -> tuple[Plan, l
         subjects,
         given.work,
         given.vace,
+        videos=given.videos,
     )
     return plan, list(range(count))
 
@@ -97,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--guidance", type=float)
     made.add_argument("--first-seed", type=int, default=FIRST_SEED)
     made.add_argument("--workers", type=int, default=2, help="processes that share the cases; 1 on a GPU")
+    made.add_argument("--videos", type=Path, help="keep the edited videos there, for bench/vbench_bridge.py")
     made.add_argument("--work", type=Path, default=Path("out/bench/quality"))
     made.add_argument("--output", type=Path, default=RESULTS / "quality.json")
     return made

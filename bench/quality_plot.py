@@ -49,7 +49,7 @@ def _points(axes: Any, found: Found, column: str) -> None:
         axes.annotate(str(number), (x["mean"], scale * y["mean"]), xytext=(4, 4), textcoords="offset points", size=8)
     axes.set_xlabel("background PSNR, dB")
     axes.set_ylabel("edit is right, %" if column == "success" else "seam error")
-    axes.legend(fontsize=7, loc="best", ncols=2, handlelength=1)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.08), ncols=4, handlelength=1)
     axes.grid(alpha=0.3)
     axes.set_title("Means and 95 % intervals")
 

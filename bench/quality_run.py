@@ -19,10 +19,14 @@ from typing import Any
 import numpy as np
 
 from bench.quality_measures import PeakMemory, background_figures, consistency
-from bench.quality_rows import CEILING, Clip, Editors, edit, untrained_vace
+from bench.quality_rows import Clip, Editors, edit, untrained_vace
 from kvlock_fast.config import LockConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import write_text
+from kvlock_fast.media import write_video
+
+FPS = 8
+"""Of the videos that are kept."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Subject:
 @dataclass(frozen=True)
 class Plan:
     """What is run. locks: by row; subjects: where `subject(number)` is from, by name and arguments, as processes are
-    told of it; more: arguments of every edit.
+    told of it; more: arguments of every edit; videos: a folder for the edited videos, a folder a row.
     """
 
     model: str
@@ -57,6 +61,7 @@ class Plan:
     vace: str | None = None
     dtype: str = "auto"
     more: dict[str, Any] = field(default_factory=dict)
+    videos: Path | None = None
 
     @property
     def about(self) -> dict[str, Any]:
@@ -75,6 +80,10 @@ class Plan:
             known["vace"] = self.vace and weights_of(self.vace)
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
+    def video_of(self, row: str, name: str) -> Path | None:
+        """The file of an edited video, where they are kept."""
+        return None if self.videos is None else self.videos / row.replace("/", "-") / f"{name}.mp4"
+
 
 class CaseFile:
     """The finished rows of one case."""
@@ -90,9 +99,13 @@ class CaseFile:
             except (ValueError, KeyError) as error:
                 raise InputError(f"'{self.path}' is not a file of finished rows: {error}") from error
 
-    def has(self, row: str, digest: str) -> bool:
-        """Whether a row is there, made as it would be now."""
-        return self.rows.get(row, {}).get("digest") == digest
+    def has(self, row: str, digest: str, video: Path | None = None) -> bool:
+        """Whether a row is there, made as it would be now, and its video, where one is wanted."""
+        return self.rows.get(row, {}).get("digest") == digest and (video is None or video.is_file())
+
+    def figures_of(self, digest: str) -> dict[str, Any] | None:
+        """Those of any row that was made in the same way."""
+        return next((row["figures"] for row in self.rows.values() if row["digest"] == digest), None)
 
     def add(self, row: str, digest: str, figures: dict[str, Any], group: str) -> None:
         """A finished row; the file is whole at any time."""
@@ -127,18 +140,23 @@ class Worker:
         shared = plan.work / f"{subject.name}.source"
         try:
             for row, lock in plan.locks.items():
-                if not done.has(row, digests[row]):
-                    done.add(row, digests[row], self._figures(subject, lock, shared), subject.group)
+                video = plan.video_of(row, subject.name)
+                if not done.has(row, digests[row], video):
+                    figures = done.figures_of(digests[row]) if video is None else None
+                    done.add(row, digests[row], figures or self._figures(subject, lock, shared, video), subject.group)
         finally:
             shutil.rmtree(shared, ignore_errors=True)
         return time.perf_counter() - start
 
-    def _figures(self, subject: Subject, lock: LockConfig | None, shared: Path) -> dict[str, Any]:
+    def _figures(self, subject: Subject, lock: LockConfig | None, shared: Path, kept: Path | None) -> dict[str, Any]:
         plan = self.plan
         if lock is None:
             video, spent = self._round_trip(subject.answer)
         else:
             video, spent = edit(self.editors, subject.clip, lock, plan.steps, plan.guidance, shared, **plan.more)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_video(kept, video, FPS)
         figures: dict[str, Any] = background_figures(video, subject.clip.video, subject.clip.mask)
         if subject.is_right is not None:
             figures["success"] = bool(subject.is_right(video))
@@ -181,12 +199,6 @@ def weights_of(model: str) -> str:
     return fingerprint(folder) if folder.is_dir() else model
 
 
-def finished(plan: Plan, name: str) -> CaseFile | None:
-    """A case whose rows are all there; None if some are missing."""
-    found = CaseFile(plan.work, name)
-    return found if all(found.has(row, plan.digest_of(row)) for row in plan.locks) else None
-
-
 def run(plan: Plan, numbers: list[int], workers: int, say: Callable[[str], None] = print) -> None:
     """Make what is missing of these cases; says how long it will take once it knows."""
     plan.work.mkdir(parents=True, exist_ok=True)
@@ -205,8 +217,9 @@ def run(plan: Plan, numbers: list[int], workers: int, say: Callable[[str], None]
 
 def missing(plan: Plan, number: int, digests: dict[str, str]) -> int:
     """How many rows of a case are not there."""
-    done = CaseFile(plan.work, name_of(plan, number))
-    return sum(not done.has(row, digest) for row, digest in digests.items())
+    name = name_of(plan, number)
+    done = CaseFile(plan.work, name)
+    return sum(not done.has(row, digest, plan.video_of(row, name)) for row, digest in digests.items())
 
 
 def name_of(plan: Plan, number: int) -> str:
@@ -254,6 +267,3 @@ def gathered(plan: Plan, numbers: list[int]) -> tuple[dict[str, dict[str, dict[s
                 rows[row][done.path.stem] = done.rows[row]["figures"]
                 groups[done.path.stem] = done.group
     return rows, groups
-
-
-__all__ = ["CEILING", "CaseFile", "Plan", "Subject", "gathered", "run"]

@@ -32,7 +32,7 @@ from kvlock_fast.files import atomic_path, write_text
 RESULTS = Path(__file__).parent / "results" / "quality_sweeps.json"
 BASES = ("paper", "kvlock")
 SWEEPS: dict[str, tuple[Any, ...]] = {
-    "tau": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, "auto"),
+    "tau": (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, "auto"),
     "kappa": (0, 5, 10, 15, 20),
     "window": (2, 4, 10, 20),
     "b": (0.5, 1.0, 1.5, 2.0, 3.0),
