@@ -5,8 +5,9 @@
     python bench/step.py --quick                          # seconds; what the tests run
 
 Contenders are checked against each other, warmed up, then run in turns; a figure is a median over steps, without the
-first two of a run. Launches, host reads and allocations are a step's: kernels, waits and blocks on a GPU; operators,
-values asked for and new storages on a CPU. floor_ms: the least its forwards could take on an H200, by arithmetic.
+first two of a run. "fast": with processors="fast", all other rows with "generic". Launches, host reads and allocations
+are a step's: kernels, waits and blocks on a GPU; operators, values asked for and new storages on a CPU. floor_ms: the
+least its forwards could take on an H200, by arithmetic.
 """
 
 import argparse

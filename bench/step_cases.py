@@ -86,12 +86,16 @@ class Steps:
         found["lock in plain torch"] = self.plain
         if cuda:
             found["lock in plain torch, compiled"] = self.compiled
-        found["ours, lockstep"] = self.ours(CacheConfig(tier="lockstep"))
-        for tier in ("resident", "host"):
-            found[f"ours, {tier} fp8"] = self.ours(CacheConfig(tier=tier))
+        along, resident = CacheConfig(tier="lockstep"), CacheConfig(tier="resident")
+        found["ours, lockstep"], found["ours, resident fp8"] = self.ours(along), self.ours(resident)
+        found["ours, host fp8"] = self.ours(CacheConfig(tier="host"))
+        found["ours, lockstep, fast"] = self.ours(along, processors="fast")
+        found["ours, resident fp8, fast"] = self.ours(resident, processors="fast")
         if cuda:
-            found["ours, lockstep, captured"] = self.ours(CacheConfig(tier="lockstep"), "on")
-            found["ours, resident fp8, captured"] = self.ours(CacheConfig(tier="resident"), "on")
+            found["ours, lockstep, captured"] = self.ours(along, "on")
+            found["ours, resident fp8, captured"] = self.ours(resident, "on")
+            found["ours, lockstep, fast, captured"] = self.ours(along, "on", processors="fast")
+            found["ours, resident fp8, fast, captured"] = self.ours(resident, "on", processors="fast")
         return found
 
     def rows(self, name: str) -> int:
@@ -155,7 +159,12 @@ class Steps:
         return a * self.subject.clean + b * self.noise
 
     def ours(
-        self, cache: CacheConfig, graph: str = "off", lock: LockConfig | None = None, prompts: int = 1
+        self,
+        cache: CacheConfig,
+        graph: str = "off",
+        lock: LockConfig | None = None,
+        prompts: int = 1,
+        processors: str = "generic",
     ) -> Contender:
         """This project's loop; the source's own pass, where it is stored, is not marked."""
         lock = lock or self.lock
@@ -170,6 +179,7 @@ class Steps:
             solver = Solver(self.family(steps).scheduler, steps, self.device)
             frames = torch.from_numpy(self.subject.clip.video)
             scene = Scene(self.model, lock, solver, frames, len(frames), self.mask, "", None, None, loops)
+            scene.processors = processors
             scene.place(self.subject.clean, self.noise, None)
             texts = [Conditioning(text=x) for x in (self.prompt, self.negative, self.source_prompt)]
             texts[:2] = (x.expand(prompts) for x in texts[:2])

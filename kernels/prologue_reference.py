@@ -211,7 +211,7 @@ def _fp8_outputs(q: Tensor, k: Tensor, v: Tensor, norm: QKNorm) -> list[Tensor]:
     scales = _scales(q, norm, norm.q_weight, norm.q_bias), _scales(k, norm, norm.k_weight, norm.k_bias)
     codes = [_fp8_codes(x, scale) for x, scale in zip((q, k), scales, strict=True)]
     v_scale = _block_scales(v)
-    v_codes = _fp8_codes(v, v_scale).permute(0, 2, 3, 1)
+    v_codes = _fp8_codes(v, v_scale).permute(0, 2, 3, 1).contiguous()  # also where nothing is padded
     padded = F.pad(v_codes.view(torch.uint8), (0, -v.shape[1] % FP8_ALIGN)).view(torch.float8_e4m3fn)
     return [*codes, padded, *scales, v_scale]
 

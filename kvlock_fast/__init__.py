@@ -10,29 +10,48 @@ from kvlock_fast.version import __version__
 
 if TYPE_CHECKING:
     from kvlock_fast import ops
-    from kvlock_fast.capabilities import capabilities
+    from kvlock_fast.attachment import AttachedLock, attach
     from kvlock_fast.config import CacheConfig, LockConfig
     from kvlock_fast.errors import InputError
+    from kvlock_fast.guidance import KVLockGuidance
+    from kvlock_fast.installed import capabilities
+    from kvlock_fast.models.arch import ArchSpec
+    from kvlock_fast.modular import KVLockDenoiseStep, KVLockSourceStep, KVLockWanBlocks
     from kvlock_fast.pipeline import EditOutput, KVLockPipeline
 
 __all__ = [
+    "ArchSpec",
+    "AttachedLock",
     "CacheConfig",
     "EditOutput",
     "InputError",
+    "KVLockDenoiseStep",
+    "KVLockGuidance",
     "KVLockPipeline",
+    "KVLockSourceStep",
+    "KVLockWanBlocks",
     "LockConfig",
     "__version__",
+    "attach",
     "capabilities",
     "ops",
 ]
 
+# No module has the name of what it holds: once imported, it would stand in its place.
 _HOMES = {
+    "ArchSpec": "models.arch",
+    "AttachedLock": "attachment",
+    "attach": "attachment",
+    "KVLockGuidance": "guidance",
+    "KVLockDenoiseStep": "modular",
+    "KVLockSourceStep": "modular",
+    "KVLockWanBlocks": "modular",
     "CacheConfig": "config",
     "LockConfig": "config",
     "InputError": "errors",
     "KVLockPipeline": "pipeline",
     "EditOutput": "pipeline",
-    "capabilities": "capabilities",
+    "capabilities": "installed",
 }
 
 

@@ -91,6 +91,8 @@ def edit(
     _check_outputs(outputs, files, model, settings.cache.path)
     find_device(device)
     clip = read_clip(files.source, files.mask, files.max_frames, settings.mask_shape, files.audio)
+    for path in [*outputs, *([] if files.mask_preview is None else [files.mask_preview])]:
+        check_video_output(path, len(clip.video))
     settings = replace(settings, size=working_size(model, clip.video, settings.size))
     with progress_bar(quiet) as progress:
         show_mask = partial(_preview_edit, files.mask_preview, clip, settings)
@@ -162,6 +164,8 @@ def invert(
         refuse_same([("--source", source), ("--mask", mask), ("--json", json_file), ("--mask-preview", mask_preview)])
     find_device(device)
     clip = read_clip(source, mask, max_frames, settings.mask_shape, audio=False)
+    if mask_preview is not None:
+        check_video_output(mask_preview, len(clip.video))
     settings = replace(settings, size=working_size(model, clip.video, settings.size))
     with progress_bar(quiet) as progress:
         progress("load", 0, 1)

@@ -30,10 +30,7 @@ class Given:
 
 
 class Conditioning(Mapping[str, Tensor]):
-    """Tensors by name, all of `rows` samples along their first dimension.
-
-    filled: whether texts of different lengths are among them, which their mask tells apart.
-    """
+    """Tensors by name, all of `rows` samples along their first dimension."""
 
     def __init__(self, unmasked: str | None = None, /, **tensors: Tensor):
         """unmasked: the name of texts [n, L, C] that have a mask only where `cat` fills them up.
@@ -45,7 +42,6 @@ class Conditioning(Mapping[str, Tensor]):
             raise ValueError(f"conditioning must be of one number of samples, got {sorted(counts)}")
         self._tensors, self._unmasked = tensors, unmasked
         self.rows = counts.pop()
-        self.filled = False
 
     def __getitem__(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -69,14 +65,20 @@ class Conditioning(Mapping[str, Tensor]):
         return self._like({**self._tensors, **tensors})
 
     def _like(self, tensors: Mapping[str, Tensor]) -> "Conditioning":
-        other = Conditioning(self._unmasked, **tensors)
-        other.filled = self.filled
-        return other
+        return Conditioning(self._unmasked, **tensors)
 
     def _masked(self) -> "Conditioning":
         """With a mask, of all tokens where it had none."""
         text = None if MASK in self else self[self._unmasked]
         return self if text is None else self.replace(mask=text.new_ones(text.shape[:2], dtype=torch.bool))
+
+    @staticmethod
+    def fit(parts: Sequence["Conditioning"]) -> bool:
+        """Whether `cat` takes them: all of one length, or such as can be filled up."""
+        first = parts[0]
+        if MASK in first or first._unmasked is not None:
+            return True
+        return all(len({part[name].shape[1:2] for part in parts}) == 1 for name in first)
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
@@ -90,10 +92,7 @@ class Conditioning(Mapping[str, Tensor]):
             if len(lengths) > 1 or any(MASK in part for part in parts):
                 parts = [part._masked() for part in parts]
         first = parts[0]
-        together = first._like({name: _cat([part[name] for part in parts], MASK in first) for name in first})
-        lengths = {part[MASK].shape[1] for part in parts if MASK in first}
-        together.filled = len(lengths) > 1 or any(part.filled for part in parts)
-        return together
+        return first._like({name: _cat([part[name] for part in parts], MASK in first) for name in first})
 
 
 def _cat(tensors: Sequence[Tensor], masked: bool) -> Tensor:

@@ -80,7 +80,7 @@ class _Steps:
 
     def __init__(self, task: Task, predict: Predictor, parts: Sequence[Part], stepper: Stepper):
         self.task, self.predict, self.stepper = task, predict, stepper
-        self.timestep = predict.solver.timestep_at(0).clone()
+        self.timestep = predict.model.time_at(predict.solver, 0).clone()
         self.stretches = [part.stretch for part in parts]
         self.forwards = [
             StepForwards(replace(task, mask=part.stretch.mask), predict, part.path, part.stored, part.background,
@@ -114,7 +114,7 @@ class _Steps:
     def inputs(self, k: int) -> Iterator[Hashable]:
         """Step k's inputs, in place while the context is open; the kind of step it is, by which kernels it takes."""
         lock, steps = self.task.lock, self.predict.solver.num_steps
-        self.timestep.copy_(self.predict.solver.timestep_at(k))
+        self.timestep.copy_(self.predict.model.time_at(self.predict.solver, k))
         saturated: tuple[int, ...] = ()
         if self.saturation is not None and k >= lock.zero_init_steps and can_lock(lock, steps, k):
             saturated = self.saturation.samples(k)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from math import prod
 from typing import Any
 
 import torch
@@ -15,17 +14,20 @@ from kvlock_fast.foreground import Region
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.models.ranges import layer_ranges
+from kvlock_fast.models.sharding import shard_of
 from kvlock_fast.nvtx import span
 from kvlock_fast.solvers import Solver
 from kvlock_fast.trace import Recorder
 
-Combine = Callable[[Tensor, Tensor, float], Tensor]
-"""Of the conditional and the unconditional prediction and a guidance scale, in the order of a pipeline's own bits."""
+Combine = Callable[[Tensor, Tensor | None, float, Tensor, Tensor], Tensor]
+"""Of the conditional and the unconditional prediction (None without guidance), a guidance scale, the latents and their
+sigma: what goes to the scheduler, in the order of a pipeline's own bits.
+"""
 
 
-def classifier_free(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+def classifier_free(cond: Tensor, uncond: Tensor | None, scale: float, latents: Tensor, sigma: Tensor) -> Tensor:
     """As most of diffusers' pipelines guide."""
-    return uncond + scale * (cond - uncond)
+    return cond if uncond is None else uncond + scale * (cond - uncond)
 
 
 @dataclass(frozen=True)
@@ -106,10 +108,17 @@ class Predictor:
         self._exit.close()
 
     def use_background(self, background: Tensor) -> None:
-        """Read the same indices from this memory."""
+        """Keep and blend these tokens from now on."""
+        if background is self.background:
+            return
         self.background = background
         for lock in self.locks:
-            lock.state.background = background
+            lock.use_background(background)
+
+    def kept_tokens(self, background: Tensor, latents: Tensor) -> int:
+        """How many of the background's tokens of latents [..., T, H, W] this process keeps."""
+        shard = shard_of(self.locks[0].transformer)
+        return len(background if shard is None else shard.indices(background, self.model.tokens_of(latents)))
 
     def stage(self, k: int) -> int:
         """0, or 1 in the low-noise steps of a model that has two stages; for k = T too."""
@@ -129,9 +138,8 @@ class Predictor:
         which, timestep = self._count(k, latents, timestep)
         if not self.locks:
             return self.model.predict(which, latents, timestep, text)
-        patch = self.model.geometry.patch_size
-        tokens = prod(-(-size // p) for size, p in zip(latents.shape[2:], patch, strict=True))
-        with self.locks[which].forward(mode, weight, kept, tokens):
+        tokens, ahead = self.model.tokens_of(latents), self.model.tokens_ahead(latents)
+        with self.locks[which].forward(mode, weight, kept, tokens, ahead=ahead):
             return self.model.predict(which, latents, timestep, text)
 
     def foreground(
@@ -148,7 +156,7 @@ class Predictor:
         """Count the rows; which transformer serves step k, and its timestep."""
         self.recorder.forwards += latents.shape[0]
         which = self.model.transformer_of(self.stage(k))
-        return which, self.solver.timestep_at(k) if timestep is None else timestep
+        return which, self.model.time_at(self.solver, k) if timestep is None else timestep
 
 
 class Forwards:
@@ -158,7 +166,8 @@ class Forwards:
         """timestep: where each step's timestep is read from [], None for the solver's table."""
         self.task, self.predict, self.timestep = task, predict, timestep
         batching = task.lock.guidance_batching
-        together = task.lock.locks or predict.model.arch.one_call
+        told = [x for x in (task.source_prompt, task.negative, task.prompt) if x is not None]
+        together = (task.lock.locks or predict.model.arch.one_call) and Conditioning.fit(told)
         self.batched = batching == "batched" or (batching == "auto" and together)
 
     def run_along(

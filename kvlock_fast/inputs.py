@@ -130,20 +130,28 @@ def fit_to_model(
     return torch.from_numpy(np.ascontiguousarray(video)), torch.from_numpy(np.ascontiguousarray(mask)), count
 
 
-def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> None:
-    """Raise InputError for several frames of a model of images, and where the model's position codes end."""
+def refuse_frames(geometry: Geometry, frames: int) -> None:
+    """Raise InputError for several frames of a model of images."""
     if geometry.one_frame and frames > 1:
         raise InputError(f"the model makes images, which are videos of 1 frame, and the video has {frames} frames")
+
+
+def _check_extent(geometry: Geometry, frames: int, height: int, width: int) -> None:
+    """Raise InputError for several frames of a model of images, and where the model's position codes end."""
+    refuse_frames(geometry, frames)
     if geometry.knows(frames, height, width):
         return
     (down, across), (long, high, wide) = geometry.size_multiple(), geometry.limits
     alone = geometry.lone_frames
     most = None if long is None else geometry.temporal_stride * (long * geometry.patch_size[0] - alone) + alone
-    longest = "" if most is None else f"{most} frames and "
+    most_of = [] if most is None else [f"{most} frames"]
+    if high is not None or wide is not None:
+        sides = ("any" if side is None else side * step for side, step in ((high, down), (wide, across)))
+        most_of.append("x".join(map(str, sides)))
     way_out = ": give it a window" if most is not None and frames > most else ""
     raise InputError(
         f"{frames} frames of {height}x{width} are too many for this model: "
-        f"it takes at most {longest}{high * down}x{wide * across}{way_out}"
+        f"it takes at most {' and '.join(most_of)}{way_out}"
     )
 
 

@@ -95,13 +95,15 @@ class ProjectedMask:
 
     latents: [B, T, h, w] by pixels alone (with the model's lead-in); tokens: [B, S] in (t, h, w) raster order;
     token_latents: [B, T, h, w], the latents of the foreground tokens (what the model can change); patch_size: latents a
-    token, along each axis.
+    token, along each axis; beside: how many of the latent frames, at the end, hold something else than the video, such
+    as its sound: they are of no token.
     """
 
     latents: Tensor
     tokens: Tensor
     token_latents: Tensor
     patch_size: tuple[int, int, int] = (1, 1, 1)
+    beside: int = 0
 
     @property
     def share(self) -> float:
@@ -111,7 +113,9 @@ class ProjectedMask:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Tokens along each axis."""
-        return tuple(-(-size // patch) for size, patch in zip(self.latents.shape[1:], self.patch_size, strict=True))
+        frames, *size = self.latents.shape[1:]
+        sizes = (frames - self.beside, *size)
+        return tuple(-(-size // patch) for size, patch in zip(sizes, self.patch_size, strict=True))
 
     def distance(self, most: int) -> Tensor:
         """Of every token to the foreground of its frame, in tokens (rows, columns and diagonals): int [B, S].
@@ -126,12 +130,19 @@ class ProjectedMask:
         return distance.view(batch, -1)
 
     def on_latents(self, values: Tensor) -> Tensor:
-        """A value a token [B, S] as one a latent [B, T, h, w]."""
+        """A value a token [B, S] as one a latent [B, T, h, w], 0 in what lies beside the video."""
         values = values.view(-1, *self.grid)
         for dim, patch in enumerate(self.patch_size, start=1):
             values = values.repeat_interleave(patch, dim)
         _, frames, height, width = self.latents.shape
-        return values[:, :frames, :height, :width]
+        values = values[:, : frames - self.beside, :height, :width]
+        return F.pad(values, (0, 0, 0, 0, 0, self.beside)) if self.beside else values
+
+    def with_beside(self, frames: int) -> "ProjectedMask":
+        """The same, of latents that have so many frames at the end which are not the video's."""
+        longer = (F.pad(x, (0, 0, 0, 0, 0, frames)) for x in (self.latents, self.token_latents))
+        latents, token_latents = longer
+        return replace(self, latents=latents, token_latents=token_latents, beside=frames)
 
 
 def _any_pool(x: Tensor, size: tuple[int, int, int]) -> Tensor:

@@ -19,6 +19,7 @@ from kvlock_fast.files import user_cache_folder
 from kvlock_fast.foreground import sparse_steps
 from kvlock_fast.forwards import Task
 from kvlock_fast.models.arch import select_layers
+from kvlock_fast.models.locking import kv_sizes
 from kvlock_fast.scene import Scene
 from kvlock_fast.source_store import steps_to_store
 
@@ -35,6 +36,7 @@ class Way:
 
 def run_with_memory(run: Callable[[Way], Result], scene: Scene, task: Task, cache: CacheConfig, pipe: Any) -> Result:
     """`run` in the way that the planner chooses, and in smaller ones while memory runs out."""
+    cache = _what_layers_allow(scene, cache)
     planned = _plan(scene, task, cache, pipe)
     way = _first_way(planned, scene, cache)
 
@@ -47,6 +49,19 @@ def run_with_memory(run: Callable[[Way], Result], scene: Scene, task: Task, cach
         return [rung for rung in below if not named or (rung.format == format and rung.tier != "lockstep")]
 
     return _downwards(way, rungs, run, scene)
+
+
+def _what_layers_allow(scene: Scene, cache: CacheConfig) -> CacheConfig:
+    """Lockstep, with a warning, where a cache is asked for that layers of several sizes cannot have."""
+    if cache.tier in ("auto", "lockstep") or scene.saved is not None or not scene.lock.locks:
+        return cache
+    try:
+        for transformer in scene.model.transformers:
+            kv_sizes(transformer, scene.model.arch)
+    except InputError as error:
+        warnings.warn(f"{error}: the source is run along instead", InputWarning, stacklevel=4)
+        return replace(cache, tier="lockstep")
+    return cache
 
 
 def _plan(scene: Scene, task: Task, cache: CacheConfig, pipe: Any) -> Plan | None:

@@ -20,13 +20,14 @@ from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.forwards import Task
 from kvlock_fast.graph import GRAPH, CapturedLoops, choose_capture
 from kvlock_fast.inputs import check_numbers, check_texts, fit_to_model
-from kvlock_fast.masks import ProjectedMask, project_mask
+from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.memory import Way, run_with_memory
 from kvlock_fast.methods import refuse_method
 from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.arch import select_layers
 from kvlock_fast.models.compiling import COMPILE, compiled_blocks
 from kvlock_fast.models.fast import check_processors
+from kvlock_fast.parallel import CAPTURED, check_tokens, check_transformers
 from kvlock_fast.scene import Scene, edit_prompts
 from kvlock_fast.schedulers import check_scheduler
 from kvlock_fast.solvers import Solver
@@ -152,15 +153,16 @@ class KVLockPipeline:
             with _stage(recorder, progress, "text"):
                 texts = self._texts(prompts, negative_prompt, source_prompt, scene)
                 source_negative = scene.source_negative(negative_prompt or "")
-            scales = (guidance_scale, guidance_scale if guidance_scale_2 is None else guidance_scale_2)
-            task = Task(scene.mask, *texts, scales, scene.lock, self.model.latents_dtype, self.model.combine,
+            second = guidance_scale if guidance_scale_2 is None else guidance_scale_2
+            scales = tuple(self.model.omega0(scale) for scale in (guidance_scale, second))
+            task = Task(scene.mask, *texts, scales, scene.lock, self.model.latents_dtype, self.model.settle,
                         source_negative)  # fmt: skip
 
             def run(way: Way) -> tuple[Tensor, list[np.ndarray]]:
                 blocks = compiled_blocks(self.model.transformers, compile, self.model.arch.blocks)
                 with _stage(recorder, progress, "denoise"), blocks:
                     edited = edit_prompts(task, scene, way.cache, recorder, progress)
-                edited = self.model.finish(edited, task.prompt)
+                    edited = self.model.last_latents(edited, task.prompt)
                 _refuse_nan(recorder, prompts, scene.solver.num_steps)
                 if output == "latent":
                     return edited, []
@@ -168,7 +170,10 @@ class KVLockPipeline:
                     videos = self.model.decode(edited, len(scene.frames), tiled=way.tiled_decoding)
                 return edited, [video[: scene.count].numpy() for video in videos]
 
-            edited, decoded = run_with_memory(run, scene, task, cache, self.pipe) if ladder else run(Way(cache))
+            if ladder and not scene.shared:  # what one process has room for, another may not
+                edited, decoded = run_with_memory(run, scene, task, cache, self.pipe)
+            else:
+                edited, decoded = run(Way(cache))
         warmup, solver = max(0, scene.solver.num_steps - lock.kappa), scene.solver
         trace = recorder.finish(prompts, warmup, scene.mask, solver.timesteps, solver.sigmas)
         return EditOutput(decoded, edited.float(), trace, scene.mask)
@@ -214,7 +219,7 @@ class KVLockPipeline:
         recorder = Recorder(self.model.device)
         with self._scene(
             (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
-            lock, cache, recorder, progress, guidance_scale, processors=processors,
+            lock, replace(cache, tier="disk"), recorder, progress, guidance_scale, processors=processors,
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
                 text = self.model.condition_source([source_prompt], scene.given_source)
@@ -239,6 +244,7 @@ class KVLockPipeline:
         processors: str = "auto",
     ) -> Iterator[Scene]:
         """The source, encoded or taken from the cache that `cache` names; its files are open meanwhile."""
+        shard = check_transformers(self.model, lock, cache, noise)
         for transformer in self.model.transformers:
             count = len(self.model.arch.attentions(transformer))
             if len(select_layers(count, lock.layers)) < count and lock.compute == "foreground":
@@ -259,15 +265,18 @@ class KVLockPipeline:
             at_once = len(frames) if windows is None else windows.frames
             settings = self.model.timesteps_settings(num_steps, at_once, *frames.shape[1:3])
             solver = Solver(self.pipe.scheduler, num_steps, self.model.device, settings, lock.skip_steps)
-            refuse_method(lock, self.model, solver, cache, windows is not None)
+            parted = "window" if windows is not None else "context parallelism" if shard is not None else None
+            refuse_method(lock, self.model, solver, cache, parted)
             if solver.table is None and not lock.stock:
                 name = type(self.pipe.scheduler).__name__
                 message = f"scheduler {name} has no table of its steps: it is called itself, which is slower"
                 warnings.warn(message, InputWarning, stacklevel=4)
             several = "the clip goes through the model in stretches" if windows is not None else None
+            several = several if shard is None else CAPTURED
             loops = self._captured(graph, several or why_not_captured(self.model, lock, solver))
             with _stage(recorder, progress, "encode"):
                 mask = self._project(pixel_mask)
+                check_tokens(shard, mask, windows, self.model.geometry)
                 clean = None if saved is not None else self.model.encode_video(frames)
             if lock.compute == "foreground" and mask.tokens.all():
                 message = "mask covers every token: compute 'foreground' has nothing to leave out, computing in full"
@@ -276,7 +285,7 @@ class KVLockPipeline:
                 lock = replace(lock, compute="full", background_latents="source")
             scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved, windows, loops)
             scene.kept_loops, scene.pixels, scene.guidance_scale = self._loops, pixel_mask, guidance_scale
-            scene.processors = processors
+            scene.processors, scene.shared = processors, shard is not None
             scene.place(clean, *noise)
             yield scene
         except torch.OutOfMemoryError as error:  # outside of the ladder
@@ -308,7 +317,7 @@ class KVLockPipeline:
         return self._loops
 
     def _project(self, pixel_mask: Tensor) -> ProjectedMask:
-        projected = project_mask(self.model.may_change(pixel_mask).to(self.model.device), self.model.geometry)
+        projected = self.model.project(self.model.may_change(pixel_mask).to(self.model.device))
         if not projected.tokens.any():
             raise InputError("mask is empty: no pixel is marked as foreground")
         if projected.tokens.all():

@@ -16,7 +16,7 @@ from kvlock_fast.config import LockConfig
 from kvlock_fast.controller import can_lock, first_dynamic_step
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.foreground import sparse_steps
-from kvlock_fast.inputs import MOST_STEPS, nearest_size
+from kvlock_fast.inputs import MOST_STEPS, nearest_size, refuse_frames
 from kvlock_fast.kernels.quantize import FORMATS
 from kvlock_fast.masks import project_mask
 from kvlock_fast.media import fit_frames, fit_mask, read_mask
@@ -75,7 +75,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         dtype=DTYPES.get(settings.dtype),
         prompts=settings.prompts,
         edits=settings.edits,
-        guided=settings.guidance > 1,
+        guided=settings.guidance > 1 and model.two_branches,
         layers=select_layers(model.layers, settings.lock.layers),
         window=max(2, min(settings.lock.window, _taken(settings))),
         sparse_steps=sparse_steps(settings.lock, _taken(settings)),
@@ -166,7 +166,8 @@ def _foreground(path: str, mask: Any, model: ModelSize, frames: int, size: tuple
 
 
 def _check_extent(model: ModelSize, frames: int, size: tuple[int, int]) -> None:
-    """Raise InputError where the model's position codes end."""
+    """Raise InputError for several frames of a model of images, and where the model's position codes end."""
+    refuse_frames(model.geometry, frames)
     if not model.geometry.knows(frames, *size):
         raise InputError(
             f"{frames} frames of {size[0]}x{size[1]} are too many for {model.name}: "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
 import os
 import tempfile
@@ -47,7 +48,8 @@ def write_report(
     metrics: Metrics | Sequence[Metrics] | None = None,
     fps: Fraction | float = 16,
 ) -> None:
-    """Write one HTML file that needs nothing else: videos, differences, figures, plots, settings, command.
+    """Write one HTML file that needs nothing else: videos (images where they have one frame), differences, figures,
+    plots, settings, command.
 
     Args:
         source: uint8 `[F, H, W, 3]`; None leaves out what needs it.
@@ -61,12 +63,13 @@ def write_report(
     """
     edits = [edited] if isinstance(edited, np.ndarray) and edited.ndim == 4 else list(edited)
     count = max(len(edits), len(trace.get("prompts", [])), 1)
+    still = any(len(edit) == 1 for edit in edits)
     page = _template().render(
         version=__version__,
         prompts=_prompts(trace, count),
         clips=_clips(source, mask, edits, fps),
         heat=", ".join("rgb({}, {}, {})".format(*colour) for colour in heat_colours()[::15].tolist()),
-        figures=[_figures(one) for one in _measured(source, mask, edits, metrics)],
+        figures=[_figures(one, still) for one in _measured(source, mask, edits, metrics)],
         charts=charts.schedule_charts(trace, settings),
         facts=_facts(source if source is not None else next(iter(edits), None), mask, trace, fps),
         settings=_rows(settings),
@@ -112,18 +115,35 @@ def _prompts(trace: dict[str, Any], count: int) -> list[str]:
 
 
 def _clip(name: str, frames: np.ndarray, fps: Fraction | float) -> dict[str, Any]:
-    """A name, a size and the mp4 as a data URI; even sizes, because browsers do not all decode 4:4:4."""
+    """A name, a size and the mp4 as a data URI; even sizes, because browsers do not all decode 4:4:4.
+
+    still: whether it is a PNG, of one frame.
+    """
     shown = legible(at_most(frames, LARGEST))
+    if len(shown) == 1:
+        return {"name": name, "uri": _png(shown[0]), "height": shown.shape[1], "width": shown.shape[2], "still": True}
     shown = np.pad(shown, [(0, 0), (0, shown.shape[1] % 2), (0, shown.shape[2] % 2), (0, 0)], mode="edge")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "clip.mp4"
         write_video(file, shown, fps, quality=18)
         data = base64.b64encode(file.read_bytes()).decode()
-    return {"name": name, "uri": f"data:video/mp4;base64,{data}", "height": shown.shape[1], "width": shown.shape[2]}
+    size = {"height": shown.shape[1], "width": shown.shape[2]}
+    return {"name": name, "uri": f"data:video/mp4;base64,{data}", **size, "still": False}
 
 
-def _figures(values: Metrics) -> list[dict[str, Any]]:
-    """The tiles of one edit, by region: label, value, and what it is to be read against."""
+def _png(picture: np.ndarray) -> str:
+    """uint8 [H, W, 3] as a data URI."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture)).save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _figures(values: Metrics, still: bool = False) -> list[dict[str, Any]]:
+    """The tiles of one edit, by region: label, value, and what it is to be read against; still: an image, which
+    cannot flicker.
+    """
 
     def number(key: str, digits: int) -> str:
         value = values.get(key)
@@ -144,7 +164,7 @@ def _figures(values: Metrics) -> list[dict[str, Any]]:
         tiles = [
             ("PSNR", decibels(region), of_psnr),
             ("SSIM", number(f"{region}_ssim", 4), of_ssim),
-            ("Flicker", number(f"{region}_flicker", 2), calm),
+            *([] if still else [("Flicker", number(f"{region}_flicker", 2), calm)]),
         ]
         named = [(f"{region.capitalize()} {label}", value, note) for label, value, note in tiles]
         groups.append([dict(zip(("label", "value", "note"), tile, strict=True)) for tile in named])
@@ -157,7 +177,8 @@ def _facts(
     facts = []
     if video is not None:
         frames, height, width = video.shape[:3]
-        facts = [f"{frames} frames", f"{height}×{width}", f"{float(fps):.4g} fps"]
+        moving = [f"{frames} frames", f"{height}×{width}", f"{float(fps):.4g} fps"]
+        facts = moving if frames > 1 else [f"{height}×{width}"]
     if mask is not None:
         facts.append(f"mask {mask.mean():.1%}")
     records = trace.get("records", [])

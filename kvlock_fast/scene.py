@@ -19,7 +19,7 @@ from kvlock_fast.controller import can_lock, compares_with_source
 from kvlock_fast.denoise import Part, denoise
 from kvlock_fast.errors import InputError, InputWarning, OutputError
 from kvlock_fast.files import user_cache_folder
-from kvlock_fast.forwards import Combine, Predictor, Task
+from kvlock_fast.forwards import Predictor, Task
 from kvlock_fast.graph import CapturedLoops
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.methods import load_method
@@ -43,7 +43,8 @@ class Scene:
     frames: uint8 [F, H, W, 3]; count: how many of them to give back; saved: the cache that the user named; windows: of
     a clip that goes through the model in stretches; loops: where the steps are captured; kept_loops: those of earlier
     calls, whose memory can be had back; pixels: the mask bool [F, H, W]; guidance_scale: that of the call; processors:
-    by which attention forwards that lock go; generator: where noise is drawn from. `place` comes first.
+    by which attention forwards that lock go; shared: whether other processes have part of its tokens; generator: where
+    noise is drawn from. `place` comes first.
     """
 
     model: Any
@@ -62,6 +63,7 @@ class Scene:
     pixels: Tensor | None = None
     guidance_scale: float = 1.0
     processors: str = "auto"
+    shared: bool = False
     generator: torch.Generator | None = None
 
     def place(self, clean: Tensor | None, latents: Tensor | None, generator: torch.Generator | None) -> None:
@@ -161,7 +163,7 @@ class Scene:
         if negative is not None:
             prediction = partial(
                 _guided_prediction, prediction, partial(_own_prediction, predict, negative, self.stretches()),
-                self.model.combine, self.lock.source_guidance,
+                self.model.combine, self.model.omega0(self.lock.source_guidance),
             )  # fmt: skip
         return invert(self.clean, self.solver, prediction, self.lock.inversion_solver)
 
@@ -309,7 +311,7 @@ def _own_prediction(predict: Predictor, text: Conditioning, parts: list[Stretch]
 def _guided_prediction(
     cond: Callable[[Tensor, int], Tensor],
     uncond: Callable[[Tensor, int], Tensor],
-    combine: Combine,
+    combine: Callable[[Tensor, Tensor, float], Tensor],
     scale: float,
     latents: Tensor,
     k: int,

@@ -2,7 +2,8 @@
 
 x_k = a_k x0 + b_k n. A flow has a = 1 - sigma, b = sigma and predicts v = n - x0 ("flow_prediction"), or counts sigma
 from noise to data, a = sigma, b = 1 - sigma, and predicts x0 - n ("reversed_flow", as Mochi); a diffusion has
-a^2 + b^2 = 1 and predicts the noise n ("epsilon"), a n - b x0 ("v_prediction") or x0 itself ("sample").
+a^2 + b^2 = 1 and predicts the noise n ("epsilon"), a n - b x0 ("v_prediction") or x0 itself ("sample"). Where noise
+is added to a signal that stays, a = 1 and b = sigma, as Cosmos has it, the model says x0 ("exploding").
 """
 
 import copy
@@ -29,11 +30,17 @@ DIFFUSION_PREDICTIONS = ("epsilon", "v_prediction", "sample")
 NO_SETTINGS: Mapping[str, Any] = MappingProxyType({})
 FLOW = "flow_prediction"
 REVERSED_FLOW = "reversed_flow"
+EXPLODING = "exploding"
+EDM = "EDMEulerScheduler"
 
 
 def prediction_of(scheduler: Any) -> str:
-    """What a scheduler takes the model's output for: one of DIFFUSION_PREDICTIONS, or FLOW or REVERSED_FLOW."""
+    """What a scheduler takes the model's output for: one of DIFFUSION_PREDICTIONS, or FLOW, or REVERSED_FLOW, or
+    EXPLODING.
+    """
     config = getattr(scheduler, "config", {})
+    if "sigma_data" in config and type(scheduler).__name__ in (EDM, FLOW_SCHEDULERS[0]):
+        return EXPLODING  # the second as Cosmos 2's pipelines configure it
     diffusion = type(scheduler).__name__ in DIFFUSION_SCHEDULERS and not config.get("use_flow_sigmas")
     if diffusion:
         return config.get("prediction_type")
@@ -43,9 +50,9 @@ def prediction_of(scheduler: Any) -> str:
 def check_scheduler(scheduler: Any, flow: bool | str | None = None, shifts: bool = False) -> None:
     """Raise InputError unless the scheduler integrates an ODE from noise to data, without noise of its own.
 
-    flow: whether the model predicts a flow's velocity, "reversed" where its sigmas count from noise to data; None:
-    whatever the scheduler says; shifts: whether it is given a shift by resolution. One that is not known is tried: with
-    the true velocity it has to go down the line from noise to data.
+    flow: whether the model predicts a flow's velocity, "reversed" where its sigmas count from noise to data,
+    "exploding" where the signal stays; None: whatever the scheduler says; shifts: whether it is given a shift by
+    resolution. One that is not known is tried: with the true velocity it has to go down the line from noise to data.
     """
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     if config.get("use_dynamic_shifting") and not shifts:
@@ -64,6 +71,10 @@ def check_scheduler(scheduler: Any, flow: bool | str | None = None, shifts: bool
     if config.get("stochastic_sampling") or str(config.get("algorithm_type", "")).startswith("sde"):
         raise InputError(f"scheduler {name} adds noise at every step: the source's path would not be the edit's")
     kind = prediction_of(scheduler)
+    if EXPLODING in (kind, flow):
+        if kind != flow and flow is not None:
+            raise InputError(f"scheduler {name} is not supported: its noise is not what the model was trained on")
+        return
     if kind in DIFFUSION_PREDICTIONS:
         if flow:
             _refuse(name, kind, "the model predicts a flow's velocity", FLOW_SCHEDULERS)
@@ -125,6 +136,9 @@ def make_ready(
     """
     steps = () if "sigmas" in settings or "timesteps" in settings else (num_steps,)
     scheduler.set_timesteps(*steps, device=device, **settings)
+    config = getattr(scheduler, "config", {})
+    if type(scheduler).__name__ == FLOW_SCHEDULERS[0] and config.get("final_sigmas_type") == "sigma_min":
+        scheduler.sigmas[-1] = scheduler.sigmas[-2]  # as Cosmos 2's pipelines do
     if skip:
         scheduler.timesteps = scheduler.timesteps[skip:]
         if hasattr(scheduler, "sigmas"):
@@ -139,6 +153,9 @@ def noise_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
     if kind in (FLOW, REVERSED_FLOW):
         sigmas = scheduler.sigmas.float()
         return (1 - sigmas, sigmas) if kind == FLOW else (sigmas, 1 - sigmas)
+    if kind == EXPLODING:
+        sigmas = scheduler.sigmas.float()
+        return torch.ones_like(sigmas), sigmas
     if type(scheduler).__name__ in DDIM_SCHEDULERS:
         here, after = ddim_levels(scheduler)
         kept = torch.cat([here, after[-1:]])

@@ -25,6 +25,7 @@ def show_mask(
     check_json(json_file)
     refuse_same([("--source", source), ("--mask", mask), ("--output", output), ("--json", json_file)])
     clip = read_clip(source, mask, max_frames, shape)
+    check_video_output(output, len(clip.video))
     geometry = geometry_of(model)
     view = view_tokens(clip.video, clip.mask, geometry, working_size(model, clip.video, size), frames_policy)
     write_preview(output, view, clip.fps)

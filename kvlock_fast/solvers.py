@@ -12,6 +12,8 @@ from torch import Tensor
 
 from kvlock_fast.errors import InputError
 from kvlock_fast.schedulers import (
+    EDM,
+    EXPLODING,
     FLOW,
     NO_SETTINGS,
     REVERSED_FLOW,
@@ -55,7 +57,7 @@ class Solver:
         self._start = num_steps, device, settings, skip
         try:
             self.restart()
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # the second where it does not know one of the settings
             raise InputError(f"scheduler {name} cannot make {num_steps} steps: {error}") from error
         self.timesteps = self.scheduler.timesteps
         self.signal, self.sigmas = (x.to(device) for x in noise_levels(self.scheduler))
@@ -90,7 +92,21 @@ class Solver:
 
     def step(self, k: int, prediction: Tensor, sample: Tensor) -> Tensor:
         """x_{k+1} from the prediction at x_k; called once for each k, in order."""
+        if self.prediction == EXPLODING:
+            return self._step_down(k, prediction, sample)
         return self.scheduler.step(prediction, self.timesteps[k], sample, return_dict=False)[0]
+
+    def _step_down(self, k: int, clean: Tensor, sample: Tensor) -> Tensor:
+        """The same by the predicted clean latent, in the order of Cosmos' pipelines."""
+        step, timestep = self.scheduler.step, self.timesteps[k]
+        if type(self.scheduler).__name__ == EDM:
+            return step(clean, timestep, sample, return_dict=False, pred_original_sample=clean)[0]
+        noise = (sample - clean) / self.scheduler.sigmas[k]
+        return step(noise, timestep, sample, return_dict=False)[0]
+
+    def start(self, noise: Tensor) -> Tensor:
+        """What denoising starts from: the noise, as wide as the scheduler has it then."""
+        return noise * self.scheduler.config.sigma_max if self.prediction == EXPLODING else noise
 
     def add_noise(self, k: int, clean: Tensor, noise: Tensor) -> Tensor:
         """x_k of a clean latent: a_k clean + b_k noise, fp32; k = T is where the last step ends."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.errors import InputError
+from kvlock_fast.schedulers import EXPLODING
 from kvlock_fast.solvers import Solver
 
 Prediction = Callable[[Tensor, int], Tensor]
@@ -29,7 +30,7 @@ def renoise(clean: Tensor, noise: Tensor, solver: Solver) -> SourcePath:
     clean, noise: [1, C, T, H, W] fp32. Where first steps are left out, the edit starts from x_0, not from n.
     """
     noisy = [solver.add_noise(k, clean, noise) for k in range(solver.num_steps)]
-    return SourcePath(torch.stack([*noisy, clean]), noisy[0] if solver.skip else noise)
+    return SourcePath(torch.stack([*noisy, clean]), noisy[0] if solver.skip else solver.start(noise))
 
 
 def invert(clean: Tensor, solver: Solver, predict: Prediction, method: str = "euler") -> SourcePath:
@@ -39,9 +40,10 @@ def invert(clean: Tensor, solver: Solver, predict: Prediction, method: str = "eu
     is one of a diffusion) or "heun". Raises InputError where the model predicts the clean latent: at its own, it says
     nothing of the noise.
     """
-    if solver.prediction == "sample":
+    if solver.prediction in ("sample", EXPLODING):
+        kind = solver.prediction
         raise InputError(
-            "source_path 'invert' cannot start from a scheduler of prediction type 'sample': use 'renoise'"
+            f"source_path 'invert' cannot start from a scheduler of prediction type {kind!r}: use 'renoise'"
         )
     path = [clean]
     for k in reversed(range(solver.num_steps)):

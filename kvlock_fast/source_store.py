@@ -97,7 +97,8 @@ class SourceMaker:
         sizes = {kv_sizes(t, model.arch) for t in model.transformers}
         if len(sizes) > 1:
             raise InputError(f"the model's transformers have self-attentions of different sizes: {sorted(sizes)}")
-        shape = KVShape(predict.locks[0].layers, len(source.background), *sizes.pop())
+        kept = predict.kept_tokens(source.background, source.path.start)
+        shape = KVShape(predict.locks[0].layers, kept, *sizes.pop())
         self.layout = StepLayout.usual(shape, cache.format, model.transformers[0].dtype)
 
     @property

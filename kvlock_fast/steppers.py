@@ -149,7 +149,8 @@ class SchedulerStepper:
             prediction, s_star, variance = torch.zeros_like(self.latents), controller.ones, controller.no_variance
             controller.skip()
         else:
-            prediction, s_star = guide(task, cond, uncond, omega, self.omega0[k])
+            at = self.latents, solver.sigmas[k]
+            prediction, s_star = guide(task, cond, uncond, omega, self.omega0[k], *at)
             clean = solver.predict_clean(k, prediction, self.latents)
             source_clean = None if source is None else solver.predict_clean(k, source, source_latent)
             variance = controller.observe(clean, source_clean)
@@ -213,15 +214,16 @@ def keep_background(task: Task, latents: Tensor, source_latent: Tensor) -> Tenso
     return torch.where(task.mask.token_latents[:, None], latents, source_latent.to(latents.dtype))
 
 
-def guide(task: Task, cond: Tensor, uncond: Tensor | None, omega: Tensor, omega0: float) -> tuple[Tensor, Tensor]:
-    """The guided prediction and s*: eps = s* eps_u + omega (eps_c - s* eps_u)."""
+def guide(
+    task: Task, cond: Tensor, uncond: Tensor | None, omega: Tensor, omega0: float, latents: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The guided prediction at these latents and s*: eps = s* eps_u + omega (eps_c - s* eps_u)."""
     lock, ones = task.lock, torch.ones_like(omega)
     if not lock.stock:  # in fp32, or the scheduler would round the latents to the model's dtype
         cond, uncond = cond.float(), None if uncond is None else uncond.float()
-    if uncond is None:
-        return cond, ones
-    if lock.stock_guidance or not task.guided(omega0):  # in the order of diffusers, whose bits they then are
-        return task.combine(cond, uncond, omega0), ones
+    if uncond is None or lock.stock_guidance or not task.guided(omega0):
+        # In the order of diffusers, whose bits they then are.
+        return task.combine(cond, uncond, omega0, latents, sigma), ones
     s_star = ones
     if lock.s_star:
         where = task.mask.token_latents[:, None] if lock.projection_region == "foreground" else None

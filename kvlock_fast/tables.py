@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.errors import InputError
-from kvlock_fast.schedulers import ddim_levels
+from kvlock_fast.schedulers import EDM, EXPLODING, ddim_levels, prediction_of
 
 X, V, CORRECTED, PAST = 0, 1, 2, 3
 CLEAN, NEXT, KEPT = 0, 1, 2
@@ -42,10 +42,19 @@ def solver_table(scheduler: Any) -> Tensor:
 
 def _flow_euler(scheduler: Any) -> Tensor:
     """x0hat = x - sigma v, or x + (1 - sigma) v where time is reversed;  x' = x + (sigma' - sigma) v."""
+    if prediction_of(scheduler) == EXPLODING:
+        return _exploding_euler(scheduler)
     sigma, after = (s.double().cpu() for s in (scheduler.sigmas[:-1], scheduler.sigmas[1:]))
     ones = torch.ones_like(sigma)
     to_clean = 1 - sigma if scheduler.config.get("invert_sigmas") else -sigma
     return _one_step(clean=(ones, to_clean), next=(ones, after - sigma))
+
+
+def _exploding_euler(scheduler: Any) -> Tensor:
+    """x0hat is the prediction;  x' = x + (sigma' - sigma) (x - x0hat) / sigma."""
+    sigma, after = (s.double().cpu() for s in (scheduler.sigmas[:-1], scheduler.sigmas[1:]))
+    kept = after / sigma
+    return _one_step(clean=(torch.zeros_like(sigma), torch.ones_like(sigma)), next=(kept, 1 - kept))
 
 
 def _ddim(scheduler: Any) -> Tensor:
@@ -71,6 +80,7 @@ def clean_and_noise(prediction: str, signal: Tensor, noise: Tensor) -> tuple[Wei
         "epsilon": lambda: ((1 / signal, -noise / signal), (zeros, ones)),
         "v_prediction": lambda: ((signal, -noise), (noise, signal)),
         "sample": lambda: ((zeros, ones), (1 / noise, -signal / noise)),
+        EXPLODING: lambda: ((zeros, ones), (1 / noise, -signal / noise)),
     }[prediction]()
 
 
@@ -120,6 +130,7 @@ IGNORED = {("CogVideoXDDIMScheduler", "clip_sample")}
 
 TABLES: dict[str, Callable[[Any], Tensor]] = {
     "FlowMatchEulerDiscreteScheduler": _flow_euler,
+    EDM: _exploding_euler,
     "DDIMScheduler": _ddim,
     "CogVideoXDDIMScheduler": _ddim,
     "UniPCMultistepScheduler": _multistep,

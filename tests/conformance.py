@@ -14,7 +14,6 @@ from torch import Tensor
 
 import kvlock_fast as kvf
 from kvlock_fast.conditioning import Conditioning, Given
-from kvlock_fast.masks import project_mask
 from kvlock_fast.models import wrap_pipeline
 from kvlock_fast.models.locking import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.solvers import Solver
@@ -31,8 +30,9 @@ class Case:
     size: frames, height, width in pixels; more: arguments of diffusers' own pipeline; guidance: a scale with an effect;
     guided: whether it means two branches; unguided: a scale that means one, None where there is none; dtypes: of all
     but the autoencoder; blend: where K and V at an attention call are not [B, H, tokens, D] with the video's tokens at
-    one end, what does there as `blend_at_call`; calls: attention calls a layer; tolerance: of the lock against blending
-    at the attention call, in fp32; frames: diffusers' own pixels, where a call's own output is not a list of videos;
+    one end, what does there as `blend_at_call`; calls: attention calls a layer; text_alone: a module whose attentions
+    are of the text to itself; tolerance: of the lock against blending at the attention call, in fp32; frames:
+    diffusers' own pixels, where a call's own output is not a list of videos;
     without: tests of the suite that the case cannot take, by name, each with the reason.
     """
 
@@ -48,6 +48,7 @@ class Case:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     blend: Callable[..., Tensor] | None = None
     calls: int = 1
+    text_alone: str | None = None
     tolerance: float = 1e-6
     frames: Callable[[Any, "StockCall"], np.ndarray] | None = None
     without: dict[str, str] = field(default_factory=dict)
@@ -112,7 +113,7 @@ class Scene:
         self.model = wrap_pipeline(self.pipe)
         self.transformer = self.model.transformers[0]
         frames, pixels = torch.from_numpy(case.video()), torch.from_numpy(case.mask())
-        self.mask = project_mask(pixels, self.model.geometry)
+        self.mask = self.model.project(pixels)
         self.inside = self.mask.tokens[0]
         self.given = Given(frames, pixels, self.mask, case.guidance)
         settings = self.model.timesteps_settings(case.steps, *case.size)
@@ -130,11 +131,16 @@ class Scene:
 
     def predict(self, latents: Tensor, told: Conditioning) -> Tensor:
         """The first transformer's."""
-        return self.model.predict(0, latents, self.solver.timestep_at(self.case.steps // 2), told).float()
+        return self.model.predict(0, latents, self.model.time_at(self.solver, self.case.steps // 2), told).float()
 
     @property
     def tokens(self) -> int:
         return len(self.inside)
+
+    @property
+    def ahead(self) -> int | None:
+        """How many tokens lie in front of the video's."""
+        return self.model.tokens_ahead(self.latents)
 
     def lock(self, background: Tensor | None = None) -> TransformerLock:
         return TransformerLock(self.transformer, self.model.arch, background=background)
@@ -143,7 +149,7 @@ class Scene:
         """Keys and values of a forward of the source at these latents."""
         lock, kept = self.lock(background), {}
         try:
-            with torch.no_grad(), lock.forward(Mode.CAPTURE, kept=kept, tokens=self.tokens):
+            with torch.no_grad(), lock.forward(Mode.CAPTURE, kept=kept, tokens=self.tokens, ahead=self.ahead):
                 self.predict(latents, self.told[1])
         finally:
             lock.detach()
@@ -156,7 +162,7 @@ class Scene:
 def blend_at_call(x: Tensor, source: Tensor, scene: Scene, alpha: float) -> Tensor:
     """K or V [B, H, tokens, D] at an attention call, blended by the definition in fp64."""
     others = x.shape[2] - scene.tokens
-    first = others if scene.model.arch.text == "prefix" else 0
+    first = others if scene.model.arch.text == "prefix" else scene.ahead or 0
     video = slice(first, first + scene.tokens)
     weight = torch.where(scene.inside, 0.0, alpha).double()[:, None]
     mixed = x.double().clone()
@@ -167,9 +173,16 @@ def blend_at_call(x: Tensor, source: Tensor, scene: Scene, alpha: float) -> Tens
 @contextmanager
 def attention_calls(scene: Scene, change: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]):
     """`change(number, k, v)` in front of each attention of the video's tokens to themselves; counts in the list."""
-    plain, seen = torch.nn.functional.scaled_dot_product_attention, []
+    plain, seen, aside = torch.nn.functional.scaled_dot_product_attention, [], []
+    hooks = []
+    if scene.case.text_alone is not None:
+        module = scene.transformer.get_submodule(scene.case.text_alone)
+        hooks.append(module.register_forward_pre_hook(lambda *_: aside.append(1)))
+        hooks.append(module.register_forward_hook(lambda *_: aside.clear()))
 
     def attention(query, key, value, *args, **kwargs):
+        if aside:
+            return plain(query, key, value, *args, **kwargs)
         is_own = query.shape[-2] == key.shape[-2] and key.shape[-2] >= scene.tokens
         if is_own or (scene.case.blend is not None and query.shape[-2] == key.shape[-2]):
             changed = change(len(seen), key, value)
@@ -183,6 +196,8 @@ def attention_calls(scene: Scene, change: Callable[[int, Tensor, Tensor], tuple[
         yield seen
     finally:
         torch.nn.functional.scaled_dot_product_attention = plain
+        for hook in hooks:
+            hook.remove()
 
 
 def all_cases() -> list[Case]:

@@ -7,13 +7,14 @@ from images import image_arguments, tiny_autoencoder, tiny_clip, tiny_t5
 from tiny import tiny_tokenizer
 
 
-def tiny_flux(guidance_embeds: bool = True, scheduler=None) -> FluxPipeline:
+def tiny_flux(guidance_embeds: bool = True, scheduler=None, **changes) -> FluxPipeline:
     """guidance_embeds: whether the transformer is told the scale, as dev; else as schnell."""
     torch.manual_seed(0)
-    transformer = FluxTransformer2DModel(
-        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=16, pooled_projection_dim=12, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
-    ).eval()  # fmt: skip
+    config = {
+        "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 16, "pooled_projection_dim": 12, "axes_dims_rope": (4, 6, 6),
+    }  # fmt: skip
+    transformer = FluxTransformer2DModel(**{**config, "guidance_embeds": guidance_embeds, **changes}).eval()
     shifts = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_image_seq_len=16, max_image_seq_len=64)
     pipe = FluxPipeline(
         scheduler=scheduler or (shifts if guidance_embeds else FlowMatchEulerDiscreteScheduler()),

@@ -1,6 +1,9 @@
 """HunyuanVideo as the conformance suite takes it."""
 
+from functools import partial
+
 import torch
+from conformance import Case
 from diffusers import (
     AutoencoderKLHunyuanVideo,
     FlowMatchEulerDiscreteScheduler,
@@ -8,6 +11,7 @@ from diffusers import (
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
 )
+from PIL import Image
 from tiny import WORDS, tiny_tokenizer
 from transformers import (
     CLIPImageProcessor,
@@ -108,3 +112,58 @@ def tiny_hunyuan_i2v(kind: str, scheduler=None, **transformer) -> HunyuanVideoIm
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def stock(pipe, call):
+    """diffusers' own latents, whole: image-to-video of kind "latent_concat" gives back all but the first frame."""
+    steps = []
+    _call(pipe, call, callback_on_step_end=lambda pipe, k, timestep, given: steps.append(given["latents"]) or given)
+    return steps[-1]
+
+
+def stock_frames(pipe, call):
+    """diffusers' own pixels, whole."""
+    decode, decoded = pipe.vae.decode, []
+    pipe.vae.decode = lambda *args, **kwargs: decoded.append(decode(*args, **kwargs)) or decoded[-1]
+    try:
+        _call(pipe, call)
+    finally:
+        del pipe.vae.decode
+    return pipe.video_processor.postprocess_video(decoded[-1][0], output_type="np")[0]
+
+
+def _call(pipe, call, **more):
+    arguments = dict(call.arguments)
+    if isinstance(pipe, HunyuanVideoImageToVideoPipeline):
+        arguments["image"] = Image.fromarray(call.case.video()[0])
+    if not pipe.transformer.config.guidance_embeds:
+        arguments["true_cfg_scale"] = arguments["guidance_scale"]
+    return pipe(**arguments, **more)
+
+
+CASES = [
+    Case("hunyuan-video", tiny_hunyuan, stock, guided=False, frames=stock_frames, text_alone="context_embedder"),
+    Case(
+        "hunyuan-video-cfg",
+        partial(tiny_hunyuan, guidance_embeds=False),
+        stock,
+        frames=stock_frames,
+        text_alone="context_embedder",
+    ),
+    Case(
+        "hunyuan-video-i2v-concat",
+        partial(tiny_hunyuan_i2v, "latent_concat", guidance_embeds=False),
+        stock,
+        frames=stock_frames,
+        text_alone="context_embedder",
+    ),
+    Case(
+        "hunyuan-video-i2v-replace",
+        partial(tiny_hunyuan_i2v, "token_replace"),
+        stock,
+        guided=False,
+        frames=stock_frames,
+        text_alone="context_embedder",
+        without={"test_encoding_is_the_inverse_of_what_decoding_does_to_latents": "the first frame is encoded apart"},
+    ),
+]

@@ -1,6 +1,9 @@
 """HunyuanVideo 1.5 as the conformance suite takes it."""
 
+from functools import partial
+
 import torch
+from conformance import Case
 from diffusers import (
     AutoencoderKLHunyuanVideo15,
     ClassifierFreeGuidance,
@@ -9,6 +12,7 @@ from diffusers import (
     HunyuanVideo15Pipeline,
     HunyuanVideo15Transformer3DModel,
 )
+from PIL import Image
 from tiny import WORDS, tiny_tokenizer
 from transformers import (
     ByT5Tokenizer,
@@ -31,9 +35,9 @@ def tiny_hunyuan15(image: bool = False, scheduler=None, **transformer):
     config = {
         "in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 10, "num_layers": 3,
         "num_refiner_layers": 1, "text_embed_dim": 16, "text_embed_2_dim": 8, "image_embed_dim": 8,
-        "rope_axes_dim": (2, 4, 4), "target_size": 40,
+        "rope_axes_dim": (2, 4, 4), "target_size": 80,
     }  # fmt: skip
-    parts = {"image_encoder": _eyes(), "feature_extractor": _feature_extractor()} if image else {}
+    parts = {"image_encoder": tiny_eyes(), "feature_extractor": tiny_feature_extractor()} if image else {}
     pipe = (HunyuanVideo15ImageToVideoPipeline if image else HunyuanVideo15Pipeline)(
         text_encoder=_qwen(),
         tokenizer=_chat_tokenizer(),
@@ -79,7 +83,7 @@ def _letters() -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=384, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)).eval()
 
 
-def _eyes() -> SiglipVisionModel:
+def tiny_eyes() -> SiglipVisionModel:
     torch.manual_seed(4)
     return SiglipVisionModel(
         SiglipVisionConfig(
@@ -88,5 +92,38 @@ def _eyes() -> SiglipVisionModel:
     ).eval()
 
 
-def _feature_extractor() -> SiglipImageProcessor:
+def tiny_feature_extractor() -> SiglipImageProcessor:
     return SiglipImageProcessor(size={"height": 8, "width": 8})
+
+
+def stock(pipe, call):
+    """diffusers' own latents."""
+    return _call(pipe, call)
+
+
+def stock_frames(pipe, call):
+    """diffusers' own pixels."""
+    return _call(pipe, call)[0]
+
+
+def _call(pipe, call):
+    arguments = dict(call.arguments)
+    pipe.guider = ClassifierFreeGuidance(guidance_scale=arguments.pop("guidance_scale"))
+    if isinstance(pipe, HunyuanVideo15ImageToVideoPipeline):
+        arguments["image"] = Image.fromarray(call.case.video()[0])
+        del arguments["height"], arguments["width"]
+    return pipe(**arguments).frames
+
+
+SIZE = 9, 64, 96
+CASES = [
+    Case("hunyuan-video-1.5", tiny_hunyuan15, stock, size=SIZE, frames=stock_frames, text_alone="context_embedder"),
+    Case(
+        "hunyuan-video-1.5-i2v",
+        partial(tiny_hunyuan15, image=True),
+        stock,
+        size=SIZE,
+        frames=stock_frames,
+        text_alone="context_embedder",
+    ),
+]

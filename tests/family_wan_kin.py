@@ -8,6 +8,7 @@ from conformance import Case
 from diffusers import (
     ChronoEditPipeline,
     ChronoEditTransformer3DModel,
+    LucyEditPipeline,
     SkyReelsV2ImageToVideoPipeline,
     SkyReelsV2Pipeline,
     SkyReelsV2Transformer3DModel,
@@ -88,6 +89,10 @@ def vace(count=1):
     return of(WanVACEPipeline, *transformers, boundary_ratio=0.5 if count == 2 else None)
 
 
+def lucy():
+    return of(LucyEditPipeline, transformer(WanTransformer3DModel, in_channels=8), expand_timesteps=True)
+
+
 def skyreels():
     return of(SkyReelsV2Pipeline, transformer(SkyReelsV2Transformer3DModel))
 
@@ -120,6 +125,10 @@ def all_but_the_mask(case):
     return {"video": torch.where(mask, 0.5, video)[None], "mask": mask.float()[None]}
 
 
+def whole_video(case):
+    return {"video": [Image.fromarray(frame) for frame in case.video()]}
+
+
 def case(name, make, shown=None, length=12, size=(9, 32, 48), **more):
     """shown: what diffusers' own pipeline is given of the case's video; length: tokens of text."""
     whole = Case(name, make, stock, size=size)
@@ -138,6 +147,7 @@ CASES = [
     case("wan-vace-2.2", partial(vace, 2), all_but_the_mask),
     case("skyreels-v2", skyreels),
     case("skyreels-v2-i2v", skyreels_i2v, first_frame, 512),
+    case("lucy-edit", lucy, whole_video),
     case("chronoedit", chronoedit, first_frame, 512, size=(5, 32, 48)),
     case("chronoedit-reasoning", chronoedit, first_frame, 512, **REASONED),
 ]

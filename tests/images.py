@@ -13,7 +13,7 @@ from transformers import (
 
 
 def tiny_autoencoder(kind, channels: int = 4, **changes):
-    """Four pixels a latent."""
+    """Four pixels a latent; a change to None leaves it out."""
     torch.manual_seed(1)
     config = {
         "block_out_channels": (4, 4, 4), "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -21,7 +21,8 @@ def tiny_autoencoder(kind, channels: int = 4, **changes):
         "norm_num_groups": 2, "scaling_factor": 0.7, "shift_factor": 0.3, "use_quant_conv": False,
         "use_post_quant_conv": False,
     }  # fmt: skip
-    return kind(**{**config, **changes}).eval()
+    config = {name: value for name, value in {**config, **changes}.items() if value is not None}
+    return kind(**config).eval()
 
 
 def tiny_clip(width: int, kind=CLIPTextModel, **changes):

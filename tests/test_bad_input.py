@@ -279,8 +279,8 @@ MODELS = {
     "an empty folder": ("--model empty", "'empty'", empty_folder),
     "another family": (
         "--model other",
-        "is a MochiPipeline, of no known family",
-        other_model("model_index.json", '{"_class_name": "MochiPipeline"}'),
+        "is a StableDiffusionPipeline, of no known family",
+        other_model("model_index.json", '{"_class_name": "StableDiffusionPipeline"}'),
     ),
     "a broken index": ("--model other", "'other'", other_model("model_index.json", "{")),
     "a broken config": ("--model other", "'other'", other_model("transformer/config.json", "{")),

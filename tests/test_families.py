@@ -92,7 +92,7 @@ def test_encoding_is_the_inverse_of_what_decoding_does_to_latents(case, monkeypa
     latents = scene.model.encode_video(torch.from_numpy(case.video()))
     frames = scene.model.decode(latents, case.size[0])
     assert frames.shape == (1, *case.size, 3) and frames.dtype == torch.uint8
-    torch.testing.assert_close(given[0].view(-1), modes[0].view(-1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(given[0].flatten(), modes[0].flatten(), rtol=1e-4, atol=1e-5)
     assert modes[0].std() > 0
 
 
@@ -116,12 +116,12 @@ def test_locking_is_blending_at_the_attention_call(case, alpha):
 
     background = (~scene.inside).nonzero()[:, 0]
     kept, lock = scene.kept(scene.source, background), scene.lock(background)
-    with lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens):
+    with lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens, ahead=scene.ahead):
         stored = scene.predict(scene.latents, told)
     rows = torch.cat([scene.source, scene.latents])
-    with lock.forward(Mode.IN_BATCH, scene.weight(alpha), tokens=scene.tokens):
+    with lock.forward(Mode.IN_BATCH, scene.weight(alpha), tokens=scene.tokens, ahead=scene.ahead):
         along = scene.predict(rows, type(told).cat([of_source, told]))[1:]
-    assert lock.state.fired == 2 * layers
+    assert lock.state.fired.total() == 2 * layers
     with lock.forward(Mode.OFF):
         assert torch.equal(scene.predict(scene.latents, told), plain)
     lock.detach()
@@ -185,13 +185,14 @@ def test_a_pixel_reaches_the_tokens_that_the_mask_says(case):
     pixels = rng.random(case.size) < 1e-3
     pixels[tuple(rng.integers(case.size))] = True
     grid, expected = geometry.token_grid(*case.size), []
-    lead = scene.source.shape[2] - len({latent_frame(geometry, f) for f in range(case.size[0])})
+    sizes = (scene.source.shape[2] - scene.mask.beside, *scene.source.shape[3:])
+    lead = sizes[0] - len({latent_frame(geometry, f) for f in range(case.size[0])})
     for f, y, x in np.argwhere(pixels):
         at = latent_frame(geometry, f) + lead, y // geometry.spatial_stride, x // geometry.spatial_stride
         expected.append(tuple(n // patch for n, patch in zip(at, geometry.patch_size, strict=True)))
     found = project_mask(torch.from_numpy(pixels), geometry).tokens
     assert {tuple(token) for token in found.view(grid).nonzero().tolist()} == set(expected)
-    assert tuple(-(-n // p) for n, p in zip(scene.source.shape[2:], geometry.patch_size, strict=True)) == grid
+    assert tuple(-(-n // p) for n, p in zip(sizes, geometry.patch_size, strict=True)) == grid
 
 
 def latent_frame(geometry, frame):
@@ -244,11 +245,11 @@ def _compiled(case):
     background = (~scene.inside).nonzero()[:, 0]
     kept, lock = scene.kept(scene.source, background), scene.lock(background)
     for alpha in (0.0, 0.3, 1.0):
-        with lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens):
+        with lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens, ahead=scene.ahead):
             eager = scene.predict(scene.latents, scene.told[0])
         with (
             compiled_blocks([scene.transformer], "regional", scene.model.arch.blocks),
-            lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens),
+            lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens, ahead=scene.ahead),
         ):
             compiled = scene.predict(scene.latents, scene.told[0])
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4 * max(1.0, eager.abs().max().item()))

@@ -28,6 +28,33 @@ def test_import_is_light():
     assert loaded_by("import kvlock_fast", "torch", *HEAVY) == set()
 
 
+PROMISED = {
+    "LockConfig": "kvf.LockConfig.preset('paper')",
+    "InputError": "kvf.InputError",
+    "names": "dir(kvf)",
+    "typed-names": "from kvlock_fast import CacheConfig, LockConfig, __version__",
+}
+
+
+@pytest.mark.parametrize("use", PROMISED.values(), ids=PROMISED)
+def test_what_needs_no_model_loads_none(use):
+    assert loaded_by(f"import kvlock_fast as kvf\n{use}", "torch", *HEAVY) == set()
+
+
+def test_capabilities_load_no_model():
+    said = "import kvlock_fast as kvf\nassert 'wan' in kvf.capabilities()['families']"
+    assert loaded_by(said, *HEAVY) <= {"triton"}
+
+
+def test_operations_load_no_models():
+    assert loaded_by("import kvlock_fast as kvf\nkvf.ops.token_mask", *HEAVY) <= {"triton"}
+
+
+def test_a_loop_of_ones_own_loads_no_pipelines():
+    """Nor does asking for a lock load diffusers, which the caller has loaded for the transformer."""
+    assert loaded_by("import kvlock_fast as kvf\nkvf.attach, kvf.ArchSpec", *HEAVY) <= {"triton"}
+
+
 def test_the_rooms_for_media_are_light():
     rooms = "import kvlock_fast.media, kvlock_fast.metrics, kvlock_fast.report, kvlock_fast.doctor, kvlock_fast.files"
     assert loaded_by(rooms, "torch", "PIL", "matplotlib", "jinja2", *HEAVY) == set()

@@ -361,7 +361,6 @@ BAD = {
     "words.mp4": lambda path: path.write_text("these are words\n" * 100),
     "words.txt": lambda path: path.write_text("these are words\n" * 100),
     "zeros.mp4": lambda path: path.write_bytes(bytes(5000)),
-    "picture.png": lambda path: Image.fromarray(noise(1, 8, 8)[0]).save(path),
     "list.m3u8": playlist,
     "list.ffconcat": lambda path: path.write_text("ffconcat version 1.0\nfile clip.mp4\n"),
     "sound.mp4": audio,

@@ -22,7 +22,7 @@ HOSTILE = "</title><script>alert(1)</script> \"quoted\" & 'more'"
 class Page(HTMLParser):
     """Tags, attributes and text of a page; void elements aside, every tag must be closed in order."""
 
-    VOID = frozenset({"meta", "link", "input", "br", "rect", "line", "polyline", "circle"})
+    VOID = frozenset({"meta", "link", "input", "br", "rect", "line", "polyline", "circle", "img"})
 
     def __init__(self, text):
         super().__init__()

@@ -41,6 +41,13 @@ def tiny_tokenizer(length: int = 12) -> PreTrainedTokenizerFast:
     )
 
 
+def tiny_t5() -> T5EncoderModel:
+    """Of 16 channels."""
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(WORDS) + 3, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return T5EncoderModel(config).eval()
+
+
 def tiny_transformer(seed: int = 0, **changes) -> WanTransformer3DModel:
     torch.manual_seed(seed)
     config = {

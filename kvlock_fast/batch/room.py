@@ -26,10 +26,11 @@ class Extent:
 
         Raises InputError where the frames policy refuses, or the model's position codes end.
         """
-        from kvlock_fast.inputs import nearest_size
+        from kvlock_fast.inputs import nearest_size, refuse_frames
         from kvlock_fast.media import fit_frames
 
         geometry = model.geometry
+        refuse_frames(geometry, given[0])
         frames = len(fit_frames(np.empty(given[0], np.bool_), setup.frames_policy, *geometry.frame_rule)[0])
         height, width = nearest_size(geometry, *(size or given[1:]))
         at_once = min(frames, setup.clip_window or frames)
@@ -104,7 +105,7 @@ def plan_pass(setup: Setup, model: Any, extent: Extent, foreground: int, prompts
         formats=(cache.format,),
         tiers=TIERS if cache.tier == "auto" else tuple(dict.fromkeys(("lockstep", cache.tier))),
         prompts=min(prompts, cache.prompts_at_once or prompts),
-        guided=setup.guidance > 1,
+        guided=setup.guidance > 1 and model.two_branches,
         layers=select_layers(model.layers, lock.layers),
         window=max(2, min(lock.window, steps)),
         # Where every token may change, a pass computes in full.

@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from kvlock_fast.errors import InputError
+from kvlock_fast.cache.weights import all_weights, computed_in
 
 SOURCE_FACTS = {
     "model": "another model",
@@ -48,26 +48,28 @@ _known: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 def fingerprint(modules: list[nn.Module]) -> str:
     """xxh3-128 of the modules' classes, configs and all weights, adapters and their scales included.
 
-    Raises InputError where weights are not in memory (sequential offloading).
+    Weights that are offloaded are read from where they are kept. Raises InputError where they are nowhere.
     """
     return "".join(_fingerprint(module) for module in modules)
 
 
 def _fingerprint(module: nn.Module) -> str:
-    tensors = module.state_dict(keep_vars=True)
-    inference = any(tensor.is_inference() for tensor in tensors.values())  # which count no changes
+    weights = all_weights(module)
+    # Changes of inference tensors are not counted.
+    counted = not any(tensor.is_inference() for tensor in module.state_dict(keep_vars=True).values())
     adapters = [(name, *_adapter(part)) for name, part in module.named_modules() if _adapter(part)]
     config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    facts = json.dumps([type(module).__name__, config, adapters], sort_keys=True, default=str)
-    now = facts, [(name, x.data_ptr(), 0 if inference else x._version) for name, x in tensors.items()]
-    if not inference and module in _known and _known[module][0] == now:
+    casts = computed_in(module)
+    facts = [type(module).__name__, config, adapters, *([casts] if casts else [])]
+    facts = json.dumps(facts, sort_keys=True, default=str)
+    now = facts, [(weight.name, weight.stamp) for weight in weights]
+    if counted and module in _known and _known[module][0] == now:
         return _known[module][1]
     state = xxhash.xxh3_128(facts.encode())
-    for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise InputError(f"the weights of {name} are not in memory: a cache cannot tell which model they make")
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+    for weight in weights:
+        tensor = weight.read()
+        state.update(f"{weight.name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         state.update(tensor_bytes(tensor))
     _known[module] = now, state.hexdigest()
     return state.hexdigest()

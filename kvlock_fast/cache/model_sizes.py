@@ -28,13 +28,21 @@ size. Counted by tracing diffusers' blocks; attention itself takes no S x S matr
 """
 
 
+ANY_PEAK = ((6, 4, 3),)
+"""Of a family that nobody traced: more than any that was."""
+ENCODERS = ("text_encoder", "image_encoder")
+COUNTED = ("WanPipeline", "CogVideoXPipeline", "LTXPipeline", "HunyuanVideoPipeline")
+"""Pipelines whose models are counted from their configs here; the rest by family_sizes.py."""
+
+
 @dataclass(frozen=True)
 class ModelSize:
-    """Sizes of a video model.
+    """Sizes of a model.
 
     layers: video self-attention layers; text_tokens: in self-attention; cross_tokens: text of cross-attention;
     channels: of the latents; frames, height, width: the pipeline's defaults, in pixels; parameters: of one of the
-    `transformers`; dtype: what the weights are made for.
+    `transformers`; dtype: what the weights are made for; two_branches: whether guidance runs one without the prompt, of
+    itself.
     """
 
     name: str
@@ -54,6 +62,7 @@ class ModelSize:
     text_encoder_parameters: int = 0
     vae_parameters: int = 0
     dtype: torch.dtype = torch.bfloat16
+    two_branches: bool = True
 
     @property
     def dim(self) -> int:
@@ -74,7 +83,7 @@ class ModelSize:
     def activation_bytes(self, dtype: torch.dtype) -> int:
         """Of a token, at the peak inside a block; see PEAKS."""
         dim, ffn = self.dim, self.feed_forward
-        phases = PEAKS[self.family]
+        phases = PEAKS.get(self.family, ANY_PEAK)
         return max(int(dtype.itemsize * (own * dim + wide * ffn) + 4 * fp32 * dim) for own, fp32, wide in phases)
 
     def weight_bytes(self, dtype: torch.dtype, encoders: bool = True) -> int:
@@ -121,15 +130,20 @@ def _cogvideox_limits(c: Config) -> tuple[int | None, int, int] | None:
     return None, c["sample_height"] // c["patch_size"], c["sample_width"] // c["patch_size"]
 
 
+WAN = _Family(
+    "wan",
+    parameters.wan,
+    patch=lambda c: tuple(c["patch_size"]),
+    strides=lambda vae: (vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)),
+    default=(4, 8, 81, 480, 832),
+    layers=lambda c: c["num_layers"] + len(c.get("vace_layers") or ()),
+    feed_forward=lambda c: c["ffn_dim"],
+)
 FAMILIES = {
-    "WanTransformer3DModel": _Family(
-        "wan",
-        parameters.wan,
-        patch=lambda c: tuple(c["patch_size"]),
-        strides=lambda vae: (vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)),
-        default=(4, 8, 81, 480, 832),
-        feed_forward=lambda c: c["ffn_dim"],
-    ),
+    "WanTransformer3DModel": WAN,
+    "WanVACETransformer3DModel": WAN,
+    "SkyReelsV2Transformer3DModel": WAN,
+    "ChronoEditTransformer3DModel": WAN,
     "CogVideoXTransformer3DModel": _Family(
         "cogvideox",
         parameters.cogvideox,
@@ -196,7 +210,7 @@ def _size_of(family: _Family, c: Config, vae: Config | None, name: str) -> Model
         head_dim=head_dim,
         feed_forward=family.feed_forward(c),
         text_tokens=family.text_tokens(c),
-        channels=c["in_channels"],
+        channels=c.get("out_channels") or c["in_channels"],
         geometry=Geometry(time, space, family.patch(c), causal=True, most_tokens=family.most_tokens(c), **family.more),
         frames=shape[0],
         height=shape[1],
@@ -219,9 +233,14 @@ def from_config(path: str | Path) -> ModelSize:
     transformers = [name for name in ("transformer", "transformer_2") if name in parts]
     if not transformers:
         raise InputError(f"'{path}' has no transformer in its model_index.json")
-    vae = _read_json(path / "vae" / "config.json") if "vae" in parts else None
-    size = size_of(_read_json(path / transformers[0] / "config.json"), vae, f"'{path}'")
-    encoders = [name for name in parts if name.startswith("text_encoder")]
+    if index.get("_class_name") in COUNTED:
+        vae = _read_json(path / "vae" / "config.json") if "vae" in parts else None
+        size = size_of(_read_json(path / transformers[0] / "config.json"), vae, f"'{path}'")
+    else:
+        from kvlock_fast.cache.family_sizes import family_size, model_of_folder
+
+        size = replace(family_size(model_of_folder(path, index), f"'{path}'"), dtype=torch.bfloat16)
+    encoders = [name for name in parts if name.startswith(ENCODERS)]
     return replace(
         size,
         transformers=len(transformers),
@@ -231,14 +250,22 @@ def from_config(path: str | Path) -> ModelSize:
 
 
 def from_pipeline(pipe: Any) -> ModelSize:
-    """From a loaded diffusers pipeline; parameters are counted, not computed. Raises InputError as `size_of`."""
+    """From a loaded diffusers pipeline; parameters are counted, not computed. Raises InputError as `size_of`, and for a
+    family's model whose layers are of several sizes.
+    """
     models = [t for t in (getattr(pipe, n, None) for n in ("transformer", "transformer_2")) if t is not None]
     if not models:
         raise InputError(f"{type(pipe).__name__} has no transformer")
     first, vae = getattr(models[0], "_orig_mod", models[0]), getattr(pipe, "vae", None)
-    name = type(first).__name__
-    size = size_of({**first.config, "_class_name": name}, None if vae is None else vae.config, type(pipe).__name__)
-    encoders = [part for name, part in pipe.components.items() if name.startswith("text_encoder") and part is not None]
+    name, kind = type(first).__name__, type(pipe).__name__
+    if any(known.__name__ in COUNTED for known in type(pipe).__mro__):
+        size = size_of({**first.config, "_class_name": name}, None if vae is None else vae.config, kind)
+    else:
+        from kvlock_fast.cache.family_sizes import family_size
+        from kvlock_fast.models import wrap_pipeline
+
+        size = family_size(wrap_pipeline(pipe), kind)
+    encoders = [part for name, part in pipe.components.items() if name.startswith(ENCODERS) and part is not None]
     return replace(
         size,
         parameters=_count(first),

@@ -12,13 +12,22 @@ TIME_CHANNELS = 256
 
 
 def wan(c: Config) -> int:
-    """WanTransformer3DModel without image conditioning."""
+    """WanTransformer3DModel and its kin: SkyReels-V2's, ChronoEdit's, and VACE's with its further blocks."""
     d, ffn, patch = c["num_attention_heads"] * c["attention_head_dim"], c["ffn_dim"], _volume(c["patch_size"])
     time = _mlp(c["freq_dim"], d) + _linear(d, 6 * d)
     attention = 4 * _linear(d, d) + 2 * d
     block = 6 * d + 2 * attention + (2 * d if c["cross_attn_norm"] else 0) + _linear(d, ffn) + _linear(ffn, d)
     ends = _linear(c["in_channels"] * patch, d) + _linear(d, c["out_channels"] * patch) + 2 * d
-    return ends + time + _mlp(c["text_dim"], d) + c["num_layers"] * block
+    pictures, added, vace = c.get("image_dim"), c.get("added_kv_proj_dim"), c.get("vace_layers") or ()
+    if added:
+        block += 2 * _linear(added, d) + d
+    image = 0
+    if pictures:
+        image = _linear(pictures, pictures) + _linear(pictures, d) + 2 * (pictures + d)
+        image += (c.get("pos_embed_seq_len") or 0) * pictures
+    if vace:
+        ends += _linear(c["vace_in_channels"] * patch, d) + (len(vace) + 1) * _linear(d, d) + len(vace) * block
+    return ends + time + image + _mlp(c["text_dim"], d) + c["num_layers"] * block
 
 
 def cogvideox(c: Config) -> int:

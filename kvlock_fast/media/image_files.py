@@ -34,6 +34,17 @@ def image_size(path: Path, max_pixels: int) -> tuple[int, int]:
         return (image.width, image.height) if turned else (image.height, image.width)
 
 
+def is_still(path: Path) -> bool:
+    """Whether the file is anything but an image that moves (APNG, WebP)."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return getattr(image, "n_frames", 1) == 1
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return True
+
+
 def read_image(path: Path, max_pixels: int) -> np.ndarray:
     """The image as uint8 RGB `[H, W, 3]`: EXIF orientation applied, transparency over black, 16 bit scaled to 8.
 

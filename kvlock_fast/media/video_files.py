@@ -47,7 +47,7 @@ Convert = Callable[[np.ndarray], np.ndarray]
 def read_video(
     path: str | os.PathLike, *, max_frames: int | None = None, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
 ) -> Video:
-    """Read a video file (mp4, mov, mkv, webm, avi, gif, ...) or a folder of images.
+    """Read a video file (mp4, mov, mkv, webm, avi, gif, ...), a folder of images, or an image: a video of one frame.
 
     Frames come as shown: rotation applied, colours by the file's own matrix and range (untagged: BT.601 up to 576
     rows, BT.709 above), transparency over black. A variable rate keeps its frames and gives the average rate.
@@ -63,6 +63,8 @@ def read_video(
     path = Path(path)
     if path.is_dir():
         return Video(read_images(path, max_frames, max_pixels, max_bytes), FOLDER_FPS)
+    if path.suffix.lower() in image_files.SUFFIXES and image_files.is_still(path):
+        return Video(image_files.read_image(path, max_pixels)[None], FOLDER_FPS)
     return decode_video(path, max_frames, max_pixels, max_bytes)
 
 

@@ -1,4 +1,4 @@
-"""Video files out, by PyAV, and folders of images."""
+"""Video files out, by PyAV, and images and folders of them, by Pillow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ ENCODERS = {
     ".mkv": encoders.ffv1,
     ".gif": encoders.gif,
 }
-KINDS = ".mp4, .m4v, .mov, .webm, .gif, .mkv (lossless) or a folder without a suffix (PNG images, lossless)"
+STILLS = {".png": {"compress_level": 3}, ".jpg": {"quality": 95, "subsampling": 0}}
+STILLS[".jpeg"] = STILLS[".jpg"]
+"""How Pillow saves a video of one frame."""
+KINDS = (
+    ".mp4, .m4v, .mov, .webm, .gif, .mkv (lossless) or a folder without a suffix (PNG images, lossless), "
+    "one frame also as .png (lossless), .jpg or .jpeg"
+)
 FASTEST_GIF = 50
 """Frames per second; players slow down what claims more."""
 
@@ -40,7 +46,8 @@ def write_video(
 
     `.mp4`, `.m4v` and `.mov` are H.264, `.webm` is VP9 (BT.709, limited range, tagged so; 4:2:0, or 4:4:4 where a side
     is odd, so that nothing is cropped). `.mkv` is FFV1: lossless, RGB. `.gif` has 256 colours a frame. A name without a
-    suffix is a folder of PNG images, frame-00000.png and so on, which states no rate; other files in it stay.
+    suffix is a folder of PNG images, frame-00000.png and so on, which states no rate; other files in it stay. One frame
+    can be an image, `.png`, `.jpg` or `.jpeg`.
 
     Args:
         quality: x264's constant rate factor, 0 (lossless but for the colour conversion) to 51; 16 is near transparent.
@@ -48,7 +55,7 @@ def write_video(
         called: the name for warnings, where `path` is a temporary one.
 
     Raises:
-        OutputError: the path cannot be written, or its suffix is another one.
+        OutputError: the path cannot be written, or its suffix is another one, or that of an image and there are more.
         InputError: `quality` or `fps` out of range.
         ValueError: `frames` of another shape or dtype.
     """
@@ -60,6 +67,11 @@ def write_video(
     if not 0 < fps < 1001:
         raise InputError(f"the frame rate must be above 0 and at most 1000 per second, not {fps}")
     named = Path(called or path)
+    if path.suffix.lower() in STILLS:
+        check_video_output(path, len(frames))
+        leave_out(audio, named, "an image holds none")
+        _write_image(path, frames[0])
+        return
     encode, rate = _encoder(path), Fraction(fps).limit_denominator(30_000)
     if encode is None:
         leave_out(audio, named, "a folder of images holds none")
@@ -71,9 +83,16 @@ def write_video(
     _write_file(path, frames, rate, quality, audio, named)
 
 
-def check_video_output(path: str | os.PathLike) -> None:
-    """Raise OutputError unless a video can be written to `path`: a known suffix, and a place that takes files."""
-    if _encoder(Path(path)) is None:
+def check_video_output(path: str | os.PathLike, frames: int | None = None) -> None:
+    """Raise OutputError unless a video can be written to `path`: a known suffix, and a place that takes files.
+
+    frames: how many it has, where that is known.
+    """
+    if Path(path).suffix.lower() in STILLS:
+        if frames not in (None, 1):
+            raise OutputError(f"cannot write '{path}': an image holds one frame, and the video has {frames}")
+        check_writable(path)
+    elif _encoder(Path(path)) is None:
         check_writable_folder(path)
     else:
         check_writable(path)
@@ -130,6 +149,13 @@ def _gif_rate(path: Path, rate: Fraction) -> Fraction:
     message = f"'{path}' plays at {FASTEST_GIF} frames per second, the most of a GIF, not at {float(rate):g}"
     warnings.warn(message, InputWarning, stacklevel=3)
     return Fraction(FASTEST_GIF)
+
+
+def _write_image(path: Path, picture: np.ndarray) -> None:
+    from PIL import Image
+
+    with atomic_path(path) as temporary:
+        Image.fromarray(np.ascontiguousarray(picture)).save(temporary, **STILLS[path.suffix.lower()])
 
 
 def _write_images(folder: Path, frames: np.ndarray) -> None:

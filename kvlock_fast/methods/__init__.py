@@ -19,8 +19,11 @@ def load_method(name: str) -> ModuleType:
     return import_module(f"kvlock_fast.methods.{name}")
 
 
-def refuse_method(lock: LockConfig, model: Any, solver: Any, cache: CacheConfig, in_stretches: bool) -> None:
-    """Raise InputError where a lock, or another method, is not for this model, cache or clip."""
+def refuse_method(lock: LockConfig, model: Any, solver: Any, cache: CacheConfig, parted: str | None) -> None:
+    """Raise InputError where a lock, or another method, is not for this model, cache or clip.
+
+    parted: what parts the clip, such as "window"; None where it goes through the model whole.
+    """
     family = model.arch.family
     if lock.family is not None and family != lock.family:
         raise InputError(f"the model is of the family {family}, and the lock is for {lock.family!r} only")
@@ -28,8 +31,8 @@ def refuse_method(lock: LockConfig, model: Any, solver: Any, cache: CacheConfig,
         return
     if cache.path is not None:
         raise InputError(f"cache {str(cache.path)!r} does not go with the method {lock.method!r}: it would not be read")
-    if in_stretches:
-        raise InputError(f"window does not go with the method {lock.method!r}, which takes a clip whole")
+    if parted is not None:
+        raise InputError(f"{parted} does not go with the method {lock.method!r}, which takes a clip whole")
     reason = load_method(lock.method).why_not(model, solver)
     if reason is not None:
         raise InputError(f"the method {lock.method!r} cannot edit here: {reason}")

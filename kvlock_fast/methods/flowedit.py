@@ -73,8 +73,9 @@ def _edited(job: Job, k: int, latents: Tensor) -> Tensor:
 
 def _of_source(job: Job, k: int, latents: Tensor) -> Tensor:
     """The guided prediction of the source's prompt [1, ...]."""
-    task, scale = job.task, job.lock.source_guidance
-    return _guided(job, k, latents, task.source_prompt, task.source_negative, job.scale(k) if scale is None else scale)
+    task, own = job.task, job.lock.source_guidance
+    scale = job.scale(k) if own is None else job.predict.model.omega0(own)
+    return _guided(job, k, latents, task.source_prompt, task.source_negative, scale)
 
 
 def _guided(
@@ -82,9 +83,8 @@ def _guided(
 ) -> Tensor:
     # A forward a branch for both: in one batch with others, a row's last bits would depend on these.
     cond = job.predict(k, latents, text).float()
-    if negative is None:
-        return cond
-    return job.task.combine(cond, job.predict(k, latents, negative).float(), scale)
+    uncond = None if negative is None else job.predict(k, latents, negative).float()
+    return job.task.combine(cond, uncond, scale, latents, job.solver.sigmas[k])
 
 
 def _kept(job: Job, latents: Tensor, source: Tensor) -> Tensor:

@@ -7,8 +7,6 @@ adds noise at every step, for which DDIM is taken.
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models.arch import ArchSpec
 from kvlock_fast.models.pipeline_model import PipelineModel
-from kvlock_fast.models.pixels import as_pixels, encode_mode
+from kvlock_fast.models.pixels import as_pixels, encode_mode, tiling
 
 ALLEGRO = ArchSpec(
     family="allegro",
@@ -88,7 +86,7 @@ class AllegroModel(PipelineModel):
         filled = [_covered(*of) for of in zip(frames.shape[:3], vae.kernel, vae.stride, strict=True)]
         for dim, size in enumerate(filled):
             frames = frames.index_select(dim, torch.arange(size).clamp_max(frames.shape[dim] - 1))
-        with _tiles(vae):
+        with tiling(vae):
             latents = encode_mode(vae, frames, self.device) * vae.config.scaling_factor
         return latents[:, :, : sizes[0], : sizes[1], : sizes[2]].contiguous()
 
@@ -101,7 +99,7 @@ class AllegroModel(PipelineModel):
         more = [(size - old) // stride for size, old, stride in zip(filled, sizes, strides, strict=True)]
         latents = F.pad(latents.float() / vae.config.scaling_factor, (0, more[2], 0, more[1], 0, more[0]), "replicate")
         videos = []
-        with _tiles(vae):
+        with tiling(vae):
             for one in latents.to(vae.dtype).split(1):
                 video = vae.decode(one, return_dict=False)[0][:, :frames, :, : sizes[1], : sizes[2]]
                 videos.append(as_pixels(video))
@@ -137,14 +135,3 @@ class AllegroModel(PipelineModel):
 def _covered(size: int, tile: int, stride: int) -> int:
     """The least size from `size` on that tiles of this size and stride cover whole."""
     return tile + max(0, -(-(size - tile) // stride)) * stride
-
-
-@contextmanager
-def _tiles(vae: Any) -> Iterator[None]:
-    """The autoencoder in tiles, without which it does not work, and as it was afterwards."""
-    before = vae.use_tiling
-    vae.use_tiling = True
-    try:
-        yield
-    finally:
-        vae.use_tiling = before

@@ -2,11 +2,12 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 
 from kvlock_fast.errors import InputError
+
+SAMPLES, FRAMES, PLACES = "samples", "frames", "places"
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,10 @@ class ArchSpec:
     where the text's tokens are among them, "none", "prefix" or "suffix"; flow: whether the model predicts a flow's
     velocity, "reversed" where sigma counts from noise to data; one_call: whether the family's pipeline runs both
     branches of guidance in one forward; blocks: the class names of the blocks that are alike, where diffusers does not
-    say.
+    say; by_frame, by_place: regular expressions for those self-attentions that see one frame alone, or one place in all
+    frames, which are then rows of their batch, sample by sample; ahead: whether tokens of other frames lie in front of
+    the video's, and how many must be said of each forward; fused: those of `value` whose output holds query, key
+    and value, each as wide as the heads together, and more after them.
     """
 
     family: str
@@ -32,21 +36,52 @@ class ArchSpec:
     flow: bool | str = True
     one_call: bool = False
     blocks: tuple[str, ...] = ()
+    by_frame: str = ""
+    by_place: str = ""
+    ahead: bool = False
+    fused: tuple[str, ...] = ()
 
     def attentions(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
         """The self-attention modules with their names, in the model's order; the index in it is the layer's number."""
         pattern = re.compile(self.attention)
         return [(name, module) for name, module in transformer.named_modules() if pattern.fullmatch(name)]
 
+    def rows(self, name: str) -> str:
+        """What the rows of a self-attention's batch are: SAMPLES, FRAMES or PLACES."""
+        if re.fullmatch(self.by_frame, name):
+            return FRAMES
+        return PLACES if re.fullmatch(self.by_place, name) else SAMPLES
 
-def without_text(x: Tensor, dim: int, text: str, tokens: int | None) -> Tensor:
-    """A view of the video's `tokens` of x along `dim`, where all others are the text's, placed as `ArchSpec.text`."""
+
+def without_text(x: Tensor, dim: int, text: str, tokens: int | None, ahead: int = 0) -> Tensor:
+    """A view of the video's `tokens` of x along `dim`, where all others are the text's, placed as `ArchSpec.text`, but
+    for so many `ahead` of the video's.
+    """
     if tokens is None:
         return x
-    others = x.shape[dim] - tokens
-    if others < 0 or (others and text == "none"):
-        raise RuntimeError(f"a self-attention has {x.shape[dim]} tokens, of a video of {tokens} and text {text!r}")
-    return x.narrow(dim, others if text == "prefix" else 0, tokens)
+    before, _ = around_video(x.shape[dim], text, tokens, ahead)
+    return x.narrow(dim, before, tokens)
+
+
+def around_video(total: int, text: str, tokens: int, ahead: int = 0) -> tuple[int, int]:
+    """How many of `total` tokens are not the video's, in front of them and behind: as `without_text`."""
+    words = total - tokens - ahead
+    if words < 0 or (words and text == "none"):
+        raise RuntimeError(f"a self-attention has {total} tokens, of a video of {tokens + ahead} and text {text!r}")
+    return (words + ahead, 0) if text == "prefix" else (ahead, words)
+
+
+def by_samples(x: Tensor, tokens: int | None) -> Tensor:
+    """A view [B, S, ...] of x, whose rows are parts of the samples' `tokens`, S."""
+    if tokens is None:
+        raise RuntimeError("how many tokens the video has must be said where self-attentions see a part of them")
+    return x.view(-1, tokens, *x.shape[2:])
+
+
+def place_by_place(index: Tensor, frames: int, tokens: int) -> Tensor:
+    """Tokens' numbers in (t, h, w) order as those in (h, w, t) order."""
+    places = tokens // frames
+    return index % places * frames + index // places
 
 
 def first_submodule(attention: nn.Module, names: tuple[str, ...]) -> nn.Module:
@@ -58,6 +93,24 @@ def first_submodule(attention: nn.Module, names: tuple[str, ...]) -> nn.Module:
     raise ValueError(f"{type(attention).__name__} has none of the submodules {', '.join(names)}")
 
 
+def kv_width(attention: nn.Module, arch: ArchSpec) -> int:
+    """Channels of all heads of a self-attention's values, and keys, together."""
+    target = first_submodule(attention, arch.value)
+    return attention.inner_dim if _is_fused(attention, arch, target) else target.out_features
+
+
+def value_columns(attention: nn.Module, arch: ArchSpec) -> tuple[int, int] | None:
+    """Where the value begins in the output of its submodule, and how wide it is; None where it is all there is."""
+    if not _is_fused(attention, arch, first_submodule(attention, arch.value)):
+        return None
+    width = attention.inner_dim
+    return 2 * width, width
+
+
+def _is_fused(attention: nn.Module, arch: ArchSpec, target: nn.Module) -> bool:
+    return any(getattr(attention, name, None) is target for name in arch.fused)
+
+
 def select_layers(count: int, layers: tuple[int, ...] | None) -> tuple[int, ...]:
     """The numbers of the locked layers of `count`; InputError for one that does not exist."""
     if layers is None:
@@ -66,18 +119,3 @@ def select_layers(count: int, layers: tuple[int, ...] | None) -> tuple[int, ...]
         if layer >= count:
             raise InputError(f"layers names layer {layer}, but the model has layers 0 to {count - 1}")
     return layers
-
-
-def refuse_wrapped(transformer: Any) -> None:
-    """Raise InputError for states of a model in which a lock would miss keys, values or whole layers."""
-    if hasattr(transformer, "_orig_mod"):
-        raise InputError(
-            "the transformer is wrapped by torch.compile(): use its own compile() or compile_repeated_blocks() instead"
-        )
-    if getattr(transformer, "is_cache_enabled", False):
-        raise InputError(
-            "the transformer skips layers (a diffusers cache such as FirstBlockCache is on): call disable_cache() first"
-        )
-    for name, module in transformer.named_modules():
-        if getattr(module, "fused_projections", False):
-            raise InputError(f"{name} has fused projections, which hide its values: unfuse_qkv_projections() first")

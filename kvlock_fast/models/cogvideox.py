@@ -48,10 +48,13 @@ class CogVideoXModel(PipelineModel):
     def __init__(self, pipe: Any):
         """Raises InputError for a pipeline of another kind."""
         super().__init__(pipe)
-        config = self.config
-        if config.in_channels != pipe.vae.config.latent_channels or config.use_learned_positional_embeddings:
-            raise InputError("the model takes an image beside the text: load it by CogVideoXImageToVideoPipeline")
+        self._check_input(self.config, pipe.vae.config.latent_channels)
         self._rotary: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def _check_input(self, config: Any, channels: int) -> None:
+        """Raise InputError for a transformer that takes more, or less, than this model gives it."""
+        if config.in_channels != channels or config.use_learned_positional_embeddings:
+            raise InputError("the model takes an image beside the text: load it by CogVideoXImageToVideoPipeline")
 
     @property
     def geometry(self) -> Geometry:
@@ -99,7 +102,7 @@ class CogVideoXModel(PipelineModel):
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The prediction [B, C, T, h, w] fp32, at latents [B, ...], timestep []."""
         transformer = self.transformers[which]
-        rows = latents.transpose(1, 2).to(transformer.dtype).contiguous()
+        rows = self._seen(latents, told).transpose(1, 2).contiguous()
         prediction = transformer(
             hidden_states=rows,
             encoder_hidden_states=told["text"],
@@ -117,7 +120,7 @@ class CogVideoXModel(PipelineModel):
         """The prediction of the region's tokens [B, C, T, h, w] fp32, 0 elsewhere, under a lock that has the
         background's K and V: of the tokens `background`, of which `rows` (None: all) are outside the mask.
         """
-        x = latents.to(lock.transformer.dtype)
+        x = self._seen(latents, told)
         with whole_forward(lock.transformer):
             return foreground_forward(
                 lock,
@@ -131,6 +134,10 @@ class CogVideoXModel(PipelineModel):
                 background,
                 rows,
             ).float()
+
+    def _seen(self, latents: Tensor, told: Conditioning) -> Tensor:
+        """What the transformer makes its tokens of [B, ..., T, h, w], in its dtype."""
+        return latents.to(self.transformers[0].dtype)
 
     def _ofs(self, rows: Tensor) -> Tensor | None:
         return None if self.transformers[0].config.ofs_embed_dim is None else rows.new_full((1,), OFS)

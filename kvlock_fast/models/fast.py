@@ -22,15 +22,19 @@ from kvlock_fast.kernels.language import HAS_TRITON
 from kvlock_fast.kernels.launch import KERNEL_DTYPES
 from kvlock_fast.models.foreground import swapped
 from kvlock_fast.models.qk_norms import norm_kind, why_no_norm
+from kvlock_fast.models.wrapped import device_of
 
 PROCESSORS = ("auto", "generic", "fast")
 FAST = {
-    "WanAttnProcessor": "wan_fast.WanFastProcessor",
-    "CogVideoXAttnProcessor2_0": "cogvideox_fast.CogVideoXFastProcessor",
-    "LTXVideoAttnProcessor": "ltx_fast.LTXFastProcessor",
-    "HunyuanVideoAttnProcessor2_0": "hunyuan_video_fast.HunyuanVideoFastProcessor",
+    "transformer_wan.WanAttnProcessor": "wan_fast.WanFastProcessor",
+    "transformer_wan_animate.WanAttnProcessor": "wan_fast.WanFastProcessor",
+    "transformer_chronoedit.WanAttnProcessor": "wan_fast.WanFastProcessor",
+    "transformer_skyreels_v2.SkyReelsV2AttnProcessor": "wan_fast.WanFastProcessor",
+    "attention_processor.CogVideoXAttnProcessor2_0": "cogvideox_fast.CogVideoXFastProcessor",
+    "transformer_ltx.LTXVideoAttnProcessor": "ltx_fast.LTXFastProcessor",
+    "transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0": "hunyuan_video_fast.HunyuanVideoFastProcessor",
 }
-"""Ours ("module.Class" in this room) by diffusers' own."""
+"""Ours in this room by diffusers' own, both as "module.Class"."""
 
 
 class FastProcessor:
@@ -116,9 +120,9 @@ def why_not_fast(transformer: nn.Module, attentions: dict[int, tuple[str, nn.Mod
     """What in the attentions, name and module by layer, the fast processors would miss; None if nothing."""
     for name, module in attentions.values():
         own = getattr(module, "processor", None)
-        kind = type(own)
-        if kind.__name__ not in FAST or not kind.__module__.startswith("diffusers."):
-            return f"there is no fast path for {name} of {type(transformer).__name__}, which has a {kind.__name__}"
+        if _name(own) not in FAST:
+            kind = type(own).__name__
+            return f"there is no fast path for {name} of {type(transformer).__name__}, which has a {kind}"
         if getattr(own, "_parallel_config", None) is not None:
             return f"{name} shares its tokens with other processes"
         width = module.to_q.out_features
@@ -138,7 +142,13 @@ def norms_of(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
 
 def fast_processor(own: Any) -> FastProcessor:
     """Ours in place of one of diffusers' that is in `FAST`."""
-    return _made(type(own).__name__, _chosen_attention(own))
+    return _made(_name(own), _chosen_attention(own))
+
+
+def _name(own: Any) -> str | None:
+    """Of a processor's class, with its module; None where that is not diffusers'."""
+    package, _, module = type(own).__module__.rpartition(".")
+    return f"{module}.{type(own).__name__}" if package.startswith("diffusers.models") else None
 
 
 @cache
@@ -156,13 +166,6 @@ def _chosen_attention(own: Any) -> Any:
 
     chosen = own._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
     return None if chosen == AttentionBackendName.NATIVE else chosen
-
-
-def device_of(transformer: nn.Module) -> torch.device:
-    """Where a transformer runs, which accelerate's hooks know before its weights are there."""
-    hook = getattr(transformer, "_hf_hook", None)
-    device = getattr(hook, "execution_device", None)
-    return next(transformer.parameters()).device if device is None else torch.device(device)
 
 
 def _why_not_on(

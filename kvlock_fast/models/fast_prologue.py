@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from kvlock_fast.kernels.blend import as_heads
 from kvlock_fast.kernels.prologue import Capture, Lock, Places, QKNorm, RoPE, prologue
 from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
-from kvlock_fast.models.locking import LockState, Mode, locked_entry
+from kvlock_fast.models.arch import around_video
+from kvlock_fast.models.locking import LockState, Mode, locked_entry, repeated
 from kvlock_fast.models.qk_norms import qk_norm
 from kvlock_fast.nvtx import span
 
@@ -28,7 +29,7 @@ class Prologue:
         """norms: of queries and keys, by layer."""
         self.state, self.norms = state, norms
         self._ropes: dict[tuple[int, int], tuple[Tensor, RoPE]] = {}
-        self._weights: dict[int, Tensor] = {}
+        self._weights: dict[tuple[int, int], Tensor] = {}
         self._places: dict[int, Places] = {}
 
     def __call__(
@@ -38,64 +39,67 @@ class Prologue:
         where keys that are kept as tensors have their tokens.
         """
         state, (q, k, v) = self.state, qkv
-        state.fired += 2
+        state.fired.update([(layer, "k"), (layer, "v")])
         tokens = k.shape[1]
         norm = qk_norm(*self.norms[layer], heads, q)
         rope = None if rotation is None else self._rope(*rotation, tokens, heads)
         if state.mode is Mode.CAPTURE:
             return self._captured(layer, token_dim, qkv, norm, rope, heads)
         if state.mode is Mode.IN_BATCH:
-            lock, placed = Lock(self._weight(tokens)), {"foreground": 0}
+            lock, placed = Lock(self._weight(tokens, len(k) - 1)), {"foreground": 0}
         else:
             kept = ((state.kept[layer, "k"], token_dim), (state.kept[layer, "v"], 1))
             source = (x if isinstance(x, QuantizedKV) else as_heads(x, dim, heads) for x, dim in kept)
-            lock, placed = Lock(self._weight(tokens), *source, stage=K_STAGE), {"places": self._placed(k)}
+            lock = Lock(self._weight(tokens, len(k)), *source, stage=K_STAGE)
+            placed = {"places": self._placed(k)}
         out = prologue(q, k, v, heads, norm=norm, rope=rope, lock=lock, **placed)
         return out.q, out.k, out.v
 
     def _captured(
         self, layer: int, token_dim: int, qkv: Projections, norm: QKNorm, rope: RoPE | None, heads: int
     ) -> Projections:
-        """q, k, v, the background's K and V packed into the layer's places, or kept as tensors."""
-        (q, k, v), places = qkv, self._placed(qkv[1])
-        k_place, v_place = (self.state.kept.get((layer, kind)) for kind in "kv")
+        """q, k, v; the background's K and V packed into their places, or kept in the state's format, or as tensors."""
+        state, places, rows = self.state, self._placed(qkv[1]), len(qkv[1])
+        room = (state.kept.get((layer, kind)) for kind in "kv")
+        k_place, v_place = (x if isinstance(x, QuantizedKV) else None for x in room)
+        format, per_scale = state.format or "native", 1
+        if k_place is not None:
+            format, per_scale = k_place.format, k_place.tokens_per_scale
         # The kernel packs with a scale a token, and the first sample only.
-        fused = k_place is not None and k_place.tokens_per_scale == v_place.tokens_per_scale == 1 and len(k) == 1
-        format = k_place.format if fused else "native"
+        fused = rows == 1 and per_scale == 1
+        capture = Capture(format if fused else "native", K_STAGE)
         outs = [
-            prologue(*(x[i : i + 1] for x in (q, k, v)), heads, norm=norm, rope=rope, places=places,
-                     capture=Capture(format, K_STAGE))
-            for i in range(len(k))
-        ]  # fmt: skip
-        found = zip(("k", "v"), (k_place, v_place), ("captured_k", "captured_v"), strict=True)
-        for kind, place, name in found:
-            captured = [getattr(out, name) for out in outs]
-            if fused:
-                place.copy_(captured[0])
-                continue
-            x = torch.cat([each.codes for each in captured])
+            prologue(*(x[i : i + 1] for x in qkv), heads, norm=norm, rope=rope, places=places, capture=capture)
+            for i in range(rows)
+        ]
+        for kind, place in (("k", k_place), ("v", v_place)):
+            packed = [getattr(out, f"captured_{kind}") for out in outs]
+            if not fused:
+                whole = torch.cat([x.codes for x in packed])
+                packed = [quantize_kv(whole, format, kind, tokens_per_scale=per_scale)]
             if place is not None:
-                place.copy_(quantize_kv(x, place.format, kind, tokens_per_scale=place.tokens_per_scale))
+                place.copy_(packed[0])
+            elif state.format is not None:
+                state.kept[layer, kind] = packed[0]
             elif kind == "v" or norm.kind in ("none", "rms_across_heads"):
-                self.state.kept[layer, kind] = x.flatten(2)
+                state.kept[layer, kind] = packed[0].codes.flatten(2)
             else:
-                self.state.kept[layer, kind] = x.movedim(1, token_dim)
-        whole = (torch.cat([getattr(out, name) for out in outs]) for name in "qkv")
-        return (outs[0].q, outs[0].k, outs[0].v) if len(outs) == 1 else tuple(whole)
+                state.kept[layer, kind] = packed[0].codes.movedim(1, token_dim)
+        if rows == 1:
+            return outs[0].q, outs[0].k, outs[0].v
+        return tuple(torch.cat([getattr(out, name) for out in outs]) for name in "qkv")
 
     def _offset(self, tokens: int) -> tuple[int, int]:
-        """How many of so many tokens are text, in front of the video's and behind them."""
+        """How many of so many tokens are not the video's, in front of them and behind."""
         state = self.state
-        words = 0 if state.tokens is None else tokens - state.tokens
-        if words < 0 or (words and state.text == "none"):
-            raise RuntimeError(f"a self-attention has {tokens} tokens, of a video of {state.tokens}")
-        return (words, 0) if state.text == "prefix" else (0, words)
+        return (0, 0) if state.tokens is None else around_video(tokens, state.text, state.tokens, state.ahead)
 
-    def _weight(self, tokens: int) -> Tensor:
+    def _weight(self, tokens: int, rows: int) -> Tensor:
         """The source's, of every token [rows, n]."""
-        if tokens not in self._weights:
-            self._weights[tokens] = nn.functional.pad(self.state.weight, self._offset(tokens))
-        return self._weights[tokens]
+        key = tokens, rows
+        if key not in self._weights:
+            self._weights[key] = nn.functional.pad(repeated(self.state.weight, rows), self._offset(tokens))
+        return self._weights[key]
 
     def _placed(self, k: Tensor) -> Places:
         """Which of k's tokens is which of the background's."""
@@ -115,7 +119,8 @@ class Prologue:
         key = id(cos), tokens
         if key not in self._ropes:
             angles = cos[..., 0::2], sin[..., 1::2]
-            before, after = self._offset(tokens) if _length(cos) < tokens else (0, 0)
+            words = tokens - _length(cos)  # which are not rotated
+            before, after = (words, 0) if self.state.text == "prefix" else (0, words)
             cosine, sine = (
                 nn.functional.pad(_by_token(x, heads), (0, 0, 0, 0, before, after), value=still)
                 for x, still in zip(angles, (1.0, 0.0), strict=True)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.attention import attention
 from kvlock_fast.kernels.quantize import QuantizedKV
+from kvlock_fast.models.wrapped import hooks_of
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,29 @@ def swapped(attentions: Sequence[nn.Module], ours: Sequence[Any]) -> Iterator[No
             module.processor = own
 
 
+BRINGING = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting")
+"""diffusers' hooks around a forward that only bring the weights for it."""
+
+
 @contextmanager
 def whole_forward(transformer: nn.Module) -> Iterator[None]:
-    """What is done around a transformer's forward while its parts are called: accelerate's hook brings its weights.
+    """What is done around a transformer's forward while its parts are called: hooks bring its weights.
 
     Raises InputError where something else has replaced the forward.
     """
-    hook = getattr(transformer, "_hf_hook", None)
-    if hook is None and "forward" in vars(transformer):
+    accelerates, diffusers = getattr(transformer, "_hf_hook", None), hooks_of(transformer)
+    own = getattr(vars(transformer).get("forward"), "__func__", None) is type(transformer).forward
+    replaced = "forward" in vars(transformer) and not own
+    if set(diffusers) - set(BRINGING) or (replaced and accelerates is None and not diffusers):
         raise InputError(
-            "compute 'foreground' calls the parts of the transformer, whose forward was replaced (as by offloading in "
-            "groups): use compute 'full'"
+            "compute 'foreground' calls the parts of the transformer, whose forward was replaced by more than what "
+            "brings its weights: use compute 'full'"
         )
-    if hook is not None:
+    hooks = [*([] if accelerates is None else [accelerates]), *diffusers.values()]
+    for hook in reversed(hooks):
         hook.pre_forward(transformer)
     yield
-    if hook is not None:
+    for hook in hooks:
         hook.post_forward(transformer, None)
 
 

@@ -3,8 +3,8 @@
 Facts of diffusers' `HunyuanVideoPipeline`: latents are the autoencoder's times its `scaling_factor`; sigmas are evenly
 spaced from 1; dual blocks see the text through projections of its own, single blocks have it behind the video, and a
 text of fewer tokens than are reserved for it is masked; the model was distilled to take the guidance scale as an input
-(`guidance_embeds`), else a negative branch is a forward of its own; what the transformer says is in its dtype, and so
-is the time that it is told, as soon as the scheduler gives latents in that dtype.
+(`guidance_embeds`), else a negative prompt, where there is one, is a forward of its own; what the transformer says is
+in its dtype, and so is the time that it is told, as soon as the scheduler gives latents in that dtype.
 """
 
 import inspect
@@ -39,6 +39,7 @@ class HunyuanVideoModel(PipelineModel):
     """What the loop needs of a diffusers `HunyuanVideoPipeline`."""
 
     arch = HUNYUAN_VIDEO
+    guided_if_asked = True
 
     def __init__(self, pipe: Any):
         """Raises InputError for a pipeline of another kind."""

@@ -7,7 +7,6 @@ pipeline drops that frame of what it makes; an edit keeps it). In one of kind "t
 is the image itself at every step: an edit leaves that frame as it is.
 """
 
-import warnings
 from dataclasses import replace
 
 import torch
@@ -15,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError
 from kvlock_fast.models.hunyuan_video import HUNYUAN_VIDEO, TEXT_LENGTH, HunyuanVideoModel
 
 CONCAT, REPLACE = "latent_concat", "token_replace"
@@ -44,11 +43,11 @@ class HunyuanVideoI2VModel(HunyuanVideoModel):
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """As for text-to-video, and the image's latents [n, C, 1, h, w] or, with their mask, [n, C + 1, T, h, w]."""
-        return self._told(prompts, given, _first_frame(given), IMAGE_TOKENS_EVERY[self.config.image_condition_type])
+        return self._told(prompts, given, picture(given.frames), IMAGE_TOKENS_EVERY[self.config.image_condition_type])
 
     def condition_negative(self, prompt: str, prompts: list[str], given: Given) -> Conditioning:
         """The same beside words that are told a black image, with as many of its tokens as the pipeline takes then."""
-        black = Image.new("RGB", _first_frame(given).size, 0)
+        black = Image.new("RGB", picture(given.frames).size, 0)
         return self._told([prompt], given, black, IMAGE_TOKENS_EVERY[CONCAT]).expand(len(prompts))
 
     def _told(self, prompts: list[str], given: Given, image: Image.Image, every: int) -> Conditioning:
@@ -58,7 +57,7 @@ class HunyuanVideoI2VModel(HunyuanVideoModel):
                 image, [prompt], device=self.device, max_sequence_length=TEXT_LENGTH, image_embed_interleave=every
             )
             texts.append(self.told_words(text, pooled, mask, given))
-        latents = self._image_latents(given)
+        latents = self._image_latents(given.frames)
         if not self.replaces:
             mask = torch.ones_like(latents[:, :1])
             latents = torch.cat([latents, mask], dim=1)
@@ -66,18 +65,30 @@ class HunyuanVideoI2VModel(HunyuanVideoModel):
             latents = torch.cat([latents, later], dim=2)
         return Conditioning.cat(texts).replace(image=latents.expand(len(prompts), -1, -1, -1, -1))
 
-    def _image_latents(self, given: Given) -> Tensor:
-        """Of the first frame, [1, C, 1, h, w] fp32, as the pipeline makes them."""
-        image, vae = _first_frame(given), self.pipe.vae
+    def _image_latents(self, frames: Tensor) -> Tensor:
+        """Of the first of frames uint8 [F, H, W, 3], [1, C, 1, h, w] fp32, as the pipeline makes them."""
+        image, vae = picture(frames), self.pipe.vae
         pixels = self.pipe.video_processor.preprocess(image, image.height, image.width).to(self.device, vae.dtype)
         return vae.encode(pixels[:, :, None]).latent_dist.mode().float() * vae.config.scaling_factor
 
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """As for text-to-video; the first frame by itself, where the model holds it: with others it is encoded to
+        something else.
+        """
+        latents = super().encode_video(frames)
+        return torch.cat([self._image_latents(frames), latents[:, :, 1:]], dim=2) if self.replaces else latents
+
+    def may_change(self, pixels: Tensor) -> Tensor:
+        """A mask bool [F, H, W] without the first frame, where the model holds that."""
+        if not self.replaces:
+            return pixels
+        if not pixels[1:].any():
+            raise InputError("mask marks the first frame only, which this image-to-video model takes as it is")
+        return torch.cat([torch.zeros_like(pixels[:1]), pixels[1:]])
+
     def first_latents(self, noise: Tensor, given: Given) -> Tensor:
         """The noise with a little of the image in it; the first frame is the image where it stays so."""
-        if self.replaces and given.pixels is not None and given.pixels[0].any():
-            message = "mask marks the first frame, which the model is given and leaves as it is"
-            warnings.warn(message, InputWarning, stacklevel=6)
-        image = self._image_latents(given)
+        image = self._image_latents(given.frames)
         share = torch.tensor([NOISE_SHARE], device=noise.device)
         mixed = noise * share + image.expand_as(noise) * (1 - share)
         return torch.cat([image, mixed[:, :, 1:]], dim=2) if self.replaces else mixed
@@ -101,5 +112,6 @@ class HunyuanVideoI2VModel(HunyuanVideoModel):
         return timestep if self.replaces else super().as_told(timestep)
 
 
-def _first_frame(given: Given) -> Image.Image:
-    return Image.fromarray(given.frames[0].cpu().numpy())
+def picture(frames: Tensor) -> Image.Image:
+    """The first of frames uint8 [F, H, W, 3]."""
+    return Image.fromarray(frames[0].cpu().numpy())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from kvlock_fast.errors import InputError, InputWarning
-from kvlock_fast.models.families import PIPELINES
+from kvlock_fast.models.families import PIPELINES, REFUSED
 from kvlock_fast.schedulers import WITHOUT_NOISE
 
 
@@ -55,6 +55,8 @@ def _check_index(folder: Path) -> None:
         name = index["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"model {str(folder)!r} has no valid model_index.json: {_one_line(error)}") from error
+    if name in REFUSED:
+        raise InputError(f"model {str(folder)!r} is a {name}, which is not supported: {REFUSED[name]}")
     if name not in PIPELINES:
         raise InputError(f"model {str(folder)!r} is a {name}, of no known family; known: {', '.join(PIPELINES)}")
 

@@ -12,6 +12,7 @@ but the number of the module.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from enum import Enum, auto
@@ -24,9 +25,22 @@ from torch import Tensor, nn
 from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.blend import as_heads, blend_
 from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
-from kvlock_fast.models.arch import ArchSpec, first_submodule, refuse_wrapped, select_layers, without_text
+from kvlock_fast.models.arch import (
+    PLACES,
+    SAMPLES,
+    ArchSpec,
+    by_samples,
+    first_submodule,
+    kv_width,
+    place_by_place,
+    select_layers,
+    value_columns,
+    without_text,
+)
 from kvlock_fast.models.fast import choose_path
 from kvlock_fast.models.foreground import View, attend
+from kvlock_fast.models.sharding import Shard, shard_of
+from kvlock_fast.models.wrapped import refuse_caches, refuse_wrapped
 from kvlock_fast.nvtx import span
 
 KeptKV = dict[tuple[int, str], Tensor | QuantizedKV]
@@ -49,48 +63,99 @@ class LockState:
     Tokens are the video's: those of the text, where there are any beside them, keep their own keys and values.
     """
 
-    def __init__(self, background: Tensor | None = None, text: str = "none"):
+    def __init__(self, background: Tensor | None = None, text: str = "none", format: str | None = None):
         """background: indices [N] of the tokens to keep and blend in CAPTURE and STORED, None for all; text: as
-        `ArchSpec.text`.
+        `ArchSpec.text`; format: how is packed what is kept without a place for it, None: it stays as it is.
+
+        columns: first and how many of a module's output, by layer number and "k" or "v", where it holds more.
         """
         self.mode = Mode.OFF
-        self.text, self.tokens = text, None
+        self.text, self.tokens, self.ahead = text, None, 0
+        self.rows: dict[int, str] = {}
+        self._at_places: tuple[Tensor | None, Tensor | None] | None = None
         self.weight: Tensor | None = None
         self.background = background
         self.kept: KeptKV = {}
         self.view: View | None = None
+        self.columns: dict[tuple[int, str], tuple[int, int]] = {}
+        self.format = format
+        self.heads: dict[int, int | None] = {}
         self.prologue: Any = None
-        self.fired = 0
+        self.fired: Counter[tuple[int, str]] = Counter()
 
     def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
         """A module's output x, taken for what the mode wants, or blended in place."""
+        locks = self.mode not in (Mode.OFF, Mode.FOREGROUND)
+        if locks and x.requires_grad and torch.is_grad_enabled():
+            # A blend has no gradient, and a checkpointed layer is run again when the forward is over.
+            raise RuntimeError("keys and values are locked without a gradient: run the transformer in torch.no_grad()")
         if self.prologue is not None:  # which does it, and counts
             return
-        self.fired += 1
-        if self.mode in (Mode.OFF, Mode.FOREGROUND):
+        self.fired[key] += 1
+        if not locks:
             return
-        x = without_text(x, token_dim, self.text, self.tokens)
+        if key in self.columns:
+            x = x.narrow(-1, *self.columns[key])
+        rows = self.rows.get(key[0])
+        weight, background = self.weight, self.background
+        if rows is None:
+            x = without_text(x, token_dim, self.text, self.tokens, self.ahead)
+        else:
+            if rows == PLACES:
+                weight, background = self._place_by_place(x.shape[1])
+            x = by_samples(x, self.tokens)
         if self.mode is Mode.CAPTURE:
             with span("capture"):
-                self._keep(key, x, token_dim)
+                self._keep(key, x, token_dim, background)
         elif self.mode is Mode.STORED:
             with span("lock"):
-                blend_(x, self.kept[key], self.weight, token_dim, self.background)
+                blend_(x, self.kept[key], repeated(weight, len(x)), token_dim, background)
         elif self.mode is Mode.IN_BATCH:
             with span("lock"):
-                blend_(x[1:], x[:1], self.weight, token_dim)
+                blend_(x[1:], x[:1], repeated(weight, len(x) - 1), token_dim)
 
-    def _keep(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
-        """Pack x into what is there for this layer, or keep it as it is."""
+    def _keep(self, key: tuple[int, str], x: Tensor, token_dim: int, background: Tensor | None) -> None:
+        """Pack x into what is there for this layer, or keep it in the format, or as it is."""
+        x = x.detach()  # what is kept would keep its whole forward
         place = self.kept.get(key)
-        if place is None:
-            self.kept[key] = x.clone() if self.background is None else x.index_select(token_dim, self.background)
+        if not isinstance(place, QuantizedKV):
+            if self.format is not None:
+                heads = as_heads(x, token_dim, self._heads(key[0], x))
+                self.kept[key] = quantize_kv(heads, self.format, key[1], tokens=background)
+            else:
+                self.kept[key] = x.clone() if background is None else x.index_select(token_dim, background)
             return
         heads = as_heads(x, token_dim, place.shape[2])
         packed = quantize_kv(
-            heads, place.format, place.kind, tokens=self.background, tokens_per_scale=place.tokens_per_scale
+            heads, place.format, place.kind, tokens=background, tokens_per_scale=place.tokens_per_scale
         )
         place.copy_(packed)
+
+    def _place_by_place(self, frames: int) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and background as a self-attention has its tokens that sees a place in all frames; once a forward."""
+        if self._at_places is None:
+            weight, background = self.weight, self.background
+            if weight is not None:
+                weight = weight.unflatten(1, (frames, -1)).transpose(1, 2).flatten(1)
+            if background is not None:
+                background = place_by_place(background, frames, self.tokens)
+            self._at_places = weight, background
+        return self._at_places
+
+    def _heads(self, layer: int, x: Tensor) -> int:
+        heads = self.heads[layer]
+        if x.ndim == 3 and (heads is None or x.shape[2] % heads):
+            raise InputError(
+                f"format {self.format!r} needs the attention's heads, and layer {layer} of {x.shape[2]} channels says "
+                f"{heads}: keep K and V as they are (format=None)"
+            )
+        return heads or 1
+
+
+def repeated(weight: Tensor, rows: int) -> Tensor:
+    """The weight of so many rows: that of the samples repeated, where branches of guidance share a batch."""
+    samples = len(weight)
+    return weight.repeat(rows // samples, 1) if rows > samples > 1 and rows % samples == 0 else weight
 
 
 _NUMBERS = itertools.count()
@@ -178,9 +243,11 @@ class TransformerLock:
         layers: tuple[int, ...] | None = None,
         background: Tensor | None = None,
         processors: str = "generic",
+        format: str | None = None,
     ):
-        """layers: the locked self-attention layers by number, None for all; background: as in `LockState`;
-        processors: by which attention forwards that lock go, a wish of `fast.PROCESSORS`.
+        """layers: the locked self-attention layers by number, None for all; background: as in `LockState`, of the whole
+        video also where processes share its tokens; format: as in `LockState`; processors: by which attention forwards
+        that lock go, a wish of `fast.PROCESSORS`.
 
         Raises InputError where the lock would miss K or V, and where processors 'fast' cannot be had; then nothing is
         attached.
@@ -189,15 +256,24 @@ class TransformerLock:
         attentions = arch.attentions(transformer)
         if not attentions:
             raise InputError(f"{type(transformer).__name__} has no self-attention named {arch.attention!r}")
-        self.transformer = transformer
+        self.transformer, self._says_ahead = transformer, arch.ahead
         self.layers = select_layers(len(attentions), layers)
-        self.state = LockState(background, arch.text)
+        self.state = LockState(background, arch.text, format)
+        self.forwards = 0
+        self.use_background(background)
+        self._around = _with_parents(transformer, [attentions[layer][0] for layer in self.layers])
         self._targets: list[tuple[nn.Module, tuple[str, ...], nn.Module, type[nn.Module]]] = []
         try:
             for layer in self.layers:
                 name, attention = attentions[layer]
+                if arch.rows(name) != SAMPLES:
+                    self.state.rows[layer] = arch.rows(name)
+                self.state.heads[layer] = getattr(attention, "heads", getattr(attention, "num_heads", None))
                 for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
                     self._attach(attention, names, (self.state, (layer, kind), token_dim), name)
+                columns = value_columns(attention, arch)
+                if columns is not None:
+                    self.state.columns[layer, "v"] = columns
             self.fast = choose_path(processors, transformer, {n: attentions[n] for n in self.layers}, self.state)
         except BaseException:
             self.detach()
@@ -218,6 +294,11 @@ class TransformerLock:
         """The locked self-attentions."""
         return list(dict.fromkeys(attention for attention, *_ in self._targets))
 
+    def use_background(self, background: Tensor | None) -> None:
+        """Keep and blend these tokens [N] of the whole video from now on."""
+        self.state.background = self._background = background
+        self._shared: tuple[Shard, int] | None = None
+
     def detach(self) -> None:
         """Take the lock off; the transformer is as it was."""
         for _, _, target, kind in self._targets:
@@ -227,26 +308,42 @@ class TransformerLock:
 
     @contextmanager
     def forward(
-        self, mode: Mode, weight: Tensor | None = None, kept: KeptKV | None = None, tokens: int | None = None
+        self,
+        mode: Mode,
+        weight: Tensor | None = None,
+        kept: KeptKV | None = None,
+        tokens: int | None = None,
+        any_number: bool = False,
+        ahead: int | None = None,
     ) -> Iterator[None]:
-        """One forward in `mode`; afterwards every locked module must have run once.
+        """One forward in `mode`; afterwards every locked module must have run once, and `forwards` is how often.
 
-        weight: [rows, S] fp32 (for IN_BATCH without the source's row), needed where the mode blends. kept: the
+        any_number: of forwards, none too; then every module must have run as often as the others. weight: [rows, S]
+        fp32 (for IN_BATCH without the source's row), needed where the mode blends; rows may be repeated. kept: the
         background's K and V to blend with (STORED) or to see (FOREGROUND), or the places to pack them into (CAPTURE;
         where there is none for a layer, a tensor is added). tokens: the video's, S, beyond which a self-attention's are
-        text; None where there is no text among them.
+        text; None where there is no text among them; ahead: how many tokens of other frames lie in front of them, which
+        is to be said of those that have any (`ArchSpec.ahead`) and are left as they are. In context parallelism weight
+        and tokens are of the whole video, kept is of this process's part.
 
-        Raises RuntimeError where modules were skipped or replaced, as by an adapter that was added later.
+        Raises RuntimeError where modules were skipped or replaced, as by an adapter that was added later; InputError
+        where a cache was switched on meanwhile.
         """
+        refuse_caches(self._around)
         for attention, names, target, _ in self._targets:
             if first_submodule(attention, names) is not target:
                 raise RuntimeError(
                     f"a projection of {type(attention).__name__} was replaced after the lock was attached, as by an "
                     "adapter: load adapters first, then lock"
                 )
+        if self._says_ahead and ahead is None and mode is not Mode.OFF:
+            raise RuntimeError(
+                f"{type(self.transformer).__name__} has tokens in front of the video's, whose number was not said"
+            )
+        weight, tokens = self._own_part(mode, weight, tokens)
         state, by = self.state, nullcontext()
-        state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, 0
-        state.tokens = tokens
+        state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, Counter()
+        state.tokens, state.ahead, state._at_places = tokens, ahead or 0, None
         if self.fast is not None and mode not in (Mode.OFF, Mode.FOREGROUND):
             by = self.fast.forward()
         try:
@@ -254,17 +351,45 @@ class TransformerLock:
                 yield
         finally:
             state.mode, state.weight, state.kept, state.view = Mode.OFF, None, {}, None
-        expected = 2 * len(self.layers)
-        if state.fired != expected:
+        counts = [state.fired[layer, kind] for layer in self.layers for kind in "kv"]
+        self.forwards = max(counts) if any_number else 1
+        if set(counts) != {self.forwards}:
             raise RuntimeError(
-                f"{state.fired} of {expected} locked projections ran in a forward of "
+                f"{sum(counts)} of {len(counts) * self.forwards} locked projections ran in a forward of "
                 f"{type(self.transformer).__name__}: layers were skipped"
             )
+
+    def _own_part(self, mode: Mode, weight: Tensor | None, tokens: int | None) -> tuple[Tensor | None, int | None]:
+        """Weight and tokens of this process's part, which becomes the state's background as well."""
+        shard = shard_of(self.transformer)
+        if shard is None or mode is Mode.OFF:
+            return weight, tokens
+        if tokens is None or mode is Mode.FOREGROUND:
+            raise RuntimeError(f"mode {mode.name} with tokens {tokens} does not go with context parallelism")
+        if self._background is not None and self._shared != (shard, tokens):
+            self.state.background = shard.indices(self._background, tokens)
+            self._shared = shard, tokens
+        first, end = shard.bounds(tokens)
+        return None if weight is None else weight[:, first:end], end - first
+
+
+def _with_parents(transformer: nn.Module, names: list[str]) -> list[nn.Module]:
+    """The modules of these names, and all that they are in."""
+    modules = dict(transformer.named_modules())
+    found = {"": transformer}
+    for name in names:
+        parts = name.split(".")
+        for depth in range(1, len(parts) + 1):
+            parent = ".".join(parts[:depth])
+            found[parent] = modules[parent]
+    return list(found.values())
 
 
 def kv_sizes(transformer: nn.Module, arch: ArchSpec) -> tuple[int, int]:
     """Heads, and channels a head, of the self-attentions' keys and values. InputError where layers differ."""
-    sizes = {(a.heads, a.to_k.out_features // a.heads) for _, a in arch.attentions(transformer)}
+    attentions = [attention for _, attention in arch.attentions(transformer)]
+    heads = [a.heads if hasattr(a, "heads") else a.num_heads for a in attentions]
+    sizes = {(count, kv_width(a, arch) // count) for count, a in zip(heads, attentions, strict=True)}
     if len(sizes) != 1:
         raise InputError(f"the self-attentions of {type(transformer).__name__} are of different sizes: {sorted(sizes)}")
     return sizes.pop()

@@ -5,6 +5,7 @@ transformer is told (`condition`) and how it is asked (`predict`); all else has 
 """
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
-from kvlock_fast.masks import Geometry
+from kvlock_fast.masks import Geometry, ProjectedMask, project_mask
 from kvlock_fast.models.arch import ArchSpec
 from kvlock_fast.models.families import transformer_name
 
@@ -31,6 +32,8 @@ class PipelineModel:
     """What in a forward of diffusers' own, such as a read from the device, a captured step would miss."""
     guided_if_asked = False
     """Whether a negative branch is run only where a negative prompt is given: by models that may be distilled."""
+    most_text = 512
+    """Text tokens that the model may be given, for planning."""
     latents_dtype: torch.dtype = torch.float32
     """Of the latents between steps, in the family's pipeline."""
 
@@ -44,10 +47,20 @@ class PipelineModel:
         self.pipe = pipe
         self.transformers: list[nn.Module] = transformers
 
+    @classmethod
+    def arch_of(cls, transformer: nn.Module) -> ArchSpec:
+        """What locking must know of a transformer of the family, without its pipeline."""
+        return cls.arch
+
     @property
     def config(self) -> Any:
         """Of the (first) transformer."""
         return self.transformers[0].config
+
+    @property
+    def latent_channels(self) -> int:
+        """Of the latents between steps."""
+        return self.config.in_channels
 
     @property
     def device(self) -> torch.device:
@@ -82,9 +95,29 @@ class PipelineModel:
         """Whether a negative branch is run at this scale: not by models that were distilled to do without."""
         return guidance_scale > 1
 
+    def omega0(self, guidance_scale: float) -> float:
+        """The scale as the loop counts it, where 1 adds nothing to the conditional prediction."""
+        return guidance_scale
+
+    def time_at(self, solver: Any, k: int) -> Tensor:
+        """What `predict` is given as the timestep of x_k [], for k = T too: the scheduler's own."""
+        return solver.timestep_at(k)
+
     def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Both branches as the family's pipeline guides them, in its order of operations."""
+        """Both branches as the family's pipeline guides them, in its order of operations; scale: by `omega0`."""
         return uncond + scale * (cond - uncond)
+
+    def settle(self, cond: Tensor, uncond: Tensor | None, scale: float, latents: Tensor, sigma: Tensor) -> Tensor:
+        """What the family's pipeline gives its scheduler, of a prediction or both branches', at latents of a sigma."""
+        return cond if uncond is None else self.combine(cond, uncond, scale)
+
+    def project(self, pixels: Tensor) -> ProjectedMask:
+        """A mask bool [F, H, W] as the model has it."""
+        return project_mask(pixels, self.geometry)
+
+    def tokens_of(self, latents: Tensor) -> int:
+        """Of the video in latents [B, C, T, h, w]."""
+        return prod(-(-size // p) for size, p in zip(latents.shape[-3:], self.geometry.patch_size, strict=True))
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """[len(prompts), L, C] in the transformer's dtype."""
@@ -93,6 +126,10 @@ class PipelineModel:
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """What the transformer is told of each of the prompts."""
         return Conditioning(text=self.encode_prompts(prompts))
+
+    def tokens_ahead(self, latents: Tensor) -> int | None:
+        """How many tokens of other frames self-attentions have in front of those of latents [..., T, h, w]."""
+        return None
 
     def condition_source(self, prompts: list[str], given: Given) -> Conditioning:
         """The same for the source's own pass, of which nothing is to be changed."""
@@ -118,10 +155,6 @@ class PipelineModel:
 
     def last_latents(self, latents: Tensor, told: Conditioning) -> Tensor:
         """What the family's pipeline makes of the last step's latents [B, C, T, h, w], told so of each sample."""
-        return latents
-
-    def finish(self, latents: Tensor, told: Conditioning) -> Tensor:
-        """The last latents [B, C, T, h, w], as the family's pipeline gives them out."""
         return latents
 
     def encode_video(self, frames: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Videos in and out of an autoencoder of diffusers, as all families need it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,13 +14,22 @@ def encode_mode(vae: Any, frames: Tensor, device: torch.device) -> Tensor:
     return vae.encode(pixels).latent_dist.mode().float().contiguous()
 
 
+def encode_pictures(vae: Any, frames: Tensor, device: torch.device, at_once: int) -> Tensor:
+    """uint8 [F, H, W, 3] to the posterior's mode [1, C, F, h, w] fp32, not normalised, each frame on its own."""
+    modes = []
+    for some in frames.split(at_once):
+        pixels = some.permute(0, 3, 1, 2).to(device=device, dtype=vae.dtype) / 127.5 - 1.0
+        modes.append(vae.encode(pixels).latent_dist.mode().float())
+    return torch.cat(modes).transpose(0, 1)[None].contiguous()
+
+
 def decode_each(vae: Any, latents: Tensor, tiled: bool, **told: Any) -> Tensor:
     """Latents [B, C, T, h, w] as the autoencoder made them to uint8 [B, F, H, W, 3] on the CPU, a video at a time.
 
     tiled: in tiles that are blended where they overlap, which takes less memory; told: more for the decoder.
     """
     videos = []
-    with _tiling(vae) if tiled else nullcontext():
+    with tiling(vae, tiled):
         for one in latents.to(vae.dtype).split(1):
             videos.append(as_pixels(vae.decode(one, return_dict=False, **told)[0]))
     return torch.cat(videos).permute(0, 2, 3, 4, 1)
@@ -40,17 +49,18 @@ def encode_image(vae: Any, frames: Tensor, device: torch.device) -> Tensor:
 def decode_images(vae: Any, latents: Tensor, tiled: bool) -> Tensor:
     """Latents [B, C, h, w] as the autoencoder made them to uint8 [B, H, W, 3] on the CPU; tiled: as `decode_each`."""
     images = []
-    with _tiling(vae) if tiled else nullcontext():
+    with tiling(vae, tiled):
         for one in latents.to(vae.dtype).split(1):
             images.append(as_pixels(vae.decode(one, return_dict=False)[0]))
     return torch.cat(images).permute(0, 2, 3, 1)
 
 
 @contextmanager
-def _tiling(vae: Any) -> Iterator[None]:
-    """The autoencoder in tiles, and as it was afterwards."""
+def tiling(vae: Any, tiled: bool = True) -> Iterator[None]:
+    """The autoencoder in tiles, if they are wanted, and as it was afterwards."""
     before = vae.use_tiling
-    vae.enable_tiling()
+    if tiled:
+        vae.enable_tiling()
     try:
         yield
     finally:

@@ -39,8 +39,12 @@ class SD3Model(ImageModel):
     def __init__(self, pipe: Any):
         """Raises InputError for a pipeline of another kind."""
         super().__init__(pipe)
-        if self.config.qk_norm is None:  # then keys are taken from their projection, before they are split into heads
-            self.arch = replace(SD3, token_dim=1)
+        self.arch = self.arch_of(pipe.transformer)
+
+    @classmethod
+    def arch_of(cls, transformer: Any) -> ArchSpec:
+        """Without norms keys are taken from their projection, before they are split into heads."""
+        return replace(SD3, token_dim=1) if transformer.config.qk_norm is None else SD3
 
     @property
     def patch(self) -> int:

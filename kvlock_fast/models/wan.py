@@ -48,6 +48,11 @@ class WanModel(PipelineModel):
         return Geometry(config.scale_factor_temporal, config.scale_factor_spatial, patch, causal=True, most_tokens=most)
 
     @property
+    def latent_channels(self) -> int:
+        """Of the latents, without those of what is shown beside them."""
+        return self.pipe.vae.config.z_dim
+
+    @property
     def text_length(self) -> int:
         """Tokens a prompt is padded to: 512, as WanPipeline does, or what the tokenizer allows if that is less."""
         return min(512, int(self.pipe.tokenizer.model_max_length))

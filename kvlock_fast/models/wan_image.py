@@ -135,6 +135,6 @@ class WanImageModel(WanModel):
             raise InputError("mask marks the first frame only, which this image-to-video model takes as it is")
         return torch.cat([torch.zeros_like(pixels[:1]), pixels[1:]])
 
-    def finish(self, latents: Tensor, told: Conditioning) -> Tensor:
+    def last_latents(self, latents: Tensor, told: Conditioning) -> Tensor:
         """The last latents [B, C, T, h, w], the first frame as it was shown."""
         return self.entering(latents, told) if self.holds_first else latents

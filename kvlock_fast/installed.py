@@ -17,12 +17,14 @@ def installed_version(distribution: str) -> str | None:
 
 
 def capabilities() -> dict[str, Any]:
-    """versions, device, families, backends, formats, tiers, presets: names and versions as strings, lists of names."""
+    """versions, device, families, backends, formats, tiers, presets: names and versions as strings, lists of names;
+    transformers: the family by the name of the class.
+    """
     import torch
 
     from kvlock_fast.config import PRESETS, TIERS
     from kvlock_fast.kernels.quantize import FORMATS
-    from kvlock_fast.models import FAMILIES
+    from kvlock_fast.models.families import FAMILIES, REGISTRY
 
     packages = ("torch", "triton", "diffusers", "transformers", "numpy", "av")
     cuda = torch.cuda.is_available()
@@ -31,6 +33,7 @@ def capabilities() -> dict[str, Any]:
         "versions": {"kvlock_fast": __version__, **{name: installed_version(name) for name in packages}},
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "families": list(FAMILIES),
+        "transformers": {name: family.name for family in reversed(REGISTRY) for name in family.transformers},
         "backends": [
             "reference",
             *triton,

@@ -1,0 +1,196 @@
+"""The Cosmos families: Cosmos 1 text-to-world, Cosmos 2 text-to-image, Cosmos 2.5 predict from text.
+
+Facts of diffusers' `CosmosTextToWorldPipeline`, `Cosmos2TextToImagePipeline` and `Cosmos2_5_PredictBasePipeline`: the
+time that the transformer is told is made of sigma; guidance is cond + w (cond - uncond). In the first two noise is
+added to a signal that stays, x = x0 + sigma n, from sigma 80 on; the transformer's output is made into x0, in whose
+space guidance takes place, and the steps are Euler's. In the third it is a flow's velocity, and an image or a clip to
+go on from may be shown beside the text, which an edit has no use for. The pipelines refuse words and change pictures by
+a safety checker, as the models' licence asks; so does an edit.
+"""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from diffusers import CosmosTextToWorldPipeline
+from torch import Tensor
+
+from kvlock_fast.conditioning import Conditioning, Given
+from kvlock_fast.errors import InputError
+from kvlock_fast.masks import Geometry
+from kvlock_fast.models.arch import ArchSpec
+from kvlock_fast.models.pipeline_model import PipelineModel
+from kvlock_fast.models.pixels import decode_each, encode_mode
+
+COSMOS = ArchSpec(
+    family="cosmos",
+    transformers=("CosmosTransformer3DModel",),
+    attention=r"transformer_blocks\.\d+\.attn1",
+    token_dim=2,
+    flow="exploding",
+    blocks=("CosmosTransformerBlock",),
+)
+FRAME_RATE = inspect.signature(CosmosTextToWorldPipeline.__call__).parameters["fps"].default
+
+
+class CosmosModel(PipelineModel):
+    """What the loop needs of a diffusers `CosmosTextToWorldPipeline`."""
+
+    arch = COSMOS
+
+    def __init__(self, pipe: Any):
+        """Raises InputError for a pipeline of another kind, one without its safety checker, or without torchvision."""
+        super().__init__(pipe)
+        if pipe.safety_checker is None:
+            raise InputError("the pipeline has no safety_checker, which the licence of Cosmos asks for")
+        if self.config.concat_padding_mask and find_spec("torchvision") is None:
+            raise InputError("the model's transformer needs torchvision, which is not installed")
+        if self.config.in_channels != self._latent_channels + self._mask_channels:
+            raise InputError("the model is shown a video beside the text: use the pipeline for text alone")
+
+    _mask_channels = 0
+
+    @property
+    def _latent_channels(self) -> int:
+        return self.pipe.vae.config.latent_channels
+
+    @property
+    def geometry(self) -> Geometry:
+        vae, patch = self.pipe.vae.config, tuple(self.config.patch_size)
+        most = tuple(size // p for size, p in zip(self.config.max_size, patch, strict=True))
+        return Geometry(vae.temporal_compression_ratio, vae.spatial_compression_ratio, patch, most_tokens=most)
+
+    def omega0(self, guidance_scale: float) -> float:
+        """The pipelines' own scale is what is added beyond the conditional prediction."""
+        return guidance_scale + 1 if self.guided(guidance_scale) else guidance_scale
+
+    def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+        """Both branches as the pipelines guide them; scale: by `omega0`."""
+        return cond + (scale - 1) * (cond - uncond)
+
+    def time_at(self, solver: Any, k: int) -> Tensor:
+        """Sigma of x_k [] fp32."""
+        return solver.sigmas[k]
+
+    def condition(self, prompts: list[str], given: Given) -> Conditioning:
+        """What the transformer is told of each of the prompts. Raises InputError for one that the checker refuses."""
+        checker = self.pipe.safety_checker.to(self.device)
+        for prompt in prompts:
+            if not checker.check_text_safety(prompt):
+                raise InputError(f"prompt {prompt!r} was found unsafe by the model's safety checker")
+        return super().condition(prompts, given)
+
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """[len(prompts), L, C] in the text encoder's dtype."""
+        return self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device)[0]
+
+    def encode_video(self, frames: Tensor) -> Tensor:
+        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
+        latents = encode_mode(self.pipe.vae, frames, self.device)
+        mean, std = self._latent_statistics(latents)
+        return (latents - mean) / std * self._scale
+
+    def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
+        """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
+        mean, std = self._latent_statistics(latents)
+        videos = decode_each(self.pipe.vae, latents.float() * std / self._scale + mean, tiled)
+        checker = self.pipe.safety_checker.to(self.device)
+        return torch.stack([torch.from_numpy(checker.check_video_safety(video.numpy())) for video in videos])
+
+    @property
+    def _scale(self) -> float:
+        """Of latents that have a variance of 1, in the noise's terms."""
+        return self.pipe.scheduler.config.sigma_data
+
+    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation [1, C, T, 1, 1], of each latent frame."""
+        config, frames = self.pipe.vae.config, latents.shape[2]
+        if config.latents_mean is None:
+            return latents.new_zeros(()), latents.new_ones(())
+        return tuple(
+            torch.tensor(values).view(1, config.latent_channels, -1, 1, 1)[:, :, :frames].to(latents)
+            for values in (config.latents_mean, config.latents_std)
+        )
+
+    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+        """The clean latents [B, C, T, h, w] fp32 at latents [B, ...] of sigma `timestep` []."""
+        scheduler = self.pipe.scheduler
+        rows = scheduler.precondition_inputs(latents, timestep)
+        output = self.ask(which, rows, scheduler.precondition_noise(timestep), told, fps=FRAME_RATE)
+        return scheduler.precondition_outputs(latents, output, timestep)
+
+    def ask(self, which: int, rows: Tensor, time: Tensor, told: Conditioning, **more: Any) -> Tensor:
+        """The transformer's output [B, C, T, h, w] in its dtype, at rows [B, ...] and time [] or [B, 1, T, 1, 1]."""
+        transformer = self.transformers[which]
+        stride = self.geometry.spatial_stride
+        height, width = (size * stride for size in rows.shape[3:])
+        time = time.expand(len(rows)).to(transformer.dtype) if time.ndim == 0 else time
+        return transformer(
+            hidden_states=rows.to(transformer.dtype),
+            timestep=time,
+            encoder_hidden_states=told["text"],
+            padding_mask=rows.new_zeros(1, 1, height, width, dtype=transformer.dtype),
+            return_dict=False,
+            **more,
+        )[0]
+
+
+class Cosmos2Model(CosmosModel):
+    """What the loop needs of a diffusers `Cosmos2TextToImagePipeline`."""
+
+    arch = replace(COSMOS, family="cosmos2-image")
+
+    @property
+    def _latent_channels(self) -> int:
+        return self.pipe.vae.config.z_dim
+
+    @property
+    def geometry(self) -> Geometry:
+        vae, patch = self.pipe.vae.config, tuple(self.config.patch_size)
+        most = tuple(size // p for size, p in zip(self.config.max_size, patch, strict=True))
+        return Geometry(
+            vae.scale_factor_temporal, vae.scale_factor_spatial, patch, most_tokens=most, one_frame=self.makes_images
+        )
+
+    makes_images = True
+
+    def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
+        """Where along the scheduler's own range: evenly spaced."""
+        return {"sigmas": torch.linspace(0, 1, num_steps, dtype=torch.float64)}
+
+    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.pipe.vae.config
+        return tuple(
+            torch.tensor(values).view(1, config.z_dim, 1, 1, 1).to(latents)
+            for values in (config.latents_mean, config.latents_std)
+        )
+
+    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+        """The clean latents [B, C, T, h, w] in the transformer's dtype at latents [B, ...] of sigma `timestep` []."""
+        time = timestep / (timestep + 1)  # of the flow that x / (1 + sigma) goes along
+        kept = 1 - time
+        output = self.ask(which, latents * kept, time, told)
+        return (kept * latents + -time * output.float()).to(output.dtype)
+
+
+class Cosmos25Model(Cosmos2Model):
+    """What the loop needs of a diffusers `Cosmos2_5_PredictBasePipeline`, of text alone."""
+
+    arch = replace(COSMOS, family="cosmos2.5", flow=True)
+    makes_images = False
+    _mask_channels = 1
+    _scale = 1.0
+
+    def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
+        """The scheduler's own."""
+        return {}
+
+    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+        """The velocity [B, C, T, h, w] fp32 at latents [B, ...] of sigma `timestep` []."""
+        frames = latents.shape[2]
+        time = timestep.expand(len(latents), 1, frames, 1, 1)
+        mask = latents.new_zeros(len(latents), 1, *latents.shape[2:], dtype=self.transformers[which].dtype)
+        return self.ask(which, latents, time, told, condition_mask=mask).float()

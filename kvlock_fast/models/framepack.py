@@ -1,0 +1,138 @@
+"""The FramePack family, image-to-video in one section: an edit is given the first frame of its source.
+
+Facts of diffusers' `HunyuanVideoFramepackPipeline`, beside those of HunyuanVideo's: a clip is the image and sections of
+a few latent frames, of which one is denoised at a time; in front of its tokens the transformer has those of the image
+and of history, clean, by their places in time; image features are among the words; the shift by the number of tokens
+is limited; predictions are taken in fp32. An edit is of one section, which has no history: longer clips are refused, as
+the second section would have to know the first one's edit. The first latent frame is the image and stays as it is; for
+the lock the empty frame of history next to the section stands in its place, and what lies in front of that keeps its
+new keys and values, as a text does. The image's latents are the posterior's mode, where the pipeline draws a sample.
+"""
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import HunyuanVideoFramepackPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from kvlock_fast.conditioning import Conditioning, Given
+from kvlock_fast.errors import InputError
+from kvlock_fast.masks import Geometry
+from kvlock_fast.models.hunyuan_video import HUNYUAN_VIDEO, HunyuanVideoModel
+from kvlock_fast.models.hunyuan_video_i2v import HunyuanVideoI2VModel, picture
+from kvlock_fast.models.shifts import shift_of
+
+FRAMEPACK = replace(
+    HUNYUAN_VIDEO, family="framepack", transformers=("HunyuanVideoFramepackTransformer3DModel",), ahead=True
+)
+SECTION = inspect.signature(HunyuanVideoFramepackPipeline.__call__).parameters["latent_window_size"].default
+HISTORY = 1, 2, 16
+"""Latent frames of history behind a section: as they are, and in patches twice and four times as large each way."""
+LARGEST_SHIFT = math.log(7.0)
+
+
+class FramepackModel(HunyuanVideoI2VModel):
+    """What the loop needs of a diffusers `HunyuanVideoFramepackPipeline`, which samples backwards in time."""
+
+    arch = FRAMEPACK
+    replaces = True
+    shifts_by_size = True
+    why_not_captured = "a forward of FramePack waits for the number of the text's tokens"
+
+    def __init__(self, pipe: Any):
+        """Raises InputError for a pipeline of another kind."""
+        super().__init__(pipe)
+        self._places: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
+
+    def _check_image(self) -> None:
+        config = self.config
+        if config.in_channels != self.pipe.vae.config.latent_channels:
+            raise InputError(f"a FramePack transformer of {config.in_channels} channels in is not supported")
+        if not (config.has_image_proj and config.has_clean_x_embedder):
+            raise InputError("the model's transformer has no part for the image, or none for history")
+
+    @property
+    def geometry(self) -> Geometry:
+        return replace(super().geometry, most_tokens=(1 + SECTION, None, None))
+
+    def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
+        """Evenly spaced sigmas, and the shift for a section's tokens. Raises InputError for a single frame."""
+        t, h, w = self.geometry.token_grid(frames, height, width)
+        if t < 2:
+            raise InputError(f"FramePack makes what follows the first frame, and the video has {frames} frame")
+        shift = min(shift_of(self.pipe.scheduler, (t - 1) * h * w), LARGEST_SHIFT)
+        return {**super().timesteps_settings(num_steps, frames, height, width), "mu": shift}
+
+    def condition(self, prompts: list[str], given: Given) -> Conditioning:
+        """As HunyuanVideo's, and the image's latents [n, C, 1, h, w] fp32 and features [n, N, D]."""
+        pipe, image = self.pipe, picture(given.frames)
+        pixels = pipe.video_processor.preprocess(image, image.height, image.width)
+        features = pipe.encode_image(pixels, device=self.device).to(self.transformers[0].dtype)
+        latents = self._image_latents(given.frames)
+        return HunyuanVideoModel.condition(self, prompts, given).replace(
+            image=latents.expand(len(prompts), -1, -1, -1, -1), features=features.expand(len(prompts), -1, -1)
+        )
+
+    def condition_negative(self, prompt: str, prompts: list[str], given: Given) -> Conditioning:
+        """The same of the negative prompt."""
+        return self.condition([prompt], given).expand(len(prompts))
+
+    def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """[1, C, T, h, w] fp32, drawn for the section alone."""
+        rows, channels, frames, *size = shape
+        section = (rows, channels, frames - 1, *size)
+        noise = randn_tensor(section, generator=generator, device=device, dtype=torch.float32)
+        return torch.cat([torch.zeros_like(noise[:, :, :1]), noise], dim=2)
+
+    def first_latents(self, noise: Tensor, given: Given) -> Tensor:
+        """The noise behind the image."""
+        return torch.cat([self._image_latents(given.frames), noise[:, :, 1:]], dim=2)
+
+    def tokens_ahead(self, latents: Tensor) -> int:
+        """Of the image, and of history but for the frame next to the section."""
+        height, width = latents.shape[-2:]
+        count = (height // self.config.patch_size) * (width // self.config.patch_size)
+        for frames, patch in zip(HISTORY[1:], (2, 4), strict=True):
+            count += -(-frames // patch) * -(-height // (2 * patch)) * -(-width // (2 * patch))
+        return count
+
+    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+        """The velocity [B, C, T, h, w] fp32, at latents [B, ...], timestep []; 0 in the first frame."""
+        transformer = self.transformers[which]
+        rows = latents[:, :, 1:].to(transformer.dtype)
+        near, far, farther = (rows.new_zeros(*rows.shape[:2], n, *rows.shape[3:]) for n in HISTORY)
+        section, clean, at_far, at_farther = self._times(rows.shape[2], rows.device)
+        velocity = transformer(
+            hidden_states=rows,
+            timestep=timestep.expand(len(rows)),
+            encoder_hidden_states=told["text"],
+            encoder_attention_mask=told["mask"],
+            pooled_projections=told["pooled"],
+            image_embeds=told["features"],
+            indices_latents=section,
+            guidance=told["guidance"],
+            latents_clean=torch.cat([told["image"].to(rows.dtype), near], dim=2),
+            indices_latents_clean=clean,
+            latents_history_2x=far,
+            indices_latents_history_2x=at_far,
+            latents_history_4x=farther,
+            indices_latents_history_4x=at_farther,
+            return_dict=False,
+        )[0].float()
+        return torch.cat([torch.zeros_like(velocity[:, :, :1]), velocity], dim=2)
+
+    def _times(self, frames: int, device: torch.device) -> tuple[Tensor, ...]:
+        """Numbers in time of a section's frames, of the image with the history next to it, and of the history's rest.
+
+        Kept for good: they are made on the host.
+        """
+        if (frames, device) not in self._places:
+            times = torch.arange(1 + frames + sum(HISTORY), device=device)
+            image, section, near, far, farther = times.split([1, frames, *HISTORY])
+            self._places[frames, device] = section, torch.cat([image, near]), far, farther
+        return self._places[frames, device]

@@ -1,0 +1,56 @@
+"""Lucy Edit: a Wan 2.2 that is shown a video and told what to change in it.
+
+Facts of diffusers' `LucyEditPipeline`: as `WanPipeline` (wan.py), and the latents of the shown video lie behind the
+latents that are denoised, as more channels. The video is the source, for its own pass and the edit alike.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from kvlock_fast.conditioning import Conditioning, Given
+from kvlock_fast.errors import InputError
+from kvlock_fast.models.per_clip import PerClip
+from kvlock_fast.models.pipeline_model import PipelineModel
+from kvlock_fast.models.wan import WAN, WanModel
+
+LUCY = replace(WAN, family="lucy-edit")
+
+
+class LucyModel(WanModel):
+    """What the loop needs of a diffusers `LucyEditPipeline`."""
+
+    arch = LUCY
+    told_of_frames = True
+
+    def __init__(self, pipe: Any):
+        """Raises InputError for a pipeline of another kind."""
+        PipelineModel.__init__(self, pipe)
+        self._made = PerClip()
+        channels, wanted = self.config.in_channels, 2 * pipe.vae.config.z_dim
+        if channels != wanted:
+            raise InputError(f"the transformer takes {channels} channels, and a video beside the latents is {wanted}")
+
+    def condition(self, prompts: list[str], given: Given) -> Conditioning:
+        """text [n, L, C]; shown [n, C, T, h, w] fp32."""
+        shown = self._made((given.frames,), "shown", lambda: self._show(given.frames))
+        return Conditioning(text=self.encode_prompts(prompts), shown=shown.expand(len(prompts), *shown.shape[1:]))
+
+    def _show(self, frames: Tensor) -> Tensor:
+        """The source's latents, as the pipeline makes them of pictures."""
+        pictures = [Image.fromarray(frame) for frame in frames.cpu().numpy()]
+        height, width = frames.shape[1:3]
+        video = self.pipe.video_processor.preprocess_video(pictures, height=height, width=width)
+        video = video.to(self.device, torch.float32)
+        stride = self.geometry.spatial_stride
+        size = (len(frames) - 1) // self.geometry.temporal_stride + 1, height // stride, width // stride
+        channels = self.pipe.vae.config.z_dim
+        noise = torch.empty(1, channels, *size, device=self.device)  # given, so that none is drawn
+        return self.pipe.prepare_latents(video, 1, channels, height, width, torch.float32, self.device, None, noise)[1]
+
+    def entering(self, latents: Tensor, told: Conditioning) -> Tensor:
+        """The latents [B, ...] with those that are shown behind them."""
+        return torch.cat([latents, told["shown"]], dim=1)
