@@ -204,18 +204,22 @@ def test_rows_are_all_that_the_table_needs():
 # The commands.
 
 
+SOME = "ceiling,kvlock,cfg,kv-edit,proedit/source,flowedit,tokenflow,fatezero,vace"
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     folder = tmp_path_factory.mktemp("quality")
-    options = ["--quick", "--workers", "1", "--work", str(folder / "work"), "--output", str(folder / "o" / "q.json")]
-    assert quality.main(["--cases", "1", "--steps", "5", *options]) == 0
+    options = ["--cases", "1", "--steps", "5", "--rows", SOME, "--workers", "1", "--work", str(folder / "work")]
+    options += ["--output", str(folder / "o" / "q.json")]
+    assert quality.main(options) == 0
     return folder, options
 
 
 def test_the_table_has_a_number_everywhere(table):
     folder, _ = table
     found = json.loads((folder / "o" / "q.json").read_text(), parse_constant=pytest.fail)
-    assert tuple(found["rows"]) == default_rows()
+    assert ",".join(found["rows"]) == SOME
     columns = ("success", "consistency", "psnr", "ssim", "seam", "flicker", "seconds", "peak_bytes")
     for row, summary in found["rows"].items():
         for column in columns:
@@ -224,16 +228,24 @@ def test_the_table_has_a_number_everywhere(table):
     assert not found["rows"]["vace"]["ranked"] and found["rows"]["vace"]["psnr"] == found["rows"]["cfg"]["psnr"]
     best = found["rows"][CEILING]["psnr"]["mean"]
     assert all(summary["psnr"]["mean"] < best + 0.5 for summary in found["rows"].values())
-    assert (folder / "o" / "q.md").read_text().count("\n| ") >= 2 * len(default_rows()) - 1
+    assert (folder / "o" / "q.md").read_text().count("\n| ") >= 2 * len(found["rows"]) - 1
     assert (folder / "o" / "q.png").read_bytes()[1:4] == b"PNG"
     assert not list((folder / "work").glob("*.source")), "what rows share is gone"
+
+
+@pytest.mark.large
+def test_every_row_runs_by_several_processes(tmp_path):
+    options = ["--quick", "--work", str(tmp_path / "work"), "--output", str(tmp_path / "q.json")]
+    assert quality.main(options) == 0
+    found = json.loads((tmp_path / "q.json").read_text())["rows"]
+    assert tuple(found) == default_rows() and all(summary["cases"] == 2 for summary in found.values())
 
 
 def test_the_same_command_again_makes_nothing(table, capsys, monkeypatch):
     folder, options = table
     before = (folder / "o" / "q.json").read_text()
     monkeypatch.setattr(quality_run, "Worker", None)
-    assert quality.main(["--cases", "1", "--steps", "5", *options]) == 0
+    assert quality.main(options) == 0
     assert "0 edits to make" in capsys.readouterr().out
     assert (folder / "o" / "q.json").read_text() == before
 
@@ -277,15 +289,23 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path):
         assert tables[0][row][column] == tables[1][row][column]
 
 
+def test_every_sweep_has_its_base_once():
+    points = quality_sweeps.points_of(["paper", "kvlock"], list(quality_sweeps.SWEEPS), 20)
+    of = {name: [value for (base, p, value), _ in points.values() if (base, p) == ("kvlock", name)]
+          for name in quality_sweeps.SWEEPS}  # fmt: skip
+    assert of["tau"][-1] == "auto" and of["b"] == [0.5, 1.0, 1.5, 2.0, 3.0] and 1.0 in of["omega_floor"]
+    assert points["paper warmup_alpha=0.25"][1] == lock_of("paper", warmup_alpha=0.25, kappa=10)
+    assert points["kvlock tau=auto"][1] == lock_of("kvlock", tau="auto")
+
+
 def test_sweeps(tmp_path, capsys):
-    options = ["--cases", "1", "--steps", "4", "--workers", "1", "--work", str(tmp_path / "w")]
-    options += ["--bases", "paper", "--parameters", "alpha_floor,tau", "--output", str(tmp_path / "s.json")]
+    options = ["--cases", "1", "--steps", "2", "--workers", "1", "--work", str(tmp_path / "w")]
+    options += ["--bases", "paper", "--parameters", "alpha_floor", "--output", str(tmp_path / "s.json")]
     assert quality_sweeps.main(options) == 0
     found = json.loads((tmp_path / "s.json").read_text())["sweeps"]["paper"]
     assert [point["value"] for point in found["alpha_floor"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
-    assert [point["value"] for point in found["tau"]][-2:] == [3.0, "auto"]
-    assert all(math.isfinite(point["psnr"]["mean"]) for point in found["tau"])
-    assert (tmp_path / "s.png").read_bytes()[1:4] == b"PNG" and "tau = auto" in (tmp_path / "s.md").read_text()
+    assert all(math.isfinite(point["psnr"]["mean"]) for point in found["alpha_floor"])
+    assert (tmp_path / "s.png").read_bytes()[1:4] == b"PNG" and "alpha_floor = 0.75" in (tmp_path / "s.md").read_text()
     for wrong, said in (("--bases", "papr"), ("--parameters", "taw"), ("--cases", "0")):
         assert quality_sweeps.main([*options, wrong, said]) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
@@ -328,7 +348,7 @@ def make_clips(folder):
 
 def test_clips_of_a_folder(tmp_path):
     make_clips(tmp_path)
-    options = ["--clips", str(tmp_path), "--rows", "ceiling,kvlock,flowedit", "--steps", "5", "--workers", "1"]
+    options = ["--clips", str(tmp_path), "--rows", "ceiling,kvlock,tokenflow", "--steps", "2", "--workers", "1"]
     options += ["--work", str(tmp_path / "w"), "--videos", str(tmp_path / "v"), "--output", str(tmp_path / "q.json")]
     assert quality.main(options) == 0
     found = json.loads((tmp_path / "q.json").read_text())["rows"]
@@ -336,7 +356,7 @@ def test_clips_of_a_folder(tmp_path):
         assert "success" not in summary and summary["cases"] == 2
         assert all(math.isfinite(summary[c]["mean"]) for c in ("psnr", "ssim", "seam", "flicker", "consistency"))
     assert sorted(path.relative_to(tmp_path / "v").as_posix() for path in (tmp_path / "v").rglob("*.mp4")) == [
-        f"{row}/{name}.mp4" for row in ("ceiling", "flowedit", "kvlock") for name in ("one", "two")
+        f"{row}/{name}.mp4" for row in ("ceiling", "kvlock", "tokenflow") for name in ("one", "two")
     ]
     assert (tmp_path / "q.png").is_file()
 
