@@ -227,7 +227,8 @@ def test_the_table_has_a_number_everywhere(table):
         assert summary["cases"] == 1 and (row == "kvlock") == (not summary["difference"])
     assert not found["rows"]["vace"]["ranked"] and found["rows"]["vace"]["psnr"] == found["rows"]["cfg"]["psnr"]
     best = found["rows"][CEILING]["psnr"]["mean"]
-    assert all(summary["psnr"]["mean"] < best + 0.5 for summary in found["rows"].values())
+    # Of edits that change something: what leaves the source as it is can be nearer to it.
+    assert all(found["rows"][row]["psnr"]["mean"] < best for row in ("kvlock", "cfg", "proedit/source"))
     assert (folder / "o" / "q.md").read_text().count("\n| ") >= 2 * len(found["rows"]) - 1
     assert (folder / "o" / "q.png").read_bytes()[1:4] == b"PNG"
     assert not list((folder / "work").glob("*.source")), "what rows share is gone"
@@ -267,7 +268,7 @@ def test_other_values_are_made_anew(table):
 
 def test_a_killed_run_goes_on_to_the_same_table(tmp_path):
     """Killed as soon as a row is there; then to the end, beside a run that nobody stopped."""
-    options = ["--cases", "2", "--steps", "2", "--rows", "ceiling,cfg,kvlock", "--workers", "1"]
+    options = ["--cases", "1", "--steps", "2", "--rows", "ceiling,cfg,kvlock", "--workers", "1"]
 
     def command(name):
         return [sys.executable, "-m", "bench.quality", *options, "--work", str(tmp_path / name),
