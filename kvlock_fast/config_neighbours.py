@@ -1,6 +1,6 @@
 """What the methods that KV-Lock is compared with need beside its own values, and their presets. All off by default."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from kvlock_fast.config_checks import choice, number, whole
@@ -38,6 +38,12 @@ class NeighbourOptions:
     free_steps: int = 0
     inject_share: float = 0.0
     keyframe_stride: int = 2
+
+    @property
+    def neighbour_values(self) -> dict[str, Any]:
+        """Those of these values that are not off."""
+        named = ((f.name, getattr(self, f.name), f.default) for f in fields(NeighbourOptions))
+        return {name: value for name, value, default in named if value != default}
 
     def _check_neighbours(self) -> None:
         choice(self, "method", *METHODS)

@@ -462,6 +462,14 @@ def test_bad_values(changes, said):
     assert str(caught.value).startswith(said)
 
 
+@pytest.mark.parametrize("preset", list(NEIGHBOURS))
+def test_loops_of_other_people_refuse_them(preset):
+    pipe, foreground = tiny_wan(), torch.tensor([True, False] * 9)
+    with pytest.raises(InputError, match="which only KVLockPipeline has|only KVLockPipeline computes"):
+        kvf.attach(pipe.transformer, foreground, lock=lock(preset), num_steps=4)
+    assert not lock("kvlock").neighbour_values and "skip_steps" in lock("kv-edit").neighbour_values
+
+
 def test_the_command_line_takes_them(tmp_path, capsys):
     files = ["--source", "no.mp4", "--mask", "box:1,1,8,8", "--source-prompt", "a", "--prompt", "b"]
     output = ["--output", str(tmp_path / "o.mp4")]
