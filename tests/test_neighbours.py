@@ -465,7 +465,7 @@ def test_bad_values(changes, said):
 @pytest.mark.parametrize("preset", list(NEIGHBOURS))
 def test_loops_of_other_people_refuse_them(preset):
     pipe, foreground = tiny_wan(), torch.tensor([True, False] * 9)
-    with pytest.raises(InputError, match="which only KVLockPipeline has|only KVLockPipeline computes"):
+    with pytest.raises(InputError, match=r"which only KVLockPipeline has|only KVLockPipeline computes"):
         kvf.attach(pipe.transformer, foreground, lock=lock(preset), num_steps=4)
     assert not lock("kvlock").neighbour_values and "skip_steps" in lock("kv-edit").neighbour_values
 
@@ -479,3 +479,12 @@ def test_the_command_line_takes_them(tmp_path, capsys):
     assert "skip_steps 4 leaves none of 4 steps" in capsys.readouterr().err
     assert main(["profile", "--preset", "tokenflow", "--config", "demo", "--output", str(tmp_path / "p")]) == 2
     assert "a profile is of a locked edit" in capsys.readouterr().err
+
+
+def test_the_mix_by_the_fast_path_and_in_stretches():
+    """The source's K and V of every token, by the kernel's own reference; and of each stretch."""
+    plain, fast = (call(tiny_wan(), lock="proedit", steps=4, processors=p).latents for p in ("generic", "fast"))
+    torch.testing.assert_close(plain, fast, rtol=1e-4, atol=1e-4)
+    longer, where = np.concatenate([a_video(), a_video(seed=1)])[:17], a_mask(17)
+    out = call(tiny_wan(), lock="proedit", steps=4, video=longer, mask=where, window=9, overlap=4)
+    assert out.latents.isfinite().all() and out.latents.shape[2] == 5
