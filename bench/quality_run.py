@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,7 @@ def subject_of(subjects: tuple[str, dict[str, Any]], number: int) -> Subject:
     return Subject(f"{number:04d}", group, clip, case.edit.target.video, case.is_right, case.path)
 
 
+@lru_cache(maxsize=4)
 def weights_of(model: str) -> str:
     """A short hash of the weights of a folder or the bundled model; the name itself of a model from the hub."""
     from bench.demo_quality import fingerprint
@@ -259,11 +261,11 @@ def _one(number: int) -> float:
 def gathered(plan: Plan, numbers: list[int]) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, str]]:
     """Figures by row and case, and each case's group; rows that are not made as the plan has them are left out."""
     rows: dict[str, dict[str, dict[str, Any]]] = {row: {} for row in plan.locks}
-    groups = {}
+    groups, digests = {}, {row: plan.digest_of(row) for row in plan.locks}
     for number in numbers:
         done = CaseFile(plan.work, name_of(plan, number))
-        for row in plan.locks:
-            if done.has(row, plan.digest_of(row)):
+        for row, digest in digests.items():
+            if done.has(row, digest):
                 rows[row][done.path.stem] = done.rows[row]["figures"]
                 groups[done.path.stem] = done.group
     return rows, groups
