@@ -69,7 +69,8 @@ def _differences(axes: Any, found: Found) -> None:
                           color=colour, label=label)  # fmt: skip
     axes.axvline(0, color="0.4", lw=0.8)
     axes.set_yticks(places, rows, fontsize=8)
-    axes.legend(fontsize=8)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
     axes.grid(alpha=0.3, axis="x")
     axes.set_title(f"Difference to {REFERENCE}, case by case")
 
