@@ -305,6 +305,8 @@ def test_what_it_would_leave_out_is_refused():
     handle = attention.norm_q.register_forward_hook(lambda *_: None)
     assert "hooks on its norms (as by offloading) would be left out" in refusal(family)
     handle.remove()
+    attention.norm_q.eps *= 2
+    assert "its queries and keys are not normed alike" in refusal(family)
     attention.norm_k = torch.nn.Softsign()
     assert "Softsign is a norm that the prologue does not know" in refusal(family)
 

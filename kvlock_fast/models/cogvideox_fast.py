@@ -23,7 +23,8 @@ class CogVideoXFastProcessor(FastProcessor):
             rows, tokens = x.shape[:2]
             attention_mask = attn.prepare_attention_mask(attention_mask, tokens, rows)
             attention_mask = attention_mask.view(rows, attn.heads, -1, attention_mask.shape[-1])
-        qkv = attn.to_q(x), attn.to_k(x), attn.to_v(x)
-        out = self.attend(*locked_qkv(attn, qkv, image_rotary_emb), attention_mask)
+        # Nothing here holds the projections while the attention runs.
+        qkv = locked_qkv(attn, (attn.to_q(x), attn.to_k(x), attn.to_v(x)), image_rotary_emb)
+        out = self.attend(*qkv, attention_mask)
         out = attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
         return out[:, words:], out[:, :words]

@@ -21,7 +21,7 @@ from kvlock_fast.kernels.attention import attention
 from kvlock_fast.kernels.language import HAS_TRITON
 from kvlock_fast.kernels.launch import KERNEL_DTYPES
 from kvlock_fast.models.foreground import swapped
-from kvlock_fast.models.qk_norms import norm_kind, why_no_norm
+from kvlock_fast.models.qk_norms import norm_kind, why_no_norms
 from kvlock_fast.models.wrapped import device_of
 
 PROCESSORS = ("auto", "generic", "fast")
@@ -92,7 +92,7 @@ def choose_path(
     if wish not in PROCESSORS:
         raise InputError(f"processors must be one of {', '.join(PROCESSORS)}, got {wish!r}")
     device = device_of(transformer)
-    if wish == "generic" or (wish == "auto" and device.type != "cuda"):
+    if wish == "generic" or (wish == "auto" and device.type != "cuda") or not attentions:
         return None
     reason = why_not_fast(transformer, attentions)
     if reason is None and device.type == "cuda":
@@ -128,10 +128,9 @@ def why_not_fast(transformer: nn.Module, attentions: dict[int, tuple[str, nn.Mod
         width = module.to_q.out_features
         if module.to_k.out_features != width:
             return f"{name} has fewer heads for its keys than for its queries"
-        for norm in norms_of(module):
-            why = why_no_norm(norm, module.heads, width // module.heads)
-            if why is not None:
-                return f"there is no fast path for {name}: {why}"
+        why = why_no_norms(*norms_of(module), module.heads, width // module.heads)
+        if why is not None:
+            return f"there is no fast path for {name}: {why}"
     return None
 
 

@@ -395,6 +395,7 @@ def kv_sizes(transformer: nn.Module, arch: ArchSpec) -> tuple[int, int]:
     return sizes.pop()
 
 
-def blend_weight(alpha: Tensor, foreground: Tensor) -> Tensor:
-    """alpha [B] and foreground tokens bool [1 or B, S] as the blend's weight [B, S] fp32."""
-    return torch.where(foreground, 0.0, alpha.float()[:, None])
+def blend_weight(alpha: Tensor, foreground: Tensor, mix: float = 0.0) -> Tensor:
+    """alpha [B] and foreground tokens bool [1 or B, S] as the blend's weight [B, S] fp32; mix: its part on these."""
+    alpha = alpha.float()[:, None]
+    return torch.where(foreground, mix * alpha if mix else 0.0, alpha)

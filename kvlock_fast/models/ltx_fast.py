@@ -21,6 +21,8 @@ class LTXFastProcessor(FastProcessor):
             rows, tokens = hidden_states.shape[:2]
             attention_mask = attn.prepare_attention_mask(attention_mask, tokens, rows)
             attention_mask = attention_mask.view(rows, attn.heads, -1, attention_mask.shape[-1])
-        qkv = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        out = self.attend(*locked_qkv(attn, qkv, image_rotary_emb), attention_mask)
+        # Nothing here holds the projections while the attention runs.
+        x = hidden_states
+        qkv = locked_qkv(attn, (attn.to_q(x), attn.to_k(x), attn.to_v(x)), image_rotary_emb)
+        out = self.attend(*qkv, attention_mask)
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))

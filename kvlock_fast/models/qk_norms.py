@@ -6,8 +6,16 @@ from torch import Tensor, nn
 from kvlock_fast.kernels.prologue import QKNorm
 
 
-def why_no_norm(norm: nn.Module | None, heads: int, dim: int) -> str | None:
-    """What about a norm keeps the prologue from doing its work, None if nothing; dim: channels a head."""
+def why_no_norms(norm_q: nn.Module | None, norm_k: nn.Module | None, heads: int, dim: int) -> str | None:
+    """What about the norms keeps the prologue from doing their work, None if nothing; dim: channels a head."""
+    why = _why_no_norm(norm_q, heads, dim) or _why_no_norm(norm_k, heads, dim)
+    if why is not None:
+        return why
+    one, other = ((norm_kind(norm, heads, heads * dim), getattr(norm, "eps", None)) for norm in (norm_q, norm_k))
+    return None if one == other else "its queries and keys are not normed alike"
+
+
+def _why_no_norm(norm: nn.Module | None, heads: int, dim: int) -> str | None:
     if norm is None:
         return None
     kind = _kind(norm)
@@ -19,33 +27,24 @@ def why_no_norm(norm: nn.Module | None, heads: int, dim: int) -> str | None:
 
 
 def qk_norm(norm_q: nn.Module | None, norm_k: nn.Module | None, heads: int, like: Tensor) -> QKNorm:
-    """Both norms, of queries and keys [B, S, H*D] `like` these. Raises ValueError where they are of two kinds."""
-    if norm_q is None and norm_k is None:
+    """Both norms, which are alike, of queries and keys [B, S, H*D] `like` these."""
+    if norm_k is None:
         return QKNorm()
-    width, dtype = like.shape[2], like.dtype
-    (kind, eps), other = ((norm_kind(norm, heads, width), _eps(norm, dtype)) for norm in (norm_q, norm_k))
-    if other != (kind, eps):
-        raise ValueError(f"queries and keys must be normed alike, got {kind} {eps} and {other[0]} {other[1]}")
     parts = (getattr(norm, part, None) for part in ("weight", "bias") for norm in (norm_q, norm_k))
-    return QKNorm(kind, *parts, eps=eps)
+    eps = torch.finfo(like.dtype).eps if norm_k.eps is None else norm_k.eps
+    return QKNorm(norm_kind(norm_k, heads, like.shape[2]), *parts, eps=eps)
 
 
 def norm_kind(norm: nn.Module | None, heads: int, width: int) -> str:
-    """As `QKNorm.kind`, of a norm that `why_no_norm` finds nothing against; width: channels of all heads."""
+    """As `QKNorm.kind`, of a norm that `why_no_norms` finds nothing against; width: channels of all heads."""
     if norm is None:
         return "none"
     kind = _kind(norm)
     return "rms_across_heads" if kind == "rms" and _size(norm) == width and heads > 1 else kind
 
 
-def _eps(norm: nn.Module | None, dtype: torch.dtype) -> float:
-    if norm is None:
-        return 0.0
-    return torch.finfo(dtype).eps if norm.eps is None else norm.eps
-
-
 def _kind(norm: nn.Module) -> str | None:
-    """ "rms" or "layer", None for one that is neither, or that has been given another forward."""
+    """Either "rms" or "layer", None for one that is neither, or that has been given another forward."""
     from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 
     for known, kind in ((nn.RMSNorm, "rms"), (RMSNorm, "rms"), (nn.LayerNorm, "layer"), (FP32LayerNorm, "layer")):

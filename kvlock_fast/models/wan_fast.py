@@ -17,6 +17,8 @@ class WanFastProcessor(FastProcessor):
         attention_mask: Tensor | None = None,
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        qkv = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-        out = self.attend(*locked_qkv(attn, qkv, rotary_emb), attention_mask)
+        # Nothing here holds the projections while the attention runs.
+        x = hidden_states
+        qkv = locked_qkv(attn, (attn.to_q(x), attn.to_k(x), attn.to_v(x)), rotary_emb)
+        out = self.attend(*qkv, attention_mask)
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
