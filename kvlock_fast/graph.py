@@ -132,10 +132,15 @@ def launch_facts(transformer: Any) -> Hashable:
         for name, module in transformer.named_modules()
         if hasattr(module, "merged_adapters")  # peft's layers
     )
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+
+    # Not all of diffusers' transformers list their processors (`attn_processors`).
     processors = tuple(
-        (processor, str(getattr(processor, "_attention_backend", None)))
-        for processor in getattr(transformer, "attn_processors", {}).values()
+        (module.processor, str(getattr(module.processor, "_attention_backend", None)))
+        for module in transformer.modules()
+        if getattr(module, "processor", None) is not None
     )
+    attention = processors, str(_AttentionBackendRegistry.get_active_backend()[0])
     compiled = tuple(module._compiled_call_impl is not None for module in transformer.modules())
     backends = torch.backends.cuda
     numerics = (
@@ -144,7 +149,7 @@ def launch_facts(transformer: Any) -> Hashable:
         backends.matmul.allow_bf16_reduced_precision_reduction, torch.is_autocast_enabled("cuda"),
         str(torch.get_autocast_dtype("cuda")), torch.is_autocast_enabled("cpu"), torch.is_inference_mode_enabled(),
     )  # fmt: skip
-    return where, adapters, processors, compiled, numerics
+    return where, adapters, attention, compiled, numerics
 
 
 def choose_capture(wish: str, device: torch.device, why_not: str | None) -> Capture | None:

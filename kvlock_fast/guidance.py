@@ -76,9 +76,10 @@ class KVLockGuidance(BaseGuidance):
         return self._own if self.run is None else self.run.kv.schedule
 
     def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
-        """Called by the loop before each step."""
+        """Called by the loop before each step; the second of two guiders has the later steps of a run only."""
+        before = self._step, self._num_inference_steps
         super().set_state(step, num_inference_steps, timestep)
-        if step == 0:
+        if step == 0 or before != (step - 1, num_inference_steps):
             self._own = None
         if self.run is not None:  # which two guiders may share, of two scales
             self.run.kv.schedule.guidance_scale = self.guidance_scale
@@ -146,6 +147,7 @@ class KVLockGuidance(BaseGuidance):
             foreground = torch.ones((1, tokens), dtype=torch.bool, device=pred.device)
             lock = replace(self.lock, alpha=0.0, background_latents="model", compute="full")
             self._own = LoopSchedule(lock, foreground, self._num_inference_steps, self.guidance_scale, (1, 1, 1))
+            self._own.restart(self._step or 0)
         return self._own
 
     @property

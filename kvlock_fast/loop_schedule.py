@@ -39,9 +39,9 @@ class LoopSchedule:
         self.guidance_scale, self.patch_size = guidance_scale, patch_size
         self.restart()
 
-    def restart(self) -> None:
-        """Step 0, nothing observed."""
-        self.step = 0
+    def restart(self, step: int = 0) -> None:
+        """Nothing observed; step: the first, of a loop that others have begun."""
+        self.step = self._first = step
         self.s_star: Tensor | None = None
         self.variance: Tensor | None = None
         self._controller: Controller | None = None
@@ -76,9 +76,11 @@ class LoopSchedule:
     def observe(self, x0hat: Tensor, source_x0hat: Tensor | None) -> Tensor:
         """See `AttachedLock.observe`."""
         if self._controller is None or len(self._controller.ones) != x0hat.shape[0]:
-            if self.step:
+            if self.step > self._first:
                 raise InputError(f"x0hat is of {x0hat.shape[0]} samples, and those before of another number")
             self._controller = self._new(x0hat.shape[0], self._region(x0hat))
+            for _ in range(self._first):
+                self._controller.skip()
         self._check_step()
         if self.step < self.lock.zero_init_steps:
             self._controller.skip()

@@ -15,9 +15,11 @@ Prediction = Callable[[Tensor, int], Tensor]
 class SourcePath:
     """Where the source is at every step."""
 
-    def __init__(self, path: Tensor, start: Tensor):
-        """path: [T + 1, 1, C, T, H, W] fp32, down to the clean source; start: where the edit starts [1, C, T, H, W]."""
-        self.path, self.start = path, start
+    def __init__(self, path: Tensor, start: Tensor, noise: Tensor | None = None):
+        """path: [T + 1, 1, C, T, H, W] fp32, down to the clean source; start: where the edit starts [1, C, T, H, W];
+        noise: what the path was made of, of variance 1, where it was not inverted.
+        """
+        self.path, self.start, self.noise = path, start, noise
 
     def at(self, k: int) -> Tensor:
         """[1, C, T, H, W] fp32."""
@@ -30,7 +32,8 @@ def renoise(clean: Tensor, noise: Tensor, solver: Solver) -> SourcePath:
     clean, noise: [1, C, T, H, W] fp32. Where first steps are left out, the edit starts from x_0, not from n.
     """
     noisy = [solver.add_noise(k, clean, noise) for k in range(solver.num_steps)]
-    return SourcePath(torch.stack([*noisy, clean]), noisy[0] if solver.skip else solver.start(noise))
+    start = noisy[0] if solver.skip else solver.start(noise)
+    return SourcePath(torch.stack([*noisy, clean]), start, noise)
 
 
 def invert(clean: Tensor, solver: Solver, predict: Prediction, method: str = "euler") -> SourcePath:

@@ -253,7 +253,7 @@ def check_saved(saved: SavedSource, facts: dict[str, Any], layers: tuple[int, ..
 
 def _path_tensors(path: SourcePath, inverted: bool) -> dict[str, Tensor]:
     """All that is needed to have the path again."""
-    named = {"path": path.path} if inverted else {"clean": path.path[-1], "noise": path.start}
+    named = {"path": path.path} if inverted else {"clean": path.path[-1], "noise": path.noise}
     return {name: x.cpu() for name, x in named.items()}
 
 

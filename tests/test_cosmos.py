@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conformance import NEGATIVE, PROMPT, Scene
+from conformance import NEGATIVE, PROMPT, SOURCE, Scene
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from family_cosmos import CASES, cosmos, cosmos2_image, cosmos25
 from hypothesis import given, settings
@@ -73,6 +73,20 @@ def test_the_source_starts_as_wide_as_the_scheduler_has_it():
     torch.testing.assert_close(path.at(2), clean + ode.sigmas[2] * noise)
     with pytest.raises(InputError, match=r"source_path 'invert' cannot start from .*'exploding'"):
         invert(clean, ode, lambda x, k: x)
+
+
+@pytest.mark.parametrize("name", ["cosmos", "cosmos2-video", "cosmos2.5"])
+def test_a_source_of_its_own_folder_is_the_same(tmp_path, name):
+    case, seed = BY_NAME[name], lambda: torch.Generator().manual_seed(1)
+    pipe = case.make()
+    kvf.KVLockPipeline.from_pipe(pipe).invert(
+        case.video(), case.mask(), tmp_path, source_prompt=SOURCE, num_inference_steps=case.steps, generator=seed(),
+        lock=LockConfig.preset("kvlock"), cache=kvf.CacheConfig(format="native"),
+    )  # fmt: skip
+    made = case.edit(pipe, cache=kvf.CacheConfig(tier="resident", format="native"))
+    for generator in (None, seed()):
+        read = case.edit(pipe, cache=kvf.CacheConfig(path=tmp_path), generator=generator)
+        assert torch.equal(read.latents, made.latents)
 
 
 @pytest.mark.parametrize("name", ["cosmos", "cosmos2-image"])

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.attention_dispatch import attention_backend
+from family_cosmos import cosmos25
 from test_pipeline import FRAMES, HEIGHT, WIDTH, a_mask, a_video, call, unipc
 from tiny import tiny_cogvideox, tiny_wan
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -279,6 +281,25 @@ def test_compiled_blocks_and_another_attention_are_captured_for_themselves(captu
     for block in pipe.pipe.transformer.blocks:
         block.attn1.processor._attention_backend = "_native_math"
     run(pipe)
+    assert captured.captures > captures
+
+
+def test_the_attention_of_all_families_counts(captured):
+    """Of Cosmos too, whose transformer has no list of its processors; for a layer, and for all of diffusers."""
+    pipe = kvf.KVLockPipeline.from_pipe(cosmos25())
+    attention = pipe.pipe.transformer.transformer_blocks[0].attn1
+    assert not hasattr(pipe.pipe.transformer, "attn_processors")
+    run(pipe, 1, "a cat")
+    captures = captured.captures
+    run(pipe, 1, "a cat")
+    assert captured.captures == captures
+    own = attention.processor
+    attention.set_processor(type(own)())
+    run(pipe, 1, "a cat")
+    assert captured.captures > captures
+    captures = captured.captures
+    with attention_backend("_native_math"):
+        run(pipe, 1, "a cat")
     assert captured.captures > captures
 
 

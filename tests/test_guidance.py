@@ -148,6 +148,37 @@ def test_s_star_is_diffusers_own(zero_steps):
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-5)
 
 
+def test_the_second_of_two_guiders_counts_the_steps_of_the_run():
+    pipe = tiny_wan(second=True)
+    stock, ours = (
+        modular(Wan22Blocks, pipe, guider=make(4.0), guider_2=make(3.0))
+        for make in (
+            lambda scale: ClassifierFreeZeroStarGuidance(scale, zero_init_steps=1),
+            lambda scale: kvf.KVLockGuidance(scale, lock=dict(preset="cfg-zero-star", zero_init_steps=1)),
+        )
+    )
+    expected = generated(stock)
+    for _ in range(2):
+        torch.testing.assert_close(generated(ours), expected, rtol=0, atol=1e-5)
+        assert ours.guider_2.schedule.step == STEPS > ours.guider.schedule.step > 0
+
+
+def test_what_the_second_of_two_guiders_saw_ends_with_the_run():
+    guider = kvf.KVLockGuidance(4.0, lock=dict(preset="paper", tau=0.1, window=2, kappa=3))
+    said = []
+    for batch in (1, 1, 2):
+        generator, predictions = torch.Generator().manual_seed(0), []
+        for step in range(2, 5):
+            guider.set_state(step, 5, torch.tensor(900.0 - 100 * step))
+            guider._latents = torch.randn(1, 4, 1, 2, 2, generator=generator).expand(batch, -1, -1, -1, -1)
+            cond, uncond = torch.randn(2, 1, 4, 1, 2, 2, generator=generator).expand(2, batch, -1, -1, -1, -1)
+            predictions.append(guider.forward(cond, uncond).pred[:1])
+        said.append(torch.stack(predictions))
+        assert guider.schedule.step == 5 and guider.schedule.variance.shape == (batch,)
+    assert torch.equal(said[0], said[1])
+    torch.testing.assert_close(said[2], said[0])
+
+
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(0, 10**6), st.floats(1.1, 9))
 def test_a_guided_prediction_by_diffusers_closed_form(batch, size, seed, scale):
     cond, uncond = torch.randn(2, batch, 2, 1, size, 3, generator=torch.Generator().manual_seed(seed))

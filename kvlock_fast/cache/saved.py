@@ -99,7 +99,7 @@ class SavedSource:
 
     @property
     def start(self) -> Tensor:
-        """Where the edit starts [1, C, T, h, w] fp32: the noise, or the end of the inverted path."""
+        """What the edit starts from [1, C, T, h, w] fp32: the noise, or the end of the inverted path."""
         return self.latents["path"][0] if self.inverted else self.latents["noise"]
 
     @property
