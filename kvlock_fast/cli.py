@@ -176,6 +176,16 @@ def edit(
     alpha_lag: Annotated[int | None, _option("Alpha follows the variance 1 or 2 steps back.")] = None,
     halo: Annotated[int | None, _option("Tokens around the mask whose latents are made too.")] = None,
     seam: Annotated[str | None, _option("Latents of the halo: 'cut', or 'blend' with the source's.")] = None,
+    method: Annotated[str | None, _option("'lock', or another method's own: flowedit, tokenflow, fatezero.")] = None,
+    skip_steps: Annotated[int | None, _option("First steps that are left out.")] = None,
+    source_guidance: Annotated[float | None, _option("Guidance scale of the source's own runs.")] = None,
+    lock_share: Annotated[float | None, _option("Share of the steps, from the first on, that lock.")] = None,
+    foreground_mix: Annotated[float | None, _option("Part of alpha that the foreground takes.")] = None,
+    latents_shift: Annotated[float | None, _option("How far the start's foreground goes towards fresh noise.")] = None,
+    noise_samples: Annotated[int | None, _option("FlowEdit: noises a step averages over.")] = None,
+    free_steps: Annotated[int | None, _option("FlowEdit: last steps by the prompt alone.")] = None,
+    inject_share: Annotated[float | None, _option("TokenFlow, FateZero: share of the steps with injection.")] = None,
+    keyframe_stride: Annotated[int | None, _option("TokenFlow: latent frames a keyframe.")] = None,
     cache: Annotated[str | None, _option("A folder made by invert: the source is not run again.")] = None,
     cache_tier: Annotated[str, _option("Where its K and V are: auto, lockstep, resident, host, disk.")] = "auto",
     cache_format: CacheFormat = "fp8_e4m3",
@@ -208,7 +218,10 @@ def edit(
         "detection": detection, "layers": parse_layers(layers), "background_latents": background_latents,
         "source_path": source_path, "inversion_solver": inversion_solver, "zero_init_steps": zero_init_steps,
         "guidance_batching": guidance_batching, "compute": compute, "alpha_snap": alpha_snap, "alpha_lag": alpha_lag,
-        "halo": halo, "seam": seam,
+        "halo": halo, "seam": seam, "method": method, "skip_steps": skip_steps, "source_guidance": source_guidance,
+        "lock_share": lock_share, "foreground_mix": foreground_mix, "latents_shift": latents_shift,
+        "noise_samples": noise_samples, "free_steps": free_steps, "inject_share": inject_share,
+        "keyframe_stride": keyframe_stride,
     }  # fmt: skip
     lock = commands.lock_config(preset, {name: value for name, value in overrides.items() if value is not None})
     kept = commands.cache_config(

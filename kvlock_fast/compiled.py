@@ -7,7 +7,6 @@ would run, and stays in Triton's cache. All of that happens in processes of thei
 
 import multiprocessing
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -131,73 +130,3 @@ def compiler_versions() -> dict[str, str]:
 
     assemblers = {f"ptxas for sm_{arch}": get_ptxas(arch).version for arch in ARCHITECTURES}
     return {"triton": triton.__version__} | assemblers
-
-
-# TEMPORARY, for scratch scripts: removed before the end.
-import subprocess  # noqa
-import tempfile  # noqa
-
-from kvlock_fast.offline import MATRIX, _disassemble, _number  # noqa
-
-
-def _specialise(launch: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list]]:
-    """The launch's signature, constants and alignments, by the rules of Triton's launcher."""
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments.get(parameter.name, parameter.default)
-        kind, aligned = _type_of(value)
-        if parameter.is_constexpr or value is None or kind == "one":
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-        else:
-            signature[parameter.name] = kind
-            if aligned and not parameter.do_not_specialize:
-                attributes[(i,)] = [["tt.divisibility", 16]]
-    return signature, constants, attributes
-
-
-def _type_of(value: Any) -> tuple[str, bool]:
-    """Triton's name of a value's type, and whether it is a multiple of 16 ("one" for the number 1)."""
-    import torch
-
-    names = {
-        torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv",
-        torch.bool: "i1", torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
-    }  # fmt: skip
-    if hasattr(value, "block_shape"):
-        return f"tensordesc<{names[value.base.dtype]}{list(value.block_shape)}>", False
-    if isinstance(value, torch.Tensor):
-        # The allocator aligns to 512 bytes; only an offset view can be off.
-        return f"*{names[value.dtype]}", value.storage_offset() * value.element_size() % 16 == 0
-    if isinstance(value, bool):
-        return "u1", False
-    if isinstance(value, int):
-        return ("one", False) if value == 1 else ("i32" if abs(value) < 2**31 else "i64", value % 16 == 0)
-    return "fp32", False
-
-
-def _variant_name(kernel: Any, signature: dict, constants: dict, options: dict) -> str:
-    """The dtypes, constants and options that tell one variant from another."""
-    names = kernel.arg_names
-    dtypes = dict.fromkeys(kind[1:] for kind in signature.values() if kind.startswith("*"))
-    meta = {names[i]: value for (i,), value in constants.items() if names[i].isupper()}
-    absent = [names[i] for (i,), value in constants.items() if value is None]
-    parts = [" ".join(dtypes), *(f"{k}={v}" for k, v in (meta | options).items())]
-    return " ".join(parts + ([f"without {','.join(absent)}"] if absent else []))
-
-
-def _assembler_log(ptx: str, arch: int) -> str:
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={sm_arch_from_capability(arch)}", str(source)]
-        command += ["-o", str(source.with_suffix(".cubin"))]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
-
-
-if __name__ == "__main__":
-    with compiler_processes() as pool:
-        for row in compile_kernels(pool, parse_architectures(sys.argv[1]), parse_modules(sys.argv[2:])):
-            print(f"{row.arch} {row.kernel} [{row.variant}] {row.registers} regs, {row.spills} B spilt,", end=" ")
-            print(f"{row.shared_memory} B shared, {row.mma or '-'} {row.warnings} {row.problems or 'ok'}", flush=True)

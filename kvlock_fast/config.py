@@ -1,9 +1,11 @@
 """What the user asked for: frozen dataclasses, checked when made, and the presets as one table of values."""
 
-import math
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from typing import Any
+
+from kvlock_fast.config_checks import choice, number, whole
+from kvlock_fast.config_neighbours import NEIGHBOURS, NeighbourOptions
 
 Layers = tuple[int, ...] | None
 TIERS = ("lockstep", "resident", "host", "disk")
@@ -11,7 +13,7 @@ FORMATS = ("native", "bf16", "fp8_e4m3", "int8", "int4")
 
 
 @dataclass(frozen=True)
-class LockConfig:
+class LockConfig(NeighbourOptions):
     """When and where to lock, and how to guide. The defaults are the paper's letter (preset "paper").
 
     alpha: "dynamic" (the schedule by variance) or a fixed number in [0, 1] for every step; 0 never locks.
@@ -36,6 +38,8 @@ class LockConfig:
     step before the last: a step's kind is then known before the step before it has ended.
     halo: tokens around the mask, within each frame, whose latents the model makes too, their K and V locked. seam: how
     their latents are taken, "cut" (as the model made them) or "blend" (mixed with the source's, less with distance).
+
+    By keyword only, what other methods need: see `NeighbourOptions`.
     """
 
     alpha: float | str = "dynamic"
@@ -63,33 +67,35 @@ class LockConfig:
     seam: str = "cut"
 
     def __post_init__(self):
-        _choice(self, "omega", "dynamic", "constant")
-        _choice(self, "s_star_region", None, "all", "foreground")
-        _choice(self, "detection", "foreground", "global")
-        _choice(self, "background_latents", "model", "source")
-        _choice(self, "source_path", "renoise", "invert")
-        _choice(self, "inversion_solver", "euler", "heun")
-        _choice(self, "guidance_batching", "auto", "separate", "batched")
-        _choice(self, "compute", "full", "foreground")
-        _choice(self, "seam", "cut", "blend")
+        choice(self, "omega", "dynamic", "constant")
+        choice(self, "s_star_region", None, "all", "foreground")
+        choice(self, "detection", "foreground", "global")
+        choice(self, "background_latents", "model", "source")
+        choice(self, "source_path", "renoise", "invert")
+        choice(self, "inversion_solver", "euler", "heun")
+        choice(self, "guidance_batching", "auto", "separate", "batched")
+        choice(self, "compute", "full", "foreground")
+        choice(self, "seam", "cut", "blend")
         if not isinstance(self.s_star, bool):
             raise ValueError(f"s_star must be True or False, got {self.s_star!r}")
         if self.alpha != "dynamic":
-            _number(self, "alpha", 0, 1, or_word="dynamic")
+            number(self, "alpha", 0, 1, or_word="dynamic")
         if self.tau != "auto":
-            _number(self, "tau", 0, None, open_low=True, or_word="auto")
-        _number(self, "b", 0, None, open_low=True)
-        _number(self, "warmup_alpha", 0, 1)
-        _number(self, "alpha_floor", 0, 1)
-        _number(self, "omega_floor", 0, None)
-        _whole(self, "window", 2)
-        _whole(self, "kappa", 0)
-        _whole(self, "zero_init_steps", 0)
-        _number(self, "alpha_snap", 0, 1, open_low=True)
-        _whole(self, "alpha_lag", 1)
-        _whole(self, "halo", 0)
+            number(self, "tau", 0, None, open_low=True, or_word="auto")
+        number(self, "b", 0, None, open_low=True)
+        number(self, "warmup_alpha", 0, 1)
+        number(self, "alpha_floor", 0, 1)
+        number(self, "omega_floor", 0, None)
+        whole(self, "window", 2)
+        whole(self, "kappa", 0)
+        whole(self, "zero_init_steps", 0)
+        number(self, "alpha_snap", 0, 1, open_low=True)
+        whole(self, "alpha_lag", 1)
+        whole(self, "halo", 0)
+        self._check_neighbours()
         self._check_layers()
         self._check_compute()
+        self._check_neighbours_together()
 
     def _check_layers(self):
         if self.layers is None:
@@ -130,7 +136,7 @@ class LockConfig:
     @property
     def locks(self) -> bool:
         """Whether alpha can exceed 0 in any step."""
-        return self.alpha != 0.0
+        return self.alpha != 0.0 and self.lock_share > 0
 
     @property
     def stock_guidance(self) -> bool:
@@ -189,17 +195,17 @@ class CacheConfig:
     prompts_at_once: int | None = None
 
     def __post_init__(self):
-        _choice(self, "tier", "auto", *TIERS)
-        _choice(self, "format", *FORMATS)
-        _choice(self, "steps", "all", "window")
-        _whole(self, "step_stride", 1)
+        choice(self, "tier", "auto", *TIERS)
+        choice(self, "format", *FORMATS)
+        choice(self, "steps", "all", "window")
+        whole(self, "step_stride", 1)
         for name in ("path", "root"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (str, PathLike)) and str(value)):
                 raise ValueError(f"{name} must be a folder, got {value!r}")
         for name, low in (("quota", 0), ("prompts_at_once", 1)):
             if getattr(self, name) is not None:
-                _whole(self, name, low)
+                whole(self, name, low)
         if self.path is not None and self.tier == "lockstep":
             raise ValueError(f"tier must not be lockstep for the cache {str(self.path)!r}: it would not be read")
         for name in ("format", "step_stride", "steps", "root", "quota") if self.path is not None else ():
@@ -228,27 +234,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "global-detection": {"detection": "global"},
     "cfg": UNLOCKED,
     "cfg-zero-star": {**UNLOCKED, "s_star": True, "zero_init_steps": 2},
+    **NEIGHBOURS,
 }
-
-
-def _choice(config: Any, name: str, *allowed: str) -> None:
-    value = getattr(config, name)
-    if value not in allowed:
-        known = ", ".join(choice for choice in allowed if choice is not None)
-        raise ValueError(f"{name} must be one of {known}, got {value!r}")
-
-
-def _number(config: Any, name: str, low: float, high: float | None, *, open_low: bool = False, or_word: str = ""):
-    value = getattr(config, name)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    fits = number and (value > low if open_low else value >= low) and (high is None or value <= high)
-    if not fits:
-        bound = f"greater than {low}" if open_low else f"at least {low}"
-        bound = bound if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {bound}{f' or {or_word!r}' if or_word else ''}, got {value!r}")
-
-
-def _whole(config: Any, name: str, low: int) -> None:
-    value = getattr(config, name)
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be a whole number of at least {low}, got {value!r}")

@@ -8,6 +8,8 @@ Step k uses the variance up to step k - 1: alpha is needed during the forward th
 the device; the host knows the step's number only. Source: KV-Lock (arXiv 2603.09657).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,8 +22,20 @@ def first_dynamic_step(lock: LockConfig, num_steps: int) -> int:
     return max(0, num_steps - lock.kappa)
 
 
+def share_of_steps(share: float, num_steps: int) -> int:
+    """How many steps a share of them is; a part of a step counts as one."""
+    return math.ceil(share * num_steps - 1e-9)
+
+
+def locked_steps(lock: LockConfig, num_steps: int) -> int:
+    """How many steps, from the first on, lock at all."""
+    return share_of_steps(lock.lock_share, num_steps)
+
+
 def can_lock(lock: LockConfig, num_steps: int, step: int) -> bool:
     """Whether alpha can exceed 0 at this step; known before the run (two predictions exist from step 2 on)."""
+    if step >= locked_steps(lock, num_steps):
+        return False
     if lock.alpha != "dynamic":
         return lock.alpha > 0
     return lock.warmup_alpha > 0 or step >= max(first_dynamic_step(lock, num_steps), 1 + lock.alpha_lag)

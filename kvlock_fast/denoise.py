@@ -163,6 +163,8 @@ class _Steps:
 
 def why_not_captured(model: Any, lock: LockConfig, solver: Solver) -> str | None:
     """What in an edit a replay of its steps would miss; None if nothing."""
+    if lock.method != "lock":
+        return f"the method {lock.method!r} has a loop of its own"
     if stepper_kind(lock, solver) is not DeviceStepper:
         return "it takes the scheduler's own steps"
     if compares_with_source(lock):

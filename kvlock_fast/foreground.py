@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.config import LockConfig
-from kvlock_fast.controller import first_dynamic_step
+from kvlock_fast.controller import first_dynamic_step, locked_steps
 from kvlock_fast.masks import ProjectedMask
 
 
@@ -53,6 +53,8 @@ def mix_seam(latents: Tensor, source: Tensor, weights: Tensor) -> Tensor:
 
 def known_beforehand(lock: LockConfig, num_steps: int, k: int) -> bool | None:
     """Whether alpha of step k is 1; None where only the run can tell."""
+    if k >= locked_steps(lock, num_steps):
+        return False
     if lock.alpha != "dynamic":
         return lock.alpha == 1
     # As many predictions as the lag must have been made before a variance can decide.

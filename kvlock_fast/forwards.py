@@ -36,7 +36,7 @@ class Task:
 
     prompt, negative: of B samples; source_prompt: of one; negative is None without classifier-free guidance; guidance:
     omega0 for each stage; latents_dtype: of the latents between steps that are diffusers' own; combine: how the
-    family's pipeline guides.
+    family's pipeline guides; source_negative: of one, where the source is guided by itself.
     """
 
     mask: ProjectedMask
@@ -47,6 +47,7 @@ class Task:
     lock: LockConfig
     latents_dtype: torch.dtype = torch.float32
     combine: Combine = classifier_free
+    source_negative: Conditioning | None = None
 
     def of(self, samples: tuple[int, ...]) -> "Task":
         """Of some of the samples."""
@@ -180,7 +181,7 @@ class Forwards:
         branches = 1 if task.negative is None else 2
         rows = torch.cat([source_latent, *[latents.float()] * branches])
         texts = Conditioning.cat([task.source_prompt, self._texts()])
-        weight = blend_weight(alpha.repeat(branches), task.mask.tokens)
+        weight = self._weight(alpha.repeat(branches))
         with span("forward all"):
             out = self._predict(k, rows, texts, self._locked(Mode.IN_BATCH), weight)
         return out[:1], *self._split(out[1:])
@@ -226,17 +227,21 @@ class Forwards:
         """Both branches, in one forward or one after the other."""
         task, branches = self.task, 1 if self.task.negative is None else 2
         if self.batched:
-            weight = None if alpha is None else blend_weight(alpha.repeat(branches), task.mask.tokens)
+            weight = None if alpha is None else self._weight(alpha.repeat(branches))
             rows = torch.cat([latents.float()] * branches)
             with span("forward edit"):
                 return self._split(self._predict(k, rows, self._texts(), mode, weight, kept))
-        weight = None if alpha is None else blend_weight(alpha, task.mask.tokens)
+        weight = None if alpha is None else self._weight(alpha)
         with span("forward edit"):
             cond = self._predict(k, latents, task.prompt, mode, weight, kept)
         if branches == 1:
             return cond, None
         with span("forward edit"):
             return cond, self._predict(k, latents, task.negative, mode, weight, kept)
+
+    def _weight(self, alpha: Tensor) -> Tensor:
+        """[rows, S] fp32, of alpha [rows]."""
+        return blend_weight(alpha, self.task.mask.tokens, self.task.lock.foreground_mix)
 
     def _texts(self) -> Conditioning:
         """Of all branches in one batch: unconditional rows first, as diffusers has them."""

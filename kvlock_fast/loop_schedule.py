@@ -31,6 +31,10 @@ class LoopSchedule:
             raise InputError(
                 f"compute {lock.compute!r}, halo {lock.halo}: only KVLockPipeline computes a part of the tokens"
             )
+        for name, value in lock.neighbour_values.items():
+            raise InputError(
+                f"{name} is {value!r}, which only KVLockPipeline has: a loop of your own decides it itself"
+            )
         self.lock, self.foreground, self.num_steps = lock, foreground, num_steps
         self.guidance_scale, self.patch_size = guidance_scale, patch_size
         self.restart()

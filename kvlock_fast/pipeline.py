@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvlock_fast.cache.entry import EntryWriter
 from kvlock_fast.cache.saved import SavedSource
-from kvlock_fast.conditioning import Conditioning, Given
+from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.denoise import why_not_captured
 from kvlock_fast.errors import InputError, InputWarning
@@ -22,6 +22,7 @@ from kvlock_fast.graph import GRAPH, CapturedLoops, choose_capture
 from kvlock_fast.inputs import check_numbers, check_texts, fit_to_model
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.memory import Way, run_with_memory
+from kvlock_fast.methods import refuse_method
 from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.arch import select_layers
 from kvlock_fast.models.compiling import COMPILE, compiled_blocks
@@ -138,6 +139,8 @@ class KVLockPipeline:
             raise InputError(f"graph must be one of {', '.join(GRAPH)}, got {graph!r}")
         if compile not in COMPILE:
             raise InputError(f"compile must be one of {', '.join(COMPILE)}, got {compile!r}")
+        if compile != "off" and lock.method != "lock":
+            raise InputError(f"compile {compile!r} does not go with the method {lock.method!r}")
         check_processors(processors, self.model)
         if output not in ("frames", "latent"):
             raise InputError(f"output must be frames or latent, got {output!r}")
@@ -148,17 +151,19 @@ class KVLockPipeline:
             lock, cache, recorder, progress, guidance_scale, graph, windows, processors,
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
-                texts = self._texts(prompts, negative_prompt, source_prompt, scene.given)
+                texts = self._texts(prompts, negative_prompt, source_prompt, scene)
+                source_negative = scene.source_negative(negative_prompt or "")
             second = guidance_scale if guidance_scale_2 is None else guidance_scale_2
             scales = tuple(self.model.omega0(scale) for scale in (guidance_scale, second))
-            task = Task(scene.mask, *texts, scales, scene.lock, self.model.latents_dtype, self.model.settle)
+            task = Task(scene.mask, *texts, scales, scene.lock, self.model.latents_dtype, self.model.settle,
+                        source_negative)  # fmt: skip
 
             def run(way: Way) -> tuple[Tensor, list[np.ndarray]]:
                 blocks = compiled_blocks(self.model.transformers, compile, self.model.arch.blocks)
                 with _stage(recorder, progress, "denoise"), blocks:
                     edited = edit_prompts(task, scene, way.cache, recorder, progress)
                     edited = self.model.last_latents(edited, task.prompt)
-                _refuse_nan(recorder, prompts, num_inference_steps)
+                _refuse_nan(recorder, prompts, scene.solver.num_steps)
                 if output == "latent":
                     return edited, []
                 with _stage(recorder, progress, "decode"):
@@ -169,7 +174,7 @@ class KVLockPipeline:
                 edited, decoded = run_with_memory(run, scene, task, cache, self.pipe)
             else:
                 edited, decoded = run(Way(cache))
-        warmup, solver = max(0, num_inference_steps - lock.kappa), scene.solver
+        warmup, solver = max(0, scene.solver.num_steps - lock.kappa), scene.solver
         trace = recorder.finish(prompts, warmup, scene.mask, solver.timesteps, solver.sigmas)
         return EditOutput(decoded, edited.float(), trace, scene.mask)
 
@@ -217,9 +222,10 @@ class KVLockPipeline:
             lock, replace(cache, tier="disk"), recorder, progress, guidance_scale, processors=processors,
         ) as scene:  # fmt: skip
             with _stage(recorder, progress, "text"):
-                text = self.model.condition_source([source_prompt], scene.given)
+                text = self.model.condition_source([source_prompt], scene.given_source)
+                negative = scene.source_negative("")
             with EntryWriter(output) as writer, _stage(recorder, progress, "source pass"):
-                return scene.save(text, cache, writer, recorder, progress, notes or {})
+                return scene.save(text, cache, writer, recorder, progress, notes or {}, negative)
 
     @contextmanager
     def _scene(
@@ -259,7 +265,9 @@ class KVLockPipeline:
             check_scheduler(self.pipe.scheduler, self.model.arch.flow, self.model.shifts_by_size)
             at_once = len(frames) if windows is None else windows.frames
             settings = self.model.timesteps_settings(num_steps, at_once, *frames.shape[1:3])
-            solver = Solver(self.pipe.scheduler, num_steps, self.model.device, settings)
+            solver = Solver(self.pipe.scheduler, num_steps, self.model.device, settings, lock.skip_steps)
+            parted = "window" if windows is not None else "context parallelism" if shard is not None else None
+            refuse_method(lock, self.model, solver, cache, parted)
             if solver.table is None and not lock.stock:
                 name = type(self.pipe.scheduler).__name__
                 message = f"scheduler {name} has no table of its steps: it is called itself, which is slower"
@@ -319,15 +327,16 @@ class KVLockPipeline:
         return projected
 
     def _texts(
-        self, prompts: list[str], negative_prompt: str | None, source_prompt: str, given: Given
+        self, prompts: list[str], negative_prompt: str | None, source_prompt: str, scene: Scene
     ) -> tuple[Conditioning, Conditioning | None, Conditioning]:
         """What the model is told of the prompts, of the negative one and of the source's."""
+        given = scene.given
         told = [self.model.condition([text], given) for text in prompts]
         negative = None
         asked = negative_prompt is not None or not self.model.guided_if_asked
         if asked and self.model.guided(given.guidance_scale):
             negative = self.model.condition_negative(negative_prompt or "", prompts, given)
-        return Conditioning.cat(told), negative, self.model.condition_source([source_prompt], given)
+        return Conditioning.cat(told), negative, self.model.condition_source([source_prompt], scene.given_source)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         width,
         background,
         math.ceil(kept / settings.step_stride),
-        settings.steps,
+        _taken(settings),
         steps_locked=locked,
         steps_along=locked - kept,
         machine=_machine(settings),
@@ -77,8 +77,8 @@ def make_plan(settings: PlanSettings) -> Plan:
         edits=settings.edits,
         guided=settings.guidance > 1 and model.two_branches,
         layers=select_layers(model.layers, settings.lock.layers),
-        window=max(2, min(settings.lock.window, settings.steps)),
-        sparse_steps=sparse_steps(settings.lock, settings.steps),
+        window=max(2, min(settings.lock.window, _taken(settings))),
+        sparse_steps=sparse_steps(settings.lock, _taken(settings)),
     )
 
 
@@ -93,6 +93,8 @@ def _check_numbers(settings: PlanSettings) -> None:
     for option, value, most in ranges:
         if value is not None and not 1 <= value <= most:
             raise InputError(f"{option} must be a whole number from 1 to {most}, got {value}")
+    if settings.lock.skip_steps >= settings.steps:
+        raise InputError(f"skip_steps {settings.lock.skip_steps} leaves none of {settings.steps} steps")
     if settings.mask_share is not None and settings.mask is not None:
         raise InputError("--mask-share and --mask say the same: give one of them")
     if settings.mask_share is not None and not 0 < settings.mask_share <= 1:
@@ -104,9 +106,14 @@ def _check_numbers(settings: PlanSettings) -> None:
             raise InputError(f"--format must be one of {', '.join(FORMATS)}, got '{format}'")
 
 
+def _taken(settings: PlanSettings) -> int:
+    """How many steps the edit takes."""
+    return settings.steps - settings.lock.skip_steps
+
+
 def _steps(settings: PlanSettings) -> tuple[int, int]:
     """How many steps can lock, and how many of them have the source's K and V stored."""
-    lock, steps = settings.lock, settings.steps
+    lock, steps = settings.lock, _taken(settings)
     locked = [k for k in range(lock.zero_init_steps, steps) if can_lock(lock, steps, k)]
     if settings.cache_steps == "all":
         return len(locked), len(locked)
@@ -116,7 +123,7 @@ def _steps(settings: PlanSettings) -> tuple[int, int]:
 
 
 def _video(settings: PlanSettings, model: ModelSize) -> tuple[int, int, int, int]:
-    """Frames, height and width as the model takes them, and how many tokens are background."""
+    """Frames, height and width as the model takes them, and how many tokens are kept of the source."""
     mask = None if settings.mask is None else _read_mask(settings.mask)
     wanted = settings.size or (model.height, model.width)
     size = nearest_size(model.geometry, *wanted)
@@ -134,7 +141,8 @@ def _video(settings: PlanSettings, model: ModelSize) -> tuple[int, int, int, int
         foreground = max(1, round(share * math.prod(grid)))
     else:
         foreground = _foreground(settings.mask, mask, model, frames, size)
-    return padded, *size, math.prod(grid) - foreground
+    kept = math.prod(grid) if settings.lock.foreground_mix else math.prod(grid) - foreground
+    return padded, *size, kept
 
 
 def _read_mask(path: str) -> Any:

@@ -20,8 +20,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.forwards import Task
 from kvlock_fast.masks import project_mask
 from kvlock_fast.media import resize_mask, resize_video, write_video
-from kvlock_fast.models import FAMILIES
-from kvlock_fast.models.random_weights import cut_depth, random_model, usual_scheduler
+from kvlock_fast.models.random_weights import FAMILIES, cut_depth, random_model, usual_scheduler
 from kvlock_fast.nvtx import span
 from kvlock_fast.profile_extent import FOREGROUND, Extent, find_extent, refuse_too_large
 from kvlock_fast.scene import Scene, edit_prompts
@@ -164,7 +163,9 @@ def _demo_clip(extent: Extent) -> tuple[Clip, tuple[str, str], float]:
 def transformer_config(name: str, model: ModelSize) -> dict[str, Any]:
     """What diffusers' transformer of a known size, a config file or a folder is made of."""
     if model.family not in FAMILIES:
-        raise InputError(f"{model.name} is of the family {model.family}; profile runs {', '.join(FAMILIES)}")
+        raise InputError(
+            f"{model.name} is of the family {model.family}; profile by sizes alone runs {', '.join(FAMILIES)}"
+        )
     path = Path(name)
     if not path.exists() or name == model.name:
         return {**CONFIGS[model.name], "num_layers": model.layers}

@@ -22,10 +22,12 @@ from kvlock_fast.files import user_cache_folder
 from kvlock_fast.forwards import Predictor, Task
 from kvlock_fast.graph import CapturedLoops
 from kvlock_fast.masks import ProjectedMask
+from kvlock_fast.methods import load_method
+from kvlock_fast.methods.job import Job
 from kvlock_fast.models.arch import select_layers
 from kvlock_fast.nvtx import span
 from kvlock_fast.solvers import Solver
-from kvlock_fast.source import SourcePath, invert, renoise
+from kvlock_fast.source import SourcePath, invert, renoise, shift_latents
 from kvlock_fast.source_pass import StoredSource
 from kvlock_fast.source_store import Source, SourceMaker, check_saved, read_saved, saved_path, source_facts
 from kvlock_fast.trace import Recorder
@@ -41,8 +43,8 @@ class Scene:
     frames: uint8 [F, H, W, 3]; count: how many of them to give back; saved: the cache that the user named; windows: of
     a clip that goes through the model in stretches; loops: where the steps are captured; kept_loops: those of earlier
     calls, whose memory can be had back; pixels: the mask bool [F, H, W]; guidance_scale: that of the call; processors:
-    by which attention forwards that lock go; shared: whether other processes have part of its tokens. `place` comes
-    first.
+    by which attention forwards that lock go; shared: whether other processes have part of its tokens; generator: where
+    noise is drawn from. `place` comes first.
     """
 
     model: Any
@@ -62,9 +64,11 @@ class Scene:
     guidance_scale: float = 1.0
     processors: str = "auto"
     shared: bool = False
+    generator: torch.Generator | None = None
 
     def place(self, clean: Tensor | None, latents: Tensor | None, generator: torch.Generator | None) -> None:
         """Fix the clean latent [1, C, T, h, w] and the starting noise, or take both from the saved source."""
+        self.generator = generator
         if self.saved is None:
             drawn = start_noise(self.model, latents, clean, generator)
             self.clean, self.noise = clean, self.model.first_latents(drawn, self.given)
@@ -78,6 +82,11 @@ class Scene:
                 folder = self.saved.folder
                 raise InputError(f"cache '{folder}' was made with other noise than generator or latents give")
         layers = select_layers(len(self.model.arch.attentions(self.model.transformers[0])), self.lock.layers)
+        if self.lock.foreground_mix and len(self.saved.background) < self.mask.tokens.numel():
+            raise InputError(
+                f"cache '{self.saved.folder}' holds the background's tokens only, and foreground_mix "
+                f"{self.lock.foreground_mix} needs the foreground's too: make it with the same foreground_mix"
+            )
         check_saved(self.saved, self.facts(start), layers, self.mask.tokens)
 
     def facts(self, noise: Tensor) -> dict[str, Any]:
@@ -89,11 +98,37 @@ class Scene:
         """What the model may be told of the source."""
         return Given(self.frames, self.pixels, self.mask, self.guidance_scale)
 
+    @property
+    def given_source(self) -> Given:
+        """The same for the source's own pass."""
+        scale = self.lock.source_guidance
+        return self.given if scale is None else replace(self.given, guidance_scale=scale)
+
+    def source_negative(self, prompt: str) -> Conditioning | None:
+        """What the model is told of the negative prompt where the source is guided by itself; None where it is not."""
+        scale = self.lock.source_guidance
+        if scale is None and self.lock.method == "flowedit":
+            scale = self.guidance_scale
+        if scale is None or not self.model.guided(scale):
+            return None
+        return self.model.condition_source([prompt], self.given_source)
+
+    def draw(self) -> Tensor:
+        """More noise, of the latents' shape."""
+        like = self.clean if self.clean is not None else self.saved.start
+        drawn = self.model.draw_noise(like.shape, self.generator, self.mask.tokens.device)
+        return self.model.first_latents(drawn, self.given)
+
     def background(self) -> Tensor:
         """Indices [N] of the tokens whose K and V are kept: a saved source's may be more than the mask leaves."""
         if self.saved is not None:
             return self.saved.background.to(self.mask.tokens.device, copy=True)
-        return (~self.mask.tokens[0]).nonzero()[:, 0]
+        return self.kept_of(self.mask)
+
+    def kept_of(self, mask: ProjectedMask) -> Tensor:
+        """Indices [N] of the background's tokens, or of all where the foreground is mixed with the source too."""
+        kept = torch.ones_like(mask.tokens) if self.lock.foreground_mix else ~mask.tokens
+        return kept[0].nonzero()[:, 0]
 
     def stretches(self) -> list[Stretch]:
         """What goes through the model at once."""
@@ -107,15 +142,30 @@ class Scene:
         """The model, which has the lock attached while the context is open."""
         return Predictor(self.model, self.solver, self.lock, self.background(), recorder, self.processors)
 
-    def path(self, predict: Predictor, text: Conditioning, recorder: Recorder) -> SourcePath:
-        """Where the source is at each step."""
+    def path(
+        self, predict: Predictor, text: Conditioning, negative: Conditioning | None, recorder: Recorder
+    ) -> SourcePath:
+        """Where the source is at each step, and where the edit starts; negative: of a source guided by itself."""
         with recorder.stage("source path"):
-            if self.saved is not None:
-                return saved_path(self.saved, self.solver, self.mask.tokens.device)
-            if self.lock.source_path == "renoise":
-                return renoise(self.clean, self.noise, self.solver)
-            prediction = partial(_own_prediction, predict, text, self.stretches())
-            return invert(self.clean, self.solver, prediction, self.lock.inversion_solver)
+            path = self._path(predict, text, negative)
+            if not self.lock.latents_shift:
+                return path
+            fresh = self.draw() if self.noise is None else self.noise
+            shifted = shift_latents(path.start, fresh, self.mask.token_latents, self.lock.latents_shift)
+            return SourcePath(path.path, shifted)
+
+    def _path(self, predict: Predictor, text: Conditioning, negative: Conditioning | None) -> SourcePath:
+        if self.saved is not None:
+            return saved_path(self.saved, self.solver, self.mask.tokens.device)
+        if self.lock.source_path == "renoise":
+            return renoise(self.clean, self.noise, self.solver)
+        prediction = partial(_own_prediction, predict, text, self.stretches())
+        if negative is not None:
+            prediction = partial(
+                _guided_prediction, prediction, partial(_own_prediction, predict, negative, self.stretches()),
+                self.model.combine, self.model.omega0(self.lock.source_guidance),
+            )  # fmt: skip
+        return invert(self.clean, self.solver, prediction, self.lock.inversion_solver)
 
     def save(
         self,
@@ -125,10 +175,11 @@ class Scene:
         recorder: Recorder,
         progress: Progress,
         notes: dict[str, Any],
+        negative: Conditioning | None = None,
     ) -> dict[str, Any]:
         """Run the source into an entry; the facts of its manifest."""
         with self.predictor(recorder) as predict:
-            source = Source(self.path(predict, text, recorder), text, self.background())
+            source = Source(self.path(predict, text, negative, recorder), text, self.background())
             maker = SourceMaker(source, predict, cache, partial(progress, "source pass"))
             if not maker.steps:
                 raise InputError("no step of this lock and cache would be stored: there is nothing to keep")
@@ -142,7 +193,9 @@ def edit_prompts(task: Task, scene: Scene, cache: CacheConfig, recorder: Recorde
     """
     recorder.start_over()
     with scene.predictor(recorder) as predict:
-        path = scene.path(predict, task.source_prompt, recorder)
+        path = scene.path(predict, task.source_prompt, task.source_negative, recorder)
+        if scene.lock.method != "lock":
+            return _edit_by_method(task, scene, predict, path, cache, recorder, progress)
         parts: list[Part] = []
         try:
             for stretch in scene.stretches():
@@ -163,12 +216,29 @@ def edit_prompts(task: Task, scene: Scene, cache: CacheConfig, recorder: Recorde
     return torch.cat(edits)
 
 
+def _edit_by_method(
+    task: Task,
+    scene: Scene,
+    predict: Predictor,
+    path: SourcePath,
+    cache: CacheConfig,
+    recorder: Recorder,
+    progress: Progress,
+) -> Tensor:
+    """The edits by the loop of another method, which keeps nothing of the source."""
+    recorder.cache = _facts("lockstep", [])
+    done = _StepCounter(progress, task, cache, scene.solver.num_steps)
+    edit = load_method(scene.lock.method).edit
+    job = partial(Job, predict=predict, path=path, noise=scene.noise, draw=scene.draw, recorder=recorder, done=done)
+    return torch.cat([edit(job(task=some)) for some in _batches(task, cache)])
+
+
 def _source_of(stretch: Stretch, scene: Scene, path: SourcePath, prompt: Conditioning) -> Source:
     """The source in a stretch."""
     if scene.windows is None:
         return Source(path, prompt, scene.background())
     part = SourcePath(stretch.of(path.path), stretch.of(path.start))
-    return Source(part, prompt, stretch.background())
+    return Source(part, prompt, scene.kept_of(stretch.mask))
 
 
 def _stored_source(
@@ -236,6 +306,18 @@ def _own_prediction(predict: Predictor, text: Conditioning, parts: list[Stretch]
     with span("forward source"):
         said = [predict(k, part.of(latents), text) for part in parts]
     return said[0] if len(parts) == 1 else blend(said, parts, latents.shape[2])
+
+
+def _guided_prediction(
+    cond: Callable[[Tensor, int], Tensor],
+    uncond: Callable[[Tensor, int], Tensor],
+    combine: Callable[[Tensor, Tensor, float], Tensor],
+    scale: float,
+    latents: Tensor,
+    k: int,
+) -> Tensor:
+    """Of the source guided by itself, as the family's pipeline guides."""
+    return combine(cond(latents, k), uncond(latents, k), scale)
 
 
 def start_noise(model: Any, latents: Tensor | None, clean: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -127,13 +127,22 @@ def _strays(scheduler: Any, steps: int = 8) -> str | None:
     return None
 
 
-def make_ready(scheduler: Any, num_steps: int, device: torch.device, settings: Mapping[str, Any] = NO_SETTINGS) -> None:
-    """Set its timesteps, at the first of them; settings: more for `set_timesteps`, such as sigmas, which then count."""
+def make_ready(
+    scheduler: Any, num_steps: int, device: torch.device, settings: Mapping[str, Any] = NO_SETTINGS, skip: int = 0
+) -> None:
+    """Set its timesteps, at the first of them; settings: more for `set_timesteps`, such as sigmas, which then count.
+
+    skip: leaves out so many of the first; the scheduler has no history at the one it begins with.
+    """
     steps = () if "sigmas" in settings or "timesteps" in settings else (num_steps,)
     scheduler.set_timesteps(*steps, device=device, **settings)
     config = getattr(scheduler, "config", {})
     if type(scheduler).__name__ == FLOW_SCHEDULERS[0] and config.get("final_sigmas_type") == "sigma_min":
         scheduler.sigmas[-1] = scheduler.sigmas[-2]  # as Cosmos 2's pipelines do
+    if skip:
+        scheduler.timesteps = scheduler.timesteps[skip:]
+        if hasattr(scheduler, "sigmas"):
+            scheduler.sigmas = scheduler.sigmas[skip:]
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
 

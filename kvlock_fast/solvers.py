@@ -34,25 +34,36 @@ class Solver:
     coefficients (tables.py), None for a scheduler that has to be called itself.
     """
 
-    def __init__(self, scheduler: Any, num_steps: int, device: torch.device, settings: Mapping[str, Any] = NO_SETTINGS):
-        """settings: what the model's pipeline gives to `set_timesteps` beside the number of steps, as sigmas or mu.
+    def __init__(
+        self,
+        scheduler: Any,
+        num_steps: int,
+        device: torch.device,
+        settings: Mapping[str, Any] = NO_SETTINGS,
+        skip: int = 0,
+    ):
+        """settings: what the model's pipeline gives to `set_timesteps` beside the number of steps, as sigmas or mu;
+        skip: how many of the first steps are left out: step 0 is then the first that is taken.
 
         Raises InputError for a scheduler that is not supported, or cannot make so many steps.
         """
+        if skip >= num_steps:
+            raise InputError(f"skip_steps {skip} leaves none of {num_steps} steps")
         check_scheduler(scheduler, shifts="mu" in settings)
         name = type(scheduler).__name__
         self.scheduler = copy.deepcopy(scheduler)
         self.prediction = prediction_of(scheduler)
-        self._start = num_steps, device, settings
+        self.skip = skip
+        self._start = num_steps, device, settings, skip
         try:
             self.restart()
         except (ValueError, TypeError) as error:  # the second where it does not know one of the settings
             raise InputError(f"scheduler {name} cannot make {num_steps} steps: {error}") from error
         self.timesteps = self.scheduler.timesteps
         self.signal, self.sigmas = (x.to(device) for x in noise_levels(self.scheduler))
-        self.table = _table(scheduler, num_steps, settings)
-        if len(self.timesteps) != num_steps or len(self.sigmas) != num_steps + 1:
-            raise InputError(f"scheduler {name} made {len(self.timesteps)} timesteps for {num_steps} steps")
+        self.table = _table(scheduler, num_steps, settings, skip)
+        if len(self.timesteps) != num_steps - skip or len(self.sigmas) != num_steps - skip + 1:
+            raise InputError(f"scheduler {name} made {len(self.timesteps) + skip} timesteps for {num_steps} steps")
         if not self.sigmas.isfinite().all():
             raise InputError(f"scheduler {name} cannot make {num_steps} steps: its sigmas are not finite")
         if self.prediction == "epsilon" and self.signal[0] == 0:
@@ -63,6 +74,7 @@ class Solver:
 
     @property
     def num_steps(self) -> int:
+        """Those that are taken."""
         return len(self.timesteps)
 
     @property
@@ -120,6 +132,10 @@ class Solver:
         kept = self.signal[k] / self.signal[k + 1]
         return kept * sample + (self.sigmas[k] - kept * self.sigmas[k + 1]) * slope
 
+    def drop(self, k: int, sample: Tensor, slope: Tensor) -> Tensor:
+        """x_{k+1} from x_k of a flow, by Euler's step along `slope`, as `rise` upwards."""
+        return sample + (self.sigmas[k + 1] - self.sigmas[k]) * slope
+
     def timestep_at(self, k: int) -> Tensor:
         """The timestep of x_k, for k = T too (where the scheduler has none)."""
         if k < self.num_steps:
@@ -135,10 +151,10 @@ class Solver:
         return of_sample * sample.float() + of_prediction * prediction.float()
 
 
-def _table(scheduler: Any, num_steps: int, settings: Mapping[str, Any] = NO_SETTINGS) -> Tensor | None:
+def _table(scheduler: Any, num_steps: int, settings: Mapping[str, Any] = NO_SETTINGS, skip: int = 0) -> Tensor | None:
     """The solver's coefficients [T, 3, 3 + J] (tables.py); None for a scheduler that has to be called itself."""
     fresh = copy.deepcopy(scheduler)
-    make_ready(fresh, num_steps, None, settings)
+    make_ready(fresh, num_steps, None, settings, skip)
     try:
         return solver_table(fresh)
     except InputError:

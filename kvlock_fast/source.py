@@ -29,10 +29,11 @@ class SourcePath:
 def renoise(clean: Tensor, noise: Tensor, solver: Solver) -> SourcePath:
     """x_k = a_k x0 + b_k n with one noise n, the one the edit starts from (as the paper does).
 
-    clean, noise: [1, C, T, H, W] fp32.
+    clean, noise: [1, C, T, H, W] fp32. Where first steps are left out, the edit starts from x_0, not from n.
     """
     noisy = [solver.add_noise(k, clean, noise) for k in range(solver.num_steps)]
-    return SourcePath(torch.stack([*noisy, clean]), solver.start(noise), noise)
+    start = noisy[0] if solver.skip else solver.start(noise)
+    return SourcePath(torch.stack([*noisy, clean]), start, noise)
 
 
 def invert(clean: Tensor, solver: Solver, predict: Prediction, method: str = "euler") -> SourcePath:
@@ -60,3 +61,20 @@ def _step_up(x: Tensor, k: int, solver: Solver, predict: Prediction, method: str
         up = solver.rise(k, x, slope)
         slope = (slope + solver.slope(k, predict(up, k), up)) / 2
     return solver.rise(k, x, slope)
+
+
+def shift_latents(start: Tensor, fresh: Tensor, foreground: Tensor, ratio: float) -> Tensor:
+    """Latents [1, C, T, H, W] moved on the foreground by `ratio` towards the mean and deviation of fresh noise there.
+
+    Channel by channel, x' = (1 - ratio) x + ratio (s_n (x - m_x) / s_x + m_n), m and s over the foreground's elements:
+    the adaptive instance normalisation of ProEdit's latents-shift (arXiv 2512.22118). foreground: bool [1, T, H, W].
+    """
+    chosen = foreground[0]
+    x, noise = start[0][:, chosen].double(), fresh[0][:, chosen].double()
+    (spread, mean), (fresh_spread, fresh_mean) = (
+        torch.std_mean(part, dim=1, keepdim=True, correction=0) for part in (x, noise)
+    )
+    moved = fresh_spread * (x - mean) / spread.clamp_min(1e-8) + fresh_mean
+    shifted = start.clone()
+    shifted[0][:, chosen] = ((1 - ratio) * x + ratio * moved).to(start.dtype)
+    return shifted

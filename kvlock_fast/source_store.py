@@ -46,6 +46,8 @@ def source_facts(
     """The facts that an edit and a cache must share; given: the source as the model takes it."""
     scheduler = solver.scheduler
     inverts = lock.source_path == "invert"
+    guided = "" if lock.source_guidance is None else f" guided {lock.source_guidance:g}"
+    skipped = {"skipped": solver.skip} if solver.skip else {}
     return {
         "model": {
             "family": model.arch.family,
@@ -57,14 +59,15 @@ def source_facts(
         "scheduler": {
             "class": type(scheduler).__name__,
             "prediction": solver.prediction,
-            "steps": solver.num_steps,
+            "steps": solver.num_steps + solver.skip,
+            **skipped,
             "timesteps": [float(t) for t in solver.timesteps],
             "sigmas": solver.sigmas.tolist(),
         },
         "video": digest(given.frames),
         "size": list(given.frames.shape[:3]),
         "source_prompt": source_prompt,
-        "source_path": f"invert {lock.inversion_solver}" if inverts else "renoise",
+        "source_path": f"invert {lock.inversion_solver}{guided}" if inverts else "renoise",
         "noise": None if inverts else digest(noise),
     }
 

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.config import LockConfig
-from kvlock_fast.controller import Controller, VarianceWindow, compares_with_source, first_dynamic_step
+from kvlock_fast.controller import (
+    Controller,
+    VarianceWindow,
+    compares_with_source,
+    first_dynamic_step,
+    locked_steps,
+)  # fmt: skip
 from kvlock_fast.foreground import mix_seam, seam_weights
 from kvlock_fast.forwards import Task
 from kvlock_fast.kernels.epilogue import step_epilogue
@@ -20,6 +26,8 @@ from kvlock_fast.kernels.step_state import Schedule, StepState, new_step_state
 from kvlock_fast.solvers import Solver
 from kvlock_fast.source import SourcePath
 
+ALPHA = 1
+"""The column of a trace."""
 LEAST_VARIANCE = 1e-12
 """Of the source, where tau follows it: one that does not move at all would divide by zero."""
 
@@ -51,7 +59,7 @@ class DeviceStepper:
     def __init__(self, task: Task, solver: Solver, source: SourcePath, omega0: list[float]):
         """omega0: the guidance scale of each step."""
         lock, steps = task.lock, solver.num_steps
-        self.solver = solver
+        self.solver, self.lock = solver, lock
         self.foreground = task.mask.token_latents.contiguous()
         self.path = source.path if lock.keeps_background else None
         self.seam = seam_weights(task.mask, lock)
@@ -104,7 +112,7 @@ class DeviceStepper:
 
     def trace(self) -> Tensor:
         """[steps, B, 5]: variance, alpha, omega, s* and whether the latents hold NaN or inf, of each step."""
-        return self.state.trace.clone()
+        return unlocked_after_share(self.state.trace.clone(), self.lock)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that `advance` reads and writes, by name (but for the source's window); the mask as a copy."""
@@ -164,7 +172,7 @@ class SchedulerStepper:
 
     def trace(self) -> Tensor:
         """[steps, B, 5], as DeviceStepper's."""
-        return torch.stack(self._trace)
+        return unlocked_after_share(torch.stack(self._trace), self.task.lock)
 
 
 Stepper = DeviceStepper | SchedulerStepper
@@ -188,6 +196,12 @@ def _by_rows(x: Tensor | None) -> Tensor | None:
 def _start(task: Task, source: SourcePath) -> Tensor:
     """The latents before step 0."""
     return keep_background(task, source.start.expand(task.batch, -1, -1, -1, -1), source.at(0))
+
+
+def unlocked_after_share(trace: Tensor, lock: LockConfig) -> Tensor:
+    """A trace [steps, B, 5] whose alpha is 0 in the steps beyond those that lock at all."""
+    trace[locked_steps(lock, len(trace)) :, :, ALPHA] = 0
+    return trace
 
 
 def keep_background(task: Task, latents: Tensor, source_latent: Tensor) -> Tensor:

@@ -22,10 +22,6 @@ class Stretch:
     mask: ProjectedMask
     weights: Tensor
 
-    def background(self) -> Tensor:
-        """Indices [N] of its background's tokens."""
-        return (~self.mask.tokens[0]).nonzero()[:, 0]
-
     def of(self, latents: Tensor) -> Tensor:
         """Its part of latents [..., T, h, w]."""
         return latents[..., self.frames, :, :]

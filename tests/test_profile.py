@@ -410,7 +410,7 @@ BAD = {
     "neither": ([], "one of --config and --model must be given, not neither"),
     "both": (["--config", "demo", "--model", "demo"], "not both"),
     "unknown config": (["--config", "wan-2b"], "'wan-2b' is no config file"),
-    "family": (["--config", "ltx"], "ltx is of the family ltx; profile runs wan, cogvideox"),
+    "family": (["--config", "ltx"], "ltx is of the family ltx; profile by sizes alone runs wan, cogvideox"),
     "steps": (["--config", "demo", "--steps", "0"], "--steps must be a whole number from 1 to 10000, got 0"),
     "layers": (["--config", "demo", "--layers", "6"], "--layers must be a whole number from 1 to 5, got 6"),
     "frames": (["--config", "demo", "--frames", "0"], "--frames must be a whole number from 1 to 100000, got 0"),

@@ -76,13 +76,16 @@ def test_what_is_captured_lies_in_the_backgrounds_order(stage, format, backend):
 @st.composite
 def cases(draw):
     tokens = draw(st.integers(1, 12))
+    norm = draw(st.sampled_from(["none", "rms", "layer", "rms_across_heads"]))
+    # The difference of two numbers that are near each other is their rounding, and a layer norm of two is little else.
+    least = 4 if norm == "layer" else 1
     return Case(
         batch=draw(st.integers(1, 3)),
         tokens=tokens,
         heads=draw(st.integers(1, 4)),
-        dim=2 * draw(st.integers(1, 20)),
+        dim=2 * draw(st.integers(least, 20)),
         foreground=draw(st.integers(0, tokens)),
-        norm=draw(st.sampled_from(["none", "rms", "layer", "rms_across_heads"])),
+        norm=norm,
         layout=draw(st.sampled_from([None, "interleaved", "split_half"])),
         angles=draw(st.sampled_from(["shared", "heads"])),
         source=draw(st.sampled_from(["native", "bf16", "fp8_e4m3", "int8", "int4"])),

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvlock_fast.config import FORMATS, PRESETS, TIERS, CacheConfig, LockConfig
+from kvlock_fast.config_neighbours import METHODS
 from kvlock_fast.errors import InputError
 from kvlock_fast.media import MaskShape, check_box, is_box
 from kvlock_fast.media.mask_shape import MOST_FEATHER, MOST_GROW
@@ -90,6 +91,17 @@ class JobFields(BaseModel):
     alpha_lag: Annotated[int, Field(ge=1, le=2)] | None = None
     halo: Annotated[int, Field(ge=0)] | None = None
     seam: Literal["cut", "blend"] | None = None
+    method: Literal[METHODS] | None = None
+    family: Annotated[str, Field(min_length=1, description="The only family of models it is for.")] | None = None
+    skip_steps: Annotated[int, Field(ge=0)] | None = None
+    source_guidance: NotNegative | None = None
+    lock_share: Share | None = None
+    foreground_mix: Share | None = None
+    latents_shift: Share | None = None
+    noise_samples: Annotated[int, Field(ge=1)] | None = None
+    free_steps: Annotated[int, Field(ge=0)] | None = None
+    inject_share: Share | None = None
+    keyframe_stride: Annotated[int, Field(ge=1)] | None = None
     cache_tier: Literal[("auto", *TIERS)] = "auto"
     cache_format: Literal[FORMATS] = "fp8_e4m3"
     cache_stride: Annotated[int, Field(ge=1)] = 1

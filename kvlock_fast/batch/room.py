@@ -85,7 +85,7 @@ def plan_pass(setup: Setup, model: Any, extent: Extent, foreground: int, prompts
     from kvlock_fast.models.arch import select_layers
     from kvlock_fast.source_store import steps_to_store
 
-    lock, cache, steps = setup.lock, setup.cache, setup.steps
+    lock, cache, steps = setup.lock, setup.cache, max(1, setup.steps - setup.lock.skip_steps)
     # Which of two transformers a step takes is not known without the scheduler; it moves the count by one at most.
     stage: Callable[[int], int] = lambda k: 0  # noqa: E731
     slots = steps_to_store(lock, cache, steps, stage)
@@ -96,7 +96,7 @@ def plan_pass(setup: Setup, model: Any, extent: Extent, foreground: int, prompts
         extent.frames,
         extent.height,
         extent.width,
-        tokens - foreground,
+        tokens if lock.foreground_mix else tokens - foreground,
         len(set(slots.values())),
         steps,
         steps_locked=locked,

@@ -33,6 +33,7 @@ class AuraFlowModel(ImageModel):
     """What the loop needs of a diffusers `AuraFlowPipeline`."""
 
     arch = AURA_FLOW
+    shifted = False
 
     @property
     def patch(self) -> int:

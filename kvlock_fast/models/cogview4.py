@@ -36,6 +36,7 @@ class CogView4Model(ImageModel):
 
     arch = COGVIEW4
     shifts_by_size = True
+    shifted = False
     latents_dtype = torch.float32
     most_text = inspect.signature(CogView4Pipeline.encode_prompt).parameters["max_sequence_length"].default
 

@@ -13,7 +13,8 @@ from kvlock_fast.kernels.blend import as_heads
 from kvlock_fast.kernels.prologue import Capture, Lock, Places, QKNorm, RoPE, prologue
 from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
 from kvlock_fast.models.arch import around_video
-from kvlock_fast.models.locking import LockState, Mode, locked_entry, repeated
+from kvlock_fast.models.lock_state import LockState, Mode, repeated
+from kvlock_fast.models.locking import locked_entry
 from kvlock_fast.models.qk_norms import qk_norm
 from kvlock_fast.nvtx import span
 

@@ -28,6 +28,8 @@ class ImageModel(PipelineModel):
 
     patch = 2
     """Latents a token, down and across."""
+    shifted = True
+    """Whether the pipeline looks at the autoencoder's `shift_factor`."""
 
     @property
     def geometry(self) -> Geometry:
@@ -66,7 +68,7 @@ class ImageModel(PipelineModel):
     def _latent_statistics(self) -> tuple[float, float]:
         """shift_factor and scaling_factor."""
         config = self.pipe.vae.config
-        return config.get("shift_factor") or 0.0, config.scaling_factor
+        return (config.get("shift_factor") or 0.0) if self.shifted else 0.0, config.scaling_factor
 
 
 def even_sigmas(scheduler: Any, num_steps: int, tokens: int) -> Mapping[str, Any]:

@@ -12,13 +12,16 @@ from torch import Tensor, nn
 from kvlock_fast.errors import InputError
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.families import FAMILIES, family_of_transformer
+from kvlock_fast.models.families import family_of_transformer
+
+FAMILIES = ("wan", "cogvideox")
+"""Those whose models can be made without an autoencoder and text encoders."""
 
 
 def random_model(config: Mapping[str, Any], layers: int, geometry: Geometry, device: torch.device, dtype: torch.dtype):
     """A family's model around a random transformer of a config with its class name: no text, no autoencoder.
 
-    geometry: of the autoencoder that is not there. Raises InputError for a family that is not known.
+    geometry: of the autoencoder that is not there. Raises InputError for a family that is none of FAMILIES.
     """
     model = model_of(config["_class_name"])
     transformer = random_transformer(config, layers, device, dtype)
@@ -28,10 +31,10 @@ def random_model(config: Mapping[str, Any], layers: int, geometry: Geometry, dev
 
 
 def model_of(transformer: str) -> type:
-    """The family's model for a transformer's class name. Raises InputError for one that is not known."""
+    """The family's model for a transformer's class name. Raises InputError for one of no family of FAMILIES."""
     family = family_of_transformer(transformer)
-    if family is None:
-        raise InputError(f"there is no model for a {transformer}; known families: {', '.join(FAMILIES)}")
+    if family is None or family.name not in FAMILIES:
+        raise InputError(f"there is no random model for a {transformer}; of these families: {', '.join(FAMILIES)}")
     return family.load()
 
 

@@ -1,0 +1,53 @@
+"""What a method is given, and what it leaves in the trace."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.config import LockConfig
+from kvlock_fast.forwards import Predictor, Task
+from kvlock_fast.solvers import Solver
+from kvlock_fast.source import SourcePath
+from kvlock_fast.trace import Recorder
+
+
+@dataclass(frozen=True)
+class Job:
+    """An edit to be made, its source encoded.
+
+    path: where the source is at each step, and where an edit starts; noise: drawn already, [1, C, T, h, w]; draw: more
+    of it; done(k): to be called after step k.
+    """
+
+    task: Task
+    predict: Predictor
+    path: SourcePath
+    noise: Tensor
+    draw: Callable[[], Tensor]
+    recorder: Recorder
+    done: Callable[[int], None]
+
+    @property
+    def lock(self) -> LockConfig:
+        return self.task.lock
+
+    @property
+    def solver(self) -> Solver:
+        return self.predict.solver
+
+    def scale(self, k: int) -> float:
+        """The edit's guidance scale at step k."""
+        return self.task.guidance[self.predict.stage(k)]
+
+    def record(self, k: int, latents: Tensor, rows: list[Tensor]) -> None:
+        """Step k has ended with these latents [B, ...]: mark it, and add what the trace says of it to `rows`."""
+        batch = self.task.batch
+        tokens = self.task.mask.tokens.shape[1]
+        self.recorder.computed([tokens] * batch)
+        ones = torch.ones(batch, device=latents.device)
+        bad = (~latents.isfinite()).flatten(1).any(1).float()
+        rows.append(torch.stack([ones * float("nan"), 0 * ones, self.scale(k) * ones, ones, bad], dim=-1))
+        self.recorder.mark()
+        self.done(k)
