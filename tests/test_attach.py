@@ -518,3 +518,25 @@ def test_the_schedule_says_what_it_needs(transformer, scene):
     with pytest.raises(kvf.InputError, match="source_x0hat"):
         auto.observe(x)
     auto.observe(x, x)
+
+
+def test_rows_that_do_not_go_together_are_refused(transformer, scene):
+    text, two = scene.texts[0], scene.foreground.expand(2, -1)
+    with kvf.attach(transformer, two) as kv:
+        with kv.source():
+            forward(transformer, scene.source.expand(2, -1, -1, -1, -1), text)
+        with kv.edit(0.5):
+            forward(transformer, scene.latents.expand(2, -1, -1, -1, -1), text)
+        with (
+            pytest.raises(kvf.InputError, match="source ran with 2 rows, and .* has 4"),
+            kv.edit(0.5),
+        ):
+            forward(transformer, scene.latents.expand(4, -1, -1, -1, -1), text)
+        with kv.source():
+            forward(transformer, scene.source, text)
+        with (
+            pytest.raises(kvf.InputError, match="3 rows, which is no multiple of .* 2"),
+            kv.edit(0.5),
+        ):
+            forward(transformer, scene.latents.expand(3, -1, -1, -1, -1), text)
+    assert untouched(transformer)

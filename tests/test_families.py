@@ -247,12 +247,23 @@ def test_several_prompts_equal_one_at_a_time(case):
 
 
 def test_compiled_blocks_take_one_graph_for_all_alphas(representative, monkeypatch):
+    _compile_by(monkeypatch, "aot_eager", representative)
+
+
+@pytest.mark.large
+def test_blocks_compiled_by_inductor(representative, monkeypatch):
+    if representative.name not in representatives():
+        pytest.skip("another case of the same class of transformer")
+    _compile_by(monkeypatch, "inductor", representative)
+
+
+def _compile_by(monkeypatch, backend, case):
     plain = torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend=backend, fullgraph=True))
     torch.compiler.reset()
     counters.clear()
     try:
-        _compiled(representative)
+        _compiled(case)
     finally:
         torch.compiler.reset()
 

@@ -80,7 +80,11 @@ class LockState:
                 self._keep(key, x, token_dim, background)
         elif self.mode is Mode.STORED:
             with span("lock"):
-                blend_(x, self.kept[key], repeated(weight, len(x)), token_dim, background)
+                kept = self.kept[key]
+                if kept.shape[0] not in (1, len(x)):
+                    rows = f"{kept.shape[0]} rows, and a forward of the edit has {len(x)}"
+                    raise InputError(f"the source ran with {rows}: run the source with one")
+                blend_(x, kept, repeated(weight, len(x)), token_dim, background)
         elif self.mode is Mode.IN_BATCH:
             with span("lock"):
                 blend_(x[1:], x[:1], repeated(weight, len(x) - 1), token_dim)
@@ -124,6 +128,13 @@ class LockState:
 
 
 def repeated(weight: Tensor, rows: int) -> Tensor:
-    """The weight of so many rows: that of the samples repeated, where branches of guidance share a batch."""
+    """The weight of so many rows: that of the samples repeated, where branches of guidance share a batch.
+
+    Raises InputError for other numbers of rows.
+    """
     samples = len(weight)
-    return weight.repeat(rows // samples, 1) if rows > samples > 1 and rows % samples == 0 else weight
+    if samples in (1, rows):
+        return weight
+    if rows % samples:
+        raise InputError(f"a forward of the edit has {rows} rows, which is no multiple of the lock's {samples} samples")
+    return weight.repeat(rows // samples, 1)
