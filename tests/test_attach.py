@@ -528,14 +528,14 @@ def test_rows_that_do_not_go_together_are_refused(transformer, scene):
         with kv.edit(0.5):
             forward(transformer, scene.latents.expand(2, -1, -1, -1, -1), text)
         with (
-            pytest.raises(kvf.InputError, match="source ran with 2 rows, and .* has 4"),
+            pytest.raises(kvf.InputError, match=r"source ran with 2 rows, and .* has 4"),
             kv.edit(0.5),
         ):
             forward(transformer, scene.latents.expand(4, -1, -1, -1, -1), text)
         with kv.source():
             forward(transformer, scene.source, text)
         with (
-            pytest.raises(kvf.InputError, match="3 rows, which is no multiple of .* 2"),
+            pytest.raises(kvf.InputError, match=r"3 rows, which is no multiple of .* 2"),
             kv.edit(0.5),
         ):
             forward(transformer, scene.latents.expand(3, -1, -1, -1, -1), text)
