@@ -151,19 +151,20 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
 
 
+@torch.no_grad()
 def capture(
     editor: Any, case: EditCase, seed: int, steps: tuple[int, ...], setting: Setting
 ) -> Iterator[tuple[int, str, int, Tensor]]:
     """(step, stage, layer, [1, N, H, D]) of the source's background tokens, as the source's pass sees them."""
     recorder, model, variant = Recorder(editor.model.device), editor.model, Variant("model")
     clip, noise = (case.source.video, case.mask, None, None, "pad"), (None, torch.Generator().manual_seed(seed))
-    how = variant.lock(setting), variant.cache, recorder, lambda *_: None
+    how = variant.lock(setting), variant.cache, recorder, lambda *_: None, setting.guidance
     with (
         editor._scene(clip, case.source_prompt, setting.steps, noise, *how) as scene,
         scene.predictor(recorder) as predict,
     ):
-        text = model.encode_prompts([case.source_prompt])
-        path, background = scene.path(predict, text, recorder), scene.background()
+        text = model.condition_source([case.source_prompt], scene.given_source)
+        path, background = scene.path(predict, text, None, recorder), scene.background()
         cos, sin = (part[:, background] for part in model.transformers[0].rope(path.at(0)))
         heads, _ = kv_sizes(model.transformers[0], model.arch)
         for step in steps:

@@ -152,7 +152,7 @@ class Scene:
                 return path
             fresh = self.draw() if self.noise is None else self.noise
             shifted = shift_latents(path.start, fresh, self.mask.token_latents, self.lock.latents_shift)
-            return SourcePath(path.path, shifted)
+            return SourcePath(path.path, shifted, path.noise)
 
     def _path(self, predict: Predictor, text: Conditioning, negative: Conditioning | None) -> SourcePath:
         if self.saved is not None:

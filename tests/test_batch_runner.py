@@ -61,8 +61,12 @@ OTHER = {
     "source_path": "invert", "inversion_solver": "heun", "zero_init_steps": 1, "guidance_batching": "separate",
     "compute": "foreground", "alpha_snap": 0.9, "alpha_lag": 2, "halo": 1, "seam": "blend", "mask_threshold": 0.25,
     "mask_invert": True, "mask_grow": 1, "mask_feather": 1, "cache_tier": "host", "cache_format": "int8",
-    "cache_stride": 2, "cache_steps": "window", "prompts_at_once": 1,
+    "cache_stride": 2, "cache_steps": "window", "prompts_at_once": 1, "method": "fatezero", "family": "wan",
+    "skip_steps": 1, "source_guidance": 2.0, "lock_share": 0.5, "foreground_mix": 0.1, "latents_shift": 0.25,
+    "noise_samples": 2, "free_steps": 1, "inject_share": 0.5, "keyframe_stride": 3,
 }  # fmt: skip
+BOTH = {"method": {"preset": "tokenflow"}, "source_guidance": {"source_path": "invert"}}
+"""What both jobs need for a value to be allowed."""
 SHARED = {"prompt": "another", "composite": True, "feather": 3, "audio": False, "output": "elsewhere.mp4"}
 
 
@@ -72,7 +76,8 @@ def test_every_field_is_known_to_separate_passes_or_not_to():
 
 @pytest.mark.parametrize("name", [*OTHER, *SHARED])
 def test_what_changes_the_computation_separates_passes_and_what_follows_it_does_not(tmp_path, name):
-    lines = [job(0), {**job(1), name: {**OTHER, **SHARED}[name]}]
+    both = BOTH.get(name, {})
+    lines = [job(0, **both), {**job(1, **both), name: {**OTHER, **SHARED}[name]}]
     reading = read_manifest(write_manifest(tmp_path, lines), tmp_path / "out", {})
     assert not reading.sentences()
     assert len(list(grouped(reading.jobs, 8))) == (1 if name in SHARED else 2)

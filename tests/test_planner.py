@@ -175,7 +175,8 @@ def test_any_config_file_gives_its_parameters_and_tokens(kind, tmp_path):
     pixels = 1 + 3 * strides[0], 6 * strides[1], 8 * strides[1]
     assert prod(size.geometry.token_grid(*pixels)) == patchified(model, latents)
     job = Job(size, *pixels, 0, 0, 1)
-    assert job.video_latent_bytes == 4 * latents.numel()
+    # What a model is shown beside its latents is among its channels in, and not among those out.
+    assert job.video_latent_bytes == 4 * latents[:, :1].numel() * model.config.out_channels
 
 
 def patchified(model, latents) -> int:
