@@ -281,7 +281,8 @@ def _compiled(case):
             lock.forward(Mode.STORED, scene.weight(alpha), kept, scene.tokens, ahead=scene.ahead),
         ):
             compiled = scene.predict(scene.latents, scene.told[0])
-        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4 * max(1.0, eager.abs().max().item()))
+        scale = max(1.0, eager.abs().max().item())
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=max(1e-4, case.tolerance) * scale)
         counts.append(counters["stats"]["unique_graphs"])
     lock.detach()
     assert counts[0] > 0 and counts[1:] == counts[:1] * 2
