@@ -22,7 +22,7 @@ from kvlock_fast.config import CacheConfig
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models import wrap_pipeline
-from kvlock_fast.models.random_weights import model_of
+from kvlock_fast.models.families import family_of_transformer
 
 CASES = {case.name: case for case in all_cases()}
 FIRST = {importlib.import_module(path.stem).CASES[0].name for path in Path(__file__).parent.glob("family_*.py")}
@@ -191,7 +191,7 @@ def size_like(kind, transformer):
     from kvlock_fast.cache.model_sizes import ModelSize
     from kvlock_fast.models.locking import kv_sizes
 
-    arch = model_of(kind).arch
+    arch = family_of_transformer(kind).load().arch
     names = [name for name, _ in arch.attentions(transformer)]
     heads, head_dim = kv_sizes(transformer, arch)
     width = _widest_input(transformer, names)

@@ -24,7 +24,6 @@ from kvlock_fast.masks import Geometry
 from kvlock_fast.models.arch import ArchSpec
 from kvlock_fast.models.guiders import check_guider, is_on
 from kvlock_fast.models.pipeline_model import PipelineModel
-from kvlock_fast.models.pixels import decode_each, encode_mode
 
 HUNYUAN_VIDEO15 = ArchSpec(
     family="hunyuan-video-1.5",
@@ -84,15 +83,6 @@ class HunyuanVideo15Model(PipelineModel):
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """[1, C, T, h, w] fp32, as the pipeline draws it: in the model's dtype."""
         return randn_tensor(shape, generator=generator, device=device, dtype=self.latents_dtype).float()
-
-    def encode_video(self, frames: Tensor) -> Tensor:
-        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
-        return encode_mode(self.pipe.vae, frames, self.device) * self.pipe.vae.config.scaling_factor
-
-    def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
-        """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
-        vae = self.pipe.vae
-        return decode_each(vae, latents.to(vae.dtype) / vae.config.scaling_factor, tiled)
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The velocity [B, C, T, h, w] in the transformer's dtype, at latents [B, ...], timestep []."""

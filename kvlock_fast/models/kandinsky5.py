@@ -25,7 +25,6 @@ from kvlock_fast.models.arch import ArchSpec
 from kvlock_fast.models.foreground import swapped
 from kvlock_fast.models.image import ImageModel
 from kvlock_fast.models.pipeline_model import PipelineModel
-from kvlock_fast.models.pixels import decode_each, encode_mode
 
 KANDINSKY5 = ArchSpec(
     family="kandinsky-5",
@@ -83,15 +82,6 @@ class Kandinsky5Model(PipelineModel):
         batch, channels, *size = shape
         noise = randn_tensor((batch, *size, channels), generator=generator, device=device, dtype=self.latents_dtype)
         return noise.float().permute(0, 4, 1, 2, 3).contiguous()
-
-    def encode_video(self, frames: Tensor) -> Tensor:
-        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
-        return encode_mode(self.pipe.vae, frames, self.device) * self.pipe.vae.config.scaling_factor
-
-    def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
-        """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
-        vae = self.pipe.vae
-        return decode_each(vae, latents.to(vae.dtype) / vae.config.scaling_factor, tiled)
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The velocity [B, C, T, h, w] in the transformer's dtype, at latents [B, ...], timestep []."""

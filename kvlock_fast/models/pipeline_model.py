@@ -16,6 +16,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.masks import Geometry, ProjectedMask, project_mask
 from kvlock_fast.models.arch import ArchSpec
 from kvlock_fast.models.families import transformer_name
+from kvlock_fast.models.pixels import decode_each, encode_mode
 
 
 class PipelineModel:
@@ -161,11 +162,19 @@ class PipelineModel:
 
     def encode_video(self, frames: Tensor) -> Tensor:
         """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
-        raise NotImplementedError
+        return self._normalised(encode_mode(self.pipe.vae, frames, self.device))
 
     def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
         """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
-        raise NotImplementedError
+        return decode_each(self.pipe.vae, self._denormalised(latents), tiled)
+
+    def _normalised(self, latents: Tensor) -> Tensor:
+        """The autoencoder's own latents fp32 as the model knows them."""
+        return latents * self.pipe.vae.config.scaling_factor
+
+    def _denormalised(self, latents: Tensor) -> Tensor:
+        """Latents as the autoencoder knows them, scaled in its dtype as the pipelines do."""
+        return latents.to(self.pipe.vae.dtype) / self.pipe.vae.config.scaling_factor
 
     def own_frames(self, video: Tensor, count: int) -> Tensor:
         """Of decoded frames [F, H, W, 3], those of a source that had so many before it was brought to the model's."""

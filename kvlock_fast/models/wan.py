@@ -19,7 +19,6 @@ from kvlock_fast.models.arch import ArchSpec
 from kvlock_fast.models.foreground import whole_forward
 from kvlock_fast.models.locking import TransformerLock
 from kvlock_fast.models.pipeline_model import PipelineModel
-from kvlock_fast.models.pixels import decode_each, encode_mode
 from kvlock_fast.models.wan_foreground import foreground_forward
 
 WAN = ArchSpec(family="wan", transformers=("WanTransformer3DModel",), attention=r"blocks\.\d+\.attn1")
@@ -64,16 +63,15 @@ class WanModel(PipelineModel):
         )
         return embeds.to(self.transformers[0].dtype)
 
-    def encode_video(self, frames: Tensor) -> Tensor:
-        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
-        latents = encode_mode(self.pipe.vae, frames, self.device)
+    def _normalised(self, latents: Tensor) -> Tensor:
+        """The autoencoder's own latents fp32 as the model knows them."""
         mean, std = self._latent_statistics(latents)
         return (latents - mean) / std
 
-    def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
-        """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
+    def _denormalised(self, latents: Tensor) -> Tensor:
+        """Latents as the autoencoder knows them, fp32."""
         mean, std = self._latent_statistics(latents)
-        return decode_each(self.pipe.vae, latents.float() * std + mean, tiled)
+        return latents.float() * std + mean
 
     def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         config = self.pipe.vae.config
