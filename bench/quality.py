@@ -74,7 +74,7 @@ def make_plan(given: argparse.Namespace, rows: tuple[str, ...]) -> tuple[Plan, l
 def write_results(plan: Plan, numbers: list[int], output: Path) -> str:
     """The table's JSON, Markdown and picture; the Markdown."""
     rows, groups = gathered(plan, numbers)
-    unranked = frozenset() if plan.vace else frozenset(row for row, lock in plan.locks.items() if lock and lock.family)
+    unranked = frozenset(row for row, lock in plan.locks.items() if lock and lock.family and not plan.vace_weights)
     found = summarise(rows, groups, unranked)
     text = markdown(found)
     about = {**plan.about, "cases": len(numbers), "lpips": lpips_model() is not None, "machine": machine()}
@@ -92,7 +92,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rows", help="names with commas between; all of them if not given")
     made.add_argument("--quick", action="store_true", help=f"{QUICK_CASES} cases of {QUICK_STEPS} steps")
     made.add_argument("--model", default="demo", help="a diffusers folder, a hub id, or demo")
-    made.add_argument("--vace", help="a WanVACEPipeline's folder; else one of the model's own weights, untrained")
+    made.add_argument("--vace", help="a WanVACEPipeline's folder; else the demo's, or one untrained")
     made.add_argument("--clips", type=Path, help="a folder of clips, masks and prompts, instead of the demo's world")
     made.add_argument("--steps", type=int)
     made.add_argument("--guidance", type=float)

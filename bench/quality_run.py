@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from bench.quality_measures import PeakMemory, background_figures, consistency
-from bench.quality_rows import Clip, Editors, edit, untrained_vace
+from bench.quality_rows import Clip, Editors, edit
+from bench.vace_model import WEIGHTS, belongs_to, trained_vace, untrained_vace
 from kvlock_fast.config import LockConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import write_text
@@ -73,12 +74,19 @@ class Plan:
             "subjects": [kind, {name: str(value) for name, value in arguments.items()}],
         }  # fmt: skip
 
+    @property
+    def vace_weights(self) -> str | None:
+        """Of the trained VACE, of a folder or our own of this very model; None where there is none."""
+        if self.vace is not None:
+            return weights_of(self.vace)
+        return file_hash(WEIGHTS) if belongs_to(WEIGHTS) == weights_of(self.model) else None
+
     def digest_of(self, row: str) -> str:
         """Of all that decides a row's figures."""
         lock = self.locks[row]
         known = {**self.about, "lock": None if lock is None else asdict(lock), "more": self.more}
         if lock is not None and lock.family is not None:
-            known["vace"] = self.vace and weights_of(self.vace)
+            known["vace"] = self.vace_weights
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def video_of(self, row: str, name: str) -> Path | None:
@@ -130,7 +138,8 @@ class Worker:
 
         if self.plan.vace is not None:
             return load_pipeline(self.plan.vace, dtype=self.plan.dtype)
-        return kvf.KVLockPipeline.from_pipe(untrained_vace(pipe.pipe))
+        make = untrained_vace if self.plan.vace_weights is None else trained_vace
+        return kvf.KVLockPipeline.from_pipe(make(pipe.pipe))
 
     def measure(self, number: int) -> float:
         """All rows of a case that are not there; the seconds it took."""
@@ -199,6 +208,11 @@ def weights_of(model: str) -> str:
 
     folder = model_path() if model == "demo" else Path(model)
     return fingerprint(folder) if folder.is_dir() else model
+
+
+def file_hash(path: Path) -> str:
+    """A short hash of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def run(plan: Plan, numbers: list[int], workers: int, say: Callable[[str], None] = print) -> None:
