@@ -74,8 +74,9 @@ class Variant:
         return "/".join([self.latents, self.format, str(self.stride), self.steps, *which])
 
     def lock(self, setting: Setting) -> LockConfig:
-        """The preset kvlock, its background as `latents` says."""
-        return LockConfig.preset("kvlock", background_latents=self.latents, kappa=setting.kappa)
+        """The preset kvlock, its background as `latents` says; by the paper's tau alpha is 1 nearly always, so that all
+        that is stored is used in full."""
+        return LockConfig.preset("kvlock", background_latents=self.latents, kappa=setting.kappa, tau=0.01)
 
     @property
     def cache(self) -> CacheConfig:

@@ -4,10 +4,11 @@
     python bench/foreground_quality.py --cases 4     # a quick look
 
 Every row is made twice from the same noise, in full as the preset has it and by the foreground alone, which takes s*
-over the foreground and the background's latents from the source; the halo's rows once. A share is reached by a smaller
-object or a wider mask. Judged from pixels: whether the edit is right, the background's PSNR and SSIM, and the seam, the
-PSNR of the 4 pixels around the mask. Each finished edit is a line of --work: a second call goes on where the first
-stopped.
+over the foreground and the background's latents from the source; the halo's rows once. tau is the paper's, 0.01: alpha
+is 1 nearly always, so that nearly every step is the foreground's alone, which is what is judged. A share is reached by
+a smaller object or a wider mask. Judged from pixels: whether the edit is right, the background's PSNR and SSIM, and the
+seam, the PSNR of the 4 pixels around the mask. Each finished edit is a line of --work: a second call goes on where the
+first stopped.
 """
 
 import argparse
@@ -35,6 +36,7 @@ RESULTS = Path(__file__).parent / "results" / "foreground_quality.json"
 SEEDS = HELD_OUT + 7 * 10**6
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.64)
 PRESETS = ("kvlock", "paper")
+TAU = 0.01
 COMPUTES = ("full", "foreground")
 SEAMS = ((1, "cut"), (1, "blend"), (2, "blend"))
 """Halos and how they are mixed, at one share."""
@@ -95,10 +97,10 @@ def measure(rows: Rows, pipe: Any, cases: int) -> None:
             case = case_of_share(seed, kind, share, pipe)
             for preset in PRESETS:
                 for compute in COMPUTES:
-                    lock = kvf.LockConfig.preset(preset, compute=compute)
+                    lock = kvf.LockConfig.preset(preset, compute=compute, tau=TAU)
                     rows.once(f"{preset}/{share}/{compute}/{i}", edit, pipe, case, seed, lock)
             for halo, seam in SEAMS if share == SEAM_SHARE else ():
-                lock = kvf.LockConfig.preset("kvlock", compute="foreground", halo=halo, seam=seam)
+                lock = kvf.LockConfig.preset("kvlock", compute="foreground", tau=TAU, halo=halo, seam=seam)
                 rows.once(f"kvlock/{share}/halo {halo} {seam}/{i}", edit, pipe, case, seed, lock)
 
 

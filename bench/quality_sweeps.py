@@ -32,13 +32,15 @@ from kvlock_fast.files import atomic_path, write_text
 RESULTS = Path(__file__).parent / "results" / "quality_sweeps.json"
 BASES = ("paper", "kvlock")
 SWEEPS: dict[str, tuple[Any, ...]] = {
-    "tau": (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, "auto"),
-    "kappa": (0, 5, 10, 15, 20),
-    "window": (2, 4, 10, 20),
-    "b": (0.5, 1.0, 1.5, 2.0, 3.0),
-    "warmup_alpha": (0.0, 0.25, 0.5, 0.75, 1.0),
-    "alpha_floor": (0.0, 0.25, 0.5, 0.75, 1.0),
-    "omega_floor": (0.0, 0.5, 1.0, 2.0, 3.0),
+    "tau": (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, "auto"),
+    "kappa": (0, 5, 10, 20),
+    "window": (2, 5, 10, 20),
+    "b": (0.5, 1.0, 2.0, 3.0),
+    "warmup_alpha": (0.0, 0.5, 1.0),
+    "alpha_floor": (0.0, 0.5, 1.0),
+    "omega_floor": (0.0, 1.0, 2.0, 3.0),
+    "background_latents": ("model", "source"),
+    "source_path": ("renoise", "invert"),
 }
 """By the lock's own names; window is W, warmup_alpha is alpha before the window."""
 Point = tuple[str, str, Any]
@@ -67,7 +69,7 @@ def by_parameter(points: dict[str, tuple[Point, LockConfig]], found: dict[str, d
             sweeps.setdefault(base, {}).setdefault(parameter, []).append({"value": value, **figures})
     for parameters in sweeps.values():
         for listed in parameters.values():
-            listed.sort(key=lambda point: (isinstance(point["value"], str), point["value"]))
+            listed.sort(key=lambda point: _order(point["value"]))
     return sweeps
 
 
@@ -104,8 +106,8 @@ def plot(sweeps: dict[str, dict[str, list]], path: Path) -> None:
     for column, parameter in enumerate(parameters):
         for base, colour in zip(sweeps, ("tab:blue", "tab:red", "tab:green"), strict=False):
             listed = sweeps[base].get(parameter, [])
-            values = sorted({str(p["value"]) for one in sweeps.values() for p in one.get(parameter, [])}, key=_order)
-            places = [values.index(str(point["value"])) for point in listed]
+            values = sorted({p["value"] for one in sweeps.values() for p in one.get(parameter, [])}, key=_order)
+            places = [values.index(point["value"]) for point in listed]
             for panel, (name, scale) in zip(axes[:, column], (("psnr", 1), ("success", 100)), strict=True):
                 means = [scale * point[name]["mean"] for point in listed]
                 errors = [[scale * abs(point[name][end] - point[name]["mean"]) for point in listed]
@@ -122,8 +124,9 @@ def plot(sweeps: dict[str, dict[str, list]], path: Path) -> None:
     plt.close(figure)
 
 
-def _order(value: str) -> float:
-    return float("inf") if value == "auto" else float(value)
+def _order(value: Any) -> tuple[bool, Any]:
+    """Words come after numbers."""
+    return isinstance(value, str), value
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,7 +152,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     sweeps = by_parameter(points, summarise(*gathered(plan, numbers), frozenset()))
-    about = {**plan.about, "cases": given.cases, "machine": machine()}
+    bases = {base: LockConfig.preset(base).as_dict() for base in sweeps}
+    about = {**plan.about, "cases": given.cases, "bases": bases, "machine": machine()}
     given.output.parent.mkdir(parents=True, exist_ok=True)
     write_text(given.output, json.dumps({"about": about, "sweeps": sweeps}, indent=1) + "\n")
     write_text(given.output.with_suffix(".md"), markdown(sweeps))

@@ -225,7 +225,7 @@ class CacheConfig:
 UNLOCKED = {"alpha": 0.0, "omega": "constant", "s_star": False}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "kvlock": {"background_latents": "source", "b": 1.0, "omega_floor": 1.0},
+    "kvlock": {"background_latents": "source", "tau": 1.0, "b": 1.0, "omega_floor": 1.0},
     "paper": {},
     "variance-kv": {"omega": "constant", "s_star": False},
     "omega-only": {"alpha": 1.0, "s_star": False},

@@ -225,13 +225,21 @@ def test_the_table_has_a_number_everywhere(table):
         for column in columns:
             assert math.isfinite(summary[column]["mean"]), (row, column)
         assert summary["cases"] == 1 and (row == "kvlock") == (not summary["difference"])
-    assert not found["rows"]["vace"]["ranked"] and found["rows"]["vace"]["psnr"] == found["rows"]["cfg"]["psnr"]
+    assert found["rows"]["vace"]["ranked"] and found["rows"]["vace"]["psnr"] != found["rows"]["cfg"]["psnr"]
     best = found["rows"][CEILING]["psnr"]["mean"]
     # Of edits that change something: what leaves the source as it is can be nearer to it.
     assert all(found["rows"][row]["psnr"]["mean"] < best for row in ("kvlock", "cfg", "proedit/source"))
     assert (folder / "o" / "q.md").read_text().count("\n| ") >= 2 * len(found["rows"]) - 1
     assert (folder / "o" / "q.png").read_bytes()[1:4] == b"PNG"
     assert not list((folder / "work").glob("*.source")), "what rows share is gone"
+
+
+def test_a_vace_that_is_not_trained_is_the_demo_model_and_not_ranked(tmp_path, monkeypatch):
+    monkeypatch.setattr(quality_run, "WEIGHTS", tmp_path / "none.safetensors")
+    options = ["--cases", "1", "--steps", "3", "--rows", "cfg,vace", "--workers", "1", "--work", str(tmp_path / "work")]
+    assert quality.main([*options, "--output", str(tmp_path / "q.json")]) == 0
+    found = json.loads((tmp_path / "q.json").read_text())["rows"]
+    assert not found["vace"]["ranked"] and found["vace"]["psnr"] == found["cfg"]["psnr"]
 
 
 @pytest.mark.large
@@ -294,8 +302,8 @@ def test_every_sweep_has_its_base_once():
     points = quality_sweeps.points_of(["paper", "kvlock"], list(quality_sweeps.SWEEPS), 20)
     of = {name: [value for (base, p, value), _ in points.values() if (base, p) == ("kvlock", name)]
           for name in quality_sweeps.SWEEPS}  # fmt: skip
-    assert of["tau"][-1] == "auto" and of["b"] == [0.5, 1.0, 1.5, 2.0, 3.0] and 1.0 in of["omega_floor"]
-    assert points["paper warmup_alpha=0.25"][1] == lock_of("paper", warmup_alpha=0.25, kappa=10)
+    assert of["tau"][-1] == "auto" and of["b"] == [0.5, 1.0, 2.0, 3.0] and 1.0 in of["omega_floor"]
+    assert points["paper warmup_alpha=0.5"][1] == lock_of("paper", warmup_alpha=0.5, kappa=10)
     assert points["kvlock tau=auto"][1] == lock_of("kvlock", tau="auto")
 
 
@@ -304,9 +312,9 @@ def test_sweeps(tmp_path, capsys):
     options += ["--bases", "paper", "--parameters", "alpha_floor", "--output", str(tmp_path / "s.json")]
     assert quality_sweeps.main(options) == 0
     found = json.loads((tmp_path / "s.json").read_text())["sweeps"]["paper"]
-    assert [point["value"] for point in found["alpha_floor"]] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert [point["value"] for point in found["alpha_floor"]] == [0.0, 0.5, 1.0]
     assert all(math.isfinite(point["psnr"]["mean"]) for point in found["alpha_floor"])
-    assert (tmp_path / "s.png").read_bytes()[1:4] == b"PNG" and "alpha_floor = 0.75" in (tmp_path / "s.md").read_text()
+    assert (tmp_path / "s.png").read_bytes()[1:4] == b"PNG" and "alpha_floor = 0.5" in (tmp_path / "s.md").read_text()
     for wrong, said in (("--bases", "papr"), ("--parameters", "taw"), ("--cases", "0")):
         assert quality_sweeps.main([*options, wrong, said]) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
