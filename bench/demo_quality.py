@@ -26,6 +26,8 @@ from kvlock_fast.demo.judge import edit_is_right, judge
 from kvlock_fast.demo.world import EDIT_KINDS, HELD_OUT, render, sample_edit, sample_scene
 
 RESULTS = Path(__file__).parent / "results" / "demo_quality.json"
+TAU = 0.01
+"""Of the edits, the paper's: alpha is 1 nearly always, with source latents or not, so figures compare the models."""
 # Held-out seeds of each part, apart from each other and from those that training looks at.
 SEEDS = {"autoencoder": HELD_OUT + 2 * 10**6, "text": HELD_OUT + 3 * 10**6, "edit": HELD_OUT + 4 * 10**6}
 
@@ -159,7 +161,7 @@ def measure_edits(rows: Rows, pipe, cases: int, steps: int, guidance: float, pre
             num_inference_steps=steps,
             guidance_scale=guidance,
             generator=torch.Generator().manual_seed(seed),
-            lock=kvf.LockConfig.preset(preset, background_latents=latents),
+            lock=kvf.LockConfig.preset(preset, background_latents=latents, tau=TAU),
         )
         seconds, video = time.perf_counter() - start, np.asarray(out.frames[0])
         right = edit_is_right(case, video)

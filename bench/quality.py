@@ -77,7 +77,8 @@ def write_results(plan: Plan, numbers: list[int], output: Path) -> str:
     unranked = frozenset(row for row, lock in plan.locks.items() if lock and lock.family and not plan.vace_weights)
     found = summarise(rows, groups, unranked)
     text = markdown(found)
-    about = {**plan.about, "cases": len(numbers), "lpips": lpips_model() is not None, "machine": machine()}
+    about = {**plan.about, "vace": plan.vace_weights, "cases": len(numbers), "lpips": lpips_model() is not None}
+    about["machine"] = machine()
     output.parent.mkdir(parents=True, exist_ok=True)
     write_text(output, json.dumps({"about": about, "rows": found}, indent=1) + "\n")
     write_text(output.with_suffix(".md"), text)

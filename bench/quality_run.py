@@ -196,7 +196,7 @@ def subject_of(subjects: tuple[str, dict[str, Any]], number: int) -> Subject:
 
     case = quality_case(number, **arguments)
     clip = Clip(case.edit.source.video, case.edit.mask, case.edit.source_prompt, case.edit.prompt, case.seed)
-    group = f"{case.kind}, {case.form}"
+    group = f"{case.kind}, {case.form}, {'one object' if case.other is None else 'two objects'}"
     return Subject(f"{number:04d}", group, clip, case.edit.target.video, case.is_right, case.path)
 
 
