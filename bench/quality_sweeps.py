@@ -100,8 +100,8 @@ def plot(sweeps: dict[str, dict[str, list]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     parameters = list(dict.fromkeys(name for listed in sweeps.values() for name in listed))
-    size = (3.2 * len(parameters) + 0.5, 5.5)
-    figure, axes = plt.subplots(2, len(parameters), figsize=size, layout="constrained", squeeze=False, sharex="col")
+    size, shared = (2.4 * len(parameters) + 1, 5.5), {"sharex": "col", "sharey": "row"}
+    figure, axes = plt.subplots(2, len(parameters), figsize=size, layout="constrained", squeeze=False, **shared)
     figure.set_facecolor("white")
     for column, parameter in enumerate(parameters):
         for base, colour in zip(sweeps, ("tab:blue", "tab:red", "tab:green"), strict=False):
@@ -112,7 +112,8 @@ def plot(sweeps: dict[str, dict[str, list]], path: Path) -> None:
                 means = [scale * point[name]["mean"] for point in listed]
                 errors = [[scale * abs(point[name][end] - point[name]["mean"]) for point in listed]
                           for end in ("low", "high")]  # fmt: skip
-                panel.errorbar(places, means, yerr=errors, fmt="o-", ms=4, lw=1, capsize=2, color=colour, label=base)
+                dots = "o" if all(isinstance(value, str) for value in values) else "o-"
+                panel.errorbar(places, means, yerr=errors, fmt=dots, ms=4, lw=1, capsize=2, color=colour, label=base)
                 panel.grid(alpha=0.3)
                 panel.set_xticks(range(len(values)), values, rotation=45)
         axes[0, column].set_title({"window": "W", "warmup_alpha": "alpha before the window"}.get(parameter, parameter))
