@@ -48,16 +48,16 @@ def summarise(rows: dict[str, Figures], groups: dict[str, str], unranked: frozen
             if values:
                 summary[column] = interval(values) if isinstance(values[0], bool) else bootstrapped(values)
                 summary[column]["cases"] = len(values)
-        summary["difference"] = _differences(figures, rows.get(REFERENCE, {}), row)
+        summary["difference"] = {} if row == REFERENCE else differences(figures, rows.get(REFERENCE, {}))
         summary["groups"] = _by_group(figures, groups)
         found[row] = summary
     _rank(found)
     return found
 
 
-def _differences(figures: Figures, reference: Figures, row: str) -> dict[str, dict[str, float]]:
-    """Case by case, to the same cases of the reference."""
-    both = [name for name in figures if name in reference] if row != REFERENCE else []
+def differences(figures: Figures, reference: Figures) -> dict[str, dict[str, float]]:
+    """By column: case by case, to the same cases of the reference, their mean and its interval."""
+    both = [name for name in figures if name in reference]
     found = {}
     for column in COLUMNS:
         pairs = [
@@ -118,7 +118,7 @@ def markdown(found: dict[str, dict[str, Any]]) -> str:
         ]
         for row, summary in found.items():
             if summary["difference"]:
-                cells = [_change(c, summary["difference"].get(c)) for c in compared]
+                cells = [change(c, summary["difference"].get(c)) for c in compared]
                 lines.append(f"| {_shown(row, summary)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -146,7 +146,8 @@ def _cell(column: str, figure: dict[str, float] | None) -> str:
     return f"{mean} ± {half}"
 
 
-def _change(column: str, figure: dict[str, float] | None) -> str:
+def change(column: str, figure: dict[str, float] | None) -> str:
+    """A difference as the tables write it."""
     if figure is None:
         return ""
     scale, form = SCALE.get(column, (1, "{:.3f}"))

@@ -23,7 +23,7 @@ from bench.machine import machine
 from bench.quality_cases import FIRST_SEED
 from bench.quality_measures import COLUMNS
 from bench.quality_run import Plan, gathered, run
-from bench.quality_summary import TITLES, summarise
+from bench.quality_summary import TITLES, Figures, change, differences, summarise
 from kvlock_fast.config import PRESETS, LockConfig
 from kvlock_fast.demo import GUIDANCE, STEPS
 from kvlock_fast.errors import InputError
@@ -60,12 +60,20 @@ def points_of(bases: list[str], parameters: list[str], steps: int) -> dict[str, 
     return found
 
 
-def by_parameter(points: dict[str, tuple[Point, LockConfig]], found: dict[str, dict]) -> dict[str, dict[str, list]]:
-    """By base and parameter: a list of points in the order of their values ("auto" last)."""
+def by_parameter(
+    points: dict[str, tuple[Point, LockConfig]], rows: dict[str, Figures], groups: dict[str, str]
+) -> dict[str, dict[str, list]]:
+    """By base and parameter: a list of points in the order of their values, words last.
+
+    `difference` of a point: to the base's own value, case by case.
+    """
     sweeps: dict[str, dict[str, list]] = {}
+    found = summarise(rows, groups, frozenset())
     for row, ((base, parameter, value), _) in points.items():
         if row in found:
             figures = {name: found[row][name] for name in ("cases", *COLUMNS) if name in found[row]}
+            own = f"{base} {parameter}={getattr(LockConfig.preset(base), parameter)}"
+            figures["difference"] = {} if row == own else differences(rows[row], rows.get(own, {}))
             sweeps.setdefault(base, {}).setdefault(parameter, []).append({"value": value, **figures})
     for parameters in sweeps.values():
         for listed in parameters.values():
@@ -74,10 +82,11 @@ def by_parameter(points: dict[str, tuple[Point, LockConfig]], found: dict[str, d
 
 
 def markdown(sweeps: dict[str, dict[str, list]]) -> str:
-    """A line a point."""
+    """A line a point; differences are case by case, with 95 % intervals, * where 0 is outside."""
     lines = [
-        f"| from | value | {TITLES['success']} | {TITLES['psnr']} | {TITLES['seam']} | {TITLES['consistency']} |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        f"| from | value | {TITLES['success']} | {TITLES['psnr']} | {TITLES['seam']} | {TITLES['consistency']} "
+        "| right, to its own value | PSNR, to its own value |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for base, parameters in sweeps.items():
         for parameter, listed in parameters.items():
@@ -87,6 +96,7 @@ def markdown(sweeps: dict[str, dict[str, list]]) -> str:
                     f"{100 * right['mean']:.0f} % ({100 * right['low']:.0f} to {100 * right['high']:.0f})",
                     *(f"{f['mean']:.2f} ± {(f['high'] - f['low']) / 2:.2f}" if f else "" for f in (psnr, seam)),
                     f"{calm['mean']:.3f}" if calm else "",
+                    *(change(name, point["difference"].get(name)) for name in ("success", "psnr")),
                 ]
                 lines.append(f"| `{base}` | {parameter} = {point['value']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -152,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (InputError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    sweeps = by_parameter(points, summarise(*gathered(plan, numbers), frozenset()))
+    sweeps = by_parameter(points, *gathered(plan, numbers))
     bases = {base: LockConfig.preset(base).as_dict() for base in sweeps}
     about = {**plan.about, "cases": given.cases, "bases": bases, "machine": machine()}
     given.output.parent.mkdir(parents=True, exist_ok=True)

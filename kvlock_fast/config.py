@@ -20,7 +20,8 @@ class LockConfig(NeighbourOptions):
     omega: the guidance scale, "dynamic" (it follows the variance) or "constant" (as given).
     s_star: calibrate guidance by the projection s*; off means s* = 1.
     s_star_region: "all" or "foreground", the elements s* is computed over; None: what `compute` needs, else "all".
-    tau: the variance at which locking saturates, or "auto": what the source's own trajectory shows at each step.
+    tau: the variance at which locking saturates, where 1 is about that of the normalised latents themselves; or "auto":
+    what the source's own trajectory shows at each step. Above 0.1 it belongs with background_latents "source".
     b: the largest factor on the guidance scale. window: W, predictions the variance looks back on.
     kappa: how many last steps are scheduled dynamically. warmup_alpha: alpha before them.
     alpha_floor, omega_floor: least alpha, least guidance scale while scheduled dynamically (0: the paper's letter).
