@@ -252,12 +252,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(table(summary))
 
 
-def fingerprint(folder: Path) -> str:
-    """A short hash of the model's weight files."""
+def fingerprint(model: Path) -> str:
+    """A short hash of a folder's weight files, or of one file."""
     import hashlib
 
     digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in [model] if model.is_file() else sorted(model.rglob("*.safetensors")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -79,7 +79,7 @@ class Plan:
         """Of the trained VACE, of a folder or our own of this very model; None where there is none."""
         if self.vace is not None:
             return weights_of(self.vace)
-        return file_hash(WEIGHTS) if belongs_to(WEIGHTS) == weights_of(self.model) else None
+        return weights_of(str(WEIGHTS)) if belongs_to(WEIGHTS) == weights_of(self.model) else None
 
     def digest_of(self, row: str) -> str:
         """Of all that decides a row's figures."""
@@ -202,17 +202,12 @@ def subject_of(subjects: tuple[str, dict[str, Any]], number: int) -> Subject:
 
 @lru_cache(maxsize=4)
 def weights_of(model: str) -> str:
-    """A short hash of the weights of a folder or the bundled model; the name itself of a model from the hub."""
+    """A short hash of the weights of a folder, a file or the bundled model; a model's name itself from the hub."""
     from bench.demo_quality import fingerprint
     from kvlock_fast.demo import model_path
 
     folder = model_path() if model == "demo" else Path(model)
-    return fingerprint(folder) if folder.is_dir() else model
-
-
-def file_hash(path: Path) -> str:
-    """A short hash of a file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return fingerprint(folder) if folder.exists() else model
 
 
 def run(plan: Plan, numbers: list[int], workers: int, say: Callable[[str], None] = print) -> None:
