@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlock_fast.kernels import attention_backends
-from kvlock_fast.kernels.guard import require_package_name
-from kvlock_fast.kernels.language import TensorDescriptor, tl, triton
+from kvlock_fast.kernels import attention_libraries
+from kvlock_fast.kernels.language import TensorDescriptor, require_package_name, tl, triton
 from kvlock_fast.kernels.launch import architecture, launch, processors, runs_triton
 from kvlock_fast.kernels.tiles import dot, narrow
 
@@ -269,18 +268,18 @@ def choose_attention(q: Tensor, only_ours: bool) -> str:
         if only_ours:
             raise ValueError(f"backend='triton' takes head dims up to {MOST_CHANNELS}, got {q.shape[3]}")
         return "sdpa"
-    if not only_ours and architecture(q) // 10 == 9 and attention_backends.available("cudnn", q) is None:
+    if not only_ours and architecture(q) // 10 == 9 and attention_libraries.available("cudnn", q) is None:
         return "cudnn"
     return "triton"
 
 
 def run_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, route: str) -> Tensor:
-    """Attention by "triton" or one of attention_backends.BACKENDS, [B, Sq, H, D] contiguous in q's dtype.
+    """Attention by "triton" or one of attention_libraries.BACKENDS, [B, Sq, H, D] contiguous in q's dtype.
 
     Tensors with strided channels are copied for ours.
     """
     if route != "triton":
-        return attention_backends.BACKENDS[route](q, k, v, scale).contiguous()
+        return attention_libraries.BACKENDS[route](q, k, v, scale).contiguous()
     return launch_attention(*(x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v)), scale)
 
 
@@ -323,13 +322,13 @@ def check_route(route: str, routes: tuple[str, ...], backend: str, q: Tensor) ->
         raise ValueError(f"unknown attention {route!r}: one of {', '.join(routes)}")
     if route in ("fused", "triton") and q.shape[3] > MOST_CHANNELS:
         raise ValueError(f"attention={route!r} takes head dims up to {MOST_CHANNELS}, got {q.shape[3]}")
-    if route in attention_backends.BACKENDS and backend != "reference":
-        reason = attention_backends.available(route, q)
+    if route in attention_libraries.BACKENDS and backend != "reference":
+        reason = attention_libraries.available(route, q)
         if reason is not None:
             raise ValueError(f"attention={route!r} cannot be used: {reason}")
 
 
-ROUTES = ("auto", "library", "triton", *attention_backends.BACKENDS)
+ROUTES = ("auto", "library", "triton", *attention_libraries.BACKENDS)
 
 
 def attention(

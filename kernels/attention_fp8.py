@@ -26,8 +26,7 @@ from kvlock_fast.kernels.attention import (
     padded,
     plan_splits,
 )
-from kvlock_fast.kernels.guard import require_package_name
-from kvlock_fast.kernels.language import tl, triton
+from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import architecture, launch, runs_triton
 from kvlock_fast.kernels.tiles import INTERPRETED, from_fp8, narrow, to_fp8
 

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.kernels.dequantize import dequantize_kv_reference
-from kvlock_fast.kernels.guard import require_package_name
-from kvlock_fast.kernels.language import tl, triton
+from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import architecture, launch, runs_triton
 from kvlock_fast.kernels.packed import PACKED, load_packed, meta_codes, packed_arguments
 from kvlock_fast.kernels.quantize import QuantizedKV

@@ -10,8 +10,7 @@ prologue read the codes themselves, by the same `load_packed`.)
 import torch
 from torch import Tensor
 
-from kvlock_fast.kernels.guard import require_package_name
-from kvlock_fast.kernels.language import tl, triton
+from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import architecture, launch, runs_triton
 from kvlock_fast.kernels.packed import INT4_GROUP, PACKED, load_packed, meta_codes, packed_arguments
 from kvlock_fast.kernels.tiles import narrow

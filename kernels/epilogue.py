@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.kernels.epilogue_reference import EPS, LEAST_TAU, step_epilogue_reference
-from kvlock_fast.kernels.guard import require_package_name
+from kvlock_fast.kernels.epilogue_state import Schedule, StepState, check_step, new_step_state
 from kvlock_fast.kernels.guidance import guided, launch_projection_partials, projection
-from kvlock_fast.kernels.language import tl, triton
+from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import launch, runs_triton
-from kvlock_fast.kernels.partials import SUM_BLOCK, alignment, sum_partials, volumes
-from kvlock_fast.kernels.step_state import Schedule, StepState, check_step, new_step_state
+from kvlock_fast.kernels.tiles import SUM_BLOCK, alignment, sum_partials, volumes
 from kvlock_fast.kernels.variance import unbiased_variance
 
 require_package_name(__name__)

@@ -6,9 +6,9 @@ No host reads: the step's number stays on the device here too.
 import torch
 from torch import Tensor
 
-from kvlock_fast.kernels.guard import require_package_name
+from kvlock_fast.kernels.epilogue_state import Schedule, StepState
 from kvlock_fast.kernels.guidance import cfg_projection_reference, guided_prediction_reference
-from kvlock_fast.kernels.step_state import Schedule, StepState
+from kvlock_fast.kernels.language import require_package_name
 
 require_package_name(__name__)
 

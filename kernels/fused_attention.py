@@ -21,8 +21,7 @@ from kvlock_fast.kernels.attention import (
     padded,
     plan_splits,
 )
-from kvlock_fast.kernels.guard import require_package_name
-from kvlock_fast.kernels.language import tl, triton
+from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import architecture, launch
 from kvlock_fast.kernels.packed import PackedArguments, load_packed, meta_codes, packed_arguments
 from kvlock_fast.kernels.tiles import dot, narrow

@@ -12,11 +12,9 @@ Source: KV-Lock (arXiv 2603.09657); the same closed form as CFG-Zero* (arXiv 250
 import torch
 from torch import Tensor
 
-from kvlock_fast.kernels.guard import require_package_name
-from kvlock_fast.kernels.language import tl, triton
+from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import launch, runs_triton
-from kvlock_fast.kernels.partials import SUM_BLOCK, alignment, dense, samples, sum_partials
-from kvlock_fast.kernels.tiles import narrow
+from kvlock_fast.kernels.tiles import SUM_BLOCK, alignment, dense, narrow, samples, sum_partials
 
 require_package_name(__name__)
 

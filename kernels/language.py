@@ -7,7 +7,15 @@ then run on CPU tensors, in NumPy.
 
 from typing import Any
 
-from kvlock_fast.kernels.guard import require_package_name
+PACKAGE = "kvlock_fast.kernels"
+
+
+def require_package_name(module_name: str) -> None:
+    """Raise ImportError unless `module_name` lies below `kvlock_fast.kernels`."""
+    if not module_name.startswith(PACKAGE + "."):
+        tail = module_name.rpartition(".")[2]
+        raise ImportError(f"{module_name!r}: import this module as {PACKAGE}.{tail}, not under another name")
+
 
 require_package_name(__name__)
 

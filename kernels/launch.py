@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlock_fast.kernels.guard import require_package_name
-from kvlock_fast.kernels.language import HAS_TRITON, INTERPRETED
+from kvlock_fast.kernels.language import HAS_TRITON, INTERPRETED, require_package_name
 
 require_package_name(__name__)
 

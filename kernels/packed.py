@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvlock_fast.kernels.guard import require_package_name
-from kvlock_fast.kernels.language import tl, triton
+from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.tiles import from_fp8
 
 require_package_name(__name__)

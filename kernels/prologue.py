@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.kernels.dequantize import dequantize_kv_reference
-from kvlock_fast.kernels.guard import require_package_name
+from kvlock_fast.kernels.language import require_package_name
 from kvlock_fast.kernels.launch import architecture, runs_triton
 from kvlock_fast.kernels.packed import meta_codes, packed_arguments, packed_layout
-from kvlock_fast.kernels.prologue_arguments import (
+from kvlock_fast.kernels.prologue_checks import (
     alpha_of,
     check_names,
     check_norm,

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvlock_fast.kernels.guard import require_package_name
-from kvlock_fast.kernels.language import tl, triton
+from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import architecture, launch
 from kvlock_fast.kernels.packed import FP8_FROM, PackedArguments
 from kvlock_fast.kernels.prologue_reference import FP8_BLOCK, Capture, QKNorm, RoPE
-from kvlock_fast.kernels.prologue_rows import (
+from kvlock_fast.kernels.prologue_tiles import (
     capture_rows,
     inverse_rms,
     load_rows,

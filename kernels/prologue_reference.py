@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvlock_fast.kernels.guard import require_package_name
+from kvlock_fast.kernels.language import require_package_name
 from kvlock_fast.kernels.quantize import PER_FP8, TINY, QuantizedKV, quantize_kv_reference
 
 require_package_name(__name__)

@@ -23,8 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvlock_fast.kernels.dequantize import dequantize_kv_op
-from kvlock_fast.kernels.guard import require_package_name
-from kvlock_fast.kernels.language import tl, triton
+from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import architecture, launch, runs_triton
 from kvlock_fast.kernels.packed import CODES, FP8_FROM, INT4_GROUP, PACKED, packed_layout
 from kvlock_fast.kernels.tiles import bf16_outwards, largest, narrow, nearest_int, smallest, to_fp8

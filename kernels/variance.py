@@ -15,10 +15,9 @@ import math
 import torch
 from torch import Tensor
 
-from kvlock_fast.kernels.guard import require_package_name
-from kvlock_fast.kernels.language import tl, triton
+from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import launch, runs_triton
-from kvlock_fast.kernels.partials import SUM_BLOCK, alignment, dense, sum_partials
+from kvlock_fast.kernels.tiles import SUM_BLOCK, alignment, dense, sum_partials
 
 require_package_name(__name__)
 

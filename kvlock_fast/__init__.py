@@ -10,14 +10,14 @@ from kvlock_fast.version import __version__
 
 if TYPE_CHECKING:
     from kvlock_fast import ops
-    from kvlock_fast.attachment import AttachedLock, attach
     from kvlock_fast.config import CacheConfig, LockConfig
     from kvlock_fast.errors import InputError
-    from kvlock_fast.guidance import KVLockGuidance
-    from kvlock_fast.installed import capabilities
-    from kvlock_fast.models.arch import ArchSpec
-    from kvlock_fast.modular import KVLockDenoiseStep, KVLockSourceStep, KVLockWanBlocks
+    from kvlock_fast.integrations.attach import AttachedLock, attach
+    from kvlock_fast.integrations.guider import KVLockGuidance
+    from kvlock_fast.integrations.modular import KVLockDenoiseStep, KVLockSourceStep, KVLockWanBlocks
+    from kvlock_fast.locking.arch import ArchSpec
     from kvlock_fast.pipeline import EditOutput, KVLockPipeline
+    from kvlock_fast.tools.doctor import capabilities
 
 __all__ = [
     "ArchSpec",
@@ -39,19 +39,19 @@ __all__ = [
 
 # No module has the name of what it holds: once imported, it would stand in its place.
 _HOMES = {
-    "ArchSpec": "models.arch",
-    "AttachedLock": "attachment",
-    "attach": "attachment",
-    "KVLockGuidance": "guidance",
-    "KVLockDenoiseStep": "modular",
-    "KVLockSourceStep": "modular",
-    "KVLockWanBlocks": "modular",
+    "ArchSpec": "locking.arch",
+    "AttachedLock": "integrations.attach",
+    "attach": "integrations.attach",
+    "KVLockGuidance": "integrations.guider",
+    "KVLockDenoiseStep": "integrations.modular",
+    "KVLockSourceStep": "integrations.modular",
+    "KVLockWanBlocks": "integrations.modular",
     "CacheConfig": "config",
     "LockConfig": "config",
     "InputError": "errors",
     "KVLockPipeline": "pipeline",
     "EditOutput": "pipeline",
-    "capabilities": "installed",
+    "capabilities": "tools.doctor",
 }
 
 

@@ -278,7 +278,7 @@ def batch(
 ) -> int:
     """Run the edits of a manifest, none lost: the same command again does what is missing."""
     from kvlock_fast.batch import command
-    from kvlock_fast.batch.speed import Speed
+    from kvlock_fast.batch.editor import Speed
 
     if schema:
         command.print_schema()

@@ -9,17 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvlock_fast.cache.units import text_bytes
 from kvlock_fast.config import LockConfig
 from kvlock_fast.edit import (
-    Clip,
     EditResult,
     EditSettings,
     figures,
     find_device,
     load_pipeline,
     output_names,
-    read_clip,
     run_edit,
     trace_json,
     working_size,
@@ -31,10 +28,12 @@ from kvlock_fast.files import check_writable, output_folder, write_text
 from kvlock_fast.invert import CacheNotes, cache_config, run_invert
 from kvlock_fast.masks import Geometry
 from kvlock_fast.media import MaskShape, check_video_output, is_box, write_video
+from kvlock_fast.media.clip import Clip, read_clip
 from kvlock_fast.nvtx import span
-from kvlock_fast.preview import geometry_of, is_local, view_tokens, write_preview
 from kvlock_fast.progress import progress_bar
-from kvlock_fast.sheet import write_sheet
+from kvlock_fast.report.contact_sheet import write_sheet
+from kvlock_fast.report.token_preview import geometry_of, is_local, view_tokens, write_preview
+from kvlock_fast.units import text_bytes
 
 __all__ = [
     "CacheNotes",
@@ -228,7 +227,7 @@ def demo(
 
 def doctor(json_file: str | None) -> None:
     """`kvlock-fast doctor`: what is installed, what will be used, what is missing."""
-    from kvlock_fast.doctor import render, report
+    from kvlock_fast.tools.doctor import render, report
 
     check_json(json_file)
     facts = report()
@@ -239,8 +238,8 @@ def doctor(json_file: str | None) -> None:
 
 def plan(json_file: str | None, **settings: Any) -> None:
     """`kvlock-fast plan`: what an edit needs, and how the source is best kept; `settings`: of `PlanSettings`."""
-    from kvlock_fast.cache.plan_report import as_json, render
-    from kvlock_fast.planning import PlanSettings, make_plan
+    from kvlock_fast.planning.command import PlanSettings, make_plan
+    from kvlock_fast.planning.render import as_json, render
 
     check_json(json_file)
     made = make_plan(PlanSettings(**settings))
@@ -263,7 +262,8 @@ def profile(
 
     The exit status: 1 if one of the tools is missing or failed.
     """
-    from kvlock_fast import nsight, profiling
+    from kvlock_fast.profiling import command as nsight
+    from kvlock_fast.profiling import command as profiling
 
     settings = profiling.ProfileSettings(profiling.checked(**wanted), steps, output, device)
     check_json(json_file)
@@ -285,7 +285,7 @@ def profile(
 
 def kernels(arch: str, only: list[str], json_file: str | None, quiet: bool) -> int:
     """`kvlock-fast kernels`: compile what ships for each architecture; the exit status, 1 if anything may not ship."""
-    from kvlock_fast import compiled
+    from kvlock_fast.tools import compile_report as compiled
 
     architectures, modules = compiled.parse_architectures(arch), compiled.parse_modules(only)
     check_json(json_file)
@@ -332,7 +332,7 @@ def _check_cache_folder(folder: Path, model: str, json_file: str | None) -> None
 def _check_window(settings: EditSettings) -> None:
     """Refuse a window that no model could take, before one is loaded."""
     if (settings.window_frames, settings.window_overlap) != (None, None):
-        from kvlock_fast.windows import asked_for
+        from kvlock_fast.loop.windows import asked_for
 
         asked_for(settings.window_frames, settings.window_overlap)
 
@@ -389,7 +389,7 @@ def refuse_same(files: list[tuple[str, str | Path | None]]) -> None:
 
 def demo_world(clips: int, output: Path, seed: int) -> None:
     """`kvlock-fast demo --world N`: clips of the demo's world to look at."""
-    from kvlock_fast.demo.world import write_world
+    from kvlock_fast.demo.gallery import write_world
 
     if clips < 1:
         raise InputError(f"--world must be at least 1, got {clips}")

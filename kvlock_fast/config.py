@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from typing import Any
 
-from kvlock_fast.config_checks import choice, number, whole
-from kvlock_fast.config_neighbours import NEIGHBOURS, NeighbourOptions
+from kvlock_fast.checks import choice, number, whole
+from kvlock_fast.presets import NEIGHBOURS, NeighbourOptions
 
 Layers = tuple[int, ...] | None
 TIERS = ("lockstep", "resident", "host", "disk")

@@ -5,30 +5,23 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kvlock_fast.composite import composite
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.files import output_folder, write_text
 from kvlock_fast.media import (
-    Audio,
     MaskShape,
-    box_mask,
-    fit_mask,
-    grow_mask,
-    is_box,
-    read_mask,
-    read_video,
     resize_mask,
     resize_video,
     write_video,
 )
-from kvlock_fast.metrics import measure_edit
+from kvlock_fast.media.clip import Clip
+from kvlock_fast.media.fitting import composite
+from kvlock_fast.media.metrics import measure_edit
 from kvlock_fast.nvtx import span
 from kvlock_fast.version import __version__
 
@@ -36,20 +29,6 @@ Progress = Callable[[str, int, int], None]
 
 FEATHER = 8
 """Pixels over which a composite mixes, where nothing else was asked for."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A source and its mask, at the source's size: uint8 [F, H, W, 3] and bool [F, H, W].
-
-    solid: the mask without its soft edge, where it has one; audio: the source's sound, if it shall be kept.
-    """
-
-    video: np.ndarray
-    mask: np.ndarray
-    fps: Fraction
-    solid: np.ndarray | None = None
-    audio: Audio | None = None
 
 
 @dataclass(frozen=True)
@@ -101,55 +80,9 @@ class EditResult:
     metrics: list[dict[str, float | None]]
 
 
-def read_clip(
-    source: str, mask: str, max_frames: int | None = None, shape: MaskShape | None = None, audio: bool = True
-) -> Clip:
-    """Read a video and its mask (a file, a folder, or a box in words), which is shaped as asked.
-
-    Raises InputError naming what is wrong.
-    """
-    for option, value in (("--source", source), ("--mask", mask)):
-        if not value:
-            raise InputError(f"{option} is empty")
-    video = read_video(source, max_frames=max_frames)
-    shape = shape or MaskShape()
-    pixels = None if is_box(mask) else read_mask(mask, threshold=shape.threshold, max_frames=max_frames)
-    solid = solid_mask(source, mask, video.frames.shape[:3], pixels, shape)
-    return Clip(
-        video.frames,
-        grow_mask(solid, shape.feather),
-        video.fps,
-        solid if shape.feather else None,
-        video.audio if audio else None,
-    )
-
-
-def solid_mask(
-    source: str, mask: str, extent: tuple[int, int, int], pixels: np.ndarray | None, shape: MaskShape
-) -> np.ndarray:
-    """The mask at the source's size, without its soft edge: bool [F, H, W].
-
-    source, mask: what to call them; extent: (F, H, W); pixels: bool as it was read, None for a box in words. Raises
-    InputError for one that does not fit, or leaves nothing.
-    """
-    pixels = box_mask(mask, *extent) if pixels is None else pixels
-    pixels = ~pixels if shape.invert else pixels
-    try:
-        pixels = fit_mask(pixels, *extent)
-    except InputError as error:
-        raise InputError(f"the mask '{mask}' does not fit '{source}': {error}") from error
-    if not pixels.any():
-        reason = "every pixel is marked, and it is inverted" if shape.invert else "no pixel is marked as foreground"
-        raise InputError(f"the mask '{mask}' is empty: {reason}")
-    grown = grow_mask(pixels, shape.grow)
-    if not grown.any():
-        raise InputError(f"the mask '{mask}' is empty once it is shrunk by {-shape.grow} pixels")
-    return grown
-
-
 def working_size(model: str, video: np.ndarray, size: tuple[int, int] | None) -> tuple[int, int] | None:
     """The size asked for; if none is, a small one for the bundled model (it warns), else None: the video's own."""
-    from kvlock_fast.demo import PIXELS, model_path
+    from kvlock_fast.models.bundled import PIXELS, model_path
 
     height, width = video.shape[1:3]
     bundled = model == "demo" or Path(model).resolve() == model_path()
@@ -268,8 +201,8 @@ def output_names(output: str, prompts: int) -> list[Path]:
 
 def write_demo_files(folder: Path, clip: Clip, result: EditResult, settings: EditSettings, command: str) -> list[Path]:
     """The six files of a demo: source, mask, edit, report, sheet, trace."""
-    from kvlock_fast.pictures import as_pictures
-    from kvlock_fast.sheet import write_sheet
+    from kvlock_fast.report.contact_sheet import write_sheet
+    from kvlock_fast.report.drawing import as_pictures
 
     folder = output_folder(folder)
     write_video(folder / "source.mp4", clip.video, clip.fps)
@@ -285,7 +218,7 @@ def write_demo_files(folder: Path, clip: Clip, result: EditResult, settings: Edi
 
 def write_page(path: Path, clip: Clip, result: EditResult, settings: EditSettings, command: str) -> None:
     """The HTML page about an edit."""
-    from kvlock_fast.report import write_report
+    from kvlock_fast.report.page import write_report
 
     write_report(
         path,

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from kvlock_fast.cache.manifest import NAME, DamagedCache
-from kvlock_fast.cache.units import parse_bytes
 from kvlock_fast.config import CacheConfig
-from kvlock_fast.edit import Clip, EditSettings
+from kvlock_fast.edit import EditSettings
 from kvlock_fast.errors import InputError
+from kvlock_fast.media.clip import Clip
+from kvlock_fast.units import parse_bytes
 
 Progress = Callable[[str, int, int], None]
 

@@ -184,3 +184,14 @@ def project_mask(mask: Tensor, geometry: Geometry) -> ProjectedMask:
     tokens = _any_pool(latents, geometry.patch_size)
     mask = ProjectedMask(latents, tokens.flatten(1), latents, geometry.patch_size)
     return replace(mask, token_latents=mask.on_latents(mask.tokens))
+
+
+@dataclass(frozen=True)
+class Region:
+    """The tokens that a foreground-only step computes.
+
+    computed: indices [N], the foreground's first, then the halo's; foreground: how many are the foreground's.
+    """
+
+    computed: Tensor
+    foreground: int

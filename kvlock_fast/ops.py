@@ -21,10 +21,10 @@ from kvlock_fast.kernels import locked_attention as locked
 from kvlock_fast.kernels.attention import attention
 from kvlock_fast.kernels.attention_fp8 import attention_fp8
 from kvlock_fast.kernels.epilogue import step_epilogue
+from kvlock_fast.kernels.epilogue_state import Schedule, StepState, new_step_state
 from kvlock_fast.kernels.launch import BACKENDS
 from kvlock_fast.kernels.prologue import Capture, Lock, Places, PrologueOutput, QKNorm, RoPE, prologue
 from kvlock_fast.kernels.quantize import QuantizedKV
-from kvlock_fast.kernels.step_state import Schedule, StepState, new_step_state
 from kvlock_fast.masks import Geometry, project_mask
 
 __all__ = [

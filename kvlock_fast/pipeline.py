@@ -12,27 +12,27 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.cache.entry import EntryWriter
-from kvlock_fast.cache.saved import SavedSource
+from kvlock_fast.cache.saved_source import SavedSource
 from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import CacheConfig, LockConfig
-from kvlock_fast.denoise import why_not_captured
+from kvlock_fast.edits import Scene, edit_prompts
 from kvlock_fast.errors import InputError, InputWarning
-from kvlock_fast.forwards import Task
-from kvlock_fast.graph import GRAPH, CapturedLoops, choose_capture
-from kvlock_fast.inputs import check_numbers, check_texts, fit_to_model
+from kvlock_fast.locking.arch import select_layers
+from kvlock_fast.locking.compatibility import COMPILE, compiled_blocks
+from kvlock_fast.locking.fast_path import check_processors
+from kvlock_fast.loop.denoise import why_not_captured
+from kvlock_fast.loop.graph import GRAPH, CapturedLoops, choose_capture
+from kvlock_fast.loop.inputs import check_numbers, check_texts, fit_to_model
+from kvlock_fast.loop.parallel import CAPTURED, check_tokens, check_transformers
+from kvlock_fast.loop.predictor import Task
+from kvlock_fast.loop.solver import Solver
+from kvlock_fast.loop.trace import Recorder, Trace
+from kvlock_fast.loop.windows import Windows, asked_for
 from kvlock_fast.masks import ProjectedMask
-from kvlock_fast.memory import Way, run_with_memory
 from kvlock_fast.methods import refuse_method
 from kvlock_fast.models import load_diffusers, wrap_pipeline
-from kvlock_fast.models.arch import select_layers
-from kvlock_fast.models.compiling import COMPILE, compiled_blocks
-from kvlock_fast.models.fast import check_processors
-from kvlock_fast.parallel import CAPTURED, check_tokens, check_transformers
-from kvlock_fast.scene import Scene, edit_prompts
-from kvlock_fast.schedulers import check_scheduler
-from kvlock_fast.solvers import Solver
-from kvlock_fast.trace import Recorder, Trace
-from kvlock_fast.windows import Windows, asked_for
+from kvlock_fast.models.schedulers import check_scheduler
+from kvlock_fast.planning.run_with_memory import Way, run_with_memory
 
 Progress = Callable[[str, int, int], None]
 
@@ -66,7 +66,7 @@ class KVLockPipeline:
         model or its family is not known.
         """
         if str(path) == "demo":
-            from kvlock_fast.demo import model_path
+            from kvlock_fast.models.bundled import model_path
 
             path = model_path()
         return cls(load_diffusers(path, torch_dtype))

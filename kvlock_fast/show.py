@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from kvlock_fast.commands import check_json, refuse_same, write_json
-from kvlock_fast.edit import read_clip, working_size
+from kvlock_fast.edit import working_size
 from kvlock_fast.files import check_writable
 from kvlock_fast.media import MaskShape, check_video_output
-from kvlock_fast.preview import geometry_of, view_tokens, write_preview
+from kvlock_fast.media.clip import read_clip
+from kvlock_fast.report.token_preview import geometry_of, view_tokens, write_preview
 
 
 def show_mask(
@@ -48,7 +49,7 @@ def report(
     edited: list[str],
 ) -> None:
     """`kvlock-fast report`: the page of an edit, made again from its trace."""
-    from kvlock_fast.remake import remake_report
+    from kvlock_fast.report.from_trace import remake_report
 
     for path in (output, sheet):
         if path is not None:

@@ -23,7 +23,7 @@ def pytest_configure(config):
     if not _has_cuda():  # kernels run on CPU tensors then, in Triton's interpreter
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if config.getoption("--matrix"):
-        from matrix import Results
+        from tests.support.matrix import Results
 
         config.pluginmanager.register(Results(), "matrix")
     hypothesis.settings.load_profile("all" if config.getoption("--all") else "default")
@@ -32,7 +32,7 @@ def pytest_configure(config):
 def pytest_sessionfinish(session):
     results = session.config.pluginmanager.get_plugin("matrix")
     if results is not None and not hasattr(session.config, "workerinput"):  # not in a worker of xdist
-        from matrix import page
+        from tests.support.matrix import page
 
         Path(session.config.getoption("--matrix")).write_text(page(results))
 

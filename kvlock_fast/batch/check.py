@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from kvlock_fast.batch.groups import grouped
-from kvlock_fast.batch.jobs import Decision, Job, Setup
+from kvlock_fast.batch.fit import Extent, decide, foreground_tokens
+from kvlock_fast.batch.jobs import Decision, Job, Setup, grouped
 from kvlock_fast.batch.manifest import Reading
 from kvlock_fast.batch.places import fetched, is_remote, is_there, local_path
-from kvlock_fast.batch.room import Extent, decide, foreground_tokens
-from kvlock_fast.edit import solid_mask, working_size
+from kvlock_fast.edit import working_size
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.media import STILLS, grow_mask, is_box, read_mask, read_video
+from kvlock_fast.media.clip import solid_mask
 
 Shape = tuple[int, int, int]
 """Frames, height and width."""
@@ -52,8 +52,8 @@ def model_size(model: str) -> Any:
 
     Raises InputError for a folder that holds no model, and for a path that is not there.
     """
-    from kvlock_fast.cache.model_sizes import from_config
-    from kvlock_fast.demo import model_path
+    from kvlock_fast.models.bundled import model_path
+    from kvlock_fast.planning.find_model import from_config
 
     path = model_path() if model == "demo" else Path(model)
     if path.exists():
@@ -158,7 +158,7 @@ class Checker:
         return grow_mask(solid, setup.mask_shape.feather)
 
     def _check_layers(self, setup: Setup, size: Any) -> None:
-        from kvlock_fast.models.arch import select_layers
+        from kvlock_fast.locking.arch import select_layers
 
         locked = len(select_layers(size.layers, setup.lock.layers))
         if setup.lock.compute == "foreground" and locked < size.layers:

@@ -13,24 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from kvlock_fast.batch.check import Checker, check_files, model_size
-from kvlock_fast.batch.defaults import parse_settings, read_defaults
-from kvlock_fast.batch.editor import ModelEditor
+from kvlock_fast.batch.editor import ModelEditor, Speed, check_speed, enter_uncaptured
 from kvlock_fast.batch.engine import Engine, LocalEngine
 from kvlock_fast.batch.fields import JobFields
 from kvlock_fast.batch.index import IndexWatcher, write_index
 from kvlock_fast.batch.jobs import Decision, Job
 from kvlock_fast.batch.ledger import Ledger
-from kvlock_fast.batch.litter import remove_litter
-from kvlock_fast.batch.manifest import Reading, read_manifest
-from kvlock_fast.batch.places import Results
+from kvlock_fast.batch.manifest import Reading, parse_settings, read_defaults, read_manifest
+from kvlock_fast.batch.places import Results, remove_litter
 from kvlock_fast.batch.runner import Runner, stopped_by_signals
-from kvlock_fast.batch.speed import Speed, check_speed, enter_uncaptured
 from kvlock_fast.batch.watching import MetricsFile, all_of, failures_table, shown
 from kvlock_fast.batch.worker import Worker
-from kvlock_fast.cache.machine import Machine
 from kvlock_fast.edit import find_device
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.files import check_writable, output_folder, user_cache_folder, write_text
+from kvlock_fast.planning.machine import Machine
 from kvlock_fast.progress import progress_bar
 
 MOST_SHOWN = 50

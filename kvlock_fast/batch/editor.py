@@ -10,9 +10,54 @@ from typing import Any, Protocol
 import numpy as np
 
 from kvlock_fast.batch.jobs import Decision, Setup
-from kvlock_fast.batch.speed import Speed
-from kvlock_fast.edit import Clip, call_pipeline, load_pipeline, working_size
+from kvlock_fast.batch.manifest import Reading
+from kvlock_fast.edit import call_pipeline, load_pipeline, working_size
 from kvlock_fast.errors import InputError
+from kvlock_fast.media.clip import Clip
+
+
+@dataclass(frozen=True)
+class Speed:
+    """graph, compile, processors: as `EditSettings` has them."""
+
+    graph: str = "off"
+    compile: str = "off"
+    processors: str = "auto"
+
+
+def check_speed(speed: Speed) -> None:
+    """Raise InputError for a word that is none of --graph, --compile or --processors."""
+    from kvlock_fast.locking.compatibility import COMPILE
+    from kvlock_fast.locking.fast_path import PROCESSORS
+    from kvlock_fast.loop.graph import GRAPH
+
+    words = ("--graph", speed.graph, GRAPH), ("--compile", speed.compile, COMPILE)
+    for option, value, known in (*words, ("--processors", speed.processors, PROCESSORS)):
+        if value not in known:
+            raise InputError(f"{option} must be one of {', '.join(known)}, got '{value}'")
+
+
+def enter_uncaptured(reading: Reading) -> None:
+    """Enter the jobs whose steps no graph can hold, as far as that shows without the model: for --graph on."""
+    for job in reading.jobs:
+        why = _why_not_captured(job.setup)
+        if why is not None:
+            name, reason = why
+            reading.wrong(job.line, name, f"{reason}, which --graph on cannot capture")
+
+
+def _why_not_captured(setup: Setup) -> tuple[str, str] | None:
+    """A field and what it brings; as `denoise.why_not_captured`, which knows the model too."""
+    from kvlock_fast.loop.schedule import compares_with_source
+
+    if setup.clip_window is not None:
+        return "clip_window", f"{setup.clip_window} has the clip go through the model in stretches"
+    if setup.lock.stock:
+        return "preset", "with nothing locked or guided the edit takes the scheduler's own steps"
+    if compares_with_source(setup.lock):
+        return "tau", "'auto' counts the source's predictions on the host"
+    return None
+
 
 Progress = Callable[[str, int, int], None]
 
@@ -56,10 +101,10 @@ class ModelEditor:
 
     def decide(self, setup: Setup, clip: Clip, prompts: int) -> Decision:
         """What the planner says of this machine with the model on it."""
-        from kvlock_fast.batch.room import Extent, decide, foreground_tokens
-        from kvlock_fast.cache.machine import Machine
-        from kvlock_fast.cache.model_sizes import from_pipeline
+        from kvlock_fast.batch.fit import Extent, decide, foreground_tokens
         from kvlock_fast.files import user_cache_folder
+        from kvlock_fast.planning.find_model import from_pipeline
+        from kvlock_fast.planning.machine import Machine
 
         pipe = self._load(setup)
         size = from_pipeline(pipe.pipe)

@@ -9,10 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvlock_fast.config import FORMATS, PRESETS, TIERS, CacheConfig, LockConfig
-from kvlock_fast.config_neighbours import METHODS
 from kvlock_fast.errors import InputError
 from kvlock_fast.media import MaskShape, check_box, is_box
-from kvlock_fast.media.mask_shape import MOST_FEATHER, MOST_GROW
+from kvlock_fast.media.masks import MOST_FEATHER, MOST_GROW
+from kvlock_fast.presets import METHODS
 
 SIZE = r"^[1-9][0-9]{0,4}[xX][1-9][0-9]{0,4}$"
 MOST_SEED = 2**63 - 1

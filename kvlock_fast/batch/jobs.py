@@ -1,5 +1,7 @@
 """A job of a batch: one prompt on one source, and all that decides how its frames come out."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -9,7 +11,8 @@ from kvlock_fast.edit import EditSettings
 from kvlock_fast.media import MaskShape
 
 if TYPE_CHECKING:
-    from kvlock_fast.windows import Windows
+    from kvlock_fast.loop.windows import Windows
+from collections.abc import Collection, Iterable, Iterator
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,9 @@ class Setup:
     clip_window: int | None = None
     clip_overlap: int | None = None
 
-    def windows(self) -> "Windows | None":
+    def windows(self) -> Windows | None:
         """How a long clip is cut; None where it is not. Raises InputError where it cannot be."""
-        from kvlock_fast.windows import Windows
+        from kvlock_fast.loop.windows import Windows
 
         return None if self.clip_window is None else Windows(self.clip_window, self.clip_overlap)
 
@@ -102,7 +105,7 @@ class Job:
         return json.dumps({**own, **asdict(self.finish), **asdict(self.setup)})
 
     @classmethod
-    def from_spec(cls, text: str) -> "Job":
+    def from_spec(cls, text: str) -> Job:
         """The job of such a text."""
         data: dict[str, Any] = json.loads(text)
         own = {name: data.pop(name) for name in ("id", "prompt", "output")}
@@ -161,3 +164,55 @@ class Pass:
             if any(job is not None and job.id in self.missing for job in self.places[start : start + at_once]):
                 rows += batch
         return rows
+
+
+def grouped(jobs: Iterable[Job], most: int) -> Iterator[list[Job]]:
+    """Jobs of one setup, at most `most` together."""
+    by_setup: dict[Setup, list[Job]] = {}
+    for job in jobs:
+        by_setup.setdefault(job.setup, []).append(job)
+    for together in by_setup.values():
+        for first in range(0, len(together), most):
+            yield together[first : first + most]
+
+
+def ranks(setups: Iterable[Setup]) -> dict[Setup, tuple[int, int, int]]:
+    """To sort setups by: model, source, and themselves, each in the order of its first appearance.
+
+    So a model comes once and is loaded once, and so does a source, which is read once.
+    """
+    models: dict[tuple[str, str], int] = {}
+    sources: dict[str, int] = {}
+    found: dict[Setup, tuple[int, int, int]] = {}
+    for setup in setups:
+        model = models.setdefault((setup.model, setup.dtype), len(models))
+        found.setdefault(setup, (model, sources.setdefault(setup.source, len(sources)), len(found)))
+    return found
+
+
+class Waiting:
+    """Passes in their order, each given to the worker that has its source if that can be."""
+
+    def __init__(self, passes: Iterable[Pass]):
+        self.passes = list(passes)
+
+    def __len__(self) -> int:
+        return len(self.passes)
+
+    def add(self, passes: Iterable[Pass]) -> None:
+        """At the end: what failed or crashed comes after what was not tried."""
+        self.passes += passes
+
+    def take(self, held: str | None, elsewhere: Collection[str], idle: bool) -> Pass | None:
+        """The next pass for a worker that holds a source; None if there is none for it now.
+
+        Its own source comes first, then one that no other worker holds, then any. A pass that a worker died with runs
+        alone, so it waits for one that is idle: or those beside it would be blamed too.
+        """
+        allowed = [work for work in self.passes if idle or not work.crashes]
+        if not allowed:
+            return None
+        found = next((work for work in allowed if work.setup.source == held), None)
+        found = found or next((work for work in allowed if work.setup.source not in elsewhere), allowed[0])
+        self.passes.remove(found)
+        return found

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvlock_fast.batch.groups import grouped, ranks
-from kvlock_fast.batch.jobs import Decision, Job, Pass
+from kvlock_fast.batch.jobs import Decision, Job, Pass, grouped, ranks
 from kvlock_fast.errors import InputError, OutputError
 
 NAME = "ledger.sqlite"

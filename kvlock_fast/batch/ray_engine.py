@@ -14,10 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvlock_fast.batch.editor import Editor
+from kvlock_fast.batch.editor import Editor, Speed
 from kvlock_fast.batch.engine import Crashed
 from kvlock_fast.batch.jobs import Pass
-from kvlock_fast.batch.speed import Speed
 from kvlock_fast.batch.worker import Finished, Running, Worker
 from kvlock_fast.errors import InputError
 

@@ -12,11 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from kvlock_fast.batch.engine import Crashed, Engine
-from kvlock_fast.batch.jobs import Job, Pass
+from kvlock_fast.batch.jobs import Job, Pass, Waiting
 from kvlock_fast.batch.ledger import Ledger
-from kvlock_fast.batch.outputs import report_name
-from kvlock_fast.batch.passes import Waiting
-from kvlock_fast.batch.places import Results
+from kvlock_fast.batch.places import Results, report_name
 from kvlock_fast.batch.worker import Finished, Outcome, Running
 from kvlock_fast.errors import InputError
 

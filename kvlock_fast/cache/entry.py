@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from kvlock_fast.cache import manifest
-from kvlock_fast.cache.litter import PUBLISHED, Lease, is_entry, sweep
+from kvlock_fast.cache.leases import PUBLISHED, Lease, is_entry, owned_name, sweep
 from kvlock_fast.cache.manifest import SHARD_NAME, DamagedCache, Manifest, MissingCache, ShardRecord
-from kvlock_fast.cache.owner import owned_name
 from kvlock_fast.cache.shard import MappedShard, write_shard
 from kvlock_fast.errors import InputError, OutputError
 

@@ -7,12 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvlock_fast.cache import litter, manifest
+from kvlock_fast.cache import leases as litter
+from kvlock_fast.cache import manifest
 from kvlock_fast.cache.entry import DamagedCache, Entry, MissingCache
 from kvlock_fast.cache.root import Slot, slot_of
-from kvlock_fast.cache.units import parse_bytes, text_bytes
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import check_writable, write_text
+from kvlock_fast.units import parse_bytes, text_bytes
 
 _PROMPT_LENGTH = 40
 

@@ -7,7 +7,8 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvlock_fast.cache import litter, manifest
+from kvlock_fast.cache import leases as litter
+from kvlock_fast.cache import manifest
 from kvlock_fast.cache.entry import DamagedCache, Entry, EntryWriter, MissingCache
 from kvlock_fast.errors import InputError, InputWarning, OutputError
 

@@ -5,29 +5,21 @@ Importing this package loads numpy at most when a name below is used; torch and 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from kvlock_fast.demo.world import EditCase
 
-__all__ = ["GUIDANCE", "PIXELS", "STEPS", "demo_case", "model_path"]
+__all__ = ["GUIDANCE", "STEPS", "demo_case"]
 
 STEPS = 20
 GUIDANCE = 3.0
 """Denoising steps and guidance scale of `kvlock-fast demo`."""
 
-PIXELS = 96 * 96
-"""The most pixels a frame of the bundled model's input has by default: a little beyond what it was trained on."""
 
 # Seed and kind of the edit shown by `kvlock-fast demo`; held out, picked by eye among those the model edits well.
 _DEMO_SEED = 2**31 + 6_000_016
 _DEMO_KIND = "both"
-
-
-def model_path() -> Path:
-    """The folder of the bundled model, in diffusers format: what `--model demo` stands for."""
-    return Path(__file__).resolve().parent / "model"
 
 
 def demo_case() -> EditCase:

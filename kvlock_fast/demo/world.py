@@ -8,7 +8,6 @@ not guessed. Training uses seeds below `HELD_OUT` (2**31), held-out figures thos
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -27,7 +26,6 @@ __all__ = [
     "sample_edit",
     "sample_scene",
     "shape_distance",
-    "write_world",
 ]
 
 EDIT_KINDS = ("recolour", "reshape", "both")
@@ -171,21 +169,3 @@ def grow(mask: np.ndarray, pixels: int) -> np.ndarray:
             after[1:] |= before[:-1]
             after[:-1] |= before[1:]
     return grown
-
-
-def write_world(n: int, output_folder: str | Path, seed: int = 0) -> list[Path]:
-    """Write n clips (`world_000.mp4` ...) and `world.png`, a sheet of their frames with captions; returns the paths."""
-    from kvlock_fast.demo.sheet import contact_sheet
-    from kvlock_fast.media import write_video
-
-    if n < 1:
-        raise ValueError(f"the number of clips must be at least 1, got {n}")
-    folder = Path(output_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    clips = [render(sample_scene(seed + i)) for i in range(n)]
-    paths = [folder / f"world_{i:03d}.mp4" for i in range(n)]
-    for path, clip in zip(paths, clips, strict=True):
-        write_video(path, clip.video, 8)
-    sheet = folder / "world.png"
-    contact_sheet(clips).save(sheet)
-    return [*paths, sheet]

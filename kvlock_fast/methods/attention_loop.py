@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvlock_fast.conditioning import Conditioning
+from kvlock_fast.locking.foreground import rotate, swapped
+from kvlock_fast.loop.epilogue import new_stepper
 from kvlock_fast.methods.job import Job
-from kvlock_fast.models.foreground import rotate, swapped
 from kvlock_fast.nvtx import span
-from kvlock_fast.steppers import new_stepper
 
 FAMILIES = ("wan",)
 """Whose self-attention is written down here."""

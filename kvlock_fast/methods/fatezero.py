@@ -17,7 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kvlock_fast.controller import share_of_steps
+from kvlock_fast.loop.schedule import share_of_steps
 from kvlock_fast.methods.attention_loop import Mixer, attend, edit_with
 from kvlock_fast.methods.attention_loop import why_not as why_not
 from kvlock_fast.methods.job import Job

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.methods.job import Job
+from kvlock_fast.models.schedulers import FLOW, REVERSED_FLOW
 from kvlock_fast.nvtx import span
-from kvlock_fast.schedulers import FLOW, REVERSED_FLOW
 
 
 def why_not(model: Any, solver: Any) -> str | None:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.config import LockConfig
-from kvlock_fast.forwards import Predictor, Task
-from kvlock_fast.solvers import Solver
-from kvlock_fast.source import SourcePath
-from kvlock_fast.trace import Recorder
+from kvlock_fast.loop.predictor import Predictor, Task
+from kvlock_fast.loop.solver import Solver
+from kvlock_fast.loop.source import SourcePath
+from kvlock_fast.loop.trace import Recorder
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvlock_fast.controller import share_of_steps
+from kvlock_fast.loop.schedule import share_of_steps
 from kvlock_fast.methods.attention_loop import attend, edit_with
 from kvlock_fast.methods.attention_loop import why_not as why_not
 from kvlock_fast.methods.job import Job

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from kvlock_fast.models.families import FAMILIES as FAMILIES
-from kvlock_fast.models.families import family_of_pipeline
+from kvlock_fast.models.registry import FAMILIES as FAMILIES
+from kvlock_fast.models.registry import family_of_pipeline
 
 
 def load_diffusers(path: Any, torch_dtype: Any) -> Any:

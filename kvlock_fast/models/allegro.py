@@ -17,10 +17,10 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
+from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.masks import Geometry
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.pipeline_model import PipelineModel
-from kvlock_fast.models.pixels import as_pixels, encode_mode, tiling
+from kvlock_fast.models.autoencoder import as_pixels, encode_mode, tiling
+from kvlock_fast.models.base import PipelineModel
 
 ALLEGRO = ArchSpec(
     family="allegro",

@@ -13,8 +13,8 @@ from diffusers import AuraFlowPipeline
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.image import ImageModel
+from kvlock_fast.locking.arch import ArchSpec
+from kvlock_fast.models.images import ImageModel
 
 AURA_FLOW = ArchSpec(
     family="aura-flow",

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
+from kvlock_fast.models.base import PerClip
 from kvlock_fast.models.cogvideox import COGVIDEOX, CogVideoXModel
-from kvlock_fast.models.per_clip import PerClip
 
 
 class CogVideoXImageModel(CogVideoXModel):

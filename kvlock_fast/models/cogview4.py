@@ -18,8 +18,8 @@ from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.image import ImageModel
+from kvlock_fast.locking.arch import ArchSpec
+from kvlock_fast.models.images import ImageModel
 
 COGVIEW4 = ArchSpec(
     family="cogview4",

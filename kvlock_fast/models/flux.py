@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.packed import ATTENTION, PackedModel
+from kvlock_fast.locking.arch import ArchSpec
+from kvlock_fast.models.images import ATTENTION, PackedModel
 
 FLUX = ArchSpec(family="flux", transformers=("FluxTransformer2DModel",), attention=ATTENTION, text="prefix")
 

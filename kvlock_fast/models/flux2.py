@@ -16,10 +16,10 @@ from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
+from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.masks import Geometry
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.image import ImageModel, even_sigmas
-from kvlock_fast.models.pixels import decode_images, encode_image
+from kvlock_fast.models.autoencoder import decode_images, encode_image
+from kvlock_fast.models.images import ImageModel, even_sigmas
 
 FLUX2 = ArchSpec(
     family="flux2",

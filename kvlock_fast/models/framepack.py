@@ -25,7 +25,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models.hunyuan_video import HUNYUAN_VIDEO, HunyuanVideoModel
 from kvlock_fast.models.hunyuan_video_i2v import HunyuanVideoI2VModel, picture
-from kvlock_fast.models.shifts import shift_of
+from kvlock_fast.models.images import shift_of
 
 FRAMEPACK = replace(
     HUNYUAN_VIDEO, family="framepack", transformers=("HunyuanVideoFramepackTransformer3DModel",), ahead=True

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.masks import Geometry
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.guiders import check_guider, is_on
-from kvlock_fast.models.image import ImageModel
-from kvlock_fast.models.packed import ATTENTION
+from kvlock_fast.models.base import check_guider, is_on
+from kvlock_fast.models.images import ATTENTION, ImageModel
 
 HUNYUAN_IMAGE = ArchSpec(
     family="hunyuan-image", transformers=("HunyuanImageTransformer2DModel",), attention=ATTENTION, text="suffix"

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
+from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.masks import Geometry
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.guiders import check_guider, is_on
-from kvlock_fast.models.pipeline_model import PipelineModel
+from kvlock_fast.models.base import PipelineModel, check_guider, is_on
 
 HUNYUAN_VIDEO15 = ArchSpec(
     family="hunyuan-video-1.5",

@@ -20,11 +20,11 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from kvlock_fast.conditioning import MASK, Conditioning, Given
 from kvlock_fast.errors import InputError
+from kvlock_fast.locking.arch import ArchSpec
+from kvlock_fast.locking.foreground import swapped
 from kvlock_fast.masks import Geometry
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.foreground import swapped
-from kvlock_fast.models.image import ImageModel
-from kvlock_fast.models.pipeline_model import PipelineModel
+from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.images import ImageModel
 
 KANDINSKY5 = ArchSpec(
     family="kandinsky-5",

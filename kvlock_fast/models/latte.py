@@ -18,10 +18,10 @@ from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
+from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.masks import Geometry
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.pipeline_model import PipelineModel
-from kvlock_fast.models.pixels import as_pixels, encode_pictures, tiling
+from kvlock_fast.models.autoencoder import as_pixels, encode_pictures, tiling
+from kvlock_fast.models.base import PipelineModel
 
 LATTE = ArchSpec(
     family="latte",

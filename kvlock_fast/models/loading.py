@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from kvlock_fast.errors import InputError, InputWarning
-from kvlock_fast.models.families import PIPELINES, REFUSED
-from kvlock_fast.schedulers import WITHOUT_NOISE
+from kvlock_fast.models.registry import PIPELINES, REFUSED
+from kvlock_fast.models.schedulers import WITHOUT_NOISE
 
 
 def load_diffusers(path: str | Path, torch_dtype: torch.dtype | dict | None) -> Any:

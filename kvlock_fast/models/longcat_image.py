@@ -16,8 +16,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.packed import ATTENTION, PackedModel
+from kvlock_fast.locking.arch import ArchSpec
+from kvlock_fast.models.images import ATTENTION, PackedModel
 
 LONGCAT_IMAGE = ArchSpec(
     family="longcat-image", transformers=("LongCatImageTransformer2DModel",), attention=ATTENTION, text="prefix"

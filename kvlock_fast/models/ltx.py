@@ -15,11 +15,11 @@ from diffusers import LTXPipeline
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
+from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.masks import Geometry
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.pipeline_model import PipelineModel
-from kvlock_fast.models.pixels import decode_each, encode_mode
-from kvlock_fast.models.shifts import shift_of
+from kvlock_fast.models.autoencoder import decode_each, encode_mode
+from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.images import shift_of
 
 LTX = ArchSpec(
     family="ltx",

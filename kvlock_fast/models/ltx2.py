@@ -23,11 +23,11 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from kvlock_fast.conditioning import Conditioning, Given
+from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.masks import Geometry, ProjectedMask, project_mask
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.pipeline_model import PipelineModel
-from kvlock_fast.models.pixels import decode_each, encode_mode
-from kvlock_fast.models.shifts import shift_of
+from kvlock_fast.models.autoencoder import decode_each, encode_mode
+from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.images import shift_of
 
 LTX2 = ArchSpec(
     family="ltx2",

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
-from kvlock_fast.models.per_clip import PerClip
-from kvlock_fast.models.pipeline_model import PipelineModel
+from kvlock_fast.models.base import PerClip, PipelineModel
 from kvlock_fast.models.wan import WAN, WanModel
 
 LUCY = replace(WAN, family="lucy-edit")

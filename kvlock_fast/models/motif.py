@@ -18,12 +18,11 @@ from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
+from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.masks import Geometry
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.guiders import check_guider, is_on
-from kvlock_fast.models.pipeline_model import PipelineModel
-from kvlock_fast.models.pixels import decode_each, encode_mode
-from kvlock_fast.models.shifts import shift_of
+from kvlock_fast.models.autoencoder import decode_each, encode_mode
+from kvlock_fast.models.base import PipelineModel, check_guider, is_on
+from kvlock_fast.models.images import shift_of
 
 MOTIF = ArchSpec(
     family="motif",

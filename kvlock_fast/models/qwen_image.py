@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.image import ImageModel, even_sigmas
-from kvlock_fast.models.pixels import decode_each, encode_mode
+from kvlock_fast.locking.arch import ArchSpec
+from kvlock_fast.models.autoencoder import decode_each, encode_mode
+from kvlock_fast.models.images import ImageModel, even_sigmas
 
 QWEN_IMAGE = ArchSpec(
     family="qwen-image",

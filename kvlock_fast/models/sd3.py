@@ -13,9 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.image import ImageModel
-from kvlock_fast.models.shifts import shift_of
+from kvlock_fast.locking.arch import ArchSpec
+from kvlock_fast.models.images import ImageModel, shift_of
 
 SD3 = ArchSpec(
     family="sd3",

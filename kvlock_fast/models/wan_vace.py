@@ -16,9 +16,8 @@ from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
-from kvlock_fast.models.arch import ArchSpec
-from kvlock_fast.models.per_clip import PerClip
-from kvlock_fast.models.pipeline_model import PipelineModel
+from kvlock_fast.locking.arch import ArchSpec
+from kvlock_fast.models.base import PerClip, PipelineModel
 from kvlock_fast.models.wan import WanModel
 
 WAN_VACE = ArchSpec(

@@ -1,0 +1,99 @@
+"""The rows of the table: presets of the lock and of the neighbours, and how one of them edits one case."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import kvlock_fast as kvf
+from bench.quality.measures import PeakMemory
+from kvlock_fast.config import PRESETS, CacheConfig, LockConfig
+
+CEILING = "ceiling"
+"""The true answer through the autoencoder and back: what no edit can be better than."""
+OURS = ("paper", "kvlock", "variance-kv", "omega-only", "s-star-only", "fixed-alpha", "global-detection")
+OTHERS = ("cfg", "cfg-zero-star", "kv-edit", "proedit", "flowedit", "tokenflow", "fatezero", "vace")
+LATENTS = {"source": "model", "model": "source"}
+"""By a preset's own background latents, the others. KV-Edit always takes the source's."""
+BOTH = ("paper", "kvlock", "variance-kv", "fixed-alpha", "cfg", "cfg-zero-star", "proedit", "flowedit", "tokenflow",
+        "fatezero", "vace")  # fmt: skip
+"""Presets that have a second row, with the other background latents."""
+
+
+def default_rows() -> tuple[str, ...]:
+    """All of them, the ceiling first: a preset, or a preset and its background latents, "paper/source"."""
+    rows = [CEILING]
+    for preset in (*OURS, *OTHERS):
+        rows.append(preset)
+        if preset in BOTH:
+            rows.append(f"{preset}/{LATENTS[LockConfig.preset(preset).background_latents]}")
+    return tuple(rows)
+
+
+def check_rows(rows: tuple[str, ...]) -> None:
+    """Raises ValueError naming a row that there is not."""
+    for row in rows:
+        preset, _, latents = row.partition("/")
+        if row != CEILING and (preset not in PRESETS or latents not in ("", "model", "source")):
+            known = ", ".join((CEILING, *PRESETS))
+            raise ValueError(f"--rows names {row!r}: one of {known}, or one of these with /model or /source")
+
+
+def lock_of(row: str, **changes: Any) -> LockConfig:
+    """The lock of a row."""
+    preset, _, latents = row.partition("/")
+    if latents:
+        changes = {"background_latents": latents, **changes}
+    return LockConfig.preset(preset, **changes)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What is edited: uint8 [F, H, W, 3], bool [F, H, W], texts, and the seed of its noise."""
+
+    video: np.ndarray
+    mask: np.ndarray
+    source_prompt: str
+    prompt: str
+    seed: int
+
+
+class Editors:
+    """The model, and the one of VACE, which is made when a row first asks for it."""
+
+    def __init__(self, pipe: kvf.KVLockPipeline, vace: Callable[[], kvf.KVLockPipeline] | None):
+        self.plain, self._make_vace = pipe, vace
+        self._vace: kvf.KVLockPipeline | None = None
+
+    def of(self, lock: LockConfig) -> kvf.KVLockPipeline:
+        """The one for a lock."""
+        if lock.family is None:
+            return self.plain
+        if self._vace is None:
+            if self._make_vace is None:
+                return self.plain
+            self._vace = self._make_vace()
+        return self._vace
+
+
+def edit(
+    editors: Editors, clip: Clip, lock: LockConfig, steps: int, guidance: float, cache_root: Path, **more: Any
+) -> tuple[np.ndarray, dict[str, float]]:
+    """The edited video, and seconds and peak_bytes. Rows on one source share its K and V in `cache_root`."""
+    pipe = editors.of(lock)
+    shared = CacheConfig(tier="disk", format="native", root=str(cache_root)) if lock.locks else CacheConfig("lockstep")
+    start = time.perf_counter()
+    with PeakMemory(pipe.model.device) as memory:
+        out = pipe(
+            clip.video, clip.mask, source_prompt=clip.source_prompt, prompt=clip.prompt, num_inference_steps=steps,
+            guidance_scale=guidance, generator=torch.Generator().manual_seed(clip.seed), lock=lock, cache=shared,
+            **more,
+        )  # fmt: skip
+    seconds = time.perf_counter() - start - out.trace.stage_seconds.get("source pass", 0.0)
+    return out.frames[0], {"seconds": seconds, "peak_bytes": memory.bytes}

@@ -1,0 +1,289 @@
+"""What lies in an entry's folder beside the entry itself: whose it is, who reads it, and what may go.
+
+    manifest.json                   the entry
+    data-<owner>-<hex>/             its shards, or those of an entry being written, or of one that is superseded
+      published                     a mark: the manifest has named this folder
+    manifest-<owner>-<hex>.json     a manifest before its rename
+    lease-<owner>-<hex>             this process reads or writes here: nothing is evicted
+    evict-<owner>-<hex>             this process is about to evict: nothing is opened
+    trash-<owner>-<hex>/            on its way out
+    damaged-<digest>.txt            the manifest with this digest is set aside; the text says why
+
+Any process may remove what a dead one left. All else is left as it is, so an entry can live among other files.
+"""
+
+import contextlib
+import os
+import re
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import xxhash
+
+from kvlock_fast.cache import manifest
+from kvlock_fast.errors import InputError, OutputError
+
+FOREIGN_SECONDS = 24 * 3600
+"""What cannot be asked after (another machine's, an earlier boot's) counts as alive until it is this old."""
+
+_OWNED = re.compile(r"([a-z]+)-([0-9a-f]{8}\.[0-9a-f]{1,8}\.[0-9a-f]{1,16})-[0-9a-f]{16}(?:\.json)?")
+
+
+def owned_name(kind: str, suffix: str = "") -> str:
+    """A new name that says whose it is."""
+    pid = os.getpid()
+    return f"{kind}-{_machine()}.{pid:x}.{_start(pid) or 0:x}-{secrets.token_hex(8)}{suffix}"
+
+
+def kind_of(name: str) -> str | None:
+    """The kind of an owned name; None for any other."""
+    match = _OWNED.fullmatch(name)
+    return match and match[1]
+
+
+def owner_lives(path: Path) -> bool:
+    """Whether the process that the owned name at `path` names may still run."""
+    machine, pid, start = _OWNED.fullmatch(path.name)[2].split(".")
+    if machine == _machine() and os.name == "posix":
+        return _runs(int(pid, 16), int(start, 16))
+    try:
+        return time.time() - path.stat().st_mtime < FOREIGN_SECONDS
+    except FileNotFoundError:
+        return False
+
+
+def _runs(pid: int, start: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    found = _start(pid)
+    return found is None or found == start
+
+
+def _start(pid: int) -> int | None:
+    """When a process began, in clock ticks since boot; -1 for one that has ended, None where this cannot be read."""
+    try:
+        # The name, second and in brackets, may hold spaces and brackets itself.
+        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return -1 if fields[0] in "ZX" else int(fields[19])
+
+
+@cache
+def _machine() -> str:
+    facts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        # Containers of one machine share its boot, and may share host names across machines.
+        facts = [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return xxhash.xxh3_64_hexdigest("\0".join(facts).encode())[:8]
+
+
+PUBLISHED = "published"
+TAG = "CACHEDIR.TAG"
+"""In the folder of several entries; the name and the first line are known to backup programs."""
+TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# A kvlock_fast cache; backup programs leave it out.\n"
+
+_MARK = re.compile(r"damaged-([0-9a-f]{32})\.txt")
+_EVICTION_SECONDS = 30
+"""After so long a wait for another process to finish an eviction, which takes milliseconds, it is given up."""
+
+
+class Lease:
+    """Keeps an entry from being evicted until it is released, or this process ends."""
+
+    def __init__(self, folder: Path):
+        """Raises FileNotFoundError if the folder is gone, other OSErrors, InputError after too long a wait."""
+        self._pid = os.getpid()
+        end = time.monotonic() + _EVICTION_SECONDS
+        # Said before it is looked: of a reader and an evictor that come at once, at least one sees the other.
+        while True:
+            self._path = folder / owned_name("lease")
+            self._path.touch(exist_ok=False)
+            if not any_live(folder, "evict"):
+                return
+            self.release()
+            if time.monotonic() > end:
+                raise InputError(f"cannot use the cache '{folder}': another process has been removing it for too long")
+            time.sleep(0.005)
+
+    def release(self) -> None:
+        # A forked child has the object too, but not the lease.
+        if os.getpid() == self._pid:
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
+
+
+def any_live(folder: Path, kind: str) -> bool:
+    """Whether something of this kind lies here whose owner may still run."""
+    return any(owner_lives(path) for path in owned(folder, kind))
+
+
+def owned(folder: Path, *kinds: str) -> list[Path]:
+    """What lies here under an owned name of these kinds."""
+    return [path for path in sorted(folder.iterdir()) if kind_of(path.name) in kinds]
+
+
+def sweep(folder: Path) -> None:
+    """Remove what dead processes left, and data that were published and are superseded. Silent about what it cannot."""
+    with contextlib.suppress(OSError):
+        found = owned(folder, "data", "manifest", "lease", "evict", "trash")
+        marks = _marks(folder)
+        # In this order: data that are marked as published, or whose writer is dead, can no longer become the
+        # entry's, so if a manifest read after that does not name them, none will.
+        idle = [path for path in found if _is_done(path) or not owner_lives(path)]
+        data = [path for path in idle if kind_of(path.name) == "data"]
+        for path in _superseded(folder, data):
+            discard(path)
+        for path in set(idle) - set(data):
+            _remove(path)
+        current = manifest.digest_of(_current(folder))
+        for mark in marks:
+            if _MARK.fullmatch(mark.name)[1] != current:
+                mark.unlink(missing_ok=True)
+
+
+def _superseded(folder: Path, data: list[Path]) -> list[Path]:
+    """The data folders that the manifest does not name; none while it is damaged or another entry's."""
+    try:
+        named = folder / manifest.read(folder)[0].data
+    except manifest.MissingCache:
+        return data
+    except InputError:
+        return []
+    return [path for path in data if path != named] if named.is_dir() else []
+
+
+def _is_done(path: Path) -> bool:
+    return kind_of(path.name) == "trash" or (path / PUBLISHED).exists()
+
+
+def _current(folder: Path) -> bytes:
+    """The bytes of the manifest, empty if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return manifest.read_bytes(folder)
+    return b""
+
+
+def is_root(folder: Path) -> bool:
+    """Whether a `CacheRoot` was made of this folder."""
+    try:
+        return (folder / TAG).read_text(errors="replace") == TAG_TEXT
+    except OSError:
+        return False
+
+
+def is_entry(folder: Path) -> bool:
+    """Whether this is an entry's folder, whole or damaged, and not one with some other program's manifest.json."""
+    if owned(folder, "data", "manifest", "trash"):
+        return True
+    if is_root(folder.parent):
+        return (folder / manifest.NAME).exists()
+    with contextlib.suppress(InputError):
+        manifest.read(folder)
+        return True
+    return False
+
+
+def remove_entry(folder: Path) -> int | None:
+    """Remove an entry, its litter, and its folder if nothing else is in it: the bytes freed; None if it is in use.
+
+    Raises OutputError if it cannot be removed.
+    """
+    try:
+        return _remove_entry(folder)
+    except OSError as error:
+        raise OutputError(f"cannot remove the cache '{folder}': {error.strerror or error}") from error
+
+
+def _remove_entry(folder: Path) -> int | None:
+    freed = 0
+    with contextlib.suppress(FileNotFoundError), _claim(folder) as unused:
+        if not unused:
+            return None
+        freed = disk_bytes(folder)
+        (folder / manifest.NAME).unlink(missing_ok=True)
+        for path in owned(folder, "data"):
+            with contextlib.suppress(FileNotFoundError):
+                _to_trash(path)
+        # A lease may have come since: who took it waits, or finds no manifest.
+        dead = [path for path in owned(folder, "manifest", "lease") if not owner_lives(path)]
+        for path in [*_marks(folder), *dead]:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for path in owned(folder, "trash"):
+            _remove(path)
+        folder.rmdir()
+    return freed
+
+
+@contextlib.contextmanager
+def _claim(folder: Path) -> Iterator[bool]:
+    """Whether nobody uses the entry; while it is claimed, nobody will."""
+    intent = folder / owned_name("evict")
+    intent.touch(exist_ok=False)
+    try:
+        yield not any_live(folder, "lease")
+    finally:
+        intent.unlink(missing_ok=True)
+
+
+def discard(data: Path) -> None:
+    """Remove a data folder, in one step for those who look."""
+    with contextlib.suppress(OSError):
+        _remove(_to_trash(data))
+
+
+def _to_trash(path: Path) -> Path:
+    return path.rename(path.with_name(owned_name("trash")))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def set_aside(folder: Path, digest: str, reason: str) -> None:
+    """Say of the manifest with this digest that it is damaged. A later one is not concerned, whoever writes it."""
+    with contextlib.suppress(OSError):
+        (folder / f"damaged-{digest}.txt").write_text(reason)
+
+
+def why_aside(folder: Path) -> str | None:
+    """Why the entry is set aside; None if it is not."""
+    with contextlib.suppress(OSError):
+        if marks := _marks(folder):
+            current = manifest.digest_of(_current(folder))
+            for mark in marks:
+                if _MARK.fullmatch(mark.name)[1] == current:
+                    return mark.read_text(errors="replace")
+    return None
+
+
+def _marks(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if _MARK.fullmatch(path.name)]
+
+
+def disk_bytes(folder: Path) -> int:
+    """The lengths of all files of an entry's folder that are the cache's."""
+    paths = [folder / manifest.NAME, *_marks(folder), *owned(folder, "data", "manifest", "trash")]
+    return sum(map(_length, paths))
+
+
+def _length(path: Path) -> int:
+    """Of a file, or of all files in a folder; 0 for what has just gone."""
+    with contextlib.suppress(FileNotFoundError):
+        if path.is_dir():
+            return sum(_length(item) for item in path.iterdir())
+        return path.stat().st_size
+    return 0

@@ -1,0 +1,298 @@
+"""The lock for other people's denoising loops: `with kvf.attach(transformer, foreground) as kv`.
+
+The loop stays theirs. It says whose forward is whose: `kv.source()` around the one of the source, `kv.edit()` around
+those of the edit, or `kv.along()` around one in which the source rides along. Outside of these the transformer computes
+as ever, bit for bit, and after the `with` nothing of the lock is left.
+"""
+
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kvlock_fast.config import FORMATS, LockConfig
+from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.integrations.loop_schedule import LoopSchedule
+from kvlock_fast.locking.arch import ArchSpec, refuse_linear
+from kvlock_fast.locking.compatibility import device_of
+from kvlock_fast.locking.discover import Sample, find_and_check
+from kvlock_fast.locking.lock import KeptKV, Mode, TransformerLock, blend_weight
+from kvlock_fast.models.registry import arch_of
+
+
+def attach(
+    transformer: nn.Module | Sequence[nn.Module],
+    foreground: Tensor,
+    *,
+    family: str | ArchSpec | None = None,
+    layers: tuple[int, ...] | None = None,
+    lock: LockConfig | None = None,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
+    patch_size: tuple[int, int, int] | None = None,
+    format: str | None = None,
+    sample: Sample | None = None,
+    processors: str = "generic",
+    ahead: int | None = None,
+) -> "AttachedLock":
+    """The lock on a video transformer (or on several that take turns, as Wan 2.2's two) while a `with` is open.
+
+        with kvf.attach(pipe.transformer, foreground) as kv:
+            for t in scheduler.timesteps:
+                with kv.source():                      # the source at this noise, under its own prompt
+                    transformer(source_latents, t, source_text)
+                with kv.edit(alpha):                   # both branches of guidance, in any number of forwards
+                    cond, uncond = transformer(latents, t, text), transformer(latents, t, negative)
+
+    foreground: bool [S], [1, S] or [B, S] in the model's order of tokens, as `kvf.ops.token_mask` makes it. family:
+    None (by the transformer's class), a name of `kvf.capabilities()["families"]`, a description (`ArchSpec`), or "auto"
+    for a class that is not known: its self-attentions are found and checked by `sample`, the arguments of one forward
+    by name or a function that makes one, of as many tokens as the foreground. layers: those that are locked, by number;
+    None for `lock`'s. format: how the source's K and V are kept, one of `kvf.capabilities()["formats"]`; None: as they
+    are. processors: "fast" has one kernel do the norms, rotation, blending and keeping of Wan, CogVideoX, LTX and
+    HunyuanVideo, "generic" does it around diffusers' own attention, "auto" is "fast" on a GPU where the model has it.
+    ahead: how many tokens of other frames lie in front of the video's, which FramePack has and none else.
+
+    For a schedule by the variance (`kv.alpha`, `kv.omega`, `kv.guide`, `kv.observe`): lock, the configuration (None:
+    the preset "kvlock"); num_steps, of the loop; guidance_scale, omega0; patch_size, the latents (t, h, w) of a token,
+    None for what the transformer's config says.
+
+    For inference: gradients do not pass through what is locked.
+
+    Raises InputError for a transformer that cannot be locked (unknown, linear attention, fused projections, locked
+    already; at `with`, processors "fast" where that cannot be) and for a foreground that is not one; then nothing is
+    attached.
+    """
+    return AttachedLock(
+        transformer, foreground, family, layers, lock, num_steps, guidance_scale, patch_size, format, sample,
+        processors, ahead,
+    )  # fmt: skip
+
+
+class AttachedLock:
+    """What `attach` gives: a context manager, and within it the forwards and the schedule of a locked loop."""
+
+    def __init__(
+        self,
+        transformer: nn.Module | Sequence[nn.Module],
+        foreground: Tensor,
+        family: str | ArchSpec | None,
+        layers: tuple[int, ...] | None,
+        lock: LockConfig | None,
+        num_steps: int | None,
+        guidance_scale: float | None,
+        patch_size: tuple[int, int, int] | None,
+        format: str | None,
+        sample: Sample | None,
+        processors: str,
+        ahead: int | None,
+    ):
+        if format is not None and format not in FORMATS:
+            raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+        if lock is not None and not isinstance(lock, LockConfig):
+            raise InputError(f"lock must be a LockConfig, got {type(lock).__name__}")
+        self.transformers = tuple(transformer) if isinstance(transformer, (tuple, list)) else (transformer,)
+        self.foreground = _foreground(foreground).to(device_of(self.transformers[0]))
+        self.lock = LockConfig.preset("kvlock") if lock is None else lock
+        self.schedule = LoopSchedule(
+            self.lock, self.foreground, num_steps, guidance_scale, patch_size or _patch_size(self.transformers[0])
+        )
+        self._layers = self.lock.layers if layers is None else layers
+        self._format, self._processors, self._ahead = format, processors, ahead
+        self._archs = [_arch(each, family, sample, self.foreground.shape[1], ahead) for each in self.transformers]
+        self._locks: list[TransformerLock] = []
+        self._kept: dict[Hashable, list[KeptKV]] = {}
+        self._exit = ExitStack()
+
+    def __enter__(self) -> "AttachedLock":
+        if self._locks:
+            raise InputError("the lock is attached already: open one `with` at a time")
+        # What is the foreground of every sample is never read.
+        background = (~self.foreground).any(0).nonzero()[:, 0]
+        locks = []
+        with ExitStack() as attached:
+            for transformer, arch in zip(self.transformers, self._archs, strict=True):
+                lock = TransformerLock(transformer, arch, self._layers, background, self._processors, self._format)
+                attached.callback(lock.detach)
+                locks.append(lock)
+            self._exit = attached.pop_all()
+        self._locks = locks
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
+        self._locks = []
+        self.forget()
+
+    @contextmanager
+    def source(self, name: Hashable = None) -> Iterator[None]:
+        """One forward of the source, whose K and V are kept for `edit` until the next of the same name.
+
+        Of one row, or one for each row of the edit. name: such as the number of a step, to keep those of several; see
+        `nbytes`.
+        """
+        self._kept.pop(name, None)
+        kept: list[KeptKV] = [{} for _ in self.transformers]
+        with self._forwards(Mode.CAPTURE, None, kept) as forwards:
+            yield
+        if sum(forwards) != 1:
+            raise RuntimeError(f"source() is for one forward, and {sum(forwards)} ran")
+        self._kept[name] = kept
+
+    @contextmanager
+    def edit(self, alpha: float | Tensor | None = None, name: Hashable = None) -> Iterator[None]:
+        """Forwards of the edit, their background locked to the source's K and V by alpha.
+
+        alpha: a number in [0, 1], or a tensor [] or [B]; None for the schedule's. A forward may have a multiple of B
+        rows, branch by branch: [uncond, cond] of all samples. name: as given to `source`. Raises InputError where that
+        has not run.
+        """
+        if name not in self._kept:
+            raise InputError(f"no K and V of the source are kept under the name {name!r}: run it in source() first")
+        kept = self._kept[name]
+        with self._forwards(Mode.STORED, self._weight(alpha), kept) as forwards:
+            yield
+        if not sum(forwards):
+            raise RuntimeError("edit() is for forwards of the edit, and none ran")
+        if any(n and not layers for n, layers in zip(forwards, kept, strict=True)):
+            raise RuntimeError("the source ran through another of the transformers than the edit")
+
+    @contextmanager
+    def along(self, alpha: float | Tensor | None = None) -> Iterator[None]:
+        """Forwards whose row 0 is the source; the other rows are locked to it by alpha, as in `edit`."""
+        with self._forwards(Mode.IN_BATCH, self._weight(alpha), None) as forwards:
+            yield
+        if not sum(forwards):
+            raise RuntimeError("along() is for forwards of the source with the edit, and none ran")
+
+    def forget(self, name: Hashable = None) -> None:
+        """Free the source's K and V of a name, or (None) all."""
+        if name is None:
+            self._kept.clear()
+        else:
+            self._kept.pop(name, None)
+
+    @property
+    def nbytes(self) -> int:
+        """What the source's K and V take that are kept, in bytes."""
+        return sum(x.nbytes for kept in self._kept.values() for layers in kept for x in layers.values())
+
+    @property
+    def step(self) -> int:
+        """The number of the loop's step, from 0; `observe` ends it."""
+        return self.schedule.step
+
+    @property
+    def alpha(self) -> Tensor:
+        """How much of the source's K and V the background takes in this step, [B] fp32."""
+        return self.schedule.alpha
+
+    @property
+    def omega(self) -> Tensor:
+        """The guidance scale of this step, [B] fp32."""
+        return self.schedule.omega
+
+    @property
+    def s_star(self) -> Tensor | None:
+        """s* of the last `guide`, [B] fp32; None before one, and where guidance is not calibrated."""
+        return self.schedule.s_star
+
+    @property
+    def variance(self) -> Tensor | None:
+        """What the last `observe` found, [B] fp32; None before one."""
+        return self.schedule.variance
+
+    def guide(self, cond: Tensor, uncond: Tensor | None = None) -> Tensor:
+        """The guided prediction: s* uncond + omega (cond - s* uncond), by the lock's configuration.
+
+        Predictions [B, ...] as the model gives them, laid out as for `observe`. Without uncond, cond as it is.
+        """
+        return self.schedule.guide(cond, uncond)
+
+    def observe(self, x0hat: Tensor, source_x0hat: Tensor | None = None) -> Tensor:
+        """End a step: take in the clean latents that the guided prediction says, as `kvf.ops.windowed_variance`.
+
+        x0hat: [B, C, T, h, w], an image's [B, C, h, w], or tokens [B, S, C]; source_x0hat: [1, ...], the source's own,
+        where tau is "auto". Returns the variance [B] fp32, NaN before there are two.
+        """
+        return self.schedule.observe(x0hat, source_x0hat)
+
+    def keep_background(self, latents: Tensor, source_latents: Tensor) -> Tensor:
+        """The latents with the source's outside of the foreground's tokens; both laid out as for `observe`."""
+        return self.schedule.keep_background(latents, source_latents)
+
+    def restart(self) -> None:
+        """Begin another edit: step 0, nothing observed. The source's K and V stay."""
+        self.schedule.restart()
+
+    def _weight(self, alpha: float | Tensor | None) -> Tensor:
+        if alpha is None:
+            alpha = self.alpha
+        if not isinstance(alpha, torch.Tensor):
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+                raise InputError(f"alpha must be a number between 0 and 1 or a tensor, got {alpha!r}")
+            alpha = torch.full((1,), float(alpha))
+        if alpha.ndim > 1:
+            raise InputError(f"alpha must be a number or a tensor [] or [B], got one of {list(alpha.shape)}")
+        return blend_weight(alpha.to(self.foreground.device).reshape(-1), self.foreground)
+
+    @contextmanager
+    def _forwards(self, mode: Mode, weight: Tensor | None, kept: list[KeptKV] | None) -> Iterator[list[int]]:
+        """Forwards in a mode; afterwards how many each of the transformers made."""
+        if not self._locks:
+            raise InputError("the lock is not attached: use it as `with kvf.attach(...) as kv`")
+        if any(lock.state.mode is not Mode.OFF for lock in self._locks):
+            raise InputError("source(), edit() and along() cannot be inside one another")
+        ran: list[int] = []
+        with ExitStack() as stack:
+            for i, lock in enumerate(self._locks):
+                places = None if kept is None else kept[i]
+                # One that the source did not run through has nothing to lock to, and must not run.
+                own = Mode.OFF if mode is Mode.STORED and not places else mode
+                stack.enter_context(lock.forward(own, weight, places, self.foreground.shape[1], True, self._ahead))
+            yield ran
+        ran += [lock.forwards for lock in self._locks]
+
+
+def _foreground(foreground: Any) -> Tensor:
+    """Bool [B or 1, S]."""
+    if not isinstance(foreground, torch.Tensor) or foreground.dtype != torch.bool or foreground.ndim not in (1, 2):
+        given = f"{foreground.dtype} {list(foreground.shape)}" if isinstance(foreground, torch.Tensor) else foreground
+        raise InputError(f"foreground must be a bool tensor [S] or [B, S] of tokens, got {given!s:.80}")
+    foreground = foreground if foreground.ndim == 2 else foreground[None]
+    if not foreground.numel() or not foreground.any(1).all():
+        raise InputError(f"foreground {list(foreground.shape)} has a sample without any foreground token")
+    if foreground.all():
+        warnings.warn("the foreground is every token: nothing is locked", InputWarning, stacklevel=4)
+    return foreground
+
+
+def _patch_size(transformer: nn.Module) -> tuple[int, int, int] | None:
+    """Latents (t, h, w) of a token by the transformer's config, None where it does not say."""
+    config = getattr(transformer, "config", None)
+    size, time = getattr(config, "patch_size", None), getattr(config, "patch_size_t", None) or 1
+    if isinstance(size, int):
+        return time, size, size
+    if isinstance(size, (tuple, list)) and len(size) in (2, 3):
+        return (*(size if len(size) == 3 else (time, *size)),)
+    return None
+
+
+def _arch(
+    transformer: nn.Module, family: str | ArchSpec | None, sample: Sample | None, tokens: int, ahead: int | None
+) -> ArchSpec:
+    """Where the transformer is locked. Raises InputError where that is not known."""
+    if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0):
+        raise InputError(f"ahead must be a number of tokens of at least 0, got {ahead!r}")
+    if family == "auto":
+        if sample is None:
+            raise InputError("family 'auto' needs sample: one forward's arguments by name, to check the lock with")
+        return find_and_check(transformer, sample, tokens, ahead or 0)
+    refuse_linear(transformer)
+    arch = family if isinstance(family, ArchSpec) else arch_of(transformer, family)
+    if arch.ahead and ahead is None:
+        raise InputError(f"ahead must be given: {type(transformer).__name__} has tokens of other frames in front")
+    return arch

@@ -1,0 +1,162 @@
+"""When to lock, for other people's loops: what `controller.py` decides, of tensors in any layout that a loop has."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.config import LockConfig
+from kvlock_fast.errors import InputError
+from kvlock_fast.kernels.guidance import cfg_projection_reference
+from kvlock_fast.loop.schedule import Controller, compares_with_source
+from kvlock_fast.masks import ProjectedMask
+from kvlock_fast.ops import guided_prediction
+
+
+class LoopSchedule:
+    """The number of the step, and alpha and omega in it."""
+
+    def __init__(
+        self,
+        lock: LockConfig,
+        foreground: Tensor,
+        num_steps: int | None,
+        guidance_scale: float | None,
+        patch_size: tuple[int, int, int] | None,
+    ):
+        """foreground: bool [B or 1, S]; num_steps, guidance_scale: None where the loop decides by itself."""
+        if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
+            raise InputError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
+        if lock.compute != "full" or lock.halo:
+            raise InputError(
+                f"compute {lock.compute!r}, halo {lock.halo}: only KVLockPipeline computes a part of the tokens"
+            )
+        for name, value in lock.neighbour_values.items():
+            raise InputError(
+                f"{name} is {value!r}, which only KVLockPipeline has: a loop of your own decides it itself"
+            )
+        self.lock, self.foreground, self.num_steps = lock, foreground, num_steps
+        self.guidance_scale, self.patch_size = guidance_scale, patch_size
+        self.restart()
+
+    def restart(self, step: int = 0) -> None:
+        """Nothing observed; step: the first, of a loop that others have begun."""
+        self.step = self._first = step
+        self.s_star: Tensor | None = None
+        self.variance: Tensor | None = None
+        self._controller: Controller | None = None
+
+    @property
+    def alpha(self) -> Tensor:
+        """[B] fp32; [1] before a batch is known."""
+        return self._known().alpha(self.step)
+
+    @property
+    def omega(self) -> Tensor:
+        """[B] fp32; [1] before a batch is known."""
+        return self._known().omega(self.step, self._scale(), self._scale() > 1)
+
+    def guide(self, cond: Tensor, uncond: Tensor | None) -> Tensor:
+        """See `AttachedLock.guide`; the result in cond's dtype."""
+        if self.step < self.lock.zero_init_steps:
+            return torch.zeros_like(cond)
+        if uncond is None:
+            return cond
+        if self.lock.stock_guidance or self._scale() <= 1:  # in the order of diffusers, whose bits they then are
+            return uncond + self._scale() * (cond - uncond)
+        ones = torch.ones(cond.shape[0], device=cond.device)
+        self.s_star = ones
+        if self.lock.s_star:
+            inside = [cond, uncond]
+            if self.lock.projection_region == "foreground":
+                inside = [torch.where(self._where(x), x, 0.0) for x in inside]
+            self.s_star = cfg_projection_reference(*inside)
+        return guided_prediction(cond, uncond, self.omega.expand(len(ones)).contiguous(), self.s_star)
+
+    def observe(self, x0hat: Tensor, source_x0hat: Tensor | None) -> Tensor:
+        """See `AttachedLock.observe`."""
+        if self._controller is None or len(self._controller.ones) != x0hat.shape[0]:
+            if self.step > self._first:
+                raise InputError(f"x0hat is of {x0hat.shape[0]} samples, and those before of another number")
+            self._controller = self._new(x0hat.shape[0], self._region(x0hat))
+            for _ in range(self._first):
+                self._controller.skip()
+        self._check_step()
+        if self.step < self.lock.zero_init_steps:
+            self._controller.skip()
+            self.step += 1
+            return self._controller.no_variance
+        if compares_with_source(self.lock):
+            if source_x0hat is None:
+                raise InputError("tau is 'auto', which needs source_x0hat: what the source's own forward predicts")
+            source_x0hat = _as_video(source_x0hat)
+        self.variance = self._controller.observe(_as_video(x0hat), source_x0hat)
+        self.step += 1
+        return self.variance
+
+    def keep_background(self, latents: Tensor, source: Tensor) -> Tensor:
+        """See `AttachedLock.keep_background`."""
+        return torch.where(self._where(latents), latents, source.to(latents.dtype))
+
+    def _known(self) -> Controller:
+        if self._controller is not None:
+            return self._controller
+        # Nothing has been observed: of any one element what is asked now is the same.
+        return self._new(1, self.foreground.new_ones((1, 1, 1, 1)))
+
+    def _new(self, batch: int, region: Tensor) -> Controller:
+        if self.num_steps is None:
+            if self.lock.follows_variance:
+                raise InputError("num_steps must be given: the schedule is one of the last steps of the loop")
+            return Controller(self.lock, self.lock.window, batch, region)
+        self._check_step()
+        return Controller(self.lock, self.num_steps, batch, region)
+
+    def _check_step(self) -> None:
+        if self.num_steps is not None and self.step >= self.num_steps:
+            raise InputError(f"num_steps is {self.num_steps}, and that many steps have been observed: restart() first")
+
+    def _scale(self) -> float:
+        if self.guidance_scale is None:
+            raise InputError("guidance_scale must be given: omega and guide() go by it")
+        return self.guidance_scale
+
+    def _region(self, x: Tensor) -> Tensor:
+        """The foreground bool [B or 1, T, h, w] of latents laid out as `_as_video` gives them."""
+        video = _as_video(x)
+        if x.ndim == 3:
+            self._check_tokens(x, x.shape[1])
+            return self.foreground[:, :, None, None]
+        if self.patch_size is None:
+            raise InputError(
+                "patch_size must be given: the transformer's config does not say of what latents a token is"
+            )
+        latents = torch.zeros((1, *video.shape[2:]), dtype=torch.bool, device=x.device)
+        mask = ProjectedMask(latents, self.foreground, latents, self.patch_size)
+        self._check_tokens(x, mask.grid[0] * mask.grid[1] * mask.grid[2])
+        return mask.on_latents(self.foreground)
+
+    def _check_tokens(self, x: Tensor, tokens: int) -> None:
+        if tokens != self.foreground.shape[1]:
+            raise InputError(
+                f"latents {list(x.shape)} have {tokens} tokens (of patch_size {self.patch_size}), and the foreground "
+                f"has {self.foreground.shape[1]}: latents are [B, C, T, h, w], [B, C, h, w] or [B, S, C]"
+            )
+
+    def _where(self, x: Tensor) -> Tensor:
+        """The foreground, to be broadcast over latents in their own layout."""
+        if x.ndim == 3:
+            self._check_tokens(x, x.shape[1])
+            return self.foreground[:, :, None]
+        region = self._region(x)[:, None]
+        return region if x.ndim == 5 else region[:, :, 0]
+
+
+def _as_video(x: Any) -> Tensor:
+    """Latents [B, C, T, h, w] of any layout; tokens as frames of one latent."""
+    if not isinstance(x, Tensor) or x.ndim not in (3, 4, 5):
+        given = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"latents must be [B, C, T, h, w], [B, C, h, w] or [B, S, C], got {given}")
+    if x.ndim == 3:
+        return x.transpose(1, 2)[..., None, None]
+    return x if x.ndim == 5 else x[:, :, None]

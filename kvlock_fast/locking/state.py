@@ -1,0 +1,140 @@
+"""What all locked modules of a transformer share, and what is done to their outputs in each mode of a forward."""
+
+from collections import Counter
+from enum import Enum, auto
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.errors import InputError
+from kvlock_fast.kernels.blend import as_heads, blend_
+from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
+from kvlock_fast.locking.arch import PLACES, by_samples, place_by_place, without_text
+from kvlock_fast.locking.foreground import View
+from kvlock_fast.nvtx import span
+
+KeptKV = dict[tuple[int, str], Tensor | QuantizedKV]
+"""By layer number and "k" or "v"."""
+
+
+class Mode(Enum):
+    """What is done to keys and values during a forward."""
+
+    OFF = auto()
+    CAPTURE = auto()  # keep this forward's K and V
+    STORED = auto()  # blend every row with K and V that were kept
+    IN_BATCH = auto()  # blend rows 1.. with row 0
+    FOREGROUND = auto()  # only some tokens are there: the attention adds what was kept of the others
+
+
+class LockState:
+    """What all locked modules of a transformer share: the mode, the weight, the kept K/V, how many of them have run.
+
+    Tokens are the video's: those of the text, where there are any beside them, keep their own keys and values.
+    """
+
+    def __init__(self, background: Tensor | None = None, text: str = "none", format: str | None = None):
+        """background: indices [N] of the tokens to keep and blend in CAPTURE and STORED, None for all; text: as
+        `ArchSpec.text`; format: how is packed what is kept without a place for it, None: it stays as it is.
+
+        columns: first and how many of a module's output, by layer number and "k" or "v", where it holds more.
+        """
+        self.mode = Mode.OFF
+        self.text, self.tokens, self.ahead = text, None, 0
+        self.rows: dict[int, str] = {}
+        self._at_places: tuple[Tensor | None, Tensor | None] | None = None
+        self.weight: Tensor | None = None
+        self.background = background
+        self.kept: KeptKV = {}
+        self.view: View | None = None
+        self.columns: dict[tuple[int, str], tuple[int, int]] = {}
+        self.format = format
+        self.heads: dict[int, int | None] = {}
+        self.prologue: Any = None
+        self.fired: Counter[tuple[int, str]] = Counter()
+
+    def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
+        """A module's output x, taken for what the mode wants, or blended in place."""
+        locks = self.mode not in (Mode.OFF, Mode.FOREGROUND)
+        if locks and x.requires_grad and torch.is_grad_enabled():
+            # A blend has no gradient, and a checkpointed layer is run again when the forward is over.
+            raise RuntimeError("keys and values are locked without a gradient: run the transformer in torch.no_grad()")
+        if self.prologue is not None:  # which does it, and counts
+            return
+        self.fired[key] += 1
+        if not locks:
+            return
+        if key in self.columns:
+            x = x.narrow(-1, *self.columns[key])
+        rows = self.rows.get(key[0])
+        weight, background = self.weight, self.background
+        if rows is None:
+            x = without_text(x, token_dim, self.text, self.tokens, self.ahead)
+        else:
+            if rows == PLACES:
+                weight, background = self._place_by_place(x.shape[1])
+            x = by_samples(x, self.tokens)
+        if self.mode is Mode.CAPTURE:
+            with span("capture"):
+                self._keep(key, x, token_dim, background)
+        elif self.mode is Mode.STORED:
+            with span("lock"):
+                kept = self.kept[key]
+                if kept.shape[0] not in (1, len(x)):
+                    rows = f"{kept.shape[0]} rows, and a forward of the edit has {len(x)}"
+                    raise InputError(f"the source ran with {rows}: run the source with one")
+                blend_(x, kept, repeated(weight, len(x)), token_dim, background)
+        elif self.mode is Mode.IN_BATCH:
+            with span("lock"):
+                blend_(x[1:], x[:1], repeated(weight, len(x) - 1), token_dim)
+
+    def _keep(self, key: tuple[int, str], x: Tensor, token_dim: int, background: Tensor | None) -> None:
+        """Pack x into what is there for this layer, or keep it in the format, or as it is."""
+        x = x.detach()  # what is kept would keep its whole forward
+        place = self.kept.get(key)
+        if not isinstance(place, QuantizedKV):
+            if self.format is not None:
+                heads = as_heads(x, token_dim, self._heads(key[0], x))
+                self.kept[key] = quantize_kv(heads, self.format, key[1], tokens=background)
+            else:
+                self.kept[key] = x.clone() if background is None else x.index_select(token_dim, background)
+            return
+        heads = as_heads(x, token_dim, place.shape[2])
+        packed = quantize_kv(
+            heads, place.format, place.kind, tokens=background, tokens_per_scale=place.tokens_per_scale
+        )
+        place.copy_(packed)
+
+    def _place_by_place(self, frames: int) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and background as a self-attention has its tokens that sees a place in all frames; once a forward."""
+        if self._at_places is None:
+            weight, background = self.weight, self.background
+            if weight is not None:
+                weight = weight.unflatten(1, (frames, -1)).transpose(1, 2).flatten(1)
+            if background is not None:
+                background = place_by_place(background, frames, self.tokens)
+            self._at_places = weight, background
+        return self._at_places
+
+    def _heads(self, layer: int, x: Tensor) -> int:
+        heads = self.heads[layer]
+        if x.ndim == 3 and (heads is None or x.shape[2] % heads):
+            raise InputError(
+                f"format {self.format!r} needs the attention's heads, and layer {layer} of {x.shape[2]} channels says "
+                f"{heads}: keep K and V as they are (format=None)"
+            )
+        return heads or 1
+
+
+def repeated(weight: Tensor, rows: int) -> Tensor:
+    """The weight of so many rows: that of the samples repeated, where branches of guidance share a batch.
+
+    Raises InputError for other numbers of rows.
+    """
+    samples = len(weight)
+    if samples in (1, rows):
+        return weight
+    if rows % samples:
+        raise InputError(f"a forward of the edit has {rows} rows, which is no multiple of the lock's {samples} samples")
+    return weight.repeat(rows // samples, 1)

@@ -1,0 +1,232 @@
+"""What follows a step's forwards: guidance, the solver's step, the variance, and the next alpha and omega.
+
+`DeviceStepper` does it in one operation on state that stays on the device (kernels/epilogue.py), by the solver's table.
+`SchedulerStepper` asks diffusers' scheduler, as diffusers does: for unlocked edits, whose bits are then diffusers' own,
+and for schedulers that have no table.
+"""
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from kvlock_fast.config import LockConfig
+from kvlock_fast.kernels.epilogue import step_epilogue
+from kvlock_fast.kernels.epilogue_state import Schedule, StepState, new_step_state
+from kvlock_fast.kernels.guidance import cfg_projection_reference, guided_prediction_reference
+from kvlock_fast.loop.foreground import mix_seam, seam_weights
+from kvlock_fast.loop.predictor import Task
+from kvlock_fast.loop.schedule import (
+    Controller,
+    VarianceWindow,
+    compares_with_source,
+    first_dynamic_step,
+    locked_steps,
+)  # fmt: skip
+from kvlock_fast.loop.solver import Solver
+from kvlock_fast.loop.source import SourcePath
+
+ALPHA = 1
+"""The column of a trace."""
+LEAST_VARIANCE = 1e-12
+"""Of the source, where tau follows it: one that does not move at all would divide by zero."""
+
+
+def schedule_of(lock: LockConfig, steps: int, tau: float | Tensor) -> Schedule:
+    """A lock in plain numbers; tau: its own, or a tensor that follows the source's variance."""
+    return Schedule(
+        window=max(2, min(lock.window, steps)),
+        alpha=None if lock.alpha == "dynamic" else lock.alpha,
+        dynamic_omega=lock.omega == "dynamic",
+        tau=tau,
+        b=lock.b,
+        first_dynamic_step=first_dynamic_step(lock, steps),
+        warmup_alpha=lock.warmup_alpha,
+        alpha_floor=lock.alpha_floor,
+        omega_floor=lock.omega_floor,
+        s_star=lock.s_star,
+        s_star_region=lock.projection_region,
+        detection=lock.detection,
+        zero_init_steps=lock.zero_init_steps,
+        alpha_snap=lock.alpha_snap,
+        alpha_lag=lock.alpha_lag,
+    )
+
+
+class DeviceStepper:
+    """No host reads: the step's number, alpha, omega, the window and the solver's coefficients are device tensors."""
+
+    def __init__(self, task: Task, solver: Solver, source: SourcePath, omega0: list[float]):
+        """omega0: the guidance scale of each step."""
+        lock, steps = task.lock, solver.num_steps
+        self.solver, self.lock = solver, lock
+        self.foreground = task.mask.token_latents.contiguous()
+        self.path = source.path if lock.keeps_background else None
+        self.seam = seam_weights(task.mask, lock)
+        window = max(2, min(lock.window, steps))
+        self.source_window, self.tau = None, lock.tau
+        if lock.tau == "auto":
+            self.tau = 1.0  # where nothing follows the variance
+            if compares_with_source(lock):
+                self.tau = torch.ones(1, device=solver.sigmas.device)
+                region = torch.ones_like(self.foreground) if lock.detection == "global" else self.foreground
+                self.source_window = VarianceWindow(window, region)
+        self.schedule = schedule_of(lock, steps, self.tau)
+        self.state = new_step_state(_start(task, source), solver.table, omega0, self.schedule)
+
+    @property
+    def latents(self) -> Tensor:
+        """[B, C, T, H, W] fp32, at the step that comes next."""
+        return self.state.latents
+
+    @property
+    def alpha(self) -> Tensor:
+        """[B] fp32, of the step that comes next."""
+        return self.state.alpha
+
+    @property
+    def later_alpha(self) -> Tensor:
+        """[B] fp32, of the step after that, where alpha lags."""
+        return self.state.alpha if self.state.later_alpha is None else self.state.later_alpha
+
+    def advance(
+        self, k: int, source: Tensor | None, source_latent: Tensor, cond: Tensor | None, uncond: Tensor | None
+    ) -> None:
+        """Take step k by the predictions of the source [1, ...] (where tau follows it) and of both branches [B, ...].
+
+        cond is None in the steps whose prediction is taken as 0.
+        """
+        if self.source_window is not None and source is not None:
+            variance = self.source_window.push(self.solver.predict_clean(k, source, source_latent))
+            if variance is not None:
+                self.tau.copy_(variance.clamp_min(LEAST_VARIANCE))
+        cond = torch.zeros_like(self.latents) if cond is None else _by_rows(cond)
+        path = self.path if self.seam is None else None
+        step_epilogue(self.state, cond, _by_rows(uncond), self.foreground, self.schedule, path)
+        if self.seam is not None:
+            source = self.path.index_select(0, self.state.step)[0]
+            latents = mix_seam(self.state.latents, source, self.seam)
+            self.state.latents.copy_(latents)
+            bad = (~latents.isfinite()).flatten(1).any(1).float()  # the epilogue counted what is gone now
+            self.state.trace[..., -1].index_copy_(0, self.state.step.long() - 1, bad[None])
+
+    def trace(self) -> Tensor:
+        """[steps, B, 5]: variance, alpha, omega, s* and whether the latents hold NaN or inf, of each step."""
+        return unlocked_after_share(self.state.trace.clone(), self.lock)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that `advance` reads and writes, by name (but for the source's window); the mask as a copy."""
+        own = {"foreground": self.foreground.clone(), "path": self.path, "seam": self.seam}
+        named = {**vars(self.state), **own}
+        return {name: x for name, x in named.items() if x is not None}
+
+    def use(self, tensors: dict[str, Tensor]) -> None:
+        """Read and write these instead."""
+        self.state = StepState(**{field.name: tensors.get(field.name) for field in fields(StepState)})
+        self.foreground, self.path, self.seam = tensors["foreground"], tensors.get("path"), tensors.get("seam")
+
+
+class SchedulerStepper:
+    """By diffusers' scheduler, a step at a time."""
+
+    def __init__(self, task: Task, solver: Solver, source: SourcePath, omega0: list[float]):
+        """omega0: the guidance scale of each step."""
+        solver.restart()
+        self.task, self.solver, self.source, self.omega0 = task, solver, source, omega0
+        self.controller = Controller(task.lock, solver.num_steps, task.batch, task.mask.token_latents)
+        self.latents = self._as_diffusers(_start(task, source))
+        self.alpha = self.controller.alpha(0)
+        self._trace: list[Tensor] = []
+        self._taken = 0
+
+    def advance(
+        self, k: int, source: Tensor | None, source_latent: Tensor, cond: Tensor | None, uncond: Tensor | None
+    ) -> None:
+        """As DeviceStepper's."""
+        task, controller, solver = self.task, self.controller, self.solver
+        omega = controller.omega(k, self.omega0[k], task.guided(self.omega0[k]))
+        if cond is None:
+            prediction, s_star, variance = torch.zeros_like(self.latents), controller.ones, controller.no_variance
+            controller.skip()
+        else:
+            at = self.latents, solver.sigmas[k]
+            prediction, s_star = guide(task, cond, uncond, omega, self.omega0[k], *at)
+            clean = solver.predict_clean(k, prediction, self.latents)
+            source_clean = None if source is None else solver.predict_clean(k, source, source_latent)
+            variance = controller.observe(clean, source_clean)
+        latents = solver.step(k, prediction, self.latents)
+        self.latents = self._as_diffusers(keep_background(task, latents, self.source.at(k + 1)))
+        bad = (~self.latents.isfinite()).flatten(1).any(1).float()
+        self._trace.append(torch.stack([variance, self.alpha, omega, s_star, bad], dim=-1))
+        self.alpha = controller.alpha(k + 1)
+        self._taken = k + 1
+
+    def _as_diffusers(self, latents: Tensor) -> Tensor:
+        """In the dtype that the family's pipeline keeps them in, where its bits are wanted."""
+        return latents.to(self.task.latents_dtype) if self.task.lock.stock else latents
+
+    @property
+    def later_alpha(self) -> Tensor:
+        """As DeviceStepper's."""
+        return self.controller.alpha(self._taken + 1)
+
+    def trace(self) -> Tensor:
+        """[steps, B, 5], as DeviceStepper's."""
+        return unlocked_after_share(torch.stack(self._trace), self.task.lock)
+
+
+Stepper = DeviceStepper | SchedulerStepper
+
+
+def new_stepper(task: Task, solver: Solver, source: SourcePath, omega0: list[float]) -> Stepper:
+    """On the device, unless diffusers' own bits are wanted or its scheduler has no table."""
+    return stepper_kind(task.lock, solver)(task, solver, source, omega0)
+
+
+def stepper_kind(lock: LockConfig, solver: Solver) -> type[Stepper]:
+    """Which of the two takes an edit's steps."""
+    return SchedulerStepper if lock.stock or solver.table is None else DeviceStepper
+
+
+def _by_rows(x: Tensor | None) -> Tensor | None:
+    """With T, H, W contiguous: where a patch is a single latent, diffusers returns its tokens transposed."""
+    return x if x is None or x[:1, :1].is_contiguous() else x.contiguous()
+
+
+def _start(task: Task, source: SourcePath) -> Tensor:
+    """The latents before step 0."""
+    return keep_background(task, source.start.expand(task.batch, -1, -1, -1, -1), source.at(0))
+
+
+def unlocked_after_share(trace: Tensor, lock: LockConfig) -> Tensor:
+    """A trace [steps, B, 5] whose alpha is 0 in the steps beyond those that lock at all."""
+    trace[locked_steps(lock, len(trace)) :, :, ALPHA] = 0
+    return trace
+
+
+def keep_background(task: Task, latents: Tensor, source_latent: Tensor) -> Tensor:
+    """The background of the source's path, where the lock keeps it; else the latents as they are."""
+    if not task.lock.keeps_background:
+        return latents
+    weights = seam_weights(task.mask, task.lock)
+    if weights is not None:
+        return mix_seam(latents, source_latent.to(latents.dtype), weights)
+    return torch.where(task.mask.token_latents[:, None], latents, source_latent.to(latents.dtype))
+
+
+def guide(
+    task: Task, cond: Tensor, uncond: Tensor | None, omega: Tensor, omega0: float, latents: Tensor, sigma: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The guided prediction at these latents and s*: eps = s* eps_u + omega (eps_c - s* eps_u)."""
+    lock, ones = task.lock, torch.ones_like(omega)
+    if not lock.stock:  # in fp32, or the scheduler would round the latents to the model's dtype
+        cond, uncond = cond.float(), None if uncond is None else uncond.float()
+    if uncond is None or lock.stock_guidance or not task.guided(omega0):
+        # In the order of diffusers, whose bits they then are.
+        return task.combine(cond, uncond, omega0, latents, sigma), ones
+    s_star = ones
+    if lock.s_star:
+        where = task.mask.token_latents[:, None] if lock.projection_region == "foreground" else None
+        c, u = (x if where is None else torch.where(where, x, 0.0) for x in (cond, uncond))
+        s_star = cfg_projection_reference(c, u)
+    return guided_prediction_reference(cond, uncond, omega, s_star), s_star

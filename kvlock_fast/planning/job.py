@@ -1,0 +1,150 @@
+"""An edit to be planned, and the bytes it needs in each tier and format.
+
+Bytes of the cache are those of `StepLayout`: what is allocated. Activations are an estimate: what is alive in
+a block of diffusers' own, within 8 %.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from math import prod
+
+import torch
+
+from kvlock_fast.cache.layout import KVShape, StepLayout
+from kvlock_fast.planning import costs
+from kvlock_fast.planning.model_size import ModelSize
+
+DEVICE_SLOTS = 2
+"""Arenas on the GPU in the tiers host and disk: the step at work and the next."""
+STAGING_ARENAS = 1
+"""Pinned arenas between disk and GPU."""
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Needed or there, by place. gpu is 0 where models run on the CPU."""
+
+    gpu: int
+    host: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be planned.
+
+    height, width: in pixels, as the model takes them; background_tokens: those locked and stored; steps_stored: arenas
+    of the cache; steps_locked: steps at which alpha can exceed 0 (None: those stored; more with a step stride, or
+    where warm-up steps are not stored); steps_along: those of them at which the source runs along though a tier
+    stores; prompts: edits of the source made together; edits: how often, with the same cache; layers: the locked
+    ones, None for all; dtype: of the weights; window: predictions kept for the variance; encoders_on_device: text
+    encoders and autoencoder stay there; sparse_steps: how many steps compute the foreground alone, at least and at most
+    (None: computation in full).
+    """
+
+    model: ModelSize
+    frames: int
+    height: int
+    width: int
+    background_tokens: int
+    steps_stored: int
+    num_steps: int
+    prompts: int = 1
+    guided: bool = True
+    edits: int = 1
+    steps_locked: int | None = None
+    steps_along: int = 0
+    layers: tuple[int, ...] | None = None
+    dtype: torch.dtype = torch.bfloat16
+    window: int = 10
+    encoders_on_device: bool = True
+    sparse_steps: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if self.steps_locked is None:
+            object.__setattr__(self, "steps_locked", self.steps_stored)
+        for name in ("frames", "height", "width", "num_steps", "prompts", "edits"):
+            _check_whole(name, getattr(self, name), 1, None)
+        _check_whole("background_tokens", self.background_tokens, 0, self.tokens)
+        _check_whole("steps_locked", self.steps_locked, 0, self.num_steps)
+        _check_whole("steps_along", self.steps_along, 0, self.steps_locked)
+        _check_whole("steps_stored", self.steps_stored, 0, self.steps_locked - self.steps_along)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of the video."""
+        return prod(self.model.geometry.token_grid(self.frames, self.height, self.width))
+
+    @property
+    def all_tokens(self) -> int:
+        """In self-attention: of video and text."""
+        return self.tokens + self.model.text_tokens
+
+    @property
+    def foreground_tokens(self) -> int:
+        return self.tokens - self.background_tokens
+
+    def rows(self, prompts: int, lockstep: bool) -> int:
+        """Samples in a forward: a branch or two of each prompt, and in lockstep the source."""
+        return prompts * (2 if self.guided else 1) + lockstep
+
+    @cached_property
+    def forward_seconds(self) -> float:
+        """Of one row."""
+        return costs.forward_seconds(self.model, self.all_tokens)
+
+    def layout(self, format: str) -> StepLayout:
+        """Of one step's arena."""
+        layers = tuple(range(self.model.layers)) if self.layers is None else self.layers
+        shape = KVShape(layers, self.background_tokens, self.model.heads, self.model.head_dim)
+        return _layout(shape, format, self.dtype)
+
+    @property
+    def naive_bytes_per_step(self) -> int:
+        """K and V in bf16 of every video token and every layer, of one branch."""
+        return 2 * self.tokens * self.model.dim * self.model.layers * 2
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.model.weight_bytes(self.dtype, self.encoders_on_device)
+
+    @property
+    def activation_bytes(self) -> int:
+        """The peak inside a block, of one row."""
+        return self.all_tokens * self.model.activation_bytes(self.dtype)
+
+    @property
+    def video_latent_bytes(self) -> int:
+        """Of one video's latents in fp32."""
+        return 4 * self.model.channels * self.tokens * prod(self.model.geometry.patch_size)
+
+    def latent_bytes(self, prompts: int) -> int:
+        """In fp32: of each prompt the latents, the next, the guided prediction, the clean one and the window; of the
+        source the clean latents, the noise, and its path through all steps.
+        """
+        return self.video_latent_bytes * (prompts * (self.window + 4) + self.num_steps + 3)
+
+    def needed(self, tier: str, format: str | None, prompts: int, gpu: bool) -> Bytes:
+        """With so many prompts in a forward; without a GPU all memory is the host's."""
+        device = self.weight_bytes + self.latent_bytes(prompts)
+        device += self.rows(prompts, tier == "lockstep" or self.steps_along > 0) * self.activation_bytes
+        arena = 0 if format is None else self.layout(format).nbytes
+        stored = self.steps_stored * arena
+        if self.sparse_steps is not None and (tier == "lockstep" or self.steps_along):
+            device += self.layout("native").nbytes  # of the source's forward, which comes first
+        device += {"resident": stored, "host": DEVICE_SLOTS * arena, "disk": DEVICE_SLOTS * arena}.get(tier, 0)
+        host = {"host": stored, "disk": STAGING_ARENAS * arena * gpu}.get(tier, 0)
+        disk = stored + self.num_steps * self.video_latent_bytes if tier == "disk" else 0
+        return Bytes(device, host, disk) if gpu else Bytes(0, device + host, disk)
+
+
+@lru_cache(maxsize=256)
+def _layout(shape: KVShape, format: str, dtype: torch.dtype) -> StepLayout:
+    return StepLayout.usual(shape, format, dtype)
+
+
+def _check_whole(name: str, value: object, least: int, most: int | None) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        bound = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} must be a whole number {bound}, got {value!r}")

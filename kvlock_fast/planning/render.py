@@ -1,0 +1,240 @@
+"""A plan for people, as text of at most 80 columns, and for programs, as plain values."""
+
+import textwrap
+from typing import Any
+
+from kvlock_fast.planning import costs
+from kvlock_fast.planning.job import Bytes, Job
+from kvlock_fast.planning.planner import Plan, Row
+from kvlock_fast.units import text_bytes, text_seconds
+
+WIDTH = 80
+PAYS = 1.1
+"""How many times faster foreground-only steps must be to be worth their own mode."""
+NOTE = (
+    f"Times are the least that an H200 can take: arithmetic at {costs.MATRIX_RATE / 1e12:.0f} TFLOP/s "
+    f"({costs.NARROW_RATE / 1e12:.0f} in attention with heads of {costs.NARROW_HEAD}), a link of "
+    f"{costs.LINK_BANDWIDTH / 1e9:.0f} GB/s and a disk of {costs.DISK_BANDWIDTH / 1e9:.0f} GB/s; "
+    "not measured on this machine. Memory is exact for the cache, an estimate for activations. 1 GB = 10^9 bytes."
+)
+
+
+def render(plan: Plan) -> str:
+    """The plan as text: what is asked, the cache by format, the tiers, the choice."""
+    parts = [_heading(plan.job), _formats(plan), _tiers(plan), _remarks(plan), _choice(plan), _wrap(NOTE)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _heading(job: Job) -> str:
+    model = job.model
+    locked = len(job.layout("native").shape.layers)
+    text = f" + {model.text_tokens} of text" if model.text_tokens else ""
+    share = 100 * job.foreground_tokens / job.tokens
+    edits = f", {job.edits} times" if job.edits > 1 else ""
+    stored = f", {job.steps_stored} stored" if job.steps_stored != job.steps_locked else ""
+    branches = "guided (two branches)" if job.guided else "unguided (one branch)"
+    layers = f"{model.layers}" if locked == model.layers else f"{locked} of {model.layers} locked"
+    facts = [
+        ("model", f"{model.name}, {_dtype(job)}, {layers} layers of {model.heads} heads x {model.head_dim}"),
+        ("video", f"{job.frames} frames of {job.height}x{job.width}: {job.tokens} tokens{text}"),
+        ("mask", f"{share:.3g} % foreground: {job.foreground_tokens} tokens; {job.background_tokens} background"),
+        ("steps", f"{job.num_steps}, {job.steps_locked} of them locked{stored}"),
+        ("edits", f"{job.prompts} prompt{'s' * (job.prompts > 1)}{edits}, {branches}"),
+    ]
+    if job.sparse_steps is not None:
+        surely, most = job.sparse_steps
+        steps = f"{surely} steps" if surely == most else f"{surely} to {most} steps, as alpha turns out,"
+        facts.append(("tokens", f"{job.foreground_tokens} of {job.tokens} computed in {steps} of {job.num_steps}"))
+    return "\n".join(f"{name:<7}{line}" for name, line in facts)
+
+
+def _formats(plan: Plan) -> str:
+    """The cache by format; nothing where only lockstep was asked for."""
+    figures = _format_figures(plan)
+    if not figures:
+        return ""
+    job = plan.job
+    lines = [_cells("cache", "codes/step", "scales/step", "all steps", "smaller than naive")]
+    for name, f in figures.items():
+        per_step, whole = f["ratio_to_naive_per_step"], f["ratio_to_naive"]
+        ratio = "-" if per_step is None else f"{per_step:.3g}x"
+        ratio += "" if whole in (per_step, None) else f"; {whole:.3g}x in all"
+        sizes = (f["payload_bytes_per_step"], f["scale_bytes_per_step"], f["bytes"])
+        lines.append(_cells(name, *map(_amount, sizes), ratio))
+    naive = (job.naive_bytes_per_step, 0, job.naive_bytes_per_step * job.num_steps)
+    lines.append(_cells("naive", *map(_amount, naive), "(bf16, all tokens, all steps)"))
+    return "\n".join(lines)
+
+
+def _cells(name: str, *cells: str) -> str:
+    first, second, third, last = cells
+    return f"{name:<10}{first:>12}{second:>13}{third:>11}   {last}".rstrip()
+
+
+def _tiers(plan: Plan) -> str:
+    """One line a row of the plan, below what is there; a "!" where that is less than needed."""
+    machine, several = plan.machine, plan.job.prompts > 1
+    heading = "at once" if several else "fits"
+    lines = [_tier_cells("tier", "format", "GPU ", "host ", "disk ", "transfer", "compute", "forwards", heading)]
+    there = (
+        "none " if n is None else f"{text_bytes(n)} "
+        for n in (machine.gpu_bytes, machine.host_bytes, machine.disk_bytes)
+    )
+    lines.append(_tier_cells("there:", "", *there, "", "", "", ""))
+    previous = None
+    for row in plan.rows:
+        chosen = (row.tier, row.format) == (plan.choice.tier, plan.choice.format)
+        fits = "no" if row.short else str(row.prompts) if several else "yes"
+        needed = (("GPU", row.needed.gpu), ("host", row.needed.host), ("disk", row.needed.disk))
+        amounts = (_amount(count) + ("!" if name in row.short else " ") for name, count in needed)
+        times = (_time(row.transfer_seconds), _time(row.compute_seconds))
+        new = row.tier != previous
+        lines += [""] * (new and previous is not None)
+        cells = (row.tier if new else "", row.format or "-", *amounts, *times, str(row.rows), fits + " <-" * chosen)
+        lines.append(_tier_cells(*cells))
+        previous = row.tier
+    return "\n".join(lines)
+
+
+def _tier_cells(tier, format, gpu, host, disk, transfer, compute, forwards, fits) -> str:
+    line = f"{tier:<9}{format:<8}{gpu:>9}{host:>9}{disk:>9}{transfer:>9}{compute:>8}{forwards:>9}  {fits}"
+    return line.rstrip()
+
+
+def _remarks(plan: Plan) -> str:
+    """What the columns mean, and whether foreground-only computation pays."""
+    job = plan.job
+    branches = "two a prompt (guidance needs both)" if job.guided else "one a prompt"
+    columns = (
+        f"Needed, and ! where that is not there. transfer, compute: of one locked step; the step waits where the "
+        f"transfer is the longer. forwards: of one locked step, {branches}, and in lockstep one of the source; a "
+        f"stored tier has {job.steps_stored} forwards of the source before the first edit instead."
+    )
+    columns += " at once: prompts in a forward." if job.prompts > 1 else ""
+    columns += " Without a GPU all memory is the host's." if plan.machine.gpu_bytes is None else ""
+    along = f" The source also runs along in {job.steps_along} steps that are not stored." if job.steps_along else ""
+    gains = foreground_gains(job)
+    pays = "pays" if gains["stored"] > PAYS else "does not pay"
+    foreground = (
+        f"Foreground-only computation {pays}: steps up to {gains['stored']:.1f}x faster with a stored cache, "
+        f"{gains['lockstep']:.1f}x in lockstep (where alpha is 1 and every layer is locked)."
+    )
+    return "\n\n".join((_wrap(columns + along), _wrap(foreground)))
+
+
+def _choice(plan: Plan) -> str:
+    choice = plan.choice
+    name = "none" if choice.tier is None else " ".join(filter(None, (choice.tier, choice.format)))
+    at_once = f", {choice.prompts} prompts in a forward" if choice.prompts > 1 else ""
+    return _wrap(f"choice: {name}{at_once}: {choice.reason}.")
+
+
+def foreground_gains(job: Job) -> dict[str, float]:
+    """How many times faster a step is that computes foreground and text only, with a stored cache and in lockstep."""
+    queries = max(1, job.foreground_tokens + job.model.text_tokens)
+    rows = job.rows(job.prompts, False)
+    return {
+        name: costs.foreground_gain(job.model, job.all_tokens, queries, rows, source)
+        for name, source in (("stored", 0), ("lockstep", 1))
+    }
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Plain values: bytes and seconds, names as strings."""
+    job, model = plan.job, plan.job.model
+    gains = foreground_gains(job)
+    return {
+        "model": model.name,
+        "dtype": _dtype(job),
+        "frames": job.frames,
+        "height": job.height,
+        "width": job.width,
+        "steps": job.num_steps,
+        "steps_locked": job.steps_locked,
+        "steps_stored": job.steps_stored,
+        "layers": model.layers,
+        "locked_layers": len(job.layout("native").shape.layers),
+        "prompts": job.prompts,
+        "edits": job.edits,
+        "guided": job.guided,
+        "tokens": job.tokens,
+        "text_tokens": model.text_tokens,
+        "foreground_tokens": job.foreground_tokens,
+        "background_tokens": job.background_tokens,
+        "naive_bytes_per_step": job.naive_bytes_per_step,
+        "naive_bytes": job.naive_bytes_per_step * job.num_steps,
+        "formats": _format_figures(plan),
+        "memory": {
+            "weight_bytes": job.weight_bytes,
+            "activation_bytes_per_row": job.activation_bytes,
+            "latent_bytes": job.latent_bytes(job.prompts),
+        },
+        "machine": vars(plan.machine),
+        "forward_seconds": job.forward_seconds,
+        "tiers": [_row_figures(row) for row in plan.rows],
+        "foreground_only": {"pays": gains["stored"] > PAYS, "gain": gains},
+        "tokens_computed": _tokens_computed(job),
+        "choice": vars(plan.choice),
+        "rates": costs.RATES,
+        "note": NOTE,
+    }
+
+
+def _tokens_computed(job: Job) -> dict[str, int]:
+    """Of the video, in a full step and in one of the foreground alone, and how many of these there are."""
+    surely, most = job.sparse_steps or (0, 0)
+    per_step = {"full_step": job.tokens, "foreground_step": job.foreground_tokens}
+    return {**per_step, "foreground_steps_at_least": surely, "foreground_steps_at_most": most}
+
+
+def _format_figures(plan: Plan) -> dict[str, dict[str, float | int | None]]:
+    """Of the formats that the plan has rows of; ratios are None where nothing is stored."""
+    job, figures = plan.job, {}
+    for format in dict.fromkeys(row.format for row in plan.rows if row.format):
+        layout = job.layout(format)
+        whole = layout.nbytes * job.steps_stored
+        figures[format] = {
+            "payload_bytes_per_step": layout.payload_bytes,
+            "scale_bytes_per_step": layout.scale_bytes,
+            "bytes_per_step": layout.nbytes,
+            "bytes": whole,
+            "ratio_to_naive_per_step": job.naive_bytes_per_step / layout.nbytes if layout.nbytes else None,
+            "ratio_to_naive": job.naive_bytes_per_step * job.num_steps / whole if whole else None,
+        }
+    return figures
+
+
+def _row_figures(row: Row) -> dict[str, Any]:
+    needed: Bytes = row.needed
+    return {
+        "tier": row.tier,
+        "format": row.format,
+        "gpu_bytes": needed.gpu,
+        "host_bytes": needed.host,
+        "disk_bytes": needed.disk,
+        "fits": row.fits,
+        "short": list(row.short),
+        "prompts_at_once": row.prompts,
+        "forwards_per_step": row.rows,
+        "transfer_seconds_per_step": row.transfer_seconds,
+        "compute_seconds_per_step": row.compute_seconds,
+        "exposed_seconds_per_step": row.exposed_seconds,
+        "source_seconds": row.source_seconds,
+        "seconds": row.seconds,
+    }
+
+
+def _dtype(job: Job) -> str:
+    return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(job.dtype).removeprefix("torch.")]
+
+
+def _amount(count: int) -> str:
+    return text_bytes(count) if count else "-"
+
+
+def _time(seconds: float) -> str:
+    return text_seconds(seconds) if seconds else "-"
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, WIDTH)

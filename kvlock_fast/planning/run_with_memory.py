@@ -1,0 +1,182 @@
+"""Room for an edit: which tier a call takes, and what is tried when memory runs out in spite of the plan."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from kvlock_fast.config import CacheConfig
+from kvlock_fast.edits import Scene
+from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.files import user_cache_folder
+from kvlock_fast.locking.arch import select_layers
+from kvlock_fast.locking.lock import kv_sizes
+from kvlock_fast.loop.foreground import sparse_steps
+from kvlock_fast.loop.predictor import Task
+from kvlock_fast.loop.stored_source import steps_to_store
+from kvlock_fast.planning.find_model import from_pipeline
+from kvlock_fast.planning.machine import Machine
+from kvlock_fast.planning.planner import TIERS, Plan, Rung, ladder, plan
+from kvlock_fast.planning.render import render
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to run a call: the cache's config with its tier decided, and whether to decode in tiles."""
+
+    cache: CacheConfig
+    tiled_decoding: bool = False
+
+
+def run_with_memory(run: Callable[[Way], Result], scene: Scene, task: Task, cache: CacheConfig, pipe: Any) -> Result:
+    """`run` in the way that the planner chooses, and in smaller ones while memory runs out."""
+    cache = _what_layers_allow(scene, cache)
+    planned = _plan(scene, task, cache, pipe)
+    way = _first_way(planned, scene, cache)
+
+    def rungs() -> list[Rung]:
+        named = scene.saved is not None
+        format = scene.saved.layout.format if named else way.cache.format
+        prompts = way.cache.prompts_at_once or task.batch
+        below = _unplanned(way, prompts) if planned is None else ladder(planned, way.cache.tier, format, prompts)
+        # A cache that is there has its format, and is to be read.
+        return [rung for rung in below if not named or (rung.format == format and rung.tier != "lockstep")]
+
+    return _downwards(way, rungs, run, scene)
+
+
+def _what_layers_allow(scene: Scene, cache: CacheConfig) -> CacheConfig:
+    """Lockstep, with a warning, where a cache is asked for that layers of several sizes cannot have."""
+    if cache.tier in ("auto", "lockstep") or scene.saved is not None or not scene.lock.locks:
+        return cache
+    try:
+        for transformer in scene.model.transformers:
+            kv_sizes(transformer, scene.model.arch)
+    except InputError as error:
+        warnings.warn(f"{error}: the source is run along instead", InputWarning, stacklevel=4)
+        return replace(cache, tier="lockstep")
+    return cache
+
+
+def _plan(scene: Scene, task: Task, cache: CacheConfig, pipe: Any) -> Plan | None:
+    """The plan of a call on this machine, for the tier that was asked for, or for all; None where there is none."""
+    if scene.windows is not None:  # a clip in stretches is made for little memory, and not planned
+        return None
+    try:
+        model = from_pipeline(pipe)
+    except InputError:
+        return None
+    lock, steps, stage = scene.lock, scene.solver.num_steps, scene.stage
+    slots = steps_to_store(lock, cache, steps, stage)
+    locked = len(steps_to_store(lock, replace(cache, steps="all", step_stride=1), steps, stage))
+    tiers = TIERS if cache.tier == "auto" else tuple(dict.fromkeys(("lockstep", cache.tier)))
+    machine = Machine.here(scene.mask.tokens.device, cache.root or user_cache_folder())
+    if cache.tier == "disk":  # there may be an entry already; if not, a full disk shows when it is written
+        machine = replace(machine, disk_bytes=sys.maxsize)
+    format = cache.format
+    if scene.saved is not None:
+        slots, format = scene.saved.slots, scene.saved.layout.format
+        tiers = tuple(tier for tier in tiers if tier != "lockstep")
+    return plan(
+        model,
+        *scene.frames.shape[:3],
+        len(scene.background()),
+        len(set(slots.values())),
+        steps,
+        steps_locked=max(locked, len(slots)),
+        steps_along=max(0, locked - len(slots)),
+        machine=machine,
+        formats=(format,),
+        tiers=tiers,
+        prompts=min(task.batch, cache.prompts_at_once or task.batch),
+        guided=task.negative is not None,
+        layers=select_layers(model.layers, lock.layers),
+        window=max(2, min(lock.window, steps)),
+        sparse_steps=sparse_steps(lock, steps),
+    )
+
+
+def _first_way(planned: Plan | None, scene: Scene, cache: CacheConfig) -> Way:
+    """The tier and the prompts at once that fit best.
+
+    Raises InputError with the plan's table where nothing fits the host's memory, which nobody can hand back; what
+    does not fit a GPU by the plan is tried all the same.
+    """
+    smallest = "disk" if scene.saved is not None else "lockstep"
+    if planned is None:
+        return Way(replace(cache, tier=smallest) if cache.tier == "auto" else cache)
+    choice = planned.choice
+    asked = next((row for row in planned.rows if row.tier == cache.tier and row.fits), None)
+    if asked is not None:
+        return Way(replace(cache, prompts_at_once=asked.prompts))
+    if choice.tier is not None:
+        tier = _tier_of_saved(planned, cache) if scene.saved is not None else choice.tier
+        if cache.tier not in ("auto", tier):
+            message = f"there is too little memory for the tier {cache.tier}: the source is run along instead"
+            warnings.warn(message, InputWarning, stacklevel=4)
+        return Way(replace(cache, tier=tier, prompts_at_once=choice.prompts))
+    if planned.machine.gpu_bytes is None and scene.saved is None:
+        table = render(planned)
+        raise InputError(f"there is too little memory:\n{table}\nthere is too little memory: {choice.reason}")
+    return Way(replace(cache, tier=smallest if cache.tier == "auto" else cache.tier, prompts_at_once=1))
+
+
+def _tier_of_saved(planned: Plan, cache: CacheConfig) -> str:
+    """Where a cache's files are read to: the fastest place with room, but no copy in memory where models run in it."""
+    if cache.tier != "auto":
+        return cache.tier
+    if planned.machine.gpu_bytes is None:
+        return "disk"
+    fitting = [row.tier for row in planned.rows if not set(row.short) - {"disk"}]
+    return next((tier for tier in ("resident", "host") if tier in fitting), "disk")
+
+
+def _unplanned(way: Way, prompts: int) -> list[Rung]:
+    """Of a clip in stretches, or of a model whose sizes are not known."""
+    below = []
+    if way.cache.tier in ("resident", "host"):
+        below.append(Rung("lockstep", None, prompts, False, "running the source along"))
+    if prompts > 1:
+        below.append(Rung("lockstep", None, 1, False, "running the source along, one prompt at a time"))
+    return below
+
+
+def _downwards(way: Way, rungs: Callable[[], list[Rung]], run: Callable[[Way], Result], scene: Scene) -> Result:
+    """`run` by way, then by the ladder's rungs while memory runs out; each is said in a warning.
+
+    Raises InputError when the last one fails.
+    """
+    try:
+        return run(way)
+    except torch.OutOfMemoryError:
+        pass  # what it held is free once the handler is left
+    if scene.kept_loops is not None and scene.kept_loops.loops:
+        scene.kept_loops.clear()
+        _free()
+        try:
+            return run(way)
+        except torch.OutOfMemoryError:
+            scene.kept_loops.clear()
+    for rung in rungs():
+        _free()
+        warnings.warn(f"memory ran out: {rung.reason}", InputWarning, stacklevel=2)
+        changes: dict[str, Any] = {"tier": rung.tier, "prompts_at_once": rung.prompts}
+        if way.cache.path is None and rung.format is not None:  # a cache that is there has its own
+            changes["format"] = rung.format
+        way = Way(replace(way.cache, **changes), rung.tiled_decoding)
+        try:
+            return run(way)
+        except torch.OutOfMemoryError:
+            if scene.kept_loops is not None:
+                scene.kept_loops.clear()
+    raise InputError("there is too little memory on the device: use a smaller size or fewer frames")
+
+
+def _free() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

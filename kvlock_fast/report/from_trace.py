@@ -1,0 +1,218 @@
+"""The page of an edit, made again from its trace and the files that are left."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.media import MaskShape, is_box, read_video, resize_mask, resize_video
+from kvlock_fast.media.clip import read_clip
+from kvlock_fast.report.contact_sheet import write_sheet
+from kvlock_fast.report.page import write_report
+
+MOST_BYTES = 256 << 20
+MOST_STEPS = 10_000
+MOST_TOKENS = 10**9
+
+_VALUES = ("variance", "alpha", "omega", "s_star", "seconds")
+
+
+def read_trace(path: Path) -> dict[str, Any]:
+    """What `edit --trace` and `demo` write: prompts, steps, warmup_steps, records; settings, metrics, files, command.
+
+    The last four may be missing, then they are empty. Raises InputError naming the file and what is wrong with it.
+    """
+    if not path.is_file():
+        raise InputError(f"'{path}' is not a file" if path.exists() else f"the trace '{path}' does not exist")
+    if path.stat().st_size > MOST_BYTES:
+        raise InputError(f"the trace '{path}' is larger than {MOST_BYTES} bytes")
+    try:
+        data = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"the trace '{path}' is not valid JSON: {str(error).splitlines()[0]}") from error
+    try:
+        return _checked(data)
+    except _Wrong as wrong:
+        raise InputError(f"'{path}' is not a trace of an edit: {wrong}") from None
+
+
+class _Wrong(Exception):
+    """What is wrong with a trace, in words."""
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"it holds {name}")
+
+
+def _checked(data: Any) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise _Wrong(f"it holds a {type(data).__name__}")
+    for name in ("prompts", "steps", "warmup_steps", "records"):
+        if name not in data:
+            raise _Wrong(f"it has no {name}")
+    prompts = data["prompts"]
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise _Wrong("prompts is not a list of texts")
+    steps, warmup = data["steps"], data["warmup_steps"]
+    if not _whole(steps, 1, MOST_STEPS) or not _whole(warmup, 0, MOST_STEPS):
+        raise _Wrong(f"steps is {_short(steps)} and warmup_steps is {_short(warmup)}")
+    records = data["records"]
+    if not isinstance(records, list) or len(records) > steps * len(prompts):
+        raise _Wrong("records is not a list with at most one of each step and prompt")
+    if not _whole(data.get("tokens", 0), 0, MOST_TOKENS):
+        raise _Wrong(f"tokens is {_short(data['tokens'])}")
+    for i, record in enumerate(records):
+        _check_record(i, record, steps, len(prompts))
+    kinds = {"settings": dict, "metrics": list, "files": dict, "command": str}
+    for name, kind in kinds.items():
+        data[name] = data.get(name, kind())
+        if not isinstance(data[name], kind):
+            raise _Wrong(f"{name} is {_short(data[name])}")
+    for one in data["metrics"]:
+        if not isinstance(one, dict) or not all(_number_or_none(value) for value in one.values()):
+            raise _Wrong(f"metrics holds {_short(one)}")
+    return data
+
+
+def _check_record(index: int, record: Any, steps: int, prompts: int) -> None:
+    if not isinstance(record, dict):
+        raise _Wrong(f"record {index} is {_short(record)}")
+    if not _whole(record.get("tokens", 0), 0, MOST_TOKENS):
+        raise _Wrong(f"record {index} has {_short(record['tokens'])} as its tokens")
+    for name, most in (("step", steps), ("sample", prompts)):
+        if not _whole(record.get(name), 0, most - 1):
+            raise _Wrong(f"record {index} has {_short(record.get(name))} as its {name}")
+    for name in _VALUES:
+        value = record.get(name)
+        if name not in record or not _number_or_none(value) or (name == "seconds" and value is None):
+            raise _Wrong(f"record {index} has {_short(value)} as its {name}")
+
+
+def _whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _number_or_none(value: Any) -> bool:
+    if value is None:
+        return True
+    # A whole number of JSON may be too large for a float.
+    return (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 and math.isfinite(value)
+    )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What is left of an edit, all of one size and length: uint8 [F, H, W, 3], bool [F, H, W], None where missing."""
+
+    source: np.ndarray | None
+    mask: np.ndarray | None
+    edits: list[np.ndarray]
+    fps: Fraction
+
+
+def remake_report(
+    trace_path: Path, output: Path, sheet: Path | None, source: str | None, mask: str | None, edited: list[str]
+) -> None:
+    """Write the page, and the sheet if one is wanted, with the files given or else those that the trace names.
+
+    The figures are those of the trace. Warns where a file that the trace names is no longer there. Raises InputError
+    for a trace or a file that cannot be read or does not fit, and for a sheet without all three kinds of video.
+    """
+    trace = read_trace(trace_path)
+    found = _Files(trace_path, trace)
+    wanted_edits = edited or found.listed("outputs")
+    if len(edited) not in (0, len(trace["prompts"])):
+        raise InputError(
+            f"--edited names {len(edited)} videos, but '{trace_path}' is of {len(trace['prompts'])} prompts"
+        )
+    pictures = _read(trace, source or found.one("source"), mask or found.one("mask"), wanted_edits)
+    if sheet is not None:
+        if pictures.source is None or pictures.mask is None or not pictures.edits:
+            raise InputError(f"--sheet '{sheet}' needs the source, the mask and the edit: give those that are missing")
+        write_sheet(sheet, pictures.source, pictures.mask, pictures.edits)
+    write_report(
+        output,
+        source=pictures.source,
+        mask=pictures.mask,
+        edited=pictures.edits,
+        trace=trace,
+        settings=trace["settings"],
+        command=trace["command"],
+        metrics=trace["metrics"] or None,
+        fps=pictures.fps,
+    )
+
+
+class _Files:
+    """The files that a trace names: as they were typed, or beside the trace."""
+
+    def __init__(self, trace_path: Path, trace: dict[str, Any]):
+        self.folder, self.names = trace_path.parent, trace["files"]
+
+    def one(self, kind: str) -> str | None:
+        """The path, or box, of that kind; None (with a warning) where it is not there."""
+        return self._found(kind, self.names.get(kind))
+
+    def listed(self, kind: str) -> list[str]:
+        """All the paths of a kind, or none where one is not there."""
+        names = self.names.get(kind)
+        paths = [self._found(kind, name) for name in names] if isinstance(names, list) else []
+        return [] if None in paths else paths
+
+    def _found(self, kind: str, name: Any) -> str | None:
+        if not isinstance(name, str) or not name or is_box(name):
+            return name if isinstance(name, str) and name else None
+        for path in (Path(name), self.folder / name):
+            if path.exists():
+                return str(path)
+        message = f"'{name}' of the trace ({kind}) is not there any more: the page goes without it"
+        warnings.warn(message, InputWarning, stacklevel=2)
+        return None
+
+
+def _read(trace: dict[str, Any], source: str | None, mask: str | None, edited: list[str]) -> Pictures:
+    edits = [read_video(path) for path in edited]
+    for path, edit in zip(edited, edits, strict=True):
+        if edit.frames.shape != edits[0].frames.shape:
+            raise InputError(f"'{path}' has another size or length than '{edited[0]}'")
+    count = len(edits[0].frames) if edits else _max_frames(trace)
+    rates = [edit.fps for edit in edits]
+    video = marked = None
+    if source is not None and mask is not None:
+        clip = read_clip(source, mask, count, _shape(trace), audio=False)
+        video, marked, rates = clip.video, clip.mask, [clip.fps]
+    elif source is not None:
+        read = read_video(source, max_frames=count)
+        video, rates = read.frames, [read.fps]
+    if video is not None and edits:
+        if len(video) != count:
+            raise InputError(f"'{source}' has {len(video)} frames, but '{edited[0]}' has {count}")
+        size = edits[0].frames.shape[1:3]
+        video = resize_video(video, *size)
+        marked = None if marked is None else resize_mask(marked, *size)
+    return Pictures(video, marked, [edit.frames for edit in edits], rates[0] if rates else Fraction(16))
+
+
+def _max_frames(trace: dict[str, Any]) -> int | None:
+    count = trace["files"].get("max_frames")
+    return count if isinstance(count, int) and count > 0 else None
+
+
+def _shape(trace: dict[str, Any]) -> MaskShape:
+    """How the mask was shaped; InputError where the trace says nonsense."""
+    given = {name: trace["settings"].get(f"mask_{name}") for name in ("threshold", "invert", "grow", "feather")}
+    return MaskShape(**{name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,216 @@
+"""What came out, for people: one self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvlock_fast.files import write_text
+from kvlock_fast.media import write_video
+from kvlock_fast.media.metrics import measure_edit
+from kvlock_fast.report import charts
+from kvlock_fast.report.drawing import (
+    as_pictures,
+    at_most,
+    difference,
+    difference_scale,
+    heat,
+    heat_colours,
+    legible,
+    outline,
+)
+from kvlock_fast.version import __version__
+
+LARGEST = 1280
+"""Pixels of the longer side above which the page's copy of a video is made smaller."""
+
+Metrics = dict[str, float | None]
+
+
+def write_report(
+    path: str | os.PathLike,
+    *,
+    source: np.ndarray | None,
+    mask: np.ndarray | None,
+    edited: np.ndarray | Sequence[np.ndarray],
+    trace: dict[str, Any],
+    settings: dict[str, Any],
+    command: str,
+    metrics: Metrics | Sequence[Metrics] | None = None,
+    fps: Fraction | float = 16,
+) -> None:
+    """Write one HTML file that needs nothing else: videos (images where they have one frame), differences, figures,
+    plots, settings, command.
+
+    Args:
+        source: uint8 `[F, H, W, 3]`; None leaves out what needs it.
+        mask: bool `[F, H, W]`, True on the part that was to be edited; or None.
+        edited: one uint8 `[F, H, W, 3]`, or one per prompt in the order of `trace["prompts"]`; or none.
+        trace: prompts, steps, warmup_steps and the records per step and sample, as in trace.json.
+        settings: shown as a table; dictionaries within it become headings.
+        metrics: what `metrics.measure_edit` returns, one per edit (or the one); None measures here what it can.
+
+    Raises OutputError if the path cannot be written.
+    """
+    edits = [edited] if isinstance(edited, np.ndarray) and edited.ndim == 4 else list(edited)
+    count = max(len(edits), len(trace.get("prompts", [])), 1)
+    still = any(len(edit) == 1 for edit in edits)
+    page = _template().render(
+        version=__version__,
+        prompts=_prompts(trace, count),
+        clips=_clips(source, mask, edits, fps),
+        heat=", ".join("rgb({}, {}, {})".format(*colour) for colour in heat_colours()[::15].tolist()),
+        figures=[_figures(one, still) for one in _measured(source, mask, edits, metrics)],
+        charts=charts.schedule_charts(trace, settings),
+        facts=_facts(source if source is not None else next(iter(edits), None), mask, trace, fps),
+        settings=_rows(settings),
+        command=command,
+    )
+    write_text(path, page)
+
+
+def _clips(
+    source: np.ndarray | None, mask: np.ndarray | None, edits: list[np.ndarray], fps: Fraction | float
+) -> list[dict[str, Any]]:
+    """What can be played: source, mask, each edit and its difference from the source."""
+    clips = [] if source is None else [_clip("Source", source, fps)]
+    if mask is not None:
+        clips.append(_clip("Mask", as_pictures(mask) if source is None else outline(source, mask), fps))
+    maps = [] if source is None else [difference(source, edit) for edit in edits]
+    scale = difference_scale(maps, None if mask is None else ~mask) if maps else 0
+    for i, edit in enumerate(edits):
+        number = f" {i + 1}" if len(edits) > 1 else ""
+        clips.append({**_clip(f"Edit{number}", edit, fps), "prompt": i})
+        if maps:
+            clips.append({**_clip(f"Difference{number}", heat(maps[i], scale), fps), "scale": scale})
+    return clips
+
+
+def _measured(
+    source: np.ndarray | None,
+    mask: np.ndarray | None,
+    edits: list[np.ndarray],
+    given: Metrics | Sequence[Metrics] | None,
+) -> list[Metrics]:
+    """The figures of each edit: those given, and measured ones where none are."""
+    if given:
+        return [given] if isinstance(given, dict) else list(given)
+    if source is None or mask is None:
+        return []
+    return [measure_edit(source, mask, edit) for edit in edits]
+
+
+def _prompts(trace: dict[str, Any], count: int) -> list[str]:
+    prompts = list(trace.get("prompts", []))[:count]
+    return prompts + [""] * (count - len(prompts))
+
+
+def _clip(name: str, frames: np.ndarray, fps: Fraction | float) -> dict[str, Any]:
+    """A name, a size and the mp4 as a data URI; even sizes, because browsers do not all decode 4:4:4.
+
+    still: whether it is a PNG, of one frame.
+    """
+    shown = legible(at_most(frames, LARGEST))
+    if len(shown) == 1:
+        return {"name": name, "uri": _png(shown[0]), "height": shown.shape[1], "width": shown.shape[2], "still": True}
+    shown = np.pad(shown, [(0, 0), (0, shown.shape[1] % 2), (0, shown.shape[2] % 2), (0, 0)], mode="edge")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "clip.mp4"
+        write_video(file, shown, fps, quality=18)
+        data = base64.b64encode(file.read_bytes()).decode()
+    size = {"height": shown.shape[1], "width": shown.shape[2]}
+    return {"name": name, "uri": f"data:video/mp4;base64,{data}", **size, "still": False}
+
+
+def _png(picture: np.ndarray) -> str:
+    """uint8 [H, W, 3] as a data URI."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture)).save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _figures(values: Metrics, still: bool = False) -> list[dict[str, Any]]:
+    """The tiles of one edit, by region: label, value, and what it is to be read against; still: an image, which
+    cannot flicker.
+    """
+
+    def number(key: str, digits: int) -> str:
+        value = values.get(key)
+        return "–" if value is None else "∞" if math.isinf(value) else f"{value:.{digits}f}"
+
+    def decibels(region: str) -> str:
+        # JSON has no infinity: from there an untouched region comes as null.
+        untouched = values.get(f"{region}_psnr") is None and values.get(f"{region}_ssim") is not None
+        return "∞" if untouched else number(f"{region}_psnr", 1)
+
+    notes = {
+        "background": ("dB against the source; higher is closer, ∞ untouched", "1 is equal; its windows see the edit"),
+        "foreground": ("dB against the source; lower is more change", "1 is equal to the source"),
+    }
+    groups = []
+    for region, (of_psnr, of_ssim) in notes.items():
+        calm = f"mean change from frame to frame, in levels; source {number(f'{region}_flicker_source', 2)}"
+        tiles = [
+            ("PSNR", decibels(region), of_psnr),
+            ("SSIM", number(f"{region}_ssim", 4), of_ssim),
+            *([] if still else [("Flicker", number(f"{region}_flicker", 2), calm)]),
+        ]
+        named = [(f"{region.capitalize()} {label}", value, note) for label, value, note in tiles]
+        groups.append([dict(zip(("label", "value", "note"), tile, strict=True)) for tile in named])
+    return groups
+
+
+def _facts(
+    video: np.ndarray | None, mask: np.ndarray | None, trace: dict[str, Any], fps: Fraction | float
+) -> list[str]:
+    facts = []
+    if video is not None:
+        frames, height, width = video.shape[:3]
+        moving = [f"{frames} frames", f"{height}×{width}", f"{float(fps):.4g} fps"]
+        facts = moving if frames > 1 else [f"{height}×{width}"]
+    if mask is not None:
+        facts.append(f"mask {mask.mean():.1%}")
+    records = trace.get("records", [])
+    if records:
+        seconds = sum({r["step"]: r["seconds"] for r in records}.values())
+        facts += [f"{trace['steps']} steps", f"{seconds:.1f} s denoising"]
+        if charts.computes_less(trace):
+            share = sum(r["tokens"] for r in records) / (len(records) * trace["tokens"])
+            facts.append(f"{share:.0%} of {trace['tokens']} tokens computed")
+    return facts
+
+
+def _rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Settings as table rows, one level of nesting becoming headings."""
+    plain = [{"name": k, "value": _text(v)} for k, v in settings.items() if not isinstance(v, dict)]
+    for name, group in settings.items():
+        if isinstance(group, dict):
+            plain += [{"heading": name}] + [{"name": k, "value": _text(v)} for k, v in group.items()]
+    return plain
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return ", ".join(_text(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _template():
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.get_template("page.html.jinja")
