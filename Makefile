@@ -11,7 +11,7 @@ JOBS   ?= 2
 # With "=": after a space pytest would take the folder for a place of tests, before it has read our options.
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) $(if $(CLIPS),--clips="$(CLIPS)")
 
-.PHONY: demo test test-all matrix lint clean install
+.PHONY: demo test test-all matrix rooms lint clean install
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -25,7 +25,11 @@ test-all: $(STAMP)
 
 # The table of what works with which model, for the docs.
 matrix: $(STAMP)
-	$(PYTEST) tests/test_families.py -k "not test_the_page" --all --matrix=kvlock_fast/docs/families.md
+	$(PYTEST) tests/families/test_families.py -k "not test_the_page" --all --matrix=kvlock_fast/docs/families.md
+
+# The picture of the rooms, for CONTRIBUTING.md.
+rooms: $(STAMP)
+	$(BIN)/python -m tests.project.rooms
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 kvlock_fast/kernels is a committed symlink to ../kernels without an __init__.py: setuptools then sees a plain
 namespace package below kvlock_fast, in wheels, sdists and editable installs alike, and a top-level module named
-`kernels` (which would hide the Hugging Face package of that name) never exists. tests/test_packaging.py keeps it so.
+`kernels` (which would hide the Hugging Face package of that name) never exists. tests/project/test_packaging.py keeps it so.
 """
 
 import re
@@ -24,7 +24,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["kvlock_fast", "kvlock_fast.*"]),
-    package_data={"": ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.md", "*.png", "py.typed"]},
+    package_data={"": ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.md", "*.png", "*.svg", "py.typed"]},
     entry_points={"console_scripts": ["kvlock-fast = kvlock_fast.cli:main"]},
     install_requires=[
         "torch>=2.11",

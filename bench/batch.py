@@ -30,9 +30,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # as a script: python bench/batch.py
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench.machine import machine
 
 PROMPTS = 8

@@ -34,7 +34,7 @@ part() {
     echo "${table[-1]}"
 }
 
-gpu_tests() { grep -l "mark\.gpu" tests/test_*.py; }
+gpu_tests() { grep -rl --include='test_*.py' "mark\.gpu" tests; }
 architecture() { "$PYTHON" -c 'import torch; print("sm_%d%d" % torch.cuda.get_device_capability())'; }
 
 for name in "${PARTS[@]}"; do
@@ -48,12 +48,12 @@ for name in "${PARTS[@]}"; do
         part tests 130 "$PYTHON" -m pytest -q -m gpu ${many[@]+"${many[@]}"} -p no:cacheprovider --junitxml="$OUT/tests.xml" $(gpu_tests) ;;
     kernels)
         part kernels $((BUDGET + 40)) "$PYTHON" -m bench.kernels --budget "$BUDGET" --output "$OUT/kernels.json" ${COMMIT:+--commit "$COMMIT"}
-        "$PYTHON" -m bench.tables "$OUT/kernels.json" >"$OUT/tables.md" 2>&1
-        "$PYTHON" -m bench.plot "$OUT/kernels.json" "$OUT" >/dev/null 2>&1 ;;
+        "$PYTHON" -m bench.kernels.tables "$OUT/kernels.json" >"$OUT/tables.md" 2>&1
+        "$PYTHON" -m bench.kernels.plot "$OUT/kernels.json" "$OUT" >/dev/null 2>&1 ;;
     sanitize) # tiny launches; without torch's pool, or a read past a tensor's end would stay unseen
         for tool in memcheck racecheck; do
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 50 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-                --target-processes all "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -k tiny_launch tests/test_gpu.py
+                --target-processes all "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -k tiny_launch tests/gpu/test_gpu.py
         done ;;
     ncu)
         metrics=gpu__time_duration.sum,sm__throughput.avg.pct_of_peak_sustained_elapsed
@@ -62,11 +62,11 @@ for name in "${PARTS[@]}"; do
         part ncu 70 ncu --clock-control none --target-processes all --csv --page raw --metrics "$metrics" \
             --kernel-name regex:'^_.*_kernel$' --log-file "$OUT/ncu.csv" "$PYTHON" -m bench.kernels --once \
             --parts locked prologue epilogue blend quantize dequantize guidance --shapes wan-1.3b
-        [ ! -f "$OUT/ncu.csv" ] || "$PYTHON" -m bench.ncu "$OUT/ncu.csv" "$OUT/ncu.json" ;;
+        [ ! -f "$OUT/ncu.csv" ] || "$PYTHON" -m bench.kernels.ncu "$OUT/ncu.csv" "$OUT/ncu.json" ;;
     step) # whole denoising steps beside diffusers', captured and not
-        part step 270 "$PYTHON" bench/step.py --steps 8 --output "$OUT/step.json" ${COMMIT:+--commit "$COMMIT"} ;;
+        part step 270 "$PYTHON" -m bench.steps --steps 8 --output "$OUT/step.json" ${COMMIT:+--commit "$COMMIT"} ;;
     foreground)
-        part foreground 270 "$PYTHON" bench/foreground.py --device cuda --shape "wan-1.3b 81f" --mask-share 0.2 0.4 \
+        part foreground 270 "$PYTHON" -m bench.steps.foreground --device cuda --shape "wan-1.3b 81f" --mask-share 0.2 0.4 \
             --steps 6 --batches 1 2 --json "$OUT/foreground.json" ${COMMIT:+--commit "$COMMIT"} ;;
     *)
         echo "error: unknown part '$name': compile, tests, kernels, sanitize, ncu, step or foreground" >&2; exit 2 ;;

@@ -1,6 +1,5 @@
 """One edit from files to files: read, run, composite, write. What `kvlock-fast edit` and `demo` do."""
 
-import json
 import math
 import warnings
 from collections.abc import Callable
@@ -12,18 +11,15 @@ import numpy as np
 
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError, InputWarning
-from kvlock_fast.files import output_folder, write_text
 from kvlock_fast.media import (
     MaskShape,
     resize_mask,
     resize_video,
-    write_video,
 )
 from kvlock_fast.media.clip import Clip
 from kvlock_fast.media.fitting import composite
 from kvlock_fast.media.metrics import measure_edit
 from kvlock_fast.nvtx import span
-from kvlock_fast.version import __version__
 
 Progress = Callable[[str, int, int], None]
 
@@ -187,70 +183,3 @@ def finish_edit(clip: Clip, videos: list[np.ndarray], trace: dict[str, Any], set
         source, shown_mask = resize_video(source, *size), resize_mask(shown_mask, *size)
     metrics = [measure_edit(source, shown_mask, edited) for edited in videos]
     return EditResult(videos, source, shown_mask, trace, metrics)
-
-
-def output_names(output: str, prompts: int) -> list[Path]:
-    """One path a prompt: the output itself, or NAME-1.EXT, NAME-2.EXT, ... for several."""
-    path = Path(output)
-    if not path.name:
-        raise InputError(f"--output must name a file, got '{output}'")
-    if prompts == 1:
-        return [path]
-    return [path.with_name(f"{path.stem}-{i}{path.suffix}") for i in range(1, prompts + 1)]
-
-
-def write_demo_files(folder: Path, clip: Clip, result: EditResult, settings: EditSettings, command: str) -> list[Path]:
-    """The six files of a demo: source, mask, edit, report, sheet, trace."""
-    from kvlock_fast.report.contact_sheet import write_sheet
-    from kvlock_fast.report.drawing import as_pictures
-
-    folder = output_folder(folder)
-    write_video(folder / "source.mp4", clip.video, clip.fps)
-    write_video(folder / "mask.mp4", as_pictures(clip.mask), clip.fps)
-    write_video(folder / "edited.mp4", result.videos[0], clip.fps)
-    write_page(folder / "report.html", clip, result, settings, command)
-    write_sheet(folder / "sheet.png", result.source, result.mask, result.videos[0])
-    files = {"source": "source.mp4", "mask": "mask.mp4", "outputs": ["edited.mp4"]}
-    write_text(folder / "trace.json", trace_json(result, settings, command, files))
-    return sorted(folder / name for name in
-                  ("source.mp4", "mask.mp4", "edited.mp4", "report.html", "sheet.png", "trace.json"))  # fmt: skip
-
-
-def write_page(path: Path, clip: Clip, result: EditResult, settings: EditSettings, command: str) -> None:
-    """The HTML page about an edit."""
-    from kvlock_fast.report.page import write_report
-
-    write_report(
-        path,
-        source=result.source,
-        mask=result.mask,
-        edited=result.videos,
-        trace=result.trace,
-        settings=settings_table(settings),
-        command=command,
-        metrics=result.metrics,
-        fps=clip.fps,
-    )
-
-
-def settings_table(settings: EditSettings) -> dict[str, Any]:
-    """Every setting by name, the mask's, the lock's and the cache's beside the rest."""
-    table = {name: value for name, value in vars(settings).items() if name not in ("lock", "cache", "mask_shape")}
-    table["feather"] = settings.composite_feather
-    cache = {f"cache_{name}": value for name, value in settings.cache.as_dict().items() if value is not None}
-    return {**table, **settings.mask_shape.as_dict(), **settings.lock.as_dict(), **cache}
-
-
-def figures(result: EditResult, settings: EditSettings) -> dict[str, Any]:
-    """The trace, the settings and the metrics as plain values; None for a PSNR that is infinite."""
-    finite = [{k: v if v is not None and math.isfinite(v) else None for k, v in m.items()} for m in result.metrics]
-    return {**result.trace, "settings": settings_table(settings), "metrics": finite}
-
-
-def trace_json(result: EditResult, settings: EditSettings, command: str, files: dict[str, Any]) -> str:
-    """All that a page about the edit can be made of again, as JSON text.
-
-    files: source, mask, outputs and max_frames; paths as they were typed, or relative to the trace's own folder.
-    """
-    record = {**figures(result, settings), "command": command, "version": __version__, "files": files}
-    return json.dumps(record, indent=1)

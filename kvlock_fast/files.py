@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from kvlock_fast.errors import OutputError
 
@@ -173,3 +175,17 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def check_json(target: str | None) -> None:
+    """Raise OutputError unless figures can be written there."""
+    if target is not None and target != "-":
+        check_writable(target)
+
+
+def write_json(target: str | None, data: dict[str, Any]) -> None:
+    """Write figures to a file, or to stdout for "-"; nothing for None."""
+    if target == "-":
+        print(json.dumps(data, indent=1))
+    elif target is not None:
+        write_text(target, json.dumps(data, indent=1))

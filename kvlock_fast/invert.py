@@ -2,16 +2,20 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kvlock_fast.cache.manifest import NAME, DamagedCache
 from kvlock_fast.config import CacheConfig
-from kvlock_fast.edit import EditSettings
+from kvlock_fast.edit import EditSettings, find_device, load_pipeline, working_size
+from kvlock_fast.edit_files import check_texts, preview_mask
 from kvlock_fast.errors import InputError
-from kvlock_fast.media.clip import Clip
-from kvlock_fast.units import parse_bytes
+from kvlock_fast.files import check_json, check_writable, output_folder, write_json
+from kvlock_fast.media import check_video_output
+from kvlock_fast.media.clip import Clip, read_clip, refuse_same
+from kvlock_fast.progress import progress_bar
+from kvlock_fast.units import parse_bytes, text_bytes
 
 Progress = Callable[[str, int, int], None]
 
@@ -109,3 +113,56 @@ def run_invert(
         "seed": settings.seed,
         "seconds": seconds,
     }
+
+
+def invert_files(
+    source: str,
+    mask: str,
+    output: Path,
+    settings: EditSettings,
+    model: str,
+    max_frames: int | None,
+    device: str,
+    dtype: str,
+    json_file: str | None,
+    quiet: bool,
+    mask_preview: Path | None = None,
+) -> None:
+    """Run a source once and keep its K and V, as `kvlock-fast invert` does."""
+    check_texts(settings)
+    folder = Path(output)
+    _check_cache_folder(folder, model, json_file)
+    check_json(json_file)
+    if mask_preview is not None:
+        check_video_output(mask_preview)
+        refuse_same([("--source", source), ("--mask", mask), ("--json", json_file), ("--mask-preview", mask_preview)])
+    find_device(device)
+    clip = read_clip(source, mask, max_frames, settings.mask_shape, audio=False)
+    if mask_preview is not None:
+        check_video_output(mask_preview, len(clip.video))
+    settings = replace(settings, size=working_size(model, clip.video, settings.size))
+    with progress_bar(quiet) as progress:
+        progress("load", 0, 1)
+        pipe = load_pipeline(model, device, dtype)
+        progress("load", 1, 1)
+        preview_mask(mask_preview, clip, settings, pipe.model.geometry)
+        made = run_invert(pipe, clip, folder, settings, max_frames, progress)
+    write_json(json_file, made)
+    if json_file != "-":
+        print(
+            f"{folder}: {made['steps_stored']} steps of {made['background_tokens']} background tokens in "
+            f"{made['format']}, {text_bytes(made['bytes'])}; edit it with: kvlock-fast edit --cache {folder} ..."
+        )
+
+
+def _check_cache_folder(folder: Path, model: str, json_file: str | None) -> None:
+    """Refuse a folder that cannot be written, one of the model, and figures in the place of the manifest."""
+    if folder.exists():
+        output_folder(folder)
+    else:  # nothing is made before the source is read
+        parent = next(place for place in folder.absolute().parents if place.exists())
+        check_writable(parent / folder.name)
+    if Path(model).is_dir() and folder.resolve().is_relative_to(Path(model).resolve()):
+        raise InputError(f"--output '{folder}' lies in the model's folder '{model}'")
+    if json_file not in (None, "-") and Path(json_file).resolve() == (folder / "manifest.json").resolve():
+        raise InputError(f"--json '{json_file}' is the manifest of --output '{folder}'")

@@ -25,11 +25,8 @@ from typing import Any
 
 import torch
 
-if __package__ in (None, ""):  # as a script: python bench/cache.py
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench import machine
-from bench.cache import plot as cache_plot
+from bench.cache import plot
 from bench.cache.quality import Edits, Setting, Variant, measure_errors, variants
 from bench.cache.speed import HIT_FORMATS, NATIVE_ERROR, measure_disk, measure_hits, packing
 from bench.cache.tables import text_of
@@ -126,7 +123,9 @@ def plain(value: Any) -> Any:
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of the command above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("out/cache.json"))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--cases", type=int, default=12, help="held-out clips, and edits a row")
@@ -160,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
     print(text_of(found))
-    cache_plot.draw(found, options.output.with_suffix(".png"))
+    plot.draw(found, options.output.with_suffix(".png"))
     for line in wrong(found):
         print(f"error: {line}", file=sys.stderr)
     return 1 if wrong(found) else 0

@@ -1,4 +1,4 @@
-"""A picture of the edits of bench/cache.py: bytes of the cache against background PSNR and the share of right edits.
+"""A picture of the edits of bench.cache: bytes of the cache against background PSNR and the share of right edits.
 
 python -m bench.cache.plot bench/results/cache.json     # writes bench/results/cache.png
 """

@@ -28,7 +28,7 @@ from kvlock_fast.demo.world import EDIT_KINDS, EditCase, sample_edit
 from kvlock_fast.kernels.blend import as_heads
 from kvlock_fast.kernels.quantize import quantize_kv
 from kvlock_fast.locking.lock import Mode, kv_sizes
-from kvlock_fast.loop import stored_source as source_store
+from kvlock_fast.loop import stored_source
 from kvlock_fast.loop.stored_source import steps_to_store, thinned_steps
 from kvlock_fast.loop.trace import Recorder
 
@@ -133,7 +133,7 @@ def neighbour(index: int | None, last: int | None = None) -> Iterator[None]:
     if index is None:
         yield
         return
-    with mock.patch.object(source_store, "thinned_steps", chosen):
+    with mock.patch.object(stored_source, "thinned_steps", chosen):
         yield
 
 

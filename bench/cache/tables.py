@@ -1,4 +1,4 @@
-"""The figures of bench/cache.py as text of at most 100 columns, and the targets: met, missed or unmeasured.
+"""The figures of bench.cache as text of at most 100 columns, and the targets: met, missed or unmeasured.
 
 python -m bench.cache.tables out/cache.json
 """

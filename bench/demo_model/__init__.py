@@ -1,0 +1,1 @@
+"""How the demo model is trained: its data, its networks, its stages, and its export to kvlock_fast/demo/model."""

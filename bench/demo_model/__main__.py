@@ -19,7 +19,9 @@ from pathlib import Path
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the command above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.demo_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--stage", choices=["vae", "transformer", "decoder", "export"], required=True)
     parser.add_argument("--minutes", type=float, default=22.0, help="wall time of the stage, in total")
     parser.add_argument("--work", type=Path, default=Path("out/train"), help="folder for states and logs")

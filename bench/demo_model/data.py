@@ -1,4 +1,8 @@
-"""Rendered clips to cut training batches from."""
+"""What the demo model is trained on: pixels as the autoencoder takes them, rendered clips, and the latents of clips.
+
+The autoencoder trains on crops of a pool of clips, the transformer on a bank of encoded ones; both are kept in memory
+and grow while it trains.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from torch import nn
 
 from kvlock_fast.demo.scene import sample_scene
 from kvlock_fast.demo.world import render
+
+POOL = 3000
 
 
 def to_model(video: np.ndarray) -> torch.Tensor:
@@ -34,9 +40,6 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def round_trip(vae: nn.Module, video: np.ndarray) -> np.ndarray:
     """uint8 [B, F, H, W, 3] through the autoencoder (posterior's mode) and back."""
     return to_pixels(vae.decode(vae.encode(to_model(video)).latent_dist.mode()).sample)
-
-
-POOL = 3000
 
 
 class ClipPool:

@@ -1,7 +1,12 @@
-"""The demo model's parts, untrained, and the words it understands: sizes chosen so that two CPU cores can train it.
+"""The demo model's parts, untrained, the words it understands, and how texts are given to it while it trains.
 
-The autoencoder has Wan 2.2's form (residual blocks, 2x2 pixel patches): 64x64x17 pixels become latents [12, 5, 8, 8].
-The transformer has Wan 2.1's form with a token per latent position, so that masks are followed to 8 pixels.
+Sizes are chosen so that two CPU cores can train it. The autoencoder has Wan 2.2's form (residual blocks, 2x2 pixel
+patches): 64x64x17 pixels become latents [12, 5, 8, 8]. The transformer has Wan 2.1's form with a token per latent
+position, so that masks are followed to 8 pixels.
+
+Texts are treated as in `WanPipeline`, but without carrying hundreds of padding tokens. The pipeline sets embeddings
+beyond the prompt's end to zero and lets the transformer attend to them. All of these have the same key and value, so n
+of them weigh as one with log(n) added to its score: that one is what training carries.
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ LATENT_CHANNELS = 12
 TEXT_DIM = 96
 # A caption of one object has at most 22 words, of two 40.
 MAX_WORDS = 48
+# Words and end mark of the longest caption of one object, and the stand-in for the padding.
+TRAINED_WORDS = 24
 
 VAE_CONFIG = {
     "base_dim": 32,
@@ -100,10 +107,6 @@ def make_tokenizer():
         unk_token="<unk>",
         model_max_length=MAX_WORDS,
     )
-
-
-# Words and end mark of the longest caption of one object, and the stand-in for the padding.
-TRAINED_WORDS = 24
 
 
 class TrainingProcessor:

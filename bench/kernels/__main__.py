@@ -23,9 +23,6 @@ from typing import Any
 
 import torch
 
-if __package__ in (None, ""):  # as a script: python bench/kernels.py
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench import machine
 from bench.kernels import attention_cases, memory_cases, path_cases
 from bench.kernels.measure import Case, CudaClock, check, count_launches, rates, time_case
@@ -176,7 +173,9 @@ def write(path: Path, found: dict[str, Any], rows: list[dict[str, Any]]) -> None
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options of the command above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("out/kernels.json"))
     parser.add_argument("--quick", action="store_true", help="one small row of each part")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))

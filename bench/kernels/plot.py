@@ -1,4 +1,4 @@
-"""Pictures of the figures of bench/kernels.py: the roofline, and how many times faster ours are than each peer.
+"""Pictures of the figures of bench.kernels: the roofline, and how many times faster ours are than each peer.
 
 python -m bench.kernels.plot out/kernels.json out/plots       # writes roofline.png and ratios.png
 """

@@ -30,7 +30,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Plan:
-    """One row to measure: a part of bench/, a shape, a variant of the part."""
+    """One row to measure: a part of bench.kernels, a shape, a variant of the part."""
 
     part: str
     shape: Shape

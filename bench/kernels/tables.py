@@ -1,4 +1,4 @@
-"""Markdown from the figures of bench/kernels.py: the targets, met or missed or unmeasured, and the fastest routes.
+"""Markdown from the figures of bench.kernels: the targets, met or missed or unmeasured, and the fastest routes.
 
 python -m bench.kernels.tables out/kernels.json
 """
@@ -70,7 +70,7 @@ def _attention(label: str, shape: str, peer: str, must: float) -> Figure:
     return Figure(label, partial(_ratio, "attention", shape, ("triton",), peer), must)
 
 
-# What, what it must be, the record aimed at, and the figures that bench/kernels.py has of it.
+# What, what it must be, the record aimed at, and the figures that bench.kernels has of it.
 TARGETS: list[tuple[str, str, str, tuple[Figure, ...]]] = [
     (
         "locked attention path (norm + RoPE + blend + attention) vs eager ops + cuDNN SDPA",

@@ -1,0 +1,1 @@
+"""How good edits are: presets, neighbours, windows and foreground-only computation, judged from pixels."""

@@ -3,12 +3,12 @@
     python -m bench.quality                             # 100 edits a row, every row; resumes where it was stopped
     python -m bench.quality --cases 8 --rows kvlock,cfg # a part of it
     python -m bench.quality --quick                     # two steps of two cases: does everything run?
-    python -m bench.quality --model M --clips DIR       # a real model on real clips (bench/quality_clips.py)
+    python -m bench.quality --model M --clips DIR       # a real model on real clips (bench/quality/subject.py)
     python -m bench.quality.sweeps                      # what the values of the lock do
 
-The demo's world knows the answer: seven kinds of edit, three forms of mask (bench/quality_cases.py), the same cases for
-every row, the source's keys and values shared among rows. Columns: bench/quality_measures.py. Rows: a preset's name, or
-that with /model or /source for other background latents (bench/quality_rows.py). Every finished row of a case is kept
+The demo's world knows the answer: seven kinds of edit, three forms of mask (bench/quality/cases.py), the same cases for
+every row, the source's keys and values shared among rows. Columns: bench/quality/measures.py. Rows: a preset's name, or
+that with /model or /source for other background latents (bench/quality/rows.py). Every finished row of a case is kept
 in `--work`; the same command again makes what is missing and the same table. Writes bench/results/quality.json,
 quality.md and quality.png. `--first-seed` takes other held-out edits, to check the table by.
 """
@@ -21,23 +21,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench.machine import machine
 from bench.quality.cases import FIRST_SEED
-from bench.quality.clips import read_clips
 from bench.quality.measures import lpips_model
 from bench.quality.plot import plot_table
 from bench.quality.rows import CEILING, check_rows, default_rows, lock_of
 from bench.quality.run import Plan, gathered, run
+from bench.quality.subject import read_clips
 from bench.quality.summary import markdown, summarise
 from kvlock_fast.config import LockConfig
 from kvlock_fast.demo import GUIDANCE, STEPS
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import write_text
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 QUICK_STEPS, QUICK_CASES = 6, 2
 
 
@@ -88,7 +85,9 @@ def write_results(plan: Plan, numbers: list[int], output: Path) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Of the command above."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = argparse.ArgumentParser(
+        prog="python -m bench.quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     made.add_argument("--cases", type=int, help="of each row (100; of clips, all of them)")
     made.add_argument("--rows", help="names with commas between; all of them if not given")
     made.add_argument("--quick", action="store_true", help=f"{QUICK_CASES} cases of {QUICK_STEPS} steps")
@@ -99,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--guidance", type=float)
     made.add_argument("--first-seed", type=int, default=FIRST_SEED)
     made.add_argument("--workers", type=int, default=2, help="processes that share the cases; 1 on a GPU")
-    made.add_argument("--videos", type=Path, help="keep the edited videos there, for bench/vbench_bridge.py")
+    made.add_argument("--videos", type=Path, help="keep the edited videos there, for bench.quality.vbench")
     made.add_argument("--work", type=Path, default=Path("out/bench/quality"))
     made.add_argument("--output", type=Path, default=RESULTS / "quality.json")
     return made

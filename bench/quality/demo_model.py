@@ -1,8 +1,8 @@
 """How good the demo model is: autoencoder, text to video, edits, on held-out seeds, judged from pixels.
 
-    python bench/demo_quality.py                      # 100 cases of each, half an hour or more on two cores
-    python bench/demo_quality.py --cases 10           # a quick look
-    python bench/demo_quality.py --clips FOLDER       # also the autoencoder on real clips, resized
+    python -m bench.quality.demo_model                # 100 cases of each, half an hour or more on two cores
+    python -m bench.quality.demo_model --cases 10     # a quick look
+    python -m bench.quality.demo_model --clips FOLDER # also the autoencoder on real clips, resized
 
 Every finished case is a line of `--work`: a second call continues where the first was stopped, and calls with different
 `--parts` or `--presets` may run side by side. Writes
@@ -25,7 +25,7 @@ from kvlock_fast.demo import GUIDANCE, STEPS
 from kvlock_fast.demo.judge import edit_is_right, judge
 from kvlock_fast.demo.world import EDIT_KINDS, HELD_OUT, render, sample_edit, sample_scene
 
-RESULTS = Path(__file__).parent / "results" / "demo_quality.json"
+RESULTS = Path(__file__).parents[1] / "results" / "demo_quality.json"
 TAU = 0.01
 """Of the edits, the paper's: alpha is 1 nearly always, with source latents or not, so figures compare the models."""
 # Held-out seeds of each part, apart from each other and from those that training looks at.

@@ -1,7 +1,7 @@
 """What foreground-only computation does to edits: the demo's world, by share of the mask, preset and seam.
 
-    python bench/foreground_quality.py               # 8 held-out edits a row; a quarter of an hour on two cores
-    python bench/foreground_quality.py --cases 4     # a quick look
+    python -m bench.quality.foreground               # 8 held-out edits a row; a quarter of an hour on two cores
+    python -m bench.quality.foreground --cases 4     # a quick look
 
 Every row is made twice from the same noise, in full as the preset has it and by the foreground alone, which takes s*
 over the foreground and the background's latents from the source; the halo's rows once. tau is the paper's, 0.01: alpha
@@ -22,9 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-if __package__ in (None, ""):  # as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import kvlock_fast as kvf
 from bench.quality.demo_model import Rows, background_scores, fingerprint, interval
 from kvlock_fast.demo import GUIDANCE, STEPS
@@ -33,7 +30,7 @@ from kvlock_fast.demo.world import EDIT_KINDS, HELD_OUT, EditCase, grow, render,
 from kvlock_fast.masks import project_mask
 from kvlock_fast.models.bundled import model_path
 
-RESULTS = Path(__file__).parent / "results" / "foreground_quality.json"
+RESULTS = Path(__file__).parents[1] / "results" / "foreground_quality.json"
 SEEDS = HELD_OUT + 7 * 10**6
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.64)
 PRESETS = ("kvlock", "paper")

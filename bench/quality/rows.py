@@ -64,6 +64,23 @@ class Clip:
     seed: int
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A case, ready to be edited.
+
+    name: of its file; group: what it is summed up with beside the whole; answer: the true video, where it is known (the
+    source where it is not); is_right: says whether a video shows the edit, None where nobody can; path: where the
+    edited object is, as `consistency` takes it, None where there is none.
+    """
+
+    name: str
+    group: str
+    clip: Clip
+    answer: np.ndarray
+    is_right: Callable[[np.ndarray], bool] | None
+    path: tuple[np.ndarray, float] | None
+
+
 class Editors:
     """The model, and the one of VACE, which is made when a row first asks for it."""
 

@@ -19,8 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from bench.quality.cases import quality_case
 from bench.quality.measures import PeakMemory, background_figures, consistency
-from bench.quality.rows import Clip, Editors, edit
+from bench.quality.rows import Clip, Editors, Subject, edit
+from bench.quality.subject import clip_subject
 from bench.quality.vace_model import WEIGHTS, belongs_to, trained_vace, untrained_vace
 from kvlock_fast.config import LockConfig
 from kvlock_fast.errors import InputError
@@ -29,23 +31,6 @@ from kvlock_fast.media import write_video
 
 FPS = 8
 """Of the videos that are kept."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A case, ready to be edited.
-
-    name: of its file; group: what it is summed up with beside the whole; answer: the true video, where it is known (the
-    source where it is not); is_right: says whether a video shows the edit, None where nobody can; path: where the
-    edited object is, as `consistency` takes it, None where there is none.
-    """
-
-    name: str
-    group: str
-    clip: Clip
-    answer: np.ndarray
-    is_right: Callable[[np.ndarray], bool] | None
-    path: tuple[np.ndarray, float] | None
 
 
 @dataclass(frozen=True)
@@ -189,11 +174,7 @@ def subject_of(subjects: tuple[str, dict[str, Any]], number: int) -> Subject:
     """Case `number` of the demo's world, or of a folder of clips."""
     kind, arguments = subjects
     if kind == "clips":
-        from bench.quality.clips import clip_subject
-
         return clip_subject(number, **arguments)
-    from bench.quality.cases import quality_case
-
     case = quality_case(number, **arguments)
     clip = Clip(case.edit.source.video, case.edit.mask, case.edit.source_prompt, case.edit.prompt, case.seed)
     group = f"{case.kind}, {case.form}, {'one object' if case.other is None else 'two objects'}"

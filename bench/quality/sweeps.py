@@ -3,7 +3,7 @@
     python -m bench.quality.sweeps                              # every value, from `paper` and from `kvlock`
     python -m bench.quality.sweeps --bases paper --parameters tau,b --cases 8
 
-Cases are the table's first ones (bench/quality_cases.py), finished points are kept in `--work` as there. Writes
+Cases are the table's first ones (bench/quality/cases.py), finished points are kept in `--work` as there. Writes
 bench/results/quality_sweeps.json, .md and .png. alpha before the window has the window's kappa at half of the steps,
 as at the demo's 20 steps there is nothing before the 20 of the paper.
 """
@@ -16,9 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench.machine import machine
 from bench.quality.cases import FIRST_SEED
 from bench.quality.measures import COLUMNS
@@ -29,7 +26,7 @@ from kvlock_fast.demo import GUIDANCE, STEPS
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import atomic_path, write_text
 
-RESULTS = Path(__file__).parent / "results" / "quality_sweeps.json"
+RESULTS = Path(__file__).parents[1] / "results" / "quality_sweeps.json"
 BASES = ("paper", "kvlock")
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "tau": (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, "auto"),

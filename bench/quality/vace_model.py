@@ -1,4 +1,4 @@
-"""The table's VACE: the class of diffusers around the demo model, trained by bench/vace_training.py or not at all."""
+"""The table's VACE: the class of diffusers around the demo model, trained by vace_training.py or not at all."""
 
 from __future__ import annotations
 

@@ -1,17 +1,16 @@
 """Trains the small VACE of the table: blocks that show the demo model what an edit must keep.
 
     python -m bench.quality.vace_training --minutes 25          # --resume goes on where it was stopped
-    python -m bench.quality.vace_training --export              # the averaged weights to bench/vace.safetensors
+    python -m bench.quality.vace_training --export              # averaged weights to bench/quality/vace.safetensors
 
 arXiv 2503.07598's context adapter: the demo model stays as it is, and copies of every second block learn to hand it
 hints. They see the clip outside the mask, grey inside, and the mask, on edits of the table's own kinds and masks
-(bench/quality_cases.py) drawn from the seeds that the demo model was trained on; the table's are held out.
+(bench/quality/cases.py) drawn from the seeds that the demo model was trained on; the table's are held out.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 
@@ -19,9 +18,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-if __package__ in (None, ""):  # as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.demo_model.checkpoint import Log, TrainState, load_state, save_state
 from bench.demo_model.data import latent_cover, to_model

@@ -21,9 +21,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-if __package__ in (None, ""):  # as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from bench.quality.summary import bootstrapped
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import write_text

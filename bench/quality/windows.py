@@ -1,7 +1,7 @@
 """Clips longer than the model's window: what stretches and their overlap do to an edit, on the demo's world.
 
-    python bench/windows.py               # 8 held-out clips of 49 frames a row; a few minutes on two cores
-    python bench/windows.py --cases 2     # a quick look
+    python -m bench.quality.windows               # 8 held-out clips of 49 frames a row; a few minutes on two cores
+    python -m bench.quality.windows --cases 2     # a quick look
 
 The bundled model was trained on 17 frames. Each clip is edited whole (three times that) and in stretches of 17 frames
 by overlap. Judged from pixels: whether the edit is right, the background's PSNR, and the seam: how much more the masked
@@ -19,9 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 
-if __package__ in (None, ""):  # as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import kvlock_fast as kvf
 from bench.quality.demo_model import Rows, background_scores, fingerprint, interval
 from kvlock_fast.demo import GUIDANCE, STEPS
@@ -30,7 +27,7 @@ from kvlock_fast.demo.world import EDIT_KINDS, HELD_OUT, EditCase, sample_edit
 from kvlock_fast.loop.windows import Windows, places_of
 from kvlock_fast.models.bundled import model_path
 
-RESULTS = Path(__file__).parent / "results" / "windows.json"
+RESULTS = Path(__file__).parents[1] / "results" / "windows.json"
 SEEDS, FRAMES, WINDOW = HELD_OUT + 8 * 10**6, 49, 17
 OVERLAPS = (None, 4, 8, 12)
 """None: the whole clip at once."""

@@ -1,0 +1,1 @@
+"""How fast whole denoising steps are, beside diffusers and the lock in plain torch."""

@@ -1,8 +1,8 @@
 """A whole denoising step at real shapes, random weights: this project beside diffusers and the lock in plain torch.
 
-    python bench/step.py --output out/step.json           # on a GPU: Wan-1.3B at 81 and 33 frames, CogVideoX-2B, demo
-    python bench/step.py --shapes demo --steps 6          # on a CPU too: launches, host reads and allocations count
-    python bench/step.py --quick                          # seconds; what the tests run
+    python -m bench.steps --output out/step.json          # on a GPU: Wan-1.3B at 81 and 33 frames, CogVideoX-2B, demo
+    python -m bench.steps --shapes demo --steps 6         # on a CPU too: launches, host reads and allocations count
+    python -m bench.steps --quick                         # seconds; what the tests run
 
 Contenders are checked against each other, warmed up, then run in turns; a figure is a median over steps, without the
 first two of a run. "fast": with processors="fast", all other rows with "generic". Launches, host reads and allocations
@@ -20,10 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-if __package__ in (None, ""):  # as a script: python bench/step.py
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -181,7 +177,9 @@ def _text(value: float | None, form: str, unit: str = "") -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit status 1 if a contender of ours computes something wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.steps", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, help="write the figures as JSON")
     parser.add_argument("--shapes", nargs="+", choices=[*SHAPES], help="default: all but quick on a GPU, demo on a CPU")
     parser.add_argument("--steps", type=int, default=12, help="in a run; at least 4")

@@ -1,8 +1,8 @@
 """What foreground-only computation saves, by the share of the mask: a step, an edit, against the whole and diffusers.
 
-    python bench/foreground.py --device cpu --mask-share 0.2 --json out/foreground.json   # minutes on two cores
-    python bench/foreground.py                                                            # all shares
-    python bench/foreground.py --device cuda --shape "wan-1.3b 81f"                       # random weights, steps only
+    python -m bench.steps.foreground --device cpu --mask-share 0.2 --json out/foreground.json  # minutes on two cores
+    python -m bench.steps.foreground                                                           # all shares
+    python -m bench.steps.foreground --device cuda --shape "wan-1.3b 81f"                      # steps, random weights
 
 Every step has alpha = 1, and the source's K and V come from a cache: the pass that made it is in none of the figures.
 Contenders take turns; a figure is the ratio of medians. Before anything is timed, the two locked edits must agree.
@@ -19,9 +19,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-
-if __package__ in (None, ""):  # as a script
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import machine
 from bench.kernels.measure import relative_error

@@ -1,4 +1,4 @@
-"""What bench/foreground.py runs: one edit in full, by its foreground alone, and unlocked by diffusers itself.
+"""What bench/steps/foreground.py runs: one edit in full, by its foreground alone, and unlocked by diffusers itself.
 
 Locked edits read the source's K and V from a cache, alpha is 1 in every step; so the pass of the source is in neither.
 `ModelEdits` are whole edits by a pipeline (text, steps, decoding); `RandomEdits` the steps of a size with random

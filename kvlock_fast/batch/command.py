@@ -26,7 +26,7 @@ from kvlock_fast.batch.watching import MetricsFile, all_of, failures_table, show
 from kvlock_fast.batch.worker import Worker
 from kvlock_fast.edit import find_device
 from kvlock_fast.errors import InputError, InputWarning
-from kvlock_fast.files import check_writable, output_folder, user_cache_folder, write_text
+from kvlock_fast.files import check_writable, output_folder, user_cache_folder, write_json
 from kvlock_fast.planning.machine import Machine
 from kvlock_fast.progress import progress_bar
 
@@ -243,7 +243,7 @@ def _print_check(
         print(f"{figures['jobs']} jobs in {figures['passes']} passes; {decoded} files read; nothing is wrong")
         for way, count in ways.items():
             print(f"  {way}: {count} job{'s' if count > 1 else ''}")
-    _write_json(json_file, figures)
+    write_json(json_file, figures)
 
 
 def _say_changes(changes: Any, total: int, quiet: bool) -> None:
@@ -263,7 +263,7 @@ def _report(settings: BatchSettings, runner: Runner, ledger: Ledger, came: list[
     failures = [(r["id"], r["tries"], r["error"]) for r in ledger.rows() if r["state"] == "failed" and r["id"] in ids]
     if settings.json_file != "-":
         print(f"{counts['done']} of {len(ids)} jobs done; open {settings.output / 'index.html'}")
-    _write_json(settings.json_file, {"counts": counts, "output": str(settings.output), "stopped": bool(came)})
+    write_json(settings.json_file, {"counts": counts, "output": str(settings.output), "stopped": bool(came)})
     if failures:
         print(failures_table(failures[:MOST_SHOWN]), file=sys.stderr)
         if len(failures) > MOST_SHOWN:
@@ -277,13 +277,6 @@ def _report(settings: BatchSettings, runner: Runner, ledger: Ledger, came: list[
         print(f"stopped by {signal.Signals(came[0]).name}: {left} jobs are left", file=sys.stderr)
         return 128 + came[0] if left else int(bool(failures))
     return int(bool(failures))
-
-
-def _write_json(target: str | None, data: dict[str, Any]) -> None:
-    if target == "-":
-        print(json.dumps(data, indent=1))
-    elif target is not None:
-        write_text(target, json.dumps(data, indent=1))
 
 
 @contextmanager

@@ -25,7 +25,8 @@ import numpy as np
 from kvlock_fast.batch.editor import DeviceLost, Editor, OutOfMemory, Speed
 from kvlock_fast.batch.jobs import Decision, Job, Pass, Setup
 from kvlock_fast.batch.places import fetched, is_remote
-from kvlock_fast.edit import EditResult, finish_edit, write_page
+from kvlock_fast.edit import EditResult, finish_edit
+from kvlock_fast.edit_files import write_page
 from kvlock_fast.errors import InputError
 from kvlock_fast.media import MaskShape, is_box, write_video
 from kvlock_fast.media.clip import Clip, read_clip

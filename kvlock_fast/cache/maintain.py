@@ -1,7 +1,6 @@
 """`kvlock-fast cache`: list, verify and prune. The folder is one entry, or a root of several."""
 
 import contextlib
-import json
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from kvlock_fast.cache import manifest
 from kvlock_fast.cache.entry import DamagedCache, Entry, MissingCache
 from kvlock_fast.cache.root import Slot, slot_of
 from kvlock_fast.errors import InputError
-from kvlock_fast.files import check_writable, write_text
+from kvlock_fast.files import check_writable, write_json
 from kvlock_fast.units import parse_bytes, text_bytes
 
 _PROMPT_LENGTH = 40
@@ -24,7 +23,7 @@ def list_entries(folder: Path, json_file: str | None) -> None:
     rows = [_row(slot) for slot in _slots(find_entries(folder))]
     if json_file != "-":
         print(_table(rows))
-    _write_json(json_file, {"entries": rows, "bytes": sum(row["bytes"] for row in rows)})
+    write_json(json_file, {"entries": rows, "bytes": sum(row["bytes"] for row in rows)})
 
 
 def verify_entries(folder: Path, json_file: str | None) -> int:
@@ -33,7 +32,7 @@ def verify_entries(folder: Path, json_file: str | None) -> int:
     problems = {str(entry): problem(entry) for entry in find_entries(folder)}
     if json_file != "-":
         print("\n".join(f"{entry}: {what or 'ok'}" for entry, what in problems.items()))
-    _write_json(json_file, {"entries": [{"entry": entry, "problem": what} for entry, what in problems.items()]})
+    write_json(json_file, {"entries": [{"entry": entry, "problem": what} for entry, what in problems.items()]})
     damaged = {entry: what for entry, what in problems.items() if what is not None}
     for entry, what in damaged.items():
         print(f"{entry}: {what}", file=sys.stderr)
@@ -53,7 +52,7 @@ def prune_entries(folder: Path, quota: str | None, everything: bool, json_file: 
             gone = "in use, kept" if row["bytes"] is None else f"removed, {text_bytes(row['bytes'])}"
             print(f"{row['entry']}: {gone} ({row['reason']})")
         print(f"freed {text_bytes(freed)}, of which {text_bytes(swept)} were left by interrupted or replaced writes")
-    _write_json(json_file, {"removed": removed, "swept_bytes": swept, "freed_bytes": freed})
+    write_json(json_file, {"removed": removed, "swept_bytes": swept, "freed_bytes": freed})
 
 
 def find_entries(folder: Path) -> list[Path]:
@@ -188,10 +187,3 @@ def _time(seconds: float | None) -> str:
 def _check_json(target: str | None) -> None:
     if target is not None and target != "-":
         check_writable(target)
-
-
-def _write_json(target: str | None, data: dict[str, Any]) -> None:
-    if target == "-":
-        print(json.dumps(data, indent=1))
-    elif target is not None:
-        write_text(target, json.dumps(data, indent=1))

@@ -15,7 +15,7 @@ from kvlock_fast.kernels.quantize import FORMATS, TOKENS_PER_SCALE
 
 SOURCE_SHARD = "source"
 K_STAGE = "normed"
-"""Keys are kept after their norm and before RoPE: what bench/cache.py found the better of the two."""
+"""Keys are kept after their norm and before RoPE: what bench.cache found the better of the two."""
 
 
 @dataclass(frozen=True)

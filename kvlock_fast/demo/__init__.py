@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvlock_fast.models.bundled import model_path
+
 if TYPE_CHECKING:
     from kvlock_fast.demo.world import EditCase
 
-__all__ = ["GUIDANCE", "STEPS", "demo_case"]
+__all__ = ["GUIDANCE", "STEPS", "demo_case", "model_path"]
 
 STEPS = 20
 GUIDANCE = 3.0

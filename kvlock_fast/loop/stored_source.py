@@ -30,7 +30,7 @@ from kvlock_fast.version import __version__
 def thinned_steps(locked: Iterable[int], stride: int, stage: Callable[[int], int]) -> dict[int, int]:
     """For each locked step the step that is stored for it: of every `stride` in a row, in one stage, the middle one.
 
-    Of two in the middle the earlier. By bench/cache.py the first or last of four costs ten times the error; the later
+    Of two in the middle the earlier. By bench.cache the first or last of four costs ten times the error; the later
     of the middle ones may be a little better, and the last step of all should not stand for others.
     """
     slots, run = {}, []

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 
@@ -70,3 +71,15 @@ def solid_mask(
     if not grown.any():
         raise InputError(f"the mask '{mask}' is empty once it is shrunk by {-shape.grow} pixels")
     return grown
+
+
+def refuse_same(files: list[tuple[str, str | Path | None]]) -> None:
+    """Raise InputError where a file is named twice. (option, path) of inputs, which may be one, then of outputs."""
+    taken: dict[Path, str] = {}
+    for option, path in files:
+        if path is None or path == "-" or is_box(str(path)):
+            continue
+        place = Path(path).resolve()
+        if place in taken and option not in ("--mask", "--edited"):
+            raise InputError(f"{option} '{path}' is the same file as {taken[place]}: nothing is overwritten")
+        taken.setdefault(place, option)

@@ -9,26 +9,27 @@ import pytest
 from kvlock_fast import commands
 from kvlock_fast.cli import main
 from kvlock_fast.errors import InputError
-from kvlock_fast.tools import compile_report as compiled
+from kvlock_fast.tools import compile_report
 from kvlock_fast.tools.compiler_process import Row, _cause, _problems
 
 pytest.importorskip("triton")
 
+FAULTY = "tests.support.faulty_kernels"
 MATRIX_MODULES = ("attention", "attention_fp8", "fused_attention")
 
 
 @pytest.fixture(scope="module")
 def pool():
-    with compiled.compiler_processes() as pool:
+    with compile_report.compiler_processes() as pool:
         yield pool
 
 
 def rows_of(pool, arch, module):
-    return list(compiled.compile_kernels(pool, [arch], compiled.parse_modules([module])))
+    return list(compile_report.compile_kernels(pool, [arch], compile_report.parse_modules([module])))
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("module", compiled.kernel_modules())
+@pytest.mark.parametrize("module", compile_report.kernel_modules())
 def test_what_ships_compiles_for_the_target(pool, module):
     rows = rows_of(pool, 90, module)
     assert rows and not [(row.kernel, row.variant, row.problems) for row in rows if row.problems]
@@ -40,15 +41,15 @@ def test_what_ships_compiles_for_the_target(pool, module):
 
 @pytest.mark.large
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("module", compiled.kernel_modules())
-@pytest.mark.parametrize("arch", [arch for arch in compiled.ARCHITECTURES if arch != 90], ids="sm_{}".format)
+@pytest.mark.parametrize("module", compile_report.kernel_modules())
+@pytest.mark.parametrize("arch", [arch for arch in compile_report.ARCHITECTURES if arch != 90], ids="sm_{}".format)
 def test_what_ships_compiles_for_the_other_architectures(pool, arch, module):
     assert not [(row.kernel, row.variant, row.problems) for row in rows_of(pool, arch, module) if row.problems]
 
 
 @pytest.fixture(scope="module")
 def faulty(pool):
-    rows = list(compiled.compile_kernels(pool, [80, 90], ["faulty_kernels"]))
+    rows = list(compile_report.compile_kernels(pool, [80, 90], [FAULTY]))
     return {(row.arch, row.kernel, row.variant.split(" N=")[-1].split()[0] if row.variant else ""): row for row in rows}
 
 
@@ -59,7 +60,7 @@ def faulty(pool):
         ("sm_90", "_product_kernel", "64", "no HGMMA or QGMMA, but HMMA"),
         ("sm_90", "_greedy_kernel", "128", "bytes of shared memory, sm_90 has 232448"),
         ("sm_90", "_broken_kernel", "16", "no_such_method"),
-        ("sm_80", "faulty_kernels", "", "its dry launches fail: ValueError: no tiles for sm_80"),
+        ("sm_80", FAULTY, "", "its dry launches fail: ValueError: no tiles for sm_80"),
     ],
     ids=["a spill", "no warp-group product", "too much shared memory", "does not compile", "does not launch"],
 )
@@ -73,7 +74,7 @@ def test_the_name_of_a_failure_is_its_cause(faulty):
 
 
 def test_a_sound_kernel_has_no_problem_and_each_specialisation_one_row(pool):
-    rows = [r for r in compiled.compile_kernels(pool, [90], ["faulty_kernels"]) if r.kernel == "_sound_kernel"]
+    rows = [r for r in compile_report.compile_kernels(pool, [90], [FAULTY]) if r.kernel == "_sound_kernel"]
     assert [row.problems for row in rows] == [(), ()]
     assert rows[1].variant == f"{rows[0].variant} (2)"
 
@@ -128,7 +129,7 @@ def test_the_command_writes_figures_and_a_table(tmp_path, capsys, monkeypatch):
 
 
 def test_the_command_fails_with_the_problems_last(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(compiled, "parse_modules", lambda names: ["faulty_kernels"])
+    monkeypatch.setattr(compile_report, "parse_modules", lambda names: [FAULTY])
     assert commands.kernels("sm_90", [], "-", quiet=True) == 1
     captured = capsys.readouterr()
     assert len(json.loads(captured.out)["kernels"]) == 6
@@ -153,6 +154,6 @@ def test_bad_arguments_are_one_sentence(capsys, arguments, message):
 
 
 def test_architectures_by_name():
-    assert compiled.parse_architectures("sm_90, 80,sm_90a") == [90, 80]
+    assert compile_report.parse_architectures("sm_90, 80,sm_90a") == [90, 80]
     with pytest.raises(InputError, match="'sm_9O'"):
-        compiled.parse_architectures("sm_9O")
+        compile_report.parse_architectures("sm_9O")

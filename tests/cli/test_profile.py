@@ -22,11 +22,9 @@ from kvlock_fast.models.wan import WAN
 from kvlock_fast.planning.find_model import find_model
 from kvlock_fast.planning.known_models import CONFIGS, MODELS
 from kvlock_fast.planning.machine import Machine
-from kvlock_fast.profiling import command as nsight
-from kvlock_fast.profiling import command as profiling
-from kvlock_fast.profiling import extent as profile_extent
-from kvlock_fast.profiling import subjects as profile_subjects
-from kvlock_fast.profiling import subjects as random_weights
+from kvlock_fast.profiling import subjects
+from kvlock_fast.profiling.command import ProfilerSwitch, _without_notes, run_tools
+from kvlock_fast.profiling.extent import SHORT, find_extent
 from kvlock_fast.profiling.timeline import read_trace, table
 from tests.project.test_light_imports import loaded_by
 from tests.support.tiny import tiny_transformer, tiny_wan
@@ -381,15 +379,15 @@ def test_the_bundled_model(tmp_path, capsys):
 
 
 def test_a_folders_config_is_its_transformers(model):
-    extent = profile_extent.find_extent(find_model(model), 5, (32, 48), None)
-    config = profile_subjects.transformer_config(str(model), extent.model)
+    extent = find_extent(find_model(model), 5, (32, 48), None)
+    config = subjects.transformer_config(str(model), extent.model)
     assert (config["ffn_dim"], config["text_dim"], extent.model.layers, extent.tokens) == (32, 16, 3, 12)
 
 
 def test_random_weights_are_of_the_right_kind():
-    config = profile_subjects.transformer_config("wan-1.3b", MODELS["wan-1.3b"])
+    config = subjects.transformer_config("wan-1.3b", MODELS["wan-1.3b"])
     small = {**config, "num_attention_heads": 1, "ffn_dim": 64}
-    transformer = random_weights.random_transformer(small, 2, torch.device("cpu"), torch.bfloat16)
+    transformer = subjects.random_transformer(small, 2, torch.device("cpu"), torch.bfloat16)
     block = transformer.blocks[1]
     assert len(transformer.blocks) == 2 and block.attn1.to_q.weight.dtype == torch.bfloat16
     assert block.scale_shift_table.dtype == block.norm2.weight.dtype == torch.float32
@@ -403,11 +401,11 @@ def test_a_model_with_text_in_self_attention(tmp_path, capsys):
     assert profile(*command, "--output", tmp_path) == 0
     out = capsys.readouterr().out
     assert "cogvideox-2b, 1 layer of random weights\n9 frames of 32x48, 18 tokens; 2 steps, kvlock, lockstep\n" in out
-    transformer = random_weights.random_transformer(
+    transformer = subjects.random_transformer(
         {**CONFIGS["cogvideox-5b"], "num_attention_heads": 1}, 3, torch.device("cpu"), torch.float16
     )
     assert transformer.dtype == torch.float16 and len(transformer.transformer_blocks) == 3
-    random_weights.cut_depth(transformer, random_weights.model_of(type(transformer).__name__).arch, 2)
+    subjects.cut_depth(transformer, subjects.model_of(type(transformer).__name__).arch, 2)
     assert len(transformer.transformer_blocks) == transformer.config.num_layers == 2
 
 
@@ -445,9 +443,9 @@ def test_bad_input_ends_in_one_sentence(tmp_path, capsys, arguments, message):
 @pytest.fixture
 def slow_cpu(monkeypatch):
     """10 GFLOP/s and 20 GB."""
-    monkeypatch.setattr(profile_extent, "_matrix_rate", lambda: 1e10)
+    monkeypatch.setattr("kvlock_fast.profiling.extent._matrix_rate", lambda: 1e10)
     monkeypatch.setattr(Machine, "here", lambda *_: Machine(None, 20 * 10**9, 10**12))
-    monkeypatch.setattr(profile_subjects, "RandomSubject", lambda config, extent, *_: SimpleNamespace(extent=extent))
+    monkeypatch.setattr(subjects, "RandomSubject", lambda config, extent, *_: SimpleNamespace(extent=extent))
 
 
 def test_what_takes_hours_is_refused_and_what_fits_is_named(slow_cpu, tmp_path, capsys):
@@ -461,10 +459,10 @@ def test_what_takes_hours_is_refused_and_what_fits_is_named(slow_cpu, tmp_path, 
     size = tuple(map(int, given.get("--size", "480x832").split("x")))
     frames, layers = int(given.get("--frames", 81)), int(given.get("--layers", 30))
     cpu = torch.device("cpu")
-    small = profile_subjects.Wanted(config="wan-1.3b", frames=frames, size=size, layers=layers)
-    assert profile_subjects.make_subject(small, 2, cpu).extent.flops(3) * 2 / 1e10 <= profile_extent.SHORT
-    forced = profile_subjects.Wanted(config="wan-1.3b", force=True)
-    assert profile_subjects.make_subject(forced, 2, cpu).extent.tokens == 32760
+    small = subjects.Wanted(config="wan-1.3b", frames=frames, size=size, layers=layers)
+    assert subjects.make_subject(small, 2, cpu).extent.flops(3) * 2 / 1e10 <= SHORT
+    forced = subjects.Wanted(config="wan-1.3b", force=True)
+    assert subjects.make_subject(forced, 2, cpu).extent.tokens == 32760
 
 
 def test_what_has_no_memory_is_refused(slow_cpu, tmp_path, capsys):
@@ -475,14 +473,14 @@ def test_what_has_no_memory_is_refused(slow_cpu, tmp_path, capsys):
 
 def test_sizes_that_do_not_fit_are_changed_and_said(tmp_path):
     with pytest.warns(InputWarning) as warned:
-        extent = profile_extent.find_extent(MODELS["wan-1.3b"], 80, (100, 100), 2)
+        extent = find_extent(MODELS["wan-1.3b"], 80, (100, 100), 2)
     assert (extent.frames, extent.height, extent.width, extent.model.layers) == (81, 96, 96, 2)
     said = [str(w.message) for w in warned]
     assert said[0].endswith("profiling 96x96") and said[1].startswith("80 frames are not 4n+1: profiling 81")
 
 
 def test_only_the_profilers_notes_are_kept_from_stderr(capfd):
-    with profiling._without_notes():
+    with _without_notes():
         os.write(2, b"USDT: a note\n")
         os.write(2, b"WARNING: CUPTI\n")
     os.write(2, b"after\n")
@@ -495,7 +493,7 @@ def test_only_the_profilers_notes_are_kept_from_stderr(capfd):
 def test_a_missing_tool_is_said_after_the_table(profiled, model, tmp_path, capsys, monkeypatch):
     folder, data, _ = profiled
     made = read_trace(json.loads((folder / "trace.json").read_text()))
-    monkeypatch.setattr(profiling, "profile", lambda *_: (made, data))
+    monkeypatch.setattr("kvlock_fast.profiling.command.profile", lambda *_: (made, data))
     monkeypatch.setenv("PATH", str(tmp_path))
     assert tiny_profile(model, folder, "--nsys", "--ncu") == 1
     captured = capsys.readouterr()
@@ -510,7 +508,7 @@ def test_a_tool_is_run_with_the_printed_command(tmp_path, monkeypatch, capfd):
         script = tmp_path / name
         script.write_text(f'#!/bin/sh\necho "$0" "$@"\nexit {status}\n')
         script.chmod(0o755)
-    problems = nsight.run_tools(["nsys", "ncu"], {"nsys": "nsys profile 'a b'", "ncu": "ncu x"})
+    problems = run_tools(["nsys", "ncu"], {"nsys": "nsys profile 'a b'", "ncu": "ncu x"})
     assert problems == ["ncu ended with status 3"]
     captured = capfd.readouterr()
     assert captured.out == "" and f"{tmp_path}/nsys profile a b\n{tmp_path}/ncu x" in captured.err
@@ -523,7 +521,7 @@ def test_only_the_denoising_lies_between_start_and_stop(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "check_error", lambda code: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append("wait"))
-    switch = profiling.ProfilerSwitch(torch.device("cuda"), lambda stage, done, total: calls.append((stage, done)))
+    switch = ProfilerSwitch(torch.device("cuda"), lambda stage, done, total: calls.append((stage, done)))
     for stage, done in (("encode", 0), ("denoise", 0), ("denoise", 1), ("decode", 0), ("decode", 1)):
         switch(stage, done, 2)
     switch.close()

@@ -16,11 +16,11 @@ import kvlock_fast as kvf
 from kvlock_fast.cache import layout
 from kvlock_fast.config import PRESETS, CacheConfig, LockConfig
 from kvlock_fast.errors import InputWarning
-from kvlock_fast.loop import solver as solvers
+from kvlock_fast.loop import solver
 from kvlock_fast.models.cogvideox import CogVideoXModel
 from kvlock_fast.planning.find_model import from_pipeline
 from kvlock_fast.presets import NEIGHBOURS
-from kvlock_fast.report import token_preview as preview
+from kvlock_fast.report import token_preview
 from tests.pipeline.test_pipeline import FRAMES, HEIGHT, WIDTH, Spy, a_mask, a_video, call, latent_of, text_of
 from tests.support.tiny import COGVIDEOX_KINDS, COGVIDEOX_SCHEDULE, tiny_cogvideox, tiny_wan, untouched
 
@@ -136,7 +136,7 @@ def test_every_preset_edits(preset):
 def test_a_table_edits_as_the_scheduler_itself(monkeypatch, scheduler):
     pipe = tiny_cogvideox("5b", scheduler() if callable(scheduler) else scheduler)
     by_table = call(pipe, lock="kvlock", guidance_scale=4.0, steps=6)
-    monkeypatch.setattr(solvers, "_table", lambda *_: None)
+    monkeypatch.setattr(solver, "_table", lambda *_: None)
     with pytest.warns(InputWarning, match="has no table"):
         by_scheduler = call(pipe, lock="kvlock", guidance_scale=4.0, steps=6)
     torch.testing.assert_close(by_table.latents, by_scheduler.latents, rtol=1e-4, atol=1e-4)
@@ -243,7 +243,7 @@ def test_the_preview_shows_the_tokens_over_a_frame():
     for frame in (0, 1, 4, 5, 8):
         mask = np.zeros((9, 32, 48), bool)
         mask[frame, 20, 20] = True
-        view = preview.view_tokens(a_video(), mask, geometry, None, "pad")
+        view = token_preview.view_tokens(a_video(), mask, geometry, None, "pad")
         assert view.tokens.shape == (2, 2, 3) and view.tokens.sum() == 1
         assert [bool(view.tokens_over(i)[1, 1]) for i in range(9)] == [(i > 0) == (frame > 0) for i in range(9)]
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 import kvlock_fast as kvf
 from kvlock_fast.config import LockConfig
 from kvlock_fast.errors import InputError, InputWarning
-from kvlock_fast.loop import solver as solvers
 from kvlock_fast.loop.solver import Solver, solver_table
 from kvlock_fast.loop.source import invert, renoise
 from kvlock_fast.models import wrap_pipeline
@@ -92,7 +91,7 @@ def test_a_source_of_its_own_folder_is_the_same(tmp_path, name):
 def test_an_edit_by_the_table_is_one_by_the_scheduler(monkeypatch, name):
     case = BY_NAME[name]
     by_table = case.edit(case.make(), lock="kvlock", steps=5)
-    monkeypatch.setattr(solvers, "_table", lambda *_: None)
+    monkeypatch.setattr("kvlock_fast.loop.solver._table", lambda *_: None)
     with pytest.warns(InputWarning, match="has no table"):
         by_scheduler = case.edit(case.make(), lock="kvlock", steps=5)
     torch.testing.assert_close(by_table.latents, by_scheduler.latents, rtol=1e-3, atol=1e-3)

@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from kvlock_fast.locking.parallel import Shard
 from tests.support.parallel_worker import KINDS, REFUSED, edit, ltx, own_loop
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What each of two processes has made: tensors, and all that is not a tensor."""
     folder = tmp_path_factory.mktemp("parallel")
-    environment = {**os.environ, "PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(HERE / "parallel_worker.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "tests.support.parallel_worker"]
     workers = [
         subprocess.Popen([*command, str(rank), "2", str(folder / "store"), str(folder)], env=environment,
                          stdout=subprocess.DEVNULL, stderr=(folder / f"{rank}.err").open("w"))

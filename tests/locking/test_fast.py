@@ -13,9 +13,7 @@ import kvlock_fast as kvf
 from kvlock_fast.cache.layout import KVShape, StepLayout
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.kernels.language import HAS_TRITON
-from kvlock_fast.locking import fast_path as fast
-from kvlock_fast.locking import fast_qkv as fast_prologue
-from kvlock_fast.locking import fast_trial
+from kvlock_fast.locking import fast_path, fast_qkv, fast_trial
 from kvlock_fast.locking.lock import Mode, TransformerLock, blend_weight, kv_sizes
 from tests.support.fast_cases import FAMILIES, TOKENS, WORDS, AtTheCall, families, normal, wan
 from tests.support.tiny import untouched
@@ -142,7 +140,7 @@ def test_by_the_kernel_itself(monkeypatch, name):
     family = shared(name)
     layers = (1, 2) if name == "hunyuan-video" else (1,)  # a dual block and a single one
     truth = forwards(family, "generic", format="fp8_e4m3", layers=layers)
-    monkeypatch.setattr(fast_prologue, "prologue", functools.partial(fast_prologue.prologue, backend="triton"))
+    monkeypatch.setattr(fast_qkv, "prologue", functools.partial(fast_qkv.prologue, backend="triton"))
     got = forwards(family, "fast", format="fp8_e4m3", layers=layers)
     for a, b in zip(truth[:2], got[:2], strict=True):
         torch.testing.assert_close(b, a, rtol=0, atol=1e-6)
@@ -356,7 +354,7 @@ def test_the_users_attention_is_used():
 @pytest.fixture
 def pretended_gpu(monkeypatch):
     """Tensors stay where they are; the kernel runs in Triton's interpreter."""
-    monkeypatch.setattr(fast, "device_of", lambda transformer: torch.device("cuda"))
+    monkeypatch.setattr(fast_path, "device_of", lambda transformer: torch.device("cuda"))
     trial = fast_trial.disagreement.__wrapped__  # without its memory
     monkeypatch.setattr(fast_trial, "disagreement", lambda device, *sizes: trial(torch.device("cpu"), *sizes))
 

@@ -14,7 +14,7 @@ from kvlock_fast import pipeline
 from kvlock_fast.cli import main
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError
-from kvlock_fast.locking import fast_qkv as fast_prologue
+from kvlock_fast.locking import fast_qkv
 from tests.locking.test_lora import add_adapter
 from tests.loop.test_graph import RecordedCapture
 from tests.loop.test_sync_free import guarded  # noqa: F401
@@ -37,13 +37,13 @@ two_pipes = pytest.mark.parametrize("make", [PIPES["wan"], PIPES["cogvideox-5b"]
 @pytest.fixture
 def prologues(monkeypatch):
     """How often the prologue ran, by what it did."""
-    plain, counts = fast_prologue.prologue, Counter()
+    plain, counts = fast_qkv.prologue, Counter()
 
     def counted(*given, lock=None, capture=None, **named):
         counts["capture" if capture is not None else "along" if lock.k is None else "stored"] += 1
         return plain(*given, lock=lock, capture=capture, **named)
 
-    monkeypatch.setattr(fast_prologue, "prologue", counted)
+    monkeypatch.setattr(fast_qkv, "prologue", counted)
     return counts
 
 

@@ -221,9 +221,9 @@ def test_tau_auto_still_watches_the_source():
 
 
 def test_a_scheduler_that_is_called_itself_is_the_same(monkeypatch):
-    from kvlock_fast.loop import solver as solvers
+    from kvlock_fast.loop import solver
 
-    monkeypatch.setattr(solvers, "_table", lambda *_: None)
+    monkeypatch.setattr(solver, "_table", lambda *_: None)
     with pytest.warns(InputWarning, match="has no table"):
         assert_same(*both(tiny_wan(unipc()), alpha="dynamic", tau=0.5, kappa=3, alpha_lag=2))
 

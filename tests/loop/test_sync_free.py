@@ -117,14 +117,14 @@ def test_nor_with_text_in_self_attention(guarded, kind, cache):
 
 def test_a_scheduler_without_a_table_is_called_and_edits_the_same():
     """DPM++ with an SDE-free but non-linear setting has none; Euler's own steps and its table agree."""
-    from kvlock_fast.loop import solver as solvers
+    from kvlock_fast.loop import solver
 
     pipe = tiny_wan(unipc())
     by_table = call(pipe).latents
-    original = solvers.solver_table
+    original = solver.solver_table
     try:
-        solvers.solver_table = lambda scheduler: (_ for _ in ()).throw(solvers.InputError("none"))
+        solver.solver_table = lambda scheduler: (_ for _ in ()).throw(solver.InputError("none"))
         by_scheduler = call(pipe).latents
     finally:
-        solvers.solver_table = original
+        solver.solver_table = original
     torch.testing.assert_close(by_table, by_scheduler, rtol=1e-5, atol=1e-5)

@@ -107,9 +107,9 @@ def test_a_window_that_the_clip_fits_into_forbids_nothing(tmp_path):
 
 def test_memory_that_runs_out_in_stretches_is_tried_with_less(monkeypatch):
     """No plan, but fewer prompts at once, and the source along."""
-    from kvlock_fast import edits as scene
+    from kvlock_fast import edits
 
-    tried, real = [], scene.denoise
+    tried, real = [], edits.denoise
 
     def little(task, *rest):
         tried.append((task.batch, rest[2][0].stored is not None))
@@ -117,7 +117,7 @@ def test_memory_that_runs_out_in_stretches_is_tried_with_less(monkeypatch):
             raise torch.OutOfMemoryError("none left")
         return real(task, *rest)
 
-    monkeypatch.setattr(scene, "denoise", little)
+    monkeypatch.setattr(edits, "denoise", little)
     prompts = ["a dog", "a cat"]
     with pytest.warns(InputWarning, match="one prompt at a time"):
         out = call(tiny_wan(), prompt=prompts, cache=CacheConfig(tier="resident"), steps=2, **long())

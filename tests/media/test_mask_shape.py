@@ -17,7 +17,7 @@ from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.masks import Geometry
 from kvlock_fast.media import MaskShape
 from kvlock_fast.media.clip import read_clip
-from kvlock_fast.report import token_preview as preview
+from kvlock_fast.report import token_preview
 from tests.support.clipmaker import noise
 from tests.support.tiny import tiny_wan
 
@@ -179,9 +179,9 @@ def test_configs_alone_tell_the_tokens(tmp_path):
     for weights in tmp_path.rglob("*.safetensors"):
         weights.unlink()
     expected = Geometry(4, 8, (1, 2, 2), most_tokens=64)
-    assert preview.geometry_of(str(tmp_path)) == expected
-    assert preview.geometry_of("demo") == load_pipeline("demo", "cpu").model.geometry
-    assert preview.geometry_of("wan-1.3b").size_multiple() == (16, 16)
+    assert token_preview.geometry_of(str(tmp_path)) == expected
+    assert token_preview.geometry_of("demo") == load_pipeline("demo", "cpu").model.geometry
+    assert token_preview.geometry_of("wan-1.3b").size_multiple() == (16, 16)
 
 
 def tokens_by_hand(mask, stride, down, across):
@@ -200,7 +200,7 @@ def test_the_view_holds_the_tokens_under_marked_pixels(frames, seed, policy):
     geometry = Geometry(4, 8, (1, 2, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
-        view = preview.view_tokens(noise(frames, 32, 48), mask, geometry, None, policy)
+        view = token_preview.view_tokens(noise(frames, 32, 48), mask, geometry, None, policy)
     kept = frames if policy == "pad" else frames - (frames - 1) % 4
     shown = np.concatenate([mask[:kept], np.repeat(mask[kept - 1 : kept], view.padded, axis=0)])
     assert len(view.video) == kept and np.array_equal(view.tokens, tokens_by_hand(shown, 4, 16, 16))
@@ -215,8 +215,8 @@ def test_the_drawing_tints_foreground_tokens_and_nothing_else():
     geometry = Geometry(4, 8, (1, 2, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
-        view = preview.view_tokens(video, mask, geometry, None, "pad")
-    drawn = preview.draw_tokens(view).astype(int)
+        view = token_preview.view_tokens(video, mask, geometry, None, "pad")
+    drawn = token_preview.draw_tokens(view).astype(int)
     factor = 8  # 96 pixels become 768
     assert drawn.shape[0] == 6 and drawn.shape[2] == 96 * factor
     centres = drawn[:, 8 * factor :: 16 * factor, 8 * factor :: 16 * factor][:, :4]
@@ -253,13 +253,13 @@ def test_an_edit_and_an_inversion_show_the_mask_that_they_use(folder, capsys):
     clip = read_clip(str(folder / "s.mkv"), str(folder / "m.npy"), shape=shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", InputWarning)
-        view = preview.view_tokens(clip.video, clip.mask, preview.geometry_of("demo"), None, "pad")
+        view = token_preview.view_tokens(clip.video, clip.mask, token_preview.geometry_of("demo"), None, "pad")
     for command, output in (("edit", "o.mkv"), ("invert", "cache")):
         extra = ["--prompt", "b", "--json", str(folder / "o.json")] if command == "edit" else []
         shown = folder / f"{command}.mkv"
         arguments = [command, *common, *extra, "--output", str(folder / output), "--mask-preview", str(shown)]
         assert main(arguments) == 0, capsys.readouterr().err
-        assert np.array_equal(media.read_video(shown).frames, preview.draw_tokens(view))
+        assert np.array_equal(media.read_video(shown).frames, token_preview.draw_tokens(view))
     data = json.loads((folder / "o.json").read_text())
     assert data["foreground_share"] == pytest.approx(view.tokens.mean())
     assert {k: v for k, v in data["settings"].items() if k.startswith("mask_")} == shape.as_dict()

@@ -21,7 +21,7 @@ from kvlock_fast.media import write_video
 from tests.support.clipmaker import encode, noise
 from tests.support.tiny import tiny_wan
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlock_fast.cli import main
-from kvlock_fast.edit import output_names, working_size
+from kvlock_fast.edit import working_size
+from kvlock_fast.edit_files import output_names
 from kvlock_fast.errors import InputWarning
 from kvlock_fast.media import read_video
 from kvlock_fast.media.fitting import composite, feathered

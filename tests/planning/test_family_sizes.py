@@ -1,10 +1,8 @@
 """Planning for any family: sizes by its modules, the same from configs alone, and never too small."""
 
-import importlib
 import json
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -16,16 +14,16 @@ from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models import wrap_pipeline
 from kvlock_fast.models.registry import family_of_transformer
-from kvlock_fast.planning import run_with_memory as memory
+from kvlock_fast.planning import run_with_memory
 from kvlock_fast.planning.find_model import COUNTED, find_model, from_config, from_pipeline
 from kvlock_fast.planning.job import Job
 from kvlock_fast.planning.machine import Machine
 from tests.families.cases.flux import tiny_flux
-from tests.support.conformance import all_cases
+from tests.support.conformance import all_cases, case_modules
 from tests.support.tiny import tiny_wan
 
 CASES = {case.name: case for case in all_cases()}
-FIRST = {importlib.import_module(path.stem).CASES[0].name for path in Path(__file__).parent.glob("family_*.py")}
+FIRST = {module.CASES[0].name for module in case_modules()}
 NAMES = [name if name in FIRST else pytest.param(name, marks=pytest.mark.large) for name in CASES]
 
 
@@ -117,8 +115,10 @@ def edit(pipe, **changes):
 
 def test_edits_of_images_are_planned_for(monkeypatch):
     planned = []
-    plain = memory.plan
-    monkeypatch.setattr(memory, "plan", lambda *args, **more: planned.append(plain(*args, **more)) or planned[-1])
+    plain = run_with_memory.plan
+    monkeypatch.setattr(
+        run_with_memory, "plan", lambda *args, **more: planned.append(plain(*args, **more)) or planned[-1]
+    )
     edit(tiny_flux())
     assert planned[0].choice.tier == "lockstep" and planned[0].job.model.family == "flux" and not planned[0].job.guided
     monkeypatch.setattr(Machine, "here", lambda *_: Machine(None, 1000, 1000))

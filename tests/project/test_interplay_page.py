@@ -9,7 +9,7 @@ from tests.locking.test_interplay import OFFLOADED
 from tests.locking.test_interplay_layers import CACHES, SETTINGS
 from tests.support.parallel_worker import REFUSED
 
-PAGE = (Path(__file__).parents[1] / "kvlock_fast" / "docs" / "interplay.md").read_text()
+PAGE = (Path(__file__).parents[2] / "kvlock_fast" / "docs" / "interplay.md").read_text()
 
 
 def rows(heading):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
 INSTALLED = {distribution.metadata["Name"].lower() for distribution in importlib.metadata.distributions()}
 SHIPPED = ["setup.py", "pyproject.toml", "LICENSE", "README.md", "kernels", "kvlock_fast"]

@@ -16,7 +16,7 @@ from kvlock_fast import ops
 from kvlock_fast.config import FORMATS, PRESETS, TIERS
 from kvlock_fast.models.registry import FAMILIES, REGISTRY
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "kvlock_fast" / "docs"
 
 OPERATORS = {

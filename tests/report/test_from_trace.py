@@ -11,7 +11,7 @@ from PIL import Image
 from kvlock_fast.cli import main
 from kvlock_fast.media import write_video
 from kvlock_fast.report.drawing import as_pictures
-from tests.report.test_report import Page, trace, videos
+from tests.report.test_page import Page, trace, videos
 from tests.support.clipmaker import noise
 
 

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import torch
 
-from kvlock_fast.cache import leases as litter
-from kvlock_fast.cache import manifest
+from kvlock_fast.cache import leases, manifest
 from kvlock_fast.cache.entry import Entry, EntryWriter
 from kvlock_fast.cache.leases import kind_of, owned_name
 from kvlock_fast.cache.root import CacheRoot
@@ -45,7 +44,7 @@ def is_whole(entry: Entry) -> bool:
 def litter_in(folder: Path) -> list[str]:
     """What lies in an entry's folder and is not the entry's."""
     content, _ = manifest.read(folder)
-    expected = {folder / manifest.NAME, folder / content.data, folder / content.data / litter.PUBLISHED}
+    expected = {folder / manifest.NAME, folder / content.data, folder / content.data / leases.PUBLISHED}
     expected |= {folder / content.data / f"{shard}.safetensors" for shard in content.shards}
     return [str(path) for path in folder.rglob("*") if path not in expected]
 
@@ -70,7 +69,7 @@ def killed_at_every_operation(path: Path, stride: int) -> dict:
     for replacing in (False, True):
         for number in range(1 + replacing, 1000, stride):
             root = CacheRoot(path)
-            litter.remove_entry(path / "key")
+            leases.remove_entry(path / "key")
             if replacing:
                 write(root.writer("key"), 1)
 
@@ -140,7 +139,7 @@ def mix(path: Path, number: int, rounds: int, report: Path) -> None:
                 write(root.writer("key"), 1000 * number + i)
                 found["writes"] += 1
             elif what < 0.5:
-                found["evictions"] += litter.remove_entry(path / "key") is not None
+                found["evictions"] += leases.remove_entry(path / "key") is not None
             elif (entry := root.find("key")) is None:
                 found["misses"] += 1
             else:
@@ -158,7 +157,7 @@ def evicted_while_read(path: Path, reads: int) -> dict:
 
     def work():
         while True:
-            if litter.remove_entry(path / "key") is not None:
+            if leases.remove_entry(path / "key") is not None:
                 write(root.writer("key"), 1)
 
     pid = forked(work)

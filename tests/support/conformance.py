@@ -1,4 +1,4 @@
-"""What every family's tiny pipelines are put through: cases (in family_*.py, one file a family), and scenes of them."""
+"""What every family's tiny pipelines are put through: cases (families/cases/, a file a family), and scenes of them."""
 
 import importlib
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.locking.lock import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.models import wrap_pipeline
+from tests.families import cases
 
 PROMPT, NEGATIVE, SOURCE = "a blue circle moves", "a dog", "a red circle"
 OFF = kvf.LockConfig(alpha=0.0, omega="constant", s_star=False)
@@ -205,7 +207,12 @@ def attention_calls(scene: Scene, change: Callable[[int, Tensor, Tensor], tuple[
             hook.remove()
 
 
+def case_modules() -> list[ModuleType]:
+    """The files of cases, by name."""
+    names = sorted(path.stem for path in Path(cases.__file__).parent.glob("[!_]*.py"))
+    return [importlib.import_module(f"{cases.__name__}.{name}") for name in names]
+
+
 def all_cases() -> list[Case]:
     """Of all files of cases, by name of the file."""
-    names = sorted(path.stem for path in Path(__file__).parent.glob("family_*.py"))
-    return [case for name in names for case in importlib.import_module(name).CASES]
+    return [case for module in case_modules() for case in module.CASES]

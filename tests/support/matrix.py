@@ -21,7 +21,7 @@ FEATURES = {
     "test_foreground_only_is_exact": "foreground-only",
 }
 """Tests of the suite, and what a column says of a family that passed."""
-PAGE = Path(__file__).parents[1] / "kvlock_fast" / "docs" / "families.md"
+PAGE = Path(__file__).parents[2] / "kvlock_fast" / "docs" / "families.md"
 WORST_FIRST = ("failed", "skipped", "passed")
 SIGNS = {"passed": "yes", "skipped": "-", "failed": "NO"}
 INTRO = """# Families, and what is known to work

@@ -1,6 +1,6 @@
-"""Edits in context parallelism, as one of several gloo processes on the CPU: for test_context_parallel.py.
+"""Edits in context parallelism, as one of several gloo processes on the CPU: for locking/test_context_parallel.py.
 
-    python parallel_worker.py RANK COUNT STORE OUTPUT
+    python -m tests.support.parallel_worker RANK COUNT STORE OUTPUT
 
 Runs every case and writes what came out to OUTPUT, a file of safetensors and one of JSON.
 

@@ -14,10 +14,8 @@ from PIL import Image
 
 from kvlock_fast import media
 from kvlock_fast.errors import OutputError
-from kvlock_fast.report import charts
-from kvlock_fast.report import contact_sheet as sheet
-from kvlock_fast.report import drawing as pictures
-from kvlock_fast.report import page as report
+from kvlock_fast.report import charts, contact_sheet, drawing
+from kvlock_fast.report.page import LARGEST, write_report
 from kvlock_fast.tools import doctor
 from tests.support.clipmaker import noise
 
@@ -79,7 +77,7 @@ def write(path, **changes):
         "source": source, "mask": mask, "edited": edited, "trace": trace(),
         "settings": {"seed": 7, "lock": {"tau": 0.01, "layers": [0, 1]}}, "command": "kvlock-fast edit",
     }  # fmt: skip
-    report.write_report(path, **{**arguments, **changes})
+    write_report(path, **{**arguments, **changes})
     return Page(path.read_text())
 
 
@@ -164,7 +162,7 @@ def test_odd_cases(tmp_path, case):
     assert "nan" not in " ".join(page.text).lower()
     for video in videos(page, tmp_path):
         assert video.frames.shape[1] % 2 == 0 and video.frames.shape[2] % 2 == 0
-    sheet.write_sheet(tmp_path / "s.png", changes["source"], changes["mask"], changes["edited"])
+    contact_sheet.write_sheet(tmp_path / "s.png", changes["source"], changes["mask"], changes["edited"])
 
 
 def test_browsers_can_decode_it(tmp_path):
@@ -177,7 +175,7 @@ def test_browsers_can_decode_it(tmp_path):
 
 def test_the_sheet(tmp_path):
     source, mask, edited = clip(9)
-    sheet.write_sheet(tmp_path / "s.png", source, mask, edited, columns=4)
+    contact_sheet.write_sheet(tmp_path / "s.png", source, mask, edited, columns=4)
     picture = Image.open(tmp_path / "s.png")
     # Four rows of four frames of 288x192, enlarged by nearest pixel, so the source's first frame is in it exactly.
     assert picture.width > 4 * 288 and picture.height > 4 * 192
@@ -188,7 +186,7 @@ def test_the_sheet(tmp_path):
 @given(st.integers(0, 2**32 - 1))
 def test_the_difference_is_the_largest_of_the_channels(seed):
     a, b = noise(2, 5, 7, seed), noise(2, 5, 7, seed + 1)
-    levels = pictures.difference(a, b)
+    levels = drawing.difference(a, b)
     assert levels.dtype == np.uint8 and np.array_equal(levels, np.abs(a.astype(int) - b).max(-1))
 
 
@@ -197,15 +195,15 @@ def test_the_scale_of_a_difference_is_that_of_the_background():
     background = np.ones((2, 10, 10), bool)
     background[:, :5] = False
     levels[:, :5], levels[:, 5:] = 250, 20
-    assert pictures.difference_scale([levels], background) == 32
-    assert pictures.difference_scale([levels]) == 255
-    assert pictures.difference_scale([levels], ~background & background) == 255
-    assert pictures.difference_scale([0 * levels]) == pictures.SCALES[0]
+    assert drawing.difference_scale([levels], background) == 32
+    assert drawing.difference_scale([levels]) == 255
+    assert drawing.difference_scale([levels], ~background & background) == 255
+    assert drawing.difference_scale([0 * levels]) == drawing.SCALES[0]
 
 
 def test_a_heat_map_grows_brighter_up_to_its_scale():
     levels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
-    drawn = pictures.heat(levels, 64).astype(int)
+    drawn = drawing.heat(levels, 64).astype(int)
     brightness = (drawn @ [299, 587, 114]).ravel()
     assert (np.diff(brightness[:64]) > 0).all() and len(np.unique(drawn.reshape(-1, 3)[64:], axis=0)) == 1
     assert drawn[0, 0, 0].max() < 8
@@ -216,7 +214,7 @@ def test_the_difference_can_be_played_and_says_its_scale(tmp_path):
     page = write(tmp_path / "r.html")
     assert "32 levels or more" in " ".join(" ".join(page.text).split())
     shown = videos(page, tmp_path)[3].frames[:, 3::6, 3::6]
-    expected = pictures.heat(pictures.difference(source, edited), 32)
+    expected = drawing.heat(drawing.difference(source, edited), 32)
     assert np.abs(shown.astype(int) - expected)[~mask].mean() < 6 and shown[mask].mean() > 120
 
 
@@ -234,20 +232,20 @@ def test_a_page_of_what_there_is(tmp_path):
 def test_large_videos_are_shown_smaller(tmp_path):
     source = noise(2, 40, 1400)
     page = write(tmp_path / "r.html", source=source, mask=np.ones(source.shape[:3], bool), edited=source)
-    assert {video["width"] for video in page.all("video")} == {str(report.LARGEST)}
-    sheet.write_sheet(tmp_path / "s.png", source, np.ones(source.shape[:3], bool), source)
-    assert Image.open(tmp_path / "s.png").width < 3 * sheet.LARGEST
+    assert {video["width"] for video in page.all("video")} == {str(LARGEST)}
+    contact_sheet.write_sheet(tmp_path / "s.png", source, np.ones(source.shape[:3], bool), source)
+    assert Image.open(tmp_path / "s.png").width < 3 * contact_sheet.LARGEST
 
 
 def test_outline_marks_the_border_and_nothing_else():
     source, mask, _ = clip()
-    drawn = pictures.outline(source, mask)
+    drawn = drawing.outline(source, mask)
     pink = (drawn == (255, 64, 129)).all(-1)
     assert pink[0, 8:20, 10].all() and pink[0, 19, 10:30].all()
     assert not pink[0, 9:19, 11:29].any() and not pink[~mask].any()
     assert np.array_equal(drawn[mask & ~pink], source[mask & ~pink])
     # Where everything is foreground there is no border, not even at the picture's edge.
-    assert np.array_equal(pictures.outline(source, np.ones_like(mask)), source)
+    assert np.array_equal(drawing.outline(source, np.ones_like(mask)), source)
 
 
 @pytest.mark.parametrize("place", ["missing/r.html", "folder"])
@@ -257,7 +255,7 @@ def test_unwritable(tmp_path, place):
         write(tmp_path / place)
     source, mask, edited = clip()
     with pytest.raises(OutputError, match=place):
-        sheet.write_sheet(tmp_path / place, source, mask, edited)
+        contact_sheet.write_sheet(tmp_path / place, source, mask, edited)
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
@@ -328,7 +326,7 @@ def test_tokens_computed_are_shown_where_they_are_fewer(tmp_path):
             else {"prompts": ["a"], "steps": 4, "warmup_steps": 2, "records": records}
         )
         titles = [chart["title"] for chart in schedule_charts(found, {})]
-        report.write_report(
+        write_report(
             tmp_path / f"{name}.html", source=None, mask=None, edited=[], trace=found, settings={}, command="c"
         )
         page = (tmp_path / f"{name}.html").read_text()

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench.steps import __main__ as step
+from bench.steps import __main__ as steps
 from bench.steps.cases import SHAPES, Steps
 
 OURS = ("ours, lockstep", "ours, resident fp8", "ours, host fp8", "ours, lockstep, fast", "ours, resident fp8, fast")
@@ -14,7 +14,7 @@ OURS = ("ours, lockstep", "ours, resident fp8", "ours, host fp8", "ours, lockste
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
     output = tmp_path_factory.mktemp("step") / "step.json"
-    assert step.main(["--quick", "--cpu", "--steps", "5", "--rounds", "1", "--output", str(output)]) == 0
+    assert steps.main(["--quick", "--cpu", "--steps", "5", "--rounds", "1", "--output", str(output)]) == 0
     return json.loads(output.read_text())
 
 
@@ -50,7 +50,7 @@ def test_our_steps_read_nothing_and_launch_less(figures, shape):
 def test_the_steady_state_is_steady():
     """Every step after the first two launches and allocates the same."""
     made = Steps(SHAPES["quick"], torch.device("cpu"), torch.float32)
-    with torch.no_grad(), step.Counter() as counter:
+    with torch.no_grad(), steps.Counter() as counter:
         made.contenders()["ours, lockstep"](7, counter.mark)
     assert len(counter.steps) == 7
     steady = counter.steps[2:-1]
@@ -65,13 +65,13 @@ def test_a_wrong_contender_is_found(monkeypatch, capsys):
         return lambda steps, mark: run(steps, mark) * 1.01
 
     monkeypatch.setattr(Steps, "ours", wrong)
-    assert step.main(["--quick", "--cpu", "--steps", "4", "--rounds", "1"]) == 1
+    assert steps.main(["--quick", "--cpu", "--steps", "4", "--rounds", "1"]) == 1
     assert "wrong: relative error" in capsys.readouterr().out
 
 
 def test_the_counter_counts():
     x = torch.ones(3)
-    with step.Counter() as counter:
+    with steps.Counter() as counter:
         y = x + 1  # a launch, a storage
         y.add_(1)  # a launch
         y.view(3)  # neither

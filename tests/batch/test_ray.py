@@ -21,16 +21,16 @@ from kvlock_fast.batch.runner import Runner
 from kvlock_fast.cli import main
 from kvlock_fast.errors import InputError
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
 def quiet_cluster(monkeypatch):
     """Workers find this checkout and the tests, and send nothing about their use to anyone."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_DISABLE_MEMORY_MONITOR", "1")
-    monkeypatch.setattr(sys, "path", [str(TESTS), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
 
 
 class Killer:

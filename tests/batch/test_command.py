@@ -146,7 +146,7 @@ def test_edits_of_one_source_share_a_pass_and_still_come_out_again_the_same(fold
 
 
 def test_memory_that_runs_out_on_the_device_is_told_apart(model, monkeypatch):
-    from kvlock_fast import edits as scene_room
+    from kvlock_fast import edits
 
     editor = ModelEditor("cpu")
     clip = Clip(np.zeros((5, 32, 48, 3), np.uint8), np.zeros((5, 32, 48), bool), 8)
@@ -161,7 +161,7 @@ def test_memory_that_runs_out_on_the_device_is_told_apart(model, monkeypatch):
     def full(*arguments):
         raise torch.OutOfMemoryError("full")
 
-    monkeypatch.setattr(scene_room, "denoise", full)
+    monkeypatch.setattr(edits, "denoise", full)
     with pytest.raises(OutOfMemory):
         editor.edit(setup, clip, ["a", "b"], Decision("host", "int8", 1), lambda *a: None)
     with pytest.raises(InputError, match="too little memory"), pytest.warns(UserWarning):
@@ -193,8 +193,7 @@ FOREGROUND = LockConfig.preset("kvlock", compute="foreground", kappa=1)
                                   {"size": (48, 32), "frames_policy": "trim"},
                                   {"lock": FOREGROUND}, {"lock": FOREGROUND, "mask": "all"}])  # fmt: skip
 def test_the_planner_is_asked_what_an_edit_would_ask(model, monkeypatch, more):
-    from kvlock_fast.planning import planner
-    from kvlock_fast.planning import run_with_memory as memory
+    from kvlock_fast.planning import planner, run_with_memory
 
     asked, plan = [], planner.plan
 
@@ -203,7 +202,7 @@ def test_the_planner_is_asked_what_an_edit_would_ask(model, monkeypatch, more):
         return plan(*arguments, machine=machine, **named)
 
     monkeypatch.setattr(planner, "plan", noted)
-    monkeypatch.setattr(memory, "plan", noted)
+    monkeypatch.setattr(run_with_memory, "plan", noted)
     clip = Clip(np.zeros((6, 32, 48, 3), np.uint8), np.zeros((6, 32, 48), bool), 8)
     clip.mask[:, 4:9, 4:9] = True
     if more.get("mask") == "all":  # then there is nothing that foreground-only steps could leave out

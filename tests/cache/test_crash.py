@@ -11,7 +11,7 @@ import pytest
 from kvlock_fast.cache.leases import owner_lives
 from kvlock_fast.cache.root import CacheRoot
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).resolve().parents[2]
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.fixture(scope="module")
 def run():
     """To call a function of cache_writers in a process of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, TESTS / "cache_writers.py"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.support.cache_writers"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     ) as process:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from kvlock_fast import files, media
 from kvlock_fast.errors import InputError, OutputError
-from kvlock_fast.media import video_out as video_output
+from kvlock_fast.media import video_out
 from tests.support.clipmaker import encode, encode_planes, noise, turn
 
 KINDS = {
@@ -268,7 +268,7 @@ def test_an_output_replaces_an_older_one_and_follows_the_umask(tmp_path):
 def test_a_failure_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, error):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"old")
-    original = video_output.ENCODERS[".mp4"]
+    original = video_out.ENCODERS[".mp4"]
 
     def failing(*arguments):
         stream, convert = original(*arguments)
@@ -281,7 +281,7 @@ def test_a_failure_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch, erro
 
         return stream, convert_some
 
-    monkeypatch.setitem(video_output.ENCODERS, ".mp4", failing)
+    monkeypatch.setitem(video_out.ENCODERS, ".mp4", failing)
     with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
         media.write_video(path, noise(4, 16, 16), 16)
     assert path.read_bytes() == b"old"

@@ -25,7 +25,7 @@ from kvlock_fast.loop.denoise import why_not_captured
 from kvlock_fast.loop.windows import Windows
 from kvlock_fast.masks import Geometry, project_mask
 from kvlock_fast.models import wrap_pipeline
-from tests.families.cases import allegro as family_allegro
+from tests.families.cases import allegro
 from tests.families.cases.allegro import tiny_allegro
 from tests.families.cases.cogvideox_image import tiny_cogvideox_image
 from tests.families.cases.cogview4 import CASES as COGVIEW4
@@ -100,7 +100,7 @@ def test_allegro_covers_any_size_with_its_tiles(size):
     model, frames = wrap_pipeline(pipe), noise(*size, 3)
     latents = model.encode_video(frames)
     assert latents.shape[2:] == (size[0] // 4, size[1] // 8, size[2] // 8)
-    tiles = zip(size, family_allegro.TILE, family_allegro.TILE_STRIDE, strict=True)
+    tiles = zip(size, allegro.TILE, allegro.TILE_STRIDE, strict=True)
     if all(n >= tile and (n - tile) % stride == 0 for n, tile, stride in tiles):
         pixels = frames.permute(3, 0, 1, 2)[None] / 127.5 - 1
         assert torch.equal(latents, pipe.vae.encode(pixels).latent_dist.mode() * 0.7)
@@ -132,7 +132,7 @@ def test_allegros_own_scheduler(tmp_path):
     with pytest.warns(InputWarning, match="EulerAncestralDiscreteScheduler adds noise at every step: taking DDIM"):
         loaded = kvf.KVLockPipeline.from_pretrained(tmp_path / "model").pipe
     assert type(loaded.scheduler) is DDIMScheduler
-    loaded.vae.kernel, loaded.vae.stride = family_allegro.TILE, family_allegro.TILE_STRIDE
+    loaded.vae.kernel, loaded.vae.stride = allegro.TILE, allegro.TILE_STRIDE
     ours, theirs = (edit(p, 8, generator=torch.Generator().manual_seed(1)).latents for p in (loaded, tiny_allegro()))
     assert torch.equal(ours, theirs)
 

@@ -20,6 +20,8 @@ from kvlock_fast.planning import machine
 from tests.pipeline.test_pipeline import a_mask, a_video, call
 from tests.support.tiny import tiny_wan, untouched
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def run_out_of_memory(pipe, monkeypatch, times, rows=0):
     """The next `times` forwards of more than `rows` rows find no memory."""
@@ -215,7 +217,7 @@ assert out.latents.equal(expected)
 
 def test_a_file_size_limit_leaves_the_edit_in_lockstep(tmp_path):
     run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(tmp_path / "root"), str(Path(__file__).parent)],
+        [sys.executable, "-c", FULL_DISK, str(tmp_path / "root"), str(ROOT)],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr

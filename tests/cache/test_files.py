@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from kvlock_fast.cache import entry as entry_module
-from kvlock_fast.cache import leases as litter
-from kvlock_fast.cache import manifest
+from kvlock_fast.cache import leases, manifest
 from kvlock_fast.cache.entry import DamagedCache, Entry, EntryWriter, MissingCache
 from kvlock_fast.cache.leases import FOREIGN_SECONDS, owned_name, owner_lives
 from kvlock_fast.cache.manifest import DTYPES
@@ -191,9 +190,9 @@ class TestRoundTrip:
         tensors = []
         for _ in range(3):
             with Entry.open(folder) as entry:
-                assert litter.any_live(folder, "lease") and str(folder) in open_files()
+                assert leases.any_live(folder, "lease") and str(folder) in open_files()
                 tensors.append(entry.tensors("step-0"))
-        assert not litter.any_live(folder, "lease") and str(folder) in open_files()
+        assert not leases.any_live(folder, "lease") and str(folder) in open_files()
         tensors.clear()
         assert str(folder) not in open_files()
 
@@ -283,7 +282,7 @@ class TestWriting:
         with pytest.raises(OutputError, match=r"its manifest\.json is not a cache's"):
             write(EntryWriter(tmp_path))
         assert contents(tmp_path) == {"manifest.json": b'{"name": "my web page"}'}
-        assert not litter.is_entry(tmp_path)
+        assert not leases.is_entry(tmp_path)
 
     @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EIO], ids=errno.errorcode.get)
     @pytest.mark.parametrize("call", range(5))
@@ -547,7 +546,7 @@ class TestLitter:
             for seed in (2, 3):
                 write(root.writer("key"), meta={"seed": seed})
             CacheRoot(tmp_path)
-            assert litter.remove_entry(tmp_path / "key") is None
+            assert leases.remove_entry(tmp_path / "key") is None
             slow.publish({"seed": 4})
         with root.find("key") as entry:
             assert entry.meta == {"seed": 4} and entry.tensors("s")["x"].tolist() == [0, 1, 2, 3, 4]
@@ -558,16 +557,16 @@ class TestLitter:
     def test_a_manifest_that_is_published_while_it_is_swept_keeps_its_data(self, tmp_path, monkeypatch):
         """The manifest is read after the folders are listed and their owners looked at."""
         folder = write(EntryWriter(tmp_path / "e"), meta={"seed": 1})
-        list_owned = litter.owned
+        list_owned = leases.owned
 
         def then_publish(where, *kinds):
             found = list_owned(where, *kinds)
-            monkeypatch.setattr(litter, "owned", list_owned)
+            monkeypatch.setattr(leases, "owned", list_owned)
             write(EntryWriter(folder), meta={"seed": 2})
             return [*found, *list_owned(where, "data")]
 
-        monkeypatch.setattr(litter, "owned", then_publish)
-        litter.sweep(folder)
+        monkeypatch.setattr(leases, "owned", then_publish)
+        leases.sweep(folder)
         with Entry.open(folder) as entry:
             assert entry.meta == {"seed": 2}
 
@@ -639,7 +638,7 @@ class TestRoot:
         folder = write(root.writer("key"))
         digest = manifest.read(folder)[1]
         write(root.writer("key"), meta={"seed": 8})
-        litter.set_aside(folder, digest, "late")
+        leases.set_aside(folder, digest, "late")
         with root.find("key") as entry:
             assert entry.meta == {"seed": 8}
         root.sweep()
@@ -701,18 +700,18 @@ class TestRoot:
     def test_a_lease_that_comes_during_an_eviction_stays(self, tmp_path, monkeypatch):
         """Or who took it would go on without one when the eviction is over."""
         folder = write(EntryWriter(tmp_path / "e"))
-        late, marks = folder / owned_name("lease"), litter._marks
-        monkeypatch.setattr(litter, "_marks", lambda where: late.touch() or marks(where))
-        assert litter.remove_entry(folder) > 0
+        late, marks = folder / owned_name("lease"), leases._marks
+        monkeypatch.setattr(leases, "_marks", lambda where: late.touch() or marks(where))
+        assert leases.remove_entry(folder) > 0
         assert [path.name for path in folder.iterdir()] == [late.name]
 
     def test_removing_leaves_other_files(self, tmp_path):
         folder = write(EntryWriter(tmp_path / "e"))
         (folder / "notes.txt").write_text("mine")
-        freed = litter.disk_bytes(folder)
-        assert litter.remove_entry(folder) == freed > 8192
+        freed = leases.disk_bytes(folder)
+        assert leases.remove_entry(folder) == freed > 8192
         assert contents(folder) == {"notes.txt": b"mine"}
-        assert litter.remove_entry(tmp_path / "nowhere") == 0
+        assert leases.remove_entry(tmp_path / "nowhere") == 0
 
 
 class TestCommands:
@@ -767,7 +766,7 @@ class TestCommands:
     def test_verify_needs_no_torch(self, root):
         code = f"import sys; from kvlock_fast.cli import main; status = main(['cache', 'verify', {str(root.path)!r}])"
         code += "; sys.exit(status or 'torch' in sys.modules)"
-        subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
     def test_verify_a_damaged_manifest_and_missing_data(self, root, capsys):
         path = root.path / "a" / "manifest.json"

@@ -17,10 +17,10 @@ from PIL import Image
 
 from kvlock_fast import media
 from kvlock_fast.errors import InputError, InputWarning, OutputError
-from tests.media.test_media import colour_bars, inside_bars
+from tests.media.test_video import colour_bars, inside_bars
 from tests.support.clipmaker import encode, noise
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOSSY, LOSSLESS = ("o.mp4", "o.m4v", "o.mov", "o.webm"), ("o.mkv", "o.gif", "frames")
 
 # --- each kind of output -------------------------------------------------------------------------------------------
@@ -274,7 +274,6 @@ WRITER = """
 import sys
 import numpy as np
 from kvlock_fast.media import write_video
-from kvlock_fast.media import video_out as encoders
 frames = np.zeros((400, 64, 64, 3), np.uint8)
 class Slow:
     ndim, shape, dtype, size = 4, frames.shape, frames.dtype, frames.size

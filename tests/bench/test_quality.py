@@ -17,20 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.quality import __main__ as quality
-from bench.quality import run as quality_run
-from bench.quality import sweeps as quality_sweeps
-from bench.quality import vbench as vbench_bridge
+from bench.quality import run, sweeps, vbench
 from bench.quality.cases import KINDS, MASKS, quality_case
-from bench.quality.clips import read_clips
 from bench.quality.measures import PeakMemory, background_figures, consistency, path_of_mask
 from bench.quality.rows import CEILING, default_rows, lock_of
 from bench.quality.run import CaseFile
+from bench.quality.subject import read_clips
 from bench.quality.summary import bootstrapped, markdown, summarise
 from kvlock_fast.demo.world import grow
 from kvlock_fast.errors import InputError
 from kvlock_fast.media import write_video
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # Cases.
@@ -238,7 +236,7 @@ def test_the_table_has_a_number_everywhere(table):
 
 
 def test_a_vace_that_is_not_trained_is_the_demo_model_and_not_ranked(tmp_path, monkeypatch):
-    monkeypatch.setattr(quality_run, "WEIGHTS", tmp_path / "none.safetensors")
+    monkeypatch.setattr(run, "WEIGHTS", tmp_path / "none.safetensors")
     options = ["--cases", "1", "--steps", "3", "--rows", "cfg,vace", "--workers", "1", "--work", str(tmp_path / "work")]
     assert quality.main([*options, "--output", str(tmp_path / "q.json")]) == 0
     found = json.loads((tmp_path / "q.json").read_text())["rows"]
@@ -256,7 +254,7 @@ def test_every_row_runs_by_several_processes(tmp_path):
 def test_the_same_command_again_makes_nothing(table, capsys, monkeypatch):
     folder, options = table
     before = (folder / "o" / "q.json").read_text()
-    monkeypatch.setattr(quality_run, "Worker", None)
+    monkeypatch.setattr(run, "Worker", None)
     assert quality.main(options) == 0
     assert "0 edits to make" in capsys.readouterr().out
     assert (folder / "o" / "q.json").read_text() == before
@@ -267,11 +265,11 @@ def test_other_values_are_made_anew(table):
     plan, _ = quality.make_plan(
         quality.parser().parse_args(["--cases", "1", "--steps", "5", "--work", str(folder / "work")]), ("kvlock",)
     )
-    assert quality_run.missing(plan, 0, {"kvlock": plan.digest_of("kvlock")}) == 0
+    assert run.missing(plan, 0, {"kvlock": plan.digest_of("kvlock")}) == 0
     from dataclasses import replace
 
     for other in (replace(plan, steps=6), replace(plan, locks={"kvlock": lock_of("kvlock", tau=0.5)})):
-        assert quality_run.missing(other, 0, {"kvlock": other.digest_of("kvlock")}) == 1
+        assert run.missing(other, 0, {"kvlock": other.digest_of("kvlock")}) == 1
     (folder / "work" / "bad.json").write_text("{")
     with pytest.raises(InputError, match="is not a file of finished rows"):
         CaseFile(folder / "work", "bad")
@@ -302,9 +300,9 @@ def test_a_killed_run_goes_on_to_the_same_table(tmp_path):
 
 
 def test_every_sweep_has_its_base_once():
-    points = quality_sweeps.points_of(["paper", "kvlock"], list(quality_sweeps.SWEEPS), 20)
+    points = sweeps.points_of(["paper", "kvlock"], list(sweeps.SWEEPS), 20)
     of = {name: [value for (base, p, value), _ in points.values() if (base, p) == ("kvlock", name)]
-          for name in quality_sweeps.SWEEPS}  # fmt: skip
+          for name in sweeps.SWEEPS}  # fmt: skip
     assert of["tau"][-1] == "auto" and of["b"] == [0.5, 1.0, 2.0, 3.0] and 1.0 in of["omega_floor"]
     assert points["paper warmup_alpha=0.5"][1] == lock_of("paper", warmup_alpha=0.5, kappa=10)
     assert points["kvlock tau=auto"][1] == lock_of("kvlock", tau="auto")
@@ -313,13 +311,13 @@ def test_every_sweep_has_its_base_once():
 def test_sweeps(tmp_path, capsys):
     options = ["--cases", "1", "--steps", "2", "--workers", "1", "--work", str(tmp_path / "w")]
     options += ["--bases", "paper", "--parameters", "alpha_floor", "--output", str(tmp_path / "s.json")]
-    assert quality_sweeps.main(options) == 0
+    assert sweeps.main(options) == 0
     found = json.loads((tmp_path / "s.json").read_text())["sweeps"]["paper"]
     assert [point["value"] for point in found["alpha_floor"]] == [0.0, 0.5, 1.0]
     assert all(math.isfinite(point["psnr"]["mean"]) for point in found["alpha_floor"])
     assert (tmp_path / "s.png").read_bytes()[1:4] == b"PNG" and "alpha_floor = 0.5" in (tmp_path / "s.md").read_text()
     for wrong, said in (("--bases", "papr"), ("--parameters", "taw"), ("--cases", "0")):
-        assert quality_sweeps.main([*options, wrong, said]) == 2
+        assert sweeps.main([*options, wrong, said]) == 2
         assert said in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -448,7 +446,7 @@ def test_vbench_by_a_stand_in(tmp_path, capsys):
     python, videos = other_python(tmp_path), make_videos(tmp_path / "videos")
     output = tmp_path / "o" / "vbench.json"
     asked = ["--dimensions", "subject_consistency,imaging_quality", "--output", str(output)]
-    assert vbench_bridge.main(["--python", python, "--videos", str(videos), *asked]) == 0
+    assert vbench.main(["--python", python, "--videos", str(videos), *asked]) == 0
     found = json.loads(output.read_text())
     assert list(found) == ["cfg", "kvlock"]
     assert found["cfg"]["subject_consistency"]["mean"] == pytest.approx(0.2)
@@ -469,16 +467,16 @@ def test_vbench_by_a_stand_in(tmp_path, capsys):
 def test_vbench_that_fails(tmp_path, change, said):
     python, videos = other_python(tmp_path, change), make_videos(tmp_path / "videos")
     with pytest.raises(InputError, match=said):
-        vbench_bridge.score(python, videos / "cfg", ("subject_consistency",))
+        vbench.score(python, videos / "cfg", ("subject_consistency",))
 
 
 def test_vbench_that_is_not_there(tmp_path, capsys):
     videos = make_videos(tmp_path / "videos")
     arguments = ["--videos", str(videos), "--output", str(tmp_path / "v.json")]
-    assert vbench_bridge.main(["--python", str(tmp_path / "none"), *arguments]) == 2
+    assert vbench.main(["--python", str(tmp_path / "none"), *arguments]) == 2
     assert "cannot be run" in capsys.readouterr().err
-    assert vbench_bridge.main(["--python", sys.executable, *arguments, "--dimensions", "colour"]) == 2
+    assert vbench.main(["--python", sys.executable, *arguments, "--dimensions", "colour"]) == 2
     assert "--dimensions names 'colour'" in capsys.readouterr().err
     (videos / "cfg" / "0001.mp4").unlink()
     with pytest.raises(InputError, match="less than two videos"):
-        vbench_bridge.score(sys.executable, videos / "cfg", ("subject_consistency",))
+        vbench.score(sys.executable, videos / "cfg", ("subject_consistency",))

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.quality.measures import path_of_mask
-from bench.quality.rows import Clip
-from bench.quality.run import Subject
+from bench.quality.rows import Clip, Subject
 from kvlock_fast.errors import InputError
 
 NEEDED = ("name", "video", "mask", "source_prompt", "prompt")

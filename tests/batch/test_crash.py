@@ -16,15 +16,15 @@ from kvlock_fast.demo.world import sample_edit
 from kvlock_fast.media import write_video
 from tests.support.batch_parts import frame_hashes, ledger_rows, write_manifest
 
-TESTS = Path(__file__).parent
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 
 
 def killed(folder: Path, kills: int) -> None:
     request = json.dumps(["killed_batches", str(folder), kills])
-    command = [sys.executable, TESTS / "batch_killed.py"]
+    command = [sys.executable, "-m", "tests.support.batch_killed"]
     result = subprocess.run(command, input=request, capture_output=True, text=True, env=ENVIRONMENT)
     found = json.loads(result.stdout or "null")
     assert found is not None, result.stderr

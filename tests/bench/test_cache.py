@@ -11,9 +11,7 @@ import torch
 from diffusers.models.transformers import transformer_wan
 
 from bench.cache import __main__ as cache
-from bench.cache import plot as cache_plot
-from bench.cache import speed as cache_speed
-from bench.cache import tables as cache_tables
+from bench.cache import plot, speed, tables
 from bench.cache.quality import Edits, Setting, Variant, capture, case_of, neighbour, psnr, rotate, sqnr, variants
 from bench.cache.speed import Disk, interleaved, packing, shape_of
 from bench.quality.demo_model import Rows
@@ -113,14 +111,14 @@ def test_the_steps_that_are_stored(variant, steps):
 
 
 def test_a_neighbour_stands_for_its_own_run_only():
-    from kvlock_fast.loop import stored_source as source_store
+    from kvlock_fast.loop import stored_source
 
     with neighbour(2):
-        slots = source_store.thinned_steps([0, 1, 2, 3, 4, 5], 4, lambda k: 0)
+        slots = stored_source.thinned_steps([0, 1, 2, 3, 4, 5], 4, lambda k: 0)
     assert slots == {0: 2, 1: 2, 2: 2, 3: 2, 4: 5, 5: 5}
     with neighbour(0, last=1):
-        assert source_store.thinned_steps([0, 1, 3, 4, 5], 2, lambda k: 0) == {0: 0, 1: 0, 3: 3, 4: 3, 5: 5}
-    assert source_store.thinned_steps is thinned_steps
+        assert stored_source.thinned_steps([0, 1, 3, 4, 5], 2, lambda k: 0) == {0: 0, 1: 0, 3: 3, 4: 3, 5: 5}
+    assert stored_source.thinned_steps is thinned_steps
 
 
 def test_packing_is_the_layouts_and_the_planners():
@@ -153,7 +151,7 @@ def test_packing_by_hand(dim, model):
 
 def test_pieces_are_interleaved_and_only_they_are_timed(monkeypatch):
     clock, order = [0.0], []
-    monkeypatch.setattr(cache_speed.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
 
     def takes(name, seconds):
         order.append(name)
@@ -226,7 +224,7 @@ def test_a_quick_run_measures_every_part(quick):
     assert len(found["packing"]) == 16
     hits = found["hits"]
     assert set(hits) == {"lockstep", "resident native", "host native", "disk native"}
-    assert all(f["error"] <= cache_speed.NATIVE_ERROR and f["seconds"] > 0 for f in hits.values())
+    assert all(f["error"] <= speed.NATIVE_ERROR and f["seconds"] > 0 for f in hits.values())
     assert hits["lockstep"]["forwards"] == 9 and hits["disk native"]["forwards"] == 6
     assert found["disk"]["wrong"] == [] and found["disk"]["write"]["ours"]["gbps"] > 0
     assert platform.node() not in text and str(file.parent) not in text and "/" not in found["settings"]["model"]
@@ -237,20 +235,20 @@ def test_a_quick_run_measures_every_part(quick):
 def test_the_targets_are_met_missed_or_unmeasured(quick):
     file, _ = quick
     found = json.loads(file.read_text())
-    lines = cache_tables.targets(found).splitlines()[1:]
+    lines = tables.targets(found).splitlines()[1:]
     assert lines[0].startswith("met ") and lines[0].endswith(": 2.42 2.42 2.50 2.50")
     assert sum(line.startswith("met ") for line in lines) == 6  # those of fp8, and int4's records
     assert sum(line.startswith("unmeasured (GPU)") for line in lines) == 2 and "on this CPU" in lines[-2]
-    assert cache_tables.targets(found | {"packing": None, "hits": None}).count("unmeasured") == 8
+    assert tables.targets(found | {"packing": None, "hits": None}).count("unmeasured") == 8
 
 
 def test_tables_and_picture_from_the_file(quick, tmp_path, capsys):
     file, printed = quick
-    assert cache_tables.main([str(file)]) == 0
+    assert tables.main([str(file)]) == 0
     assert capsys.readouterr().out.strip() in printed
     copy = tmp_path / "c.json"
     copy.write_bytes(file.read_bytes())
-    assert cache_plot.main([str(copy)]) == 0 and copy.with_suffix(".png").exists()
+    assert plot.main([str(copy)]) == 0 and copy.with_suffix(".png").exists()
 
 
 def test_a_dry_run_lists_the_rows_without_figures(tmp_path, capsys):
@@ -264,11 +262,11 @@ def test_a_dry_run_lists_the_rows_without_figures(tmp_path, capsys):
         "unmeasured (a dry run): lockstep, native/1/all" in capsys.readouterr().out
         and not file.with_suffix(".png").exists()
     )
-    assert cache_plot.main([str(file)]) == 2
+    assert plot.main([str(file)]) == 2
     assert "nothing to draw" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", [cache_tables, cache_plot], ids=["tables", "plot"])
+@pytest.mark.parametrize("module", [tables, plot], ids=["tables", "plot"])
 def test_bad_files_are_one_sentence(module, capsys):
     assert module.main(["/no/such/file"]) == 2
     assert capsys.readouterr().err.startswith("error: give one file of figures")
@@ -286,4 +284,4 @@ def row(bytes, psnr, right):
 
 def test_the_front_is_what_nothing_beats():
     rows = [row(4, 30, 1.0), row(2, 30, 1.0), row(1, 29, 1.0), row(3, 29, 0.9), row(2, 30, 1.0)]
-    assert [cache_tables.on_front(r, rows) for r in rows] == [False, True, True, False, True]
+    assert [tables.on_front(r, rows) for r in rows] == [False, True, True, False, True]

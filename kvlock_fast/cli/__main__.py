@@ -1,0 +1,7 @@
+"""`python -m kvlock_fast.cli`."""
+
+import sys
+
+from kvlock_fast.cli.run import main
+
+sys.exit(main())

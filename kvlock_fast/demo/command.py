@@ -1,0 +1,81 @@
+"""What `kvlock-fast demo` does: one edit of the demo's world, or clips of that world."""
+
+from fractions import Fraction
+from pathlib import Path
+
+from kvlock_fast.config import LockConfig
+from kvlock_fast.demo import GUIDANCE, STEPS, demo_case
+from kvlock_fast.demo.gallery import write_world
+from kvlock_fast.edit import EditResult, EditSettings, find_device, load_pipeline, run_edit
+from kvlock_fast.edit_files import figures, metrics_text, trace_json, write_page
+from kvlock_fast.errors import InputError
+from kvlock_fast.files import check_json, output_folder, write_json, write_text
+from kvlock_fast.media import write_video
+from kvlock_fast.media.clip import Clip
+from kvlock_fast.nvtx import span
+from kvlock_fast.progress import progress_bar
+from kvlock_fast.report.contact_sheet import write_sheet
+from kvlock_fast.report.drawing import as_pictures
+
+
+def run_demo(
+    output: Path,
+    steps: int | None,
+    lock: LockConfig,
+    seed: int,
+    device: str,
+    command: str,
+    json_file: str | None,
+    quiet: bool,
+) -> None:
+    """Edit a clip of the demo's world with the bundled model, as `kvlock-fast demo` does."""
+    find_device(device)
+    folder = output_folder(output)
+    check_json(json_file)
+    case = demo_case()
+    clip = Clip(case.source.video, case.mask, Fraction(8))
+    settings = EditSettings(
+        case.source_prompt,
+        [case.prompt],
+        steps=STEPS if steps is None else steps,
+        guidance=GUIDANCE,
+        seed=seed,
+        lock=lock,
+    )
+    with progress_bar(quiet) as progress:
+        progress("load", 0, 1)
+        pipe = load_pipeline("demo", device, "fp32")
+        progress("load", 1, 1)
+        result = run_edit(pipe, clip, settings, progress)
+        progress("write", 0, 1)
+        with span("write"):
+            written = write_demo_files(folder, clip, result, settings, command)
+        write_json(json_file, {"outputs": [str(path) for path in written], **figures(result, settings)})
+        progress("write", 1, 1)
+    if json_file != "-":
+        print(f"source: {case.source_prompt}")
+        print(f"edit:   {case.prompt}{metrics_text(result.metrics[0])}")
+        print(f"open {folder / 'report.html'} to see it, {folder / 'sheet.png'} for one picture")
+
+
+def write_demo_files(folder: Path, clip: Clip, result: EditResult, settings: EditSettings, command: str) -> list[Path]:
+    """The six files of a demo: source, mask, edit, report, sheet, trace."""
+    folder = output_folder(folder)
+    write_video(folder / "source.mp4", clip.video, clip.fps)
+    write_video(folder / "mask.mp4", as_pictures(clip.mask), clip.fps)
+    write_video(folder / "edited.mp4", result.videos[0], clip.fps)
+    write_page(folder / "report.html", clip, result, settings, command)
+    write_sheet(folder / "sheet.png", result.source, result.mask, result.videos[0])
+    files = {"source": "source.mp4", "mask": "mask.mp4", "outputs": ["edited.mp4"]}
+    write_text(folder / "trace.json", trace_json(result, settings, command, files))
+    return sorted(folder / name for name in
+                  ("source.mp4", "mask.mp4", "edited.mp4", "report.html", "sheet.png", "trace.json"))  # fmt: skip
+
+
+def write_clips(clips: int, output: Path, seed: int) -> None:
+    """`kvlock-fast demo --world N`: clips of the demo's world to look at."""
+    if clips < 1:
+        raise InputError(f"--world must be at least 1, got {clips}")
+    folder = output_folder(output)
+    write_world(clips, folder, seed=seed)
+    print(f"{clips} clips and a sheet in {folder}")
