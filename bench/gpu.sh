@@ -53,7 +53,7 @@ for name in "${PARTS[@]}"; do
     sanitize) # tiny launches; without torch's pool, or a read past a tensor's end would stay unseen
         for tool in memcheck racecheck; do
             PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 50 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-                --target-processes all "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -k tiny_launch tests/gpu/test_gpu.py
+                --target-processes all "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider -k tiny_launch tests/gpu/test_kernels.py
         done ;;
     ncu)
         metrics=gpu__time_duration.sum,sm__throughput.avg.pct_of_peak_sustained_elapsed

@@ -192,7 +192,7 @@ def launch_step_epilogue(
     partials = torch.empty((3, batch, blocks), device=cond.device)
     now = torch.empty(1, dtype=torch.int32, device=cond.device)
     strides = (*c.stride()[:2], *((0, 0) if u is None else u.stride()[:2]), m_b, state.window.stride(0))
-    counting = (schedule.window, schedule.zero_init_steps)
+    counting = (schedule.variance_window, schedule.zero_init_steps)
     launch(
         _update_kernel, grid,
         c, u, mask if source_path is not None or not everywhere else None, source_path, projections,
@@ -295,8 +295,9 @@ def step_epilogue(
     _step_epilogue_op(
         state.latents, state.window, state.step, state.alpha, state.omega, state.s_star, state.variance, state.trace,
         state.table, state.omega0, state.corrected, state.later_alpha, cond, uncond, foreground, source_path,
-        tau_at, schedule.window, schedule.alpha, schedule.dynamic_omega, 1.0 if tau_at is not None else schedule.tau,
-        schedule.b, schedule.first_dynamic_step, schedule.warmup_alpha, schedule.alpha_floor, schedule.omega_floor,
+        tau_at, schedule.variance_window, schedule.alpha, schedule.dynamic_omega,
+        1.0 if tau_at is not None else schedule.tau, schedule.b, schedule.first_dynamic_step,
+        schedule.warmup_alpha, schedule.alpha_floor, schedule.omega_floor,
         schedule.s_star, schedule.s_star_region, schedule.detection, schedule.zero_init_steps,
         schedule.alpha_snap, schedule.alpha_lag, backend,
     )  # fmt: skip

@@ -70,7 +70,7 @@ def _combine(weights: Tensor, values: list[Tensor | None]) -> Tensor:
 
 def _predictions(k: Tensor, schedule: Schedule) -> Tensor:
     """How many predictions the window's variance is taken over after step k."""
-    return (k + 1 - schedule.zero_init_steps).clamp(max=schedule.window)
+    return (k + 1 - schedule.zero_init_steps).clamp(max=schedule.variance_window)
 
 
 def _variance(state: StepState, inside: Tensor, schedule: Schedule, k: Tensor) -> Tensor:

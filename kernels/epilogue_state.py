@@ -66,7 +66,7 @@ class Schedule:
     are taken over. zero_init_steps: first steps whose prediction is taken as 0 and does not count.
     """
 
-    window: int = 10
+    variance_window: int = 10
     alpha: float | None = None
     dynamic_omega: bool = True
     tau: float | Tensor = 0.01
@@ -83,8 +83,8 @@ class Schedule:
     alpha_lag: int = 1
 
     def __post_init__(self):
-        if self.window < 2:
-            raise ValueError(f"window must be at least 2, got {self.window}")
+        if self.variance_window < 2:
+            raise ValueError(f"variance_window must be at least 2, got {self.variance_window}")
         if self.alpha_lag not in (1, 2):
             raise ValueError(f"alpha_lag must be 1 or 2, got {self.alpha_lag}")
         for name, allowed in REGIONS.items():
@@ -95,7 +95,7 @@ class Schedule:
 def new_step_state(latents: Tensor, table: Tensor, omega0: float | Sequence[float], schedule: Schedule) -> StepState:
     """The state before step 0, on the latents' device.
 
-    latents: [B, C, T, H, W], copied. table: [steps, 3, 3 + J] on the CPU (kvlock_fast.loop.solver). omega0: one for all
+    latents: [B, C, T, H, W], copied. table: [steps, 3, 3 + J] on the CPU (kvlock_fast.tables). omega0: one for all
     steps, or one for each.
     """
     batch, (steps, _, inputs) = latents.shape[0], table.shape
@@ -104,7 +104,7 @@ def new_step_state(latents: Tensor, table: Tensor, omega0: float | Sequence[floa
         raise ValueError(f"omega0 must be a number or {steps} of them, got {len(scales)}")
     device = latents.device
     latents = latents.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    entries = max(2, min(schedule.window, steps), inputs - 2)
+    entries = max(2, min(schedule.variance_window, steps), inputs - 2)
     ones, nan = torch.ones(batch, dtype=torch.float32, device=device), float("nan")
     alpha = ones * (schedule.warmup_alpha if schedule.alpha is None else schedule.alpha)
     return StepState(
@@ -180,7 +180,7 @@ def _check_state(state: StepState, schedule: Schedule) -> None:
     for name, size in wanted.items():
         _check_tensor(name, getattr(state, name), size)
     _check_tensor("step", state.step, (1,), torch.int32)
-    needed = max(2, min(schedule.window, steps), state.history + 1)
+    needed = max(2, min(schedule.variance_window, steps), state.history + 1)
     if entries < needed:
         raise ValueError(f"window must hold at least {needed} predictions, got {entries}")
 

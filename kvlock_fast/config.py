@@ -5,16 +5,18 @@ from os import PathLike
 from typing import Any
 
 from kvlock_fast.checks import choice, number, whole
-from kvlock_fast.presets import NEIGHBOURS, NeighbourOptions
+from kvlock_fast.presets import PRESETS, NeighbourOptions
+from kvlock_fast.renamed import FIELDS, refuse_cache_steps, renamed
 
 Layers = tuple[int, ...] | None
 TIERS = ("lockstep", "resident", "host", "disk")
 FORMATS = ("native", "bf16", "fp8_e4m3", "int8", "int4")
 
 
+@renamed(window="variance_window")
 @dataclass(frozen=True)
 class LockConfig(NeighbourOptions):
-    """When and where to lock, and how to guide. The defaults are the paper's letter (preset "paper").
+    """When and where to lock, and how to guide. The defaults are the preset "kvlock".
 
     alpha: "dynamic" (the schedule by variance) or a fixed number in [0, 1] for every step; 0 never locks.
     omega: the guidance scale, "dynamic" (it follows the variance) or "constant" (as given).
@@ -22,7 +24,7 @@ class LockConfig(NeighbourOptions):
     s_star_region: "all" or "foreground", the elements s* is computed over; None: what `compute` needs, else "all".
     tau: the variance at which locking saturates, where 1 is about that of the normalised latents themselves; or "auto":
     what the source's own trajectory shows at each step. Above 0.1 it belongs with background_latents "source".
-    b: the largest factor on the guidance scale. window: W, predictions the variance looks back on.
+    b: the largest factor on the guidance scale. variance_window: W, predictions the variance looks back on.
     kappa: how many last steps are scheduled dynamically. warmup_alpha: alpha before them.
     alpha_floor, omega_floor: least alpha, least guidance scale while scheduled dynamically (0: the paper's letter).
     detection: "foreground" or "global", the elements the variance is averaged over.
@@ -47,16 +49,16 @@ class LockConfig(NeighbourOptions):
     omega: str = "dynamic"
     s_star: bool = True
     s_star_region: str | None = None
-    tau: float | str = 0.01
-    b: float = 2.0
-    window: int = 10
+    tau: float | str = 1.0
+    b: float = 1.0
+    variance_window: int = 10
     kappa: int = 20
     warmup_alpha: float = 1.0
     alpha_floor: float = 0.0
-    omega_floor: float = 0.0
+    omega_floor: float = 1.0
     detection: str = "foreground"
     layers: Layers = None
-    background_latents: str = "model"
+    background_latents: str = "source"
     source_path: str = "renoise"
     inversion_solver: str = "euler"
     zero_init_steps: int = 0
@@ -87,7 +89,7 @@ class LockConfig(NeighbourOptions):
         number(self, "warmup_alpha", 0, 1)
         number(self, "alpha_floor", 0, 1)
         number(self, "omega_floor", 0, None)
-        whole(self, "window", 2)
+        whole(self, "variance_window", 2)
         whole(self, "kappa", 0)
         whole(self, "zero_init_steps", 0)
         number(self, "alpha_snap", 0, 1, open_low=True)
@@ -161,6 +163,8 @@ class LockConfig(NeighbourOptions):
             raise ValueError(f"unknown preset {name!r}: one of {', '.join(PRESETS)}")
         known = {f.name for f in fields(cls)}
         for key in changes:
+            if key in FIELDS:
+                raise ValueError(f"lock parameter {key!r} is called {FIELDS[key]!r} now")
             if key not in known:
                 raise ValueError(f"unknown lock parameter {key!r}: one of {', '.join(sorted(known))}")
         return cls(**{**PRESETS[name], **changes})
@@ -179,8 +183,8 @@ class CacheConfig:
     (what serves the call best: see `kvlock-fast plan`).
     format: how they are packed: native (the model's dtype), bf16, fp8_e4m3, int8, int4.
     step_stride: of so many steps in a row one is stored, and stands for the others.
-    steps: "all" locked steps are stored, or those of the "window" (the last kappa) while the source is run along in
-    the warm-up.
+    steps: "all" locked steps are stored, or the "dynamic" ones (the last kappa) while the source is run along in the
+    warm-up.
     path: the folder of a cache made by `KVLockPipeline.invert`: the source is not run. root: the folder of automatic
     caches (None: the user's cache folder). quota: the most bytes kept in it, None for no limit.
     prompts_at_once: the most prompts in one batch, None for all of them.
@@ -198,7 +202,8 @@ class CacheConfig:
     def __post_init__(self):
         choice(self, "tier", "auto", *TIERS)
         choice(self, "format", *FORMATS)
-        choice(self, "steps", "all", "window")
+        refuse_cache_steps("steps", self.steps)
+        choice(self, "steps", "all", "dynamic")
         whole(self, "step_stride", 1)
         for name in ("path", "root"):
             value = getattr(self, name)
@@ -221,19 +226,3 @@ class CacheConfig:
         own = ("format", "step_stride", "steps") if self.path is not None else ()
         values = {name: value for name, value in vars(self).items() if name not in own}
         return {name: str(value) if isinstance(value, PathLike) else value for name, value in values.items()}
-
-
-UNLOCKED = {"alpha": 0.0, "omega": "constant", "s_star": False}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "kvlock": {"background_latents": "source", "tau": 1.0, "b": 1.0, "omega_floor": 1.0},
-    "paper": {},
-    "variance-kv": {"omega": "constant", "s_star": False},
-    "omega-only": {"alpha": 1.0, "s_star": False},
-    "s-star-only": {"alpha": 1.0, "omega": "constant"},
-    "fixed-alpha": {"alpha": 0.5},
-    "global-detection": {"detection": "global"},
-    "cfg": UNLOCKED,
-    "cfg-zero-star": {**UNLOCKED, "s_star": True, "zero_init_steps": 2},
-    **NEIGHBOURS,
-}

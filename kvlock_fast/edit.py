@@ -1,7 +1,6 @@
 """One edit from files to files: read, run, composite, write. What `kvlock-fast edit` and `demo` do."""
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from kvlock_fast.config import CacheConfig, LockConfig
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, warn
 from kvlock_fast.media import (
     MaskShape,
     resize_mask,
@@ -44,7 +43,7 @@ class EditSettings:
     seed: int | None = 0
     size: tuple[int, int] | None = None
     frames_policy: str = "pad"
-    lock: LockConfig = field(default_factory=lambda: LockConfig.preset("kvlock"))
+    lock: LockConfig = field(default_factory=LockConfig)
     composite: bool = False
     feather: int | None = None
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -52,8 +51,8 @@ class EditSettings:
     compile: str = "off"
     processors: str = "auto"
     mask_shape: MaskShape = field(default_factory=MaskShape)
-    window_frames: int | None = None
-    window_overlap: int | None = None
+    clip_frames: int | None = None
+    clip_overlap: int | None = None
 
     @property
     def composite_feather(self) -> int:
@@ -89,7 +88,7 @@ def working_size(model: str, video: np.ndarray, size: tuple[int, int] | None) ->
     message = (
         f"the bundled model is small: working at {small[0]}x{small[1]}, not the source's {height}x{width} (--size)"
     )
-    warnings.warn(message, InputWarning, stacklevel=2)
+    warn(message)
     return small
 
 
@@ -158,8 +157,8 @@ def call_pipeline(pipe: Any, clip: Clip, settings: EditSettings, progress: Progr
         guidance_scale_2=settings.guidance_2,
         generator=None if settings.seed is None else torch.Generator().manual_seed(settings.seed),
         frames_policy=settings.frames_policy,
-        window=settings.window_frames,
-        overlap=settings.window_overlap,
+        clip_frames=settings.clip_frames,
+        clip_overlap=settings.clip_overlap,
         lock=settings.lock,
         cache=settings.cache,
         graph=settings.graph,

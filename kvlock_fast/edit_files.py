@@ -44,7 +44,7 @@ def edit_files(
 ) -> None:
     """Edit as `kvlock-fast edit` does. Outputs are checked before any work is done, and appear whole."""
     check_texts(settings)
-    _check_window(settings)
+    _check_stretches(settings)
     outputs = output_names(str(files.output), len(settings.prompts))
     _check_outputs(outputs, files, model, settings.cache.path)
     find_device(device)
@@ -99,12 +99,12 @@ def _write_about(
         write_sheet(files.sheet, result.source, result.mask, result.videos)
 
 
-def _check_window(settings: EditSettings) -> None:
-    """Refuse a window that no model could take, before one is loaded."""
-    if (settings.window_frames, settings.window_overlap) != (None, None):
+def _check_stretches(settings: EditSettings) -> None:
+    """Refuse stretches that no model could take, before one is loaded."""
+    if (settings.clip_frames, settings.clip_overlap) != (None, None):
         from kvlock_fast.loop.windows import asked_for
 
-        asked_for(settings.window_frames, settings.window_overlap)
+        asked_for(settings.clip_frames, settings.clip_overlap)
 
 
 def check_texts(settings: EditSettings) -> None:

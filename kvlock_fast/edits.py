@@ -1,6 +1,5 @@
 """A source ready to be edited, and its edits: prompts in batches, the source's K and V from where they are kept."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +14,7 @@ from kvlock_fast.cache.root import CacheRoot
 from kvlock_fast.cache.saved_source import SavedSource
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.config import CacheConfig, LockConfig
-from kvlock_fast.errors import InputError, InputWarning, OutputError
+from kvlock_fast.errors import InputError, OutputError, warn
 from kvlock_fast.files import user_cache_folder
 from kvlock_fast.locking.arch import select_layers
 from kvlock_fast.loop.denoise import Part, denoise
@@ -257,7 +256,7 @@ def _stored_source(
         try:
             return maker.on_disk(CacheRoot(root, cache.quota), scene.facts(scene.noise))
         except OutputError as error:
-            warnings.warn(f"{error}; the source is run along instead", InputWarning, stacklevel=2)
+            warn(f"{error}; the source is run along instead")
             return None
 
 
@@ -271,7 +270,7 @@ def _warn_of_source_runs(scene: Scene, stored: StoredSource | None) -> None:
     missing = sum((locks or compares) and not stored.covers(k, locks, compares) for k, locks in asked)
     if missing:
         message = f"cache '{scene.saved.folder}' lacks {missing} of {steps} steps: the source is run along in them"
-        warnings.warn(message, InputWarning, stacklevel=4)
+        warn(message)
 
 
 def _facts(tier: str, stored: list[StoredSource]) -> dict[str, Any]:

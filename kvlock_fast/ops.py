@@ -26,6 +26,7 @@ from kvlock_fast.kernels.launch import BACKENDS
 from kvlock_fast.kernels.prologue import Capture, Lock, Places, PrologueOutput, QKNorm, RoPE, prologue
 from kvlock_fast.kernels.quantize import QuantizedKV
 from kvlock_fast.masks import Geometry, project_mask
+from kvlock_fast.renamed import renamed
 
 __all__ = [
     "Capture",
@@ -49,6 +50,9 @@ __all__ = [
     "token_mask",
     "windowed_variance",
 ]
+
+
+renamed(window="variance_window")(Schedule)
 
 
 def _per_sample(name: str, value: float | Tensor, like: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """KV-Lock as a pipeline: encode, source pass, locked denoising, decode."""
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from kvlock_fast.cache.saved_source import SavedSource
 from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.edits import Scene, edit_prompts
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, warn
 from kvlock_fast.locking.arch import select_layers
 from kvlock_fast.locking.compatibility import COMPILE, compiled_blocks
 from kvlock_fast.locking.fast_path import check_processors
@@ -33,6 +32,7 @@ from kvlock_fast.methods import refuse_method
 from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.schedulers import check_scheduler
 from kvlock_fast.planning.run_with_memory import Way, run_with_memory
+from kvlock_fast.renamed import renamed
 
 Progress = Callable[[str, int, int], None]
 
@@ -82,6 +82,7 @@ class KVLockPipeline:
         self.pipe.to(*args, **kwargs)
         return self
 
+    @renamed(window="clip_frames", overlap="clip_overlap")
     @torch.no_grad()
     def __call__(
         self,
@@ -99,8 +100,8 @@ class KVLockPipeline:
         height: int | None = None,
         width: int | None = None,
         frames_policy: str = "pad",
-        window: int | None = None,
-        overlap: int | None = None,
+        clip_frames: int | None = None,
+        clip_overlap: int | None = None,
         lock: LockConfig | None = None,
         cache: CacheConfig | None = None,
         graph: str = "off",
@@ -117,9 +118,9 @@ class KVLockPipeline:
         starting noise [1, C, T, h, w] instead of drawing it from `generator`; height, width: the size to work at
         (default: the video's; the nearest the model can take); frames_policy: what to do with a frame count that the
         model cannot take: "pad" (repeat the last frame, cut back afterwards), "trim" or "error"; guidance_scale_2: for
-        the low-noise transformer of a model with two; window: the most frames that go through the model at once, for
-        clips longer than what it was made for, and overlap: frames that neighbours share and blend (a quarter of the
-        window); lock: default LockConfig.preset("kvlock"); cache: where the source's K and V come from (one made by
+        the low-noise transformer of a model with two; clip_frames: the most frames that go through the model at once,
+        for clips longer than what it was made for, and clip_overlap: frames that neighbours share and blend (default a
+        quarter of clip_frames); lock: default LockConfig(); cache: where the source's K and V come from (one made by
         `invert` brings its noise along: give no generator or latents, or the same); graph: whether the steps are
         captured in CUDA graphs, "off", "on", or "auto" (where they can be; a warning says why not); compile: "regional"
         has torch.compile take the transformer's blocks, "off" leaves them as they are; processors: by which attention
@@ -144,7 +145,7 @@ class KVLockPipeline:
         check_processors(processors, self.model)
         if output not in ("frames", "latent"):
             raise InputError(f"output must be frames or latent, got {output!r}")
-        windows = self._windows(window, overlap)
+        windows = self._windows(clip_frames, clip_overlap)
         recorder = Recorder(self.model.device)
         with self._scene(
             (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
@@ -266,12 +267,12 @@ class KVLockPipeline:
             at_once = len(frames) if windows is None else windows.frames
             settings = self.model.timesteps_settings(num_steps, at_once, *frames.shape[1:3])
             solver = Solver(self.pipe.scheduler, num_steps, self.model.device, settings, lock.skip_steps)
-            parted = "window" if windows is not None else "context parallelism" if shard is not None else None
+            parted = "clip_frames" if windows is not None else "context parallelism" if shard is not None else None
             refuse_method(lock, self.model, solver, cache, parted)
             if solver.table is None and not lock.stock:
                 name = type(self.pipe.scheduler).__name__
                 message = f"scheduler {name} has no table of its steps: it is called itself, which is slower"
-                warnings.warn(message, InputWarning, stacklevel=4)
+                warn(message)
             several = "the clip goes through the model in stretches" if windows is not None else None
             several = several if shard is None else CAPTURED
             loops = self._captured(graph, several or why_not_captured(self.model, lock, solver))
@@ -281,7 +282,7 @@ class KVLockPipeline:
                 clean = None if saved is not None else self.model.encode_video(frames)
             if lock.compute == "foreground" and mask.tokens.all():
                 message = "mask covers every token: compute 'foreground' has nothing to leave out, computing in full"
-                warnings.warn(message, InputWarning, stacklevel=4)
+                warn(message)
                 # A halo goes with the source's latents only, which compute 'foreground' kept until here.
                 lock = replace(lock, compute="full", background_latents="source")
             scene = Scene(self.model, lock, solver, frames, count, mask, source_prompt, saved, windows, loops)
@@ -296,13 +297,13 @@ class KVLockPipeline:
                 saved.entry.close()
             self.pipe.maybe_free_model_hooks()
 
-    def _windows(self, window: int | None, overlap: int | None) -> Windows | None:
+    def _windows(self, frames: int | None, overlap: int | None) -> Windows | None:
         """How a long clip is cut. Raises InputError where it cannot be."""
-        windows = asked_for(window, overlap)
+        windows = asked_for(frames, overlap)
         if windows is not None:
             if self.model.told_of_frames:
                 raise InputError(
-                    f"window does not go with the family {self.model.arch.family}, which sees the whole clip"
+                    f"clip_frames does not go with the family {self.model.arch.family}, which sees the whole clip"
                 )
             windows.latent_sizes(self.model.geometry)
         return windows
@@ -323,7 +324,7 @@ class KVLockPipeline:
             raise InputError("mask is empty: no pixel is marked as foreground")
         if projected.tokens.all():
             message = "mask covers every token: nothing is locked, the whole video is edited"
-            warnings.warn(message, InputWarning, stacklevel=5)
+            warn(message)
         return projected
 
     def _texts(
@@ -354,13 +355,13 @@ def _if_longer(windows: Windows | None, frames: int, cache: CacheConfig) -> Wind
         return None
     if cache.path is not None or cache.tier == "disk":
         where = f"the cache {str(cache.path)!r}" if cache.path is not None else "the cache tier disk"
-        raise InputError(f"window does not go with {where}: stretches are kept in memory or run along only")
+        raise InputError(f"clip_frames does not go with {where}: stretches are kept in memory or run along only")
     return windows
 
 
 def _lock(lock: Any) -> LockConfig:
     if lock is None:
-        return LockConfig.preset("kvlock")
+        return LockConfig()
     if not isinstance(lock, LockConfig):
         raise InputError(f"lock must be a LockConfig, such as LockConfig.preset('paper'), got {lock!r}")
     return lock

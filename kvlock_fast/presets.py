@@ -1,4 +1,4 @@
-"""What the methods that KV-Lock is compared with need beside its own values, and their presets. All off by default."""
+"""The presets as one table of values, and the values that other methods than KV-Lock need."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -79,12 +79,16 @@ class NeighbourOptions:
 
 _PLAIN = {"alpha": 0, "omega": "constant", "s_star": False, "zero_init_steps": 0, "compute": "full", "halo": 0}
 """What a method of its own needs of the lock."""
-_ALONE: dict[str, Any] = {"alpha": 0.0, "omega": "constant", "s_star": False}
+
+PAPER: dict[str, Any] = {"background_latents": "model", "tau": 0.01, "b": 2.0, "omega_floor": 0.0}
+"""The paper's letter, where it differs from the default."""
+UNLOCKED: dict[str, Any] = {**PAPER, "alpha": 0.0, "omega": "constant", "s_star": False}
 
 NEIGHBOURS: dict[str, dict[str, Any]] = {
     # arXiv 2502.17363: in FLUX 28 steps, of which 4 are left out, guidance 1.5 at the inversion and 5.5 at the edit.
     # Queries are the foreground's only; in FLUX guidance is an input of the model, here it is classifier-free.
     "kv-edit": {
+        **PAPER,
         "alpha": 1.0,
         "omega": "constant",
         "s_star": False,
@@ -98,6 +102,7 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
     # inverted noise shifted on the foreground. How many steps is not in what is public: half of them is our choice.
     # Its mask comes from cross-attention; here it is the user's.
     "proedit": {
+        **PAPER,
         "alpha": 1.0,
         "omega": "constant",
         "s_star": False,
@@ -107,9 +112,24 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
         "latents_shift": 0.25,
     },
     # The figures of FLUX: 28 steps, of which the first 4 are left out, guidance 1.5 of the source and 5.5 of the edit.
-    "flowedit": {**_ALONE, "method": "flowedit", "skip_steps": 4, "source_guidance": 1.5},
-    "tokenflow": {**_ALONE, "method": "tokenflow", "source_path": "invert", "inject_share": 0.5},
-    "fatezero": {**_ALONE, "method": "fatezero", "source_path": "invert", "inject_share": 0.5},
+    "flowedit": {**UNLOCKED, "method": "flowedit", "skip_steps": 4, "source_guidance": 1.5},
+    "tokenflow": {**UNLOCKED, "method": "tokenflow", "source_path": "invert", "inject_share": 0.5},
+    "fatezero": {**UNLOCKED, "method": "fatezero", "source_path": "invert", "inject_share": 0.5},
     # Trained for the task: the model itself is shown what is kept, so nothing is locked.
-    "vace": {**_ALONE, "family": "wan-vace"},
+    "vace": {**UNLOCKED, "family": "wan-vace"},
 }
+"""Other methods, as far as values of the lock make them."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "kvlock": {},
+    "paper": PAPER,
+    "variance-kv": {**PAPER, "omega": "constant", "s_star": False},
+    "omega-only": {**PAPER, "alpha": 1.0, "s_star": False},
+    "s-star-only": {**PAPER, "alpha": 1.0, "omega": "constant"},
+    "fixed-alpha": {**PAPER, "alpha": 0.5},
+    "global-detection": {**PAPER, "detection": "global"},
+    "cfg": UNLOCKED,
+    "cfg-zero-star": {**UNLOCKED, "s_star": True, "zero_init_steps": 2},
+    **NEIGHBOURS,
+}
+"""What each preset changes of the defaults."""

@@ -53,7 +53,7 @@ def draw(found: dict[str, Any], path: Path) -> bool:
 
 def is_shown(row: dict[str, Any]) -> bool:
     """Not the other ways to choose a neighbour, and of the wide formats no thinned ones: smaller ones beat them."""
-    thinned = row["stride"] > 1 or row["steps"] == "window"
+    thinned = row["stride"] > 1 or row["steps"] == "dynamic"
     return row["stands"] is None and not (thinned and row["format"] in ("native", "bf16"))
 
 
@@ -113,9 +113,9 @@ def _legend(figure: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def short(row: dict[str, Any]) -> str:
-    """Like "fp8 1/2 w": one of two steps, of the window."""
-    stride, window = "" if row["stride"] == 1 else f" 1/{row['stride']}", " w" * (row["steps"] == "window")
-    return row["format"].removesuffix("_e4m3") + stride + window
+    """Like "fp8 1/2 d": one of two of the dynamic steps."""
+    stride, dynamic = "" if row["stride"] == 1 else f" 1/{row['stride']}", " d" * (row["steps"] == "dynamic")
+    return row["format"].removesuffix("_e4m3") + stride + dynamic
 
 
 def _label(axes: Any, rows: list[dict[str, Any]], name: str) -> None:

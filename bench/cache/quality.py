@@ -96,16 +96,16 @@ def variants(quick: bool = False) -> list[Variant]:
     """The rows, what matters most first; locked by K/V alone ("model") is where an error of the cache shows."""
     model, source, fp8 = "model", "source", "fp8_e4m3"
     if quick:
-        return [Variant(model), Variant(model, "int4", 4, "window"), Variant(source)]
+        return [Variant(model), Variant(model, "int4", 4, "dynamic"), Variant(source)]
     rows = [Variant(model), *(Variant(model, format) for format in FORMATS)]
     rows += [Variant(model, format, stride) for stride, format in product((2, 4), SMALL)]
-    rows += [Variant(model, format, 1, "window") for format in SMALL]
+    rows += [Variant(model, format, 1, "dynamic") for format in SMALL]
     rows += [Variant(source), *(Variant(source, format, stride) for stride, format in product((1, 4), SMALL))]
     rows += [Variant(model, fp8, 4, "all", i) for i in (0, 3, 2)] + [Variant(model, fp8, 2, "all", 1)]
     rows += [Variant(model, fp8, 2, "all", 1, 0), Variant(model, fp8, 4, "all", 1, 2)]
     rows += [Variant(model, fp8, 4, "all", 2, 1), Variant(model, fp8, 4, "all", 3, 2)]
-    rows += [Variant(model, format, stride, "window") for stride, format in product((4, 2), SMALL)]
-    everything = (Variant(*v) for v in product((model, source), FORMATS, STRIDES, ("all", "window")))
+    rows += [Variant(model, format, stride, "dynamic") for stride, format in product((4, 2), SMALL)]
+    everything = (Variant(*v) for v in product((model, source), FORMATS, STRIDES, ("all", "dynamic")))
     return rows + [variant for variant in everything if variant not in rows]
 
 

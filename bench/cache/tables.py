@@ -81,10 +81,10 @@ def on_front(row: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
 
 
 def label(row: dict[str, Any]) -> str:
-    """Like "fp8_e4m3, stride 2, window"."""
+    """Like "fp8_e4m3, stride 2, dynamic"."""
     if row["format"] is None:
         return "lockstep"
-    more = [f"stride {row['stride']}"] * (row["stride"] > 1) + ["window"] * (row["steps"] == "window")
+    more = [f"stride {row['stride']}"] * (row["stride"] > 1) + ["dynamic"] * (row["steps"] == "dynamic")
     more += [] if row["stands"] is None else [f"step {row['stands'] + 1} of {row['stride']} stands"]
     return ", ".join([row["format"], *more])
 

@@ -31,7 +31,7 @@ BASES = ("paper", "kvlock")
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "tau": (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, "auto"),
     "kappa": (0, 5, 10, 20),
-    "window": (2, 5, 10, 20),
+    "variance_window": (2, 5, 10, 20),
     "b": (0.5, 1.0, 2.0, 3.0),
     "warmup_alpha": (0.0, 0.5, 1.0),
     "alpha_floor": (0.0, 0.5, 1.0),
@@ -39,7 +39,7 @@ SWEEPS: dict[str, tuple[Any, ...]] = {
     "background_latents": ("model", "source"),
     "source_path": ("renoise", "invert"),
 }
-"""By the lock's own names; window is W, warmup_alpha is alpha before the window."""
+"""By the lock's own names; variance_window is W, warmup_alpha is alpha before the window."""
 Point = tuple[str, str, Any]
 """A base, a parameter and its value."""
 
@@ -123,7 +123,9 @@ def plot(sweeps: dict[str, dict[str, list]], path: Path) -> None:
                 panel.errorbar(places, means, yerr=errors, fmt=dots, ms=4, lw=1, capsize=2, color=colour, label=base)
                 panel.grid(alpha=0.3)
                 panel.set_xticks(range(len(values)), values, rotation=45)
-        axes[0, column].set_title({"window": "W", "warmup_alpha": "alpha before the window"}.get(parameter, parameter))
+        axes[0, column].set_title(
+            {"variance_window": "W", "warmup_alpha": "alpha before the window"}.get(parameter, parameter)
+        )
     axes[0, 0].set_ylabel("background PSNR, dB")
     axes[1, 0].set_ylabel("edit is right, %")
     axes[0, 0].legend()

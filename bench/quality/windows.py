@@ -55,10 +55,11 @@ def change_ratio(video: np.ndarray, mask: np.ndarray, met: np.ndarray) -> float:
 
 def edit(pipe: Any, case: EditCase, seed: int, overlap: int | None) -> dict[str, Any]:
     """One edit, judged; the seams of the whole clip are looked for where those of the least overlap would be."""
-    window = None if overlap is None else WINDOW
+    frames = None if overlap is None else WINDOW
     out = pipe(
         case.source.video, case.mask, source_prompt=case.source_prompt, prompt=case.prompt, num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(seed), window=window, overlap=overlap,
+        guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(seed),
+        clip_frames=frames, clip_overlap=overlap,
     )  # fmt: skip
     video, met = out.frames[0], seam_frames(overlap or OVERLAPS[1], pipe.model.geometry)
     scores = background_scores(video, case.source.video, case.mask)
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     pipe = kvf.KVLockPipeline.from_pretrained("demo", torch_dtype=torch.float32)
-    about = {"steps": STEPS, "frames": FRAMES, "window": WINDOW, "model": fingerprint(model_path())}
+    about = {"steps": STEPS, "frames": FRAMES, "clip_frames": WINDOW, "model": fingerprint(model_path())}
     rows = Rows(given.work, about)
     with torch.inference_mode():
         for i in range(given.cases):

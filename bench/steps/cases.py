@@ -133,7 +133,7 @@ class Steps:
                 _, cond, uncond = family.forward(rows, t, texts, transformer).float().split(1)
                 s_star = (cond * uncond).sum() / ((uncond * uncond).sum() + EPS)
                 prediction = s_star * uncond + omega * (cond - s_star * uncond)
-                history = [*history, family.clean(k, latents, prediction)][-lock.window :]
+                history = [*history, family.clean(k, latents, prediction)][-lock.variance_window :]
                 latents = family.advance(k, prediction, latents)
                 after = self.renoised(family, k + 1) if k + 1 < steps else clean
                 latents = torch.where(inside, latents, after)

@@ -126,7 +126,7 @@ class Checker:
             size = self._size(setup.model)
             if size is None:
                 return None
-            name = "clip_window"
+            name = "clip_frames"
             windows = setup.windows()
             if windows is not None:
                 windows.latent_sizes(size.geometry)

@@ -50,8 +50,8 @@ def _why_not_captured(setup: Setup) -> tuple[str, str] | None:
     """A field and what it brings; as `denoise.why_not_captured`, which knows the model too."""
     from kvlock_fast.loop.schedule import compares_with_source
 
-    if setup.clip_window is not None:
-        return "clip_window", f"{setup.clip_window} has the clip go through the model in stretches"
+    if setup.clip_frames is not None:
+        return "clip_frames", f"{setup.clip_frames} has the clip go through the model in stretches"
     if setup.lock.stock:
         return "preset", "with nothing locked or guided the edit takes the scheduler's own steps"
     if compares_with_source(setup.lock):

@@ -13,6 +13,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.media import MaskShape, check_box, is_box
 from kvlock_fast.media.masks import MOST_FEATHER, MOST_GROW
 from kvlock_fast.presets import METHODS
+from kvlock_fast.renamed import CACHE_STEPS, FIELDS
 
 SIZE = r"^[1-9][0-9]{0,4}[xX][1-9][0-9]{0,4}$"
 MOST_SEED = 2**63 - 1
@@ -61,8 +62,8 @@ class JobFields(BaseModel):
     size: Annotated[str, Field(pattern=SIZE, description="HEIGHTxWIDTH; else the source's.")] | None = None
     max_frames: Annotated[int, Field(ge=1)] | None = None
     frames_policy: Literal["pad", "trim", "error"] = "pad"
-    clip_window: Annotated[int, Field(ge=2, description="The most frames at once; else all.")] | None = None
-    clip_overlap: Annotated[int, Field(ge=1, description="Frames that windows share; else a quarter.")] | None = None
+    clip_frames: Annotated[int, Field(ge=2, description="The most frames at once; else all.")] | None = None
+    clip_overlap: Annotated[int, Field(ge=1, description="Frames that stretches share; else a quarter.")] | None = None
     composite: bool = False
     feather: (
         Annotated[int, Field(ge=0, le=MOST_FEATHER, description="Of composite; else mask_feather, or 8.")] | None
@@ -74,7 +75,7 @@ class JobFields(BaseModel):
     s_star_region: Literal["all", "foreground"] | None = None
     tau: Positive | Literal["auto"] | None = None
     b: Positive | None = None
-    window: Annotated[int, Field(ge=2, description="W: predictions the variance looks back on.")] | None = None
+    variance_window: Annotated[int, Field(ge=2, description="W: predictions the variance looks back on.")] | None = None
     kappa: Annotated[int, Field(ge=0)] | None = None
     warmup_alpha: Share | None = None
     alpha_floor: Share | None = None
@@ -105,7 +106,7 @@ class JobFields(BaseModel):
     cache_tier: Literal[("auto", *TIERS)] = "auto"
     cache_format: Literal[FORMATS] = "fp8_e4m3"
     cache_stride: Annotated[int, Field(ge=1)] = 1
-    cache_steps: Literal["all", "window"] = "all"
+    cache_steps: Literal["all", "dynamic"] = "all"
     prompts_at_once: Annotated[int, Field(ge=1)] | None = None
 
 
@@ -141,10 +142,14 @@ def problems_of(values: dict[str, Any], partial: bool = False) -> list[Problem]:
 def _sentence(name: str, fault: dict[str, Any], values: dict[str, Any]) -> str:
     if fault["type"] == "missing":
         return "is missing"
+    if name in FIELDS:
+        return f"is called {FIELDS[name]!r} now: kvlock-fast migrate rewrites a manifest"
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, NAMES, 1)
         return f"is no field of a job{f'; did you mean {near[0]!r}?' if near else ''}"
     value = values[name]
+    if name == "cache_steps" and isinstance(value, str) and value in CACHE_STEPS:
+        return f"{value!r} is called {CACHE_STEPS[value]!r} now: kvlock-fast migrate rewrites a manifest"
     if value is None:
         return "must not be null: leave it out instead"
     if why := _text_problem(value):

@@ -33,7 +33,7 @@ class Extent:
         refuse_frames(geometry, given[0])
         frames = len(fit_frames(np.empty(given[0], np.bool_), setup.frames_policy, *geometry.frame_rule)[0])
         height, width = nearest_size(geometry, *(size or given[1:]))
-        at_once = min(frames, setup.clip_window or frames)
+        at_once = min(frames, setup.clip_frames or frames)
         if not geometry.knows(at_once, height, width):
             raise InputError(
                 f"{at_once} frames of {height}x{width} are too many for this model: it takes at most "
@@ -63,7 +63,7 @@ def decide(setup: Setup, model: Any, extent: Extent, foreground: int, prompts: i
     Raises InputError saying what is short where nothing fits a machine without a GPU; on a GPU the plan may be too
     careful, and one prompt at a time is tried. A clip in stretches is made for little memory, and not planned.
     """
-    if setup.clip_window is not None:
+    if setup.clip_frames is not None:
         tier = "lockstep" if setup.cache.tier == "auto" else setup.cache.tier
         return Decision(tier, setup.cache.format, min(prompts, setup.cache.prompts_at_once or prompts))
     planned = plan_pass(setup, model, extent, foreground, prompts, machine)
@@ -107,7 +107,7 @@ def plan_pass(setup: Setup, model: Any, extent: Extent, foreground: int, prompts
         prompts=min(prompts, cache.prompts_at_once or prompts),
         guided=setup.guidance > 1 and model.two_branches,
         layers=select_layers(model.layers, lock.layers),
-        window=max(2, min(lock.window, steps)),
+        variance_window=max(2, min(lock.variance_window, steps)),
         # Where every token may change, a pass computes in full.
         sparse_steps=sparse_steps(lock, steps) if foreground < tokens else None,
     )

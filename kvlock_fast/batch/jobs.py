@@ -20,7 +20,7 @@ class Setup:
     """What a job shares with the others of its group: all that decides what the model computes, but the prompt.
 
     source, mask: as the manifest has them (paths relative to it, or URLs); dtype: of the weights; size: (height,
-    width), None for the source's; clip_window, clip_overlap: frames at once, and shared by neighbours, None for all
+    width), None for the source's; clip_frames, clip_overlap: frames at once, and shared by neighbours, None for all
     frames and for a quarter. Setups that are equal can share a pass of the source.
     """
 
@@ -37,17 +37,17 @@ class Setup:
     size: tuple[int, int] | None = None
     max_frames: int | None = None
     frames_policy: str = "pad"
-    lock: LockConfig = field(default_factory=lambda: LockConfig.preset("kvlock"))
+    lock: LockConfig = field(default_factory=LockConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     mask_shape: MaskShape = field(default_factory=MaskShape)
-    clip_window: int | None = None
+    clip_frames: int | None = None
     clip_overlap: int | None = None
 
     def windows(self) -> Windows | None:
         """How a long clip is cut; None where it is not. Raises InputError where it cannot be."""
         from kvlock_fast.loop.windows import Windows
 
-        return None if self.clip_window is None else Windows(self.clip_window, self.clip_overlap)
+        return None if self.clip_frames is None else Windows(self.clip_frames, self.clip_overlap)
 
     def edit_settings(self, prompts: list[str]) -> EditSettings:
         """As `edit` takes them."""
@@ -64,8 +64,8 @@ class Setup:
             lock=self.lock,
             cache=self.cache,
             mask_shape=self.mask_shape,
-            window_frames=self.clip_window,
-            window_overlap=self.clip_overlap,
+            clip_frames=self.clip_frames,
+            clip_overlap=self.clip_overlap,
         )
 
 

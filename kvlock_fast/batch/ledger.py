@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from kvlock_fast.batch.jobs import Decision, Job, Pass, grouped, ranks
+from kvlock_fast.batch.migrate import migrate_spec
 from kvlock_fast.errors import InputError, OutputError
 
 NAME = "ledger.sqlite"
 STATES = ("pending", "running", "done", "failed")
 MOST_CRASHES = 3
 """How often a worker may die with a job before the job is set aside."""
-_VERSION = 1
+_VERSION = 2
 _TABLES = """
 CREATE TABLE IF NOT EXISTS passes (
     id INTEGER PRIMARY KEY, width INTEGER NOT NULL, tier TEXT, format TEXT, at_once INTEGER, ladder INTEGER
@@ -75,9 +76,18 @@ class Ledger:
 
     def _check_version(self) -> None:
         version = self.db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, _VERSION):
+        if version not in (0, 1, _VERSION):
             raise InputError(f"the ledger '{self.path}' is of version {version}, and this program reads {_VERSION}")
+        if version == 1:
+            self._rename_fields()
         self.db.execute(f"PRAGMA user_version = {_VERSION}")
+
+    def _rename_fields(self) -> None:
+        """The jobs of a ledger of 0.1 under today's names, so that what is done stays done."""
+        with self._transaction() as db:
+            for row in db.execute("SELECT id, spec FROM jobs").fetchall():
+                db.execute("UPDATE jobs SET spec = ? WHERE id = ?", (migrate_spec(row["spec"]), row["id"]))
+            db.execute("PRAGMA user_version = 2")
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -118,20 +118,20 @@ def _jobs(line: int, values: dict[str, Any], dtype: str, reading: Reading) -> li
 
 def _window_problem(setup: Setup) -> tuple[str, str] | None:
     """A field and what is wrong with how a long clip is cut, as far as that shows without the model."""
-    window, overlap = setup.clip_window, setup.clip_overlap
-    if window is None:
-        return None if overlap is None else ("clip_overlap", f"needs clip_window, got {overlap} alone")
-    if overlap is not None and overlap >= window:
-        return "clip_overlap", f"must be less than clip_window, which is {window}, got {overlap}"
+    frames, overlap = setup.clip_frames, setup.clip_overlap
+    if frames is None:
+        return None if overlap is None else ("clip_overlap", f"needs clip_frames, got {overlap} alone")
+    if overlap is not None and overlap >= frames:
+        return "clip_overlap", f"must be less than clip_frames, which is {frames}, got {overlap}"
     if setup.cache.tier == "disk":
         reason = "stretches are kept in memory or run along only"
-        return "clip_window", f"does not go with cache_tier 'disk', got {window}: {reason}"
+        return "clip_frames", f"does not go with cache_tier 'disk', got {frames}: {reason}"
     return None
 
 
 def _setup(values: dict[str, Any], dtype: str) -> Setup:
     same = ("source", "mask", "source_prompt", "model", "negative_prompt", "steps", "guidance", "guidance_2", "seed",
-            "max_frames", "frames_policy", "clip_window", "clip_overlap")  # fmt: skip
+            "max_frames", "frames_policy", "clip_frames", "clip_overlap")  # fmt: skip
     height, _, width = (values["size"] or "").lower().partition("x")
     return Setup(
         **{name: values[name] for name in same},

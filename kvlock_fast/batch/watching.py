@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, TextIO
 
 from kvlock_fast.batch.runner import State, Watcher
 from kvlock_fast.batch.worker import Running
-from kvlock_fast.errors import InputWarning, OutputError
+from kvlock_fast.errors import OutputError, warn
 from kvlock_fast.files import write_text
 from kvlock_fast.progress import STAGES
 
@@ -167,6 +166,6 @@ def all_of(watchers: Sequence[Watcher]) -> Watcher:
             except OutputError as error:
                 if str(error) not in said:
                     said.add(str(error))
-                    warnings.warn(str(error), InputWarning, stacklevel=2)
+                    warn(str(error))
 
     return watch

@@ -3,14 +3,13 @@
 import contextlib
 import os
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvlock_fast.cache import leases as litter
 from kvlock_fast.cache import manifest
 from kvlock_fast.cache.entry import DamagedCache, Entry, EntryWriter, MissingCache
-from kvlock_fast.errors import InputError, InputWarning, OutputError
+from kvlock_fast.errors import InputError, OutputError, warn
 
 _KEY = re.compile(r"[0-9a-z][0-9a-z-]{0,127}")
 
@@ -66,10 +65,10 @@ class CacheRoot:
         except DamagedCache as error:
             if error.manifest is not None:
                 litter.set_aside(folder, error.manifest, str(error))
-            warnings.warn(InputWarning(f"{error}; it is set aside"), stacklevel=2)
+            warn(f"{error}; it is set aside")
             return None
         except (InputError, OSError) as error:
-            warnings.warn(InputWarning(f"{error}; it is not used"), stacklevel=2)
+            warn(f"{error}; it is not used")
             return None
         with contextlib.suppress(OSError):
             os.utime(folder / manifest.NAME)
@@ -78,7 +77,7 @@ class CacheRoot:
     def set_aside(self, entry: Entry, reason: str) -> None:
         """With a warning, for an entry that was found whole but is not what its key says."""
         litter.set_aside(entry.folder, entry.digest, reason)
-        warnings.warn(InputWarning(f"the cache '{entry.folder}' is set aside: {reason}"), stacklevel=2)
+        warn(f"the cache '{entry.folder}' is set aside: {reason}")
 
     def writer(self, key: str) -> EntryWriter:
         """To write the entry of a key; what is there already stays until the new one is published."""

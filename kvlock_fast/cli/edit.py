@@ -85,8 +85,8 @@ def edit(
     inversion_solver: InversionSolver = None,
     zero_init_steps: Annotated[int | None, option("First steps with a prediction of 0.")] = None,
     guidance_batching: Annotated[str | None, option("'separate' or 'batched' forwards, or 'auto'.")] = None,
-    window: Annotated[int | None, option("The most frames at once: longer clips go in stretches.")] = None,
-    overlap: Annotated[int | None, option("Frames that they share and blend; else a quarter.")] = None,
+    clip_frames: Annotated[int | None, option("The most frames at once: longer clips go in stretches.")] = None,
+    clip_overlap: Annotated[int | None, option("Frames that they share and blend; else a quarter.")] = None,
     compute: Annotated[str | None, option("'foreground' leaves out what alpha = 1 makes needless, or 'full'.")] = None,
     alpha_snap: Annotated[float | None, option("A dynamic alpha from here on counts as 1.")] = None,
     alpha_lag: Annotated[int | None, option("Alpha follows the variance 1 or 2 steps back.")] = None,
@@ -132,8 +132,9 @@ def edit(
 
     overrides = {
         "alpha": number_or("dynamic", alpha, "--alpha"), "omega": omega, "s_star": s_star,
-        "s_star_region": s_star_region, "tau": number_or("auto", tau, "--tau"), "b": b, "window": variance_window,
-        "kappa": kappa, "warmup_alpha": warmup_alpha, "alpha_floor": alpha_floor, "omega_floor": omega_floor,
+        "s_star_region": s_star_region, "tau": number_or("auto", tau, "--tau"), "b": b,
+        "variance_window": variance_window, "kappa": kappa, "warmup_alpha": warmup_alpha,
+        "alpha_floor": alpha_floor, "omega_floor": omega_floor,
         "detection": detection, "layers": parse_layers(layers), "background_latents": background_latents,
         "source_path": source_path, "inversion_solver": inversion_solver, "zero_init_steps": zero_init_steps,
         "guidance_batching": guidance_batching, "compute": compute, "alpha_snap": alpha_snap, "alpha_lag": alpha_lag,
@@ -154,7 +155,7 @@ def edit(
         made.or_given("seed", seed, "--seed", 0 if cache is None else None), parse_size(size) or made.size,
         frames_policy.value, lock, composite, feather, kept, graph, compile, processors,
         mask_shape=MaskShape(mask_threshold, mask_invert, mask_grow, mask_feather),
-        window_frames=window, window_overlap=overlap,
+        clip_frames=clip_frames, clip_overlap=clip_overlap,
     )  # fmt: skip
     max_frames = made.or_given("max_frames", max_frames, "--max-frames", None)
     files = EditFiles(

@@ -22,7 +22,7 @@ MOST_SEED = 2**63 - 1
 
 FORMATS = "How the source's K and V are packed: native, bf16, fp8_e4m3, int8, int4."
 STRIDE = "Of so many steps in a row one is stored, and stands for the others."
-STEPS = "'all' locked steps are stored, or those of the 'window' (the last kappa)."
+STEPS = "'all' locked steps are stored, or those that are 'dynamic' (the last kappa)."
 JsonFile = Annotated[str | None, typer.Option("--json", help="Write the figures as JSON; - for stdout.")]
 
 

@@ -7,8 +7,22 @@ from typing import Any
 
 from kvlock_fast.cli.app import app
 from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.renamed import OPTIONS
 
-COMMANDS = ("edit", "batch", "invert", "mask", "report", "demo", "kernels", "plan", "profile", "doctor", "cache")
+COMMANDS = (
+    "edit",
+    "batch",
+    "invert",
+    "mask",
+    "report",
+    "demo",
+    "kernels",
+    "plan",
+    "profile",
+    "doctor",
+    "cache",
+    "migrate",
+)
 """As `--help` lists them; each registers itself with the application."""
 for name in COMMANDS:
     import_module(f"kvlock_fast.cli.{name}")
@@ -21,6 +35,8 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 def _usage_message(error: Any, arguments: list[str]) -> str:
     """The library's sentence, with the value that was given where it leaves that out."""
     message = error.format_message().replace("\n", " ").rstrip(".")
+    if (unknown := getattr(error, "option_name", None)) in OPTIONS:
+        return f"{unknown} is called {OPTIONS[unknown]} now"
     for option in getattr(getattr(error, "param", None), "opts", ()):
         for i, argument in reversed(list(enumerate(arguments))):
             given = arguments[i + 1] if argument == option and i + 1 < len(arguments) else None

@@ -5,7 +5,6 @@ those of the edit, or `kv.along()` around one in which the source rides along. O
 as ever, bit for bit, and after the `with` nothing of the lock is left.
 """
 
-import warnings
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kvlock_fast.config import FORMATS, LockConfig
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, warn
 from kvlock_fast.integrations.loop_schedule import LoopSchedule
 from kvlock_fast.locking.arch import ArchSpec, refuse_linear
 from kvlock_fast.locking.compatibility import device_of
@@ -96,7 +95,7 @@ class AttachedLock:
             raise InputError(f"lock must be a LockConfig, got {type(lock).__name__}")
         self.transformers = tuple(transformer) if isinstance(transformer, (tuple, list)) else (transformer,)
         self.foreground = _foreground(foreground).to(device_of(self.transformers[0]))
-        self.lock = LockConfig.preset("kvlock") if lock is None else lock
+        self.lock = LockConfig() if lock is None else lock
         self.schedule = LoopSchedule(
             self.lock, self.foreground, num_steps, guidance_scale, patch_size or _patch_size(self.transformers[0])
         )
@@ -266,7 +265,7 @@ def _foreground(foreground: Any) -> Tensor:
     if not foreground.numel() or not foreground.any(1).all():
         raise InputError(f"foreground {list(foreground.shape)} has a sample without any foreground token")
     if foreground.all():
-        warnings.warn("the foreground is every token: nothing is locked", InputWarning, stacklevel=4)
+        warn("the foreground is every token: nothing is locked")
     return foreground
 
 

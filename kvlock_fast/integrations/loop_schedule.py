@@ -108,7 +108,7 @@ class LoopSchedule:
         if self.num_steps is None:
             if self.lock.follows_variance:
                 raise InputError("num_steps must be given: the schedule is one of the last steps of the loop")
-            return Controller(self.lock, self.lock.window, batch, region)
+            return Controller(self.lock, self.lock.variance_window, batch, region)
         self._check_step()
         return Controller(self.lock, self.num_steps, batch, region)
 

@@ -6,7 +6,6 @@ Each takes the place of one of diffusers' processors; an attention that has anot
 know, is left to the generic path (locking.py), which does the same to rounding.
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, warn
 from kvlock_fast.kernels.attention import attention
 from kvlock_fast.kernels.language import HAS_TRITON
 from kvlock_fast.kernels.launch import KERNEL_DTYPES
@@ -98,7 +97,7 @@ def choose_path(
     if reason is None and device.type == "cuda":
         reason = _why_not_on(device, transformer, attentions)
         if reason is not None and wish == "auto":
-            warnings.warn(f"attention goes by the generic path: {reason}", InputWarning, stacklevel=2)
+            warn(f"attention goes by the generic path: {reason}")
     if reason is None:
         return FastPath(attentions, state)
     if wish == "fast":

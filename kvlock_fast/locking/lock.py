@@ -11,11 +11,13 @@ by class all blocks share one graph, whatever the lock, mode and alpha: the grap
 but the number of the module.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +37,7 @@ from kvlock_fast.locking.compatibility import refuse_caches, refuse_wrapped
 from kvlock_fast.locking.fast_path import choose_path
 from kvlock_fast.locking.foreground import attend
 from kvlock_fast.locking.parallel import Shard, shard_of
-from kvlock_fast.locking.registry import LOCKED, NUMBERS
+from kvlock_fast.locking.registry import LOCKED, NUMBERS, Entry
 from kvlock_fast.locking.state import KeptKV as KeptKV
 from kvlock_fast.locking.state import LockState
 from kvlock_fast.locking.state import Mode as Mode
@@ -43,8 +45,9 @@ from kvlock_fast.nvtx import span
 
 
 def _lock_output(x: Tensor, number: int) -> None:
-    state, key, token_dim = LOCKED[number]
-    state.apply(key, x, token_dim)
+    entry = LOCKED.get(number)
+    if entry is not None:  # None: its lock is gone, and the module about to be its plain self
+        entry.state.apply(entry.key, x, entry.token_dim)
 
 
 @torch.library.custom_op("kvlock_fast::lock_output_", mutates_args=("x",))
@@ -59,8 +62,9 @@ def _(x: Tensor, number: Tensor) -> None:
 
 
 def _attend_kept(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
-    state, (layer, _), token_dim = LOCKED[number]
-    kept = ((state.kept[layer, "k"], token_dim), (state.kept[layer, "v"], 1))
+    entry = LOCKED[number]
+    state, (layer, _) = entry.state, entry.key
+    kept = ((state.kept[layer, "k"], entry.token_dim), (state.kept[layer, "v"], 1))
     heads = (x if isinstance(x, QuantizedKV) else as_heads(x, dim, q.shape[2]) for x, dim in kept)
     with span("attend"):
         return attend(q, k, v, tuple(heads), state.view)
@@ -100,6 +104,25 @@ class _Locked:
             _lock_output(output, self.kvlock_number)
         return output
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copy and a pickle of a locked module are its plain self."""
+        kind = type(self)
+        make, arguments, state, *rest = super().__reduce_ex__(protocol)
+        arguments = tuple(kind.__mro__[2] if x is kind else x for x in arguments)
+        return make, arguments, {name: x for name, x in state.items() if name not in _OWN}, *rest
+
+
+_OWN = ("kvlock_number", "kvlock_number_tensor")
+
+
+def _unlock(targets: list[tuple[nn.Module, type[nn.Module]]]) -> None:
+    """Give modules their own classes back."""
+    for target, kind in targets:
+        target.__class__ = kind
+        for name in _OWN:
+            delattr(target, name)
+    targets.clear()
+
 
 @cache
 def _locked(kind: type[nn.Module]) -> type[nn.Module]:
@@ -136,7 +159,12 @@ class TransformerLock:
         self.forwards = 0
         self.use_background(background)
         self._around = _with_parents(transformer, [attentions[layer][0] for layer in self.layers])
-        self._targets: list[tuple[nn.Module, tuple[str, ...], nn.Module, type[nn.Module]]] = []
+        self._targets: list[tuple[nn.Module, tuple[str, ...], nn.Module]] = []
+        self._entries: list[Entry] = []
+        self._locked: list[tuple[nn.Module, type[nn.Module]]] = []
+        # Of a lock that is forgotten; it must not hold the lock itself.
+        self._forgotten = finalize(self, _unlock, self._locked)
+        self._forgotten.atexit = False
         try:
             for layer in self.layers:
                 name, attention = attentions[layer]
@@ -144,7 +172,7 @@ class TransformerLock:
                     self.state.rows[layer] = arch.rows(name)
                 self.state.heads[layer] = getattr(attention, "heads", getattr(attention, "num_heads", None))
                 for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
-                    self._attach(attention, names, (self.state, (layer, kind), token_dim), name)
+                    self._attach(attention, names, Entry(self.state, (layer, kind), token_dim), name)
                 columns = value_columns(attention, arch)
                 if columns is not None:
                     self.state.columns[layer, "v"] = columns
@@ -153,11 +181,15 @@ class TransformerLock:
             self.detach()
             raise
 
-    def _attach(self, attention: nn.Module, names: tuple[str, ...], entry: tuple, where: str) -> None:
+    def _attach(self, attention: nn.Module, names: tuple[str, ...], entry: Entry, where: str) -> None:
         target = first_submodule(attention, names)
         if isinstance(target, _Locked):
-            raise InputError(f"{where} is locked already: detach the other lock first")
-        self._targets.append((attention, names, target, type(target)))
+            gc.collect()  # a lock that is forgotten may wait for it
+            if isinstance(target, _Locked):
+                raise InputError(f"{where} is locked already: detach the other lock first")
+        self._targets.append((attention, names, target))
+        self._locked.append((target, type(target)))
+        self._entries.append(entry)
         number = next(NUMBERS)
         LOCKED[number] = entry
         target.kvlock_number, target.kvlock_number_tensor = number, torch.tensor(number)
@@ -175,10 +207,8 @@ class TransformerLock:
 
     def detach(self) -> None:
         """Take the lock off; the transformer is as it was."""
-        for _, _, target, kind in self._targets:
-            target.__class__ = kind
-            del LOCKED[target.kvlock_number], target.kvlock_number, target.kvlock_number_tensor
-        self._targets = []
+        _unlock(self._locked)
+        self._targets, self._entries = [], []
 
     @contextmanager
     def forward(
@@ -204,7 +234,7 @@ class TransformerLock:
         where a cache was switched on meanwhile.
         """
         refuse_caches(self._around)
-        for attention, names, target, _ in self._targets:
+        for attention, names, target in self._targets:
             if first_submodule(attention, names) is not target:
                 raise RuntimeError(
                     f"a projection of {type(attention).__name__} was replaced after the lock was attached, as by an "

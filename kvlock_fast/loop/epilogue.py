@@ -35,7 +35,7 @@ LEAST_VARIANCE = 1e-12
 def schedule_of(lock: LockConfig, steps: int, tau: float | Tensor) -> Schedule:
     """A lock in plain numbers; tau: its own, or a tensor that follows the source's variance."""
     return Schedule(
-        window=max(2, min(lock.window, steps)),
+        variance_window=max(2, min(lock.variance_window, steps)),
         alpha=None if lock.alpha == "dynamic" else lock.alpha,
         dynamic_omega=lock.omega == "dynamic",
         tau=tau,
@@ -63,7 +63,7 @@ class DeviceStepper:
         self.foreground = task.mask.token_latents.contiguous()
         self.path = source.path if lock.keeps_background else None
         self.seam = seam_weights(task.mask, lock)
-        window = max(2, min(lock.window, steps))
+        window = max(2, min(lock.variance_window, steps))
         self.source_window, self.tau = None, lock.tau
         if lock.tau == "auto":
             self.tau = 1.0  # where nothing follows the variance

@@ -5,7 +5,6 @@ memory that stays where it is: the stepper's state, the step's timestep and sour
 memory serves later runs of the same shapes: `CapturedLoops` keeps it, and the captured steps with it.
 """
 
-import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, warn
 
 GRAPH = ("off", "auto", "on")
 MOST_GRAPHS = 8
@@ -164,5 +163,5 @@ def choose_capture(wish: str, device: torch.device, why_not: str | None) -> Capt
         return CudaCapture(device)
     if wish == "on":
         raise InputError(f"graph is 'on', but the steps cannot be captured: {reason}")
-    warnings.warn(f"steps are not captured in a CUDA graph: {reason}", InputWarning, stacklevel=4)
+    warn(f"steps are not captured in a CUDA graph: {reason}")
     return None

@@ -1,14 +1,13 @@
 """What a caller of the pipeline gave, checked and brought to a size and length that the model takes."""
 
 import math
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, warn
 from kvlock_fast.masks import Geometry
 from kvlock_fast.media import fit_frames, resize_mask, resize_video
 
@@ -150,7 +149,7 @@ def _check_extent(geometry: Geometry, frames: int, height: int, width: int, can_
     if high is not None or wide is not None:
         sides = ("any" if side is None else side * step for side, step in ((high, down), (wide, across)))
         most_of.append("x".join(map(str, sides)))
-    way_out = ": give it a window" if can_be_cut and most is not None and frames > most else ""
+    way_out = ": give clip_frames" if can_be_cut and most is not None and frames > most else ""
     raise InputError(
         f"{frames} frames of {height}x{width} are too many for this model: "
         f"it takes at most {' and '.join(most_of)}{way_out}"
@@ -158,4 +157,4 @@ def _check_extent(geometry: Geometry, frames: int, height: int, width: int, can_
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, InputWarning, stacklevel=5)
+    warn(message)

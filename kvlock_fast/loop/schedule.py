@@ -76,7 +76,7 @@ class Controller:
         self.num_steps = num_steps
         if lock.detection == "global":
             region = torch.ones_like(region)
-        size = max(2, min(lock.window, num_steps))
+        size = max(2, min(lock.variance_window, num_steps))
         self.window = VarianceWindow(size, region)
         self.source_window = VarianceWindow(size, region) if compares_with_source(lock) else None
         self.variance: Tensor | None = None

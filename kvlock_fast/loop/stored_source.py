@@ -119,7 +119,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def steps_to_store(lock: LockConfig, cache: CacheConfig, num_steps: int, stage: Callable[[int], int]) -> dict[int, int]:
     """For each step whose K and V are stored, the stored step that stands for it."""
-    first = first_dynamic_step(lock, num_steps) if cache.steps == "window" else 0
+    first = first_dynamic_step(lock, num_steps) if cache.steps == "dynamic" else 0
     locked = (k for k in range(max(first, lock.zero_init_steps), num_steps) if can_lock(lock, num_steps, k))
     return thinned_steps(locked, cache.step_stride, stage)
 

@@ -40,12 +40,12 @@ class Windows:
         for name in ("frames", "overlap"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
-                raise InputError(f"{name} of a window must be a whole number, got {value!r}")
+                raise InputError(f"clip_{name} must be a whole number, got {value!r}")
         if self.frames < 2:
-            raise InputError(f"window must be at least 2 frames, got {self.frames}")
+            raise InputError(f"clip_frames must be at least 2, got {self.frames}")
         if not 1 <= self.overlap < self.frames:
             raise InputError(
-                f"overlap must be from 1 to {self.frames - 1} frames, less than the window, got {self.overlap}"
+                f"clip_overlap must be from 1 to {self.frames - 1}, less than clip_frames, got {self.overlap}"
             )
 
     def latent_sizes(self, geometry: Geometry) -> tuple[int, int]:
@@ -60,17 +60,18 @@ class Windows:
         overlap = -(-overlap // patch) * patch
         if window <= overlap:
             raise InputError(
-                f"window of {self.frames} frames with an overlap of {self.overlap} has nothing of its own: the model "
-                f"works by {stride * patch} frames, so that is {max(window, 0)} latent frames and {overlap} shared"
+                f"clip_frames {self.frames} with clip_overlap {self.overlap} leaves a stretch nothing of its own: "
+                f"the model works by {stride * patch} frames, so that is {max(window, 0)} latent frames and "
+                f"{overlap} shared"
             )
         return window, overlap
 
 
-def asked_for(window: int | None, overlap: int | None) -> Windows | None:
+def asked_for(frames: int | None, overlap: int | None) -> Windows | None:
     """The windows of a call, None for the whole clip at once. InputError for numbers that cannot be."""
-    if window is None and overlap is not None:
-        raise InputError(f"overlap is {overlap!r}, but there is no window")
-    return None if window is None else Windows(window, overlap)
+    if frames is None and overlap is not None:
+        raise InputError(f"clip_overlap is {overlap!r}, but clip_frames is not given")
+    return None if frames is None else Windows(frames, overlap)
 
 
 def stretches(mask: ProjectedMask, windows: Windows | None, geometry: Geometry) -> list[Stretch]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from kvlock_fast.errors import InputWarning
+from kvlock_fast.errors import warn
 
 # What each container takes as it is (None: anything), and what other sound is turned into.
 _KINDS = {
@@ -81,7 +80,7 @@ def leave_out(audio: Audio | None, output: Path, reason: str) -> None:
     """Say that the output has no sound although the source has."""
     if audio is not None:
         message = f"'{output}' is without the sound of '{audio.path}': {reason}"
-        warnings.warn(message, InputWarning, stacklevel=3)
+        warn(message)
 
 
 def _guarded(packets: Iterator[Any], path: Path) -> Iterator[Any]:
@@ -92,7 +91,7 @@ def _guarded(packets: Iterator[Any], path: Path) -> Iterator[Any]:
         yield from packets
     except av.error.FFmpegError as error:
         message = f"the sound of '{path}' is damaged and ends early: {error.strerror or error}"
-        warnings.warn(message, InputWarning, stacklevel=2)
+        warn(message)
 
 
 def _copied(source: Any, stream: Any, target: Any, start: float, seconds: float) -> Iterator[Any]:

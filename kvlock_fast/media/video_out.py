@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvlock_fast.errors import InputError, InputWarning, OutputError
+from kvlock_fast.errors import InputError, OutputError, warn
 from kvlock_fast.files import atomic_path, check_writable, check_writable_folder, new_folder_content
 from kvlock_fast.media.audio import Audio, carried, leave_out
 from kvlock_fast.media.video_in import exact_conversion
@@ -232,7 +231,7 @@ def _gif_rate(path: Path, rate: Fraction) -> Fraction:
     if rate <= FASTEST_GIF:
         return rate
     message = f"'{path}' plays at {FASTEST_GIF} frames per second, the most of a GIF, not at {float(rate):g}"
-    warnings.warn(message, InputWarning, stacklevel=3)
+    warn(message)
     return Fraction(FASTEST_GIF)
 
 

@@ -22,7 +22,7 @@ def load_method(name: str) -> ModuleType:
 def refuse_method(lock: LockConfig, model: Any, solver: Any, cache: CacheConfig, parted: str | None) -> None:
     """Raise InputError where a lock, or another method, is not for this model, cache or clip.
 
-    parted: what parts the clip, such as "window"; None where it goes through the model whole.
+    parted: what parts the clip, such as "clip_frames"; None where it goes through the model whole.
     """
     family = model.arch.family
     if lock.family is not None and family != lock.family:

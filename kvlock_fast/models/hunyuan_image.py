@@ -8,7 +8,6 @@ in the place of the adaptive projected guidance that its checkpoints ship. Witho
 told the scale, there is one branch.
 """
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, warn
 from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models.base import check_guider, is_on
@@ -45,7 +44,7 @@ class HunyuanImageModel(ImageModel):
             raise InputError("a model that is told where a step ends (use_meanflow=True) is not supported")
         if type(pipe.guider).__name__ == SHIPPED:
             message = f"the pipeline's guider {SHIPPED} is left out: an edit takes classifier-free guidance"
-            warnings.warn(message, InputWarning, stacklevel=4)
+            warn(message)
         elif pipe.guider is not None:
             check_guider(pipe.guider)
 

@@ -116,7 +116,7 @@ class LatteModel(PipelineModel):
         transformer, (rows, channels, frames) = self.transformers[which], latents.shape[:3]
         if frames != self.config.video_length:
             raise InputError(
-                f"the model takes {self.config.video_length} frames at once, and was given {frames}: with a window, "
+                f"the model takes {self.config.video_length} frames at once, and was given {frames}: with clip_frames, "
                 f"give one of {self.config.video_length}"
             )
         below = None

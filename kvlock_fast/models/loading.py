@@ -1,13 +1,12 @@
 """Loading a diffusers pipeline: whatever is wrong with its files ends in one sentence."""
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, warn
 from kvlock_fast.models.registry import PIPELINES, REFUSED
 from kvlock_fast.models.schedulers import WITHOUT_NOISE
 
@@ -42,7 +41,7 @@ def _without_noise(pipe: Any) -> None:
 
     other, changes = WITHOUT_NOISE[name]
     message = f"scheduler {name} adds noise at every step: taking {other} of its config"
-    warnings.warn(message, InputWarning, stacklevel=4)
+    warn(message)
     pipe.scheduler = getattr(diffusers, other).from_config(pipe.scheduler.config, **changes)
 
 

@@ -1,7 +1,6 @@
 """`kvlock-fast plan` from arguments to a plan: which model, how many tokens and steps, what machine."""
 
 import math
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 
 from kvlock_fast.config import LockConfig
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, warn
 from kvlock_fast.kernels.quantize import FORMATS
 from kvlock_fast.locking.arch import select_layers
 from kvlock_fast.loop.foreground import sparse_steps
@@ -21,6 +20,7 @@ from kvlock_fast.planning.find_model import find_model
 from kvlock_fast.planning.machine import Machine
 from kvlock_fast.planning.model_size import ModelSize
 from kvlock_fast.planning.planner import Plan, plan
+from kvlock_fast.renamed import CACHE_STEPS
 from kvlock_fast.units import parse_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -42,7 +42,7 @@ class PlanSettings:
     mask_share: float | None = None
     mask: str | None = None
     steps: int = 50
-    lock: LockConfig = field(default_factory=lambda: LockConfig.preset("kvlock"))
+    lock: LockConfig = field(default_factory=LockConfig)
     prompts: int = 1
     edits: int = 1
     guidance: float = 5.0
@@ -78,7 +78,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         edits=settings.edits,
         guided=settings.guidance > 1 and model.two_branches,
         layers=select_layers(model.layers, settings.lock.layers),
-        window=max(2, min(settings.lock.window, _taken(settings))),
+        variance_window=max(2, min(settings.lock.variance_window, _taken(settings))),
         sparse_steps=sparse_steps(settings.lock, _taken(settings)),
     )
 
@@ -118,8 +118,10 @@ def _steps(settings: PlanSettings) -> tuple[int, int]:
     locked = [k for k in range(lock.zero_init_steps, steps) if can_lock(lock, steps, k)]
     if settings.cache_steps == "all":
         return len(locked), len(locked)
-    if settings.cache_steps != "window":
-        raise InputError(f"--cache-steps must be all or window, got '{settings.cache_steps}'")
+    if settings.cache_steps in CACHE_STEPS:
+        raise InputError(f"--cache-steps {settings.cache_steps} is called {CACHE_STEPS[settings.cache_steps]} now")
+    if settings.cache_steps != "dynamic":
+        raise InputError(f"--cache-steps must be all or dynamic, got '{settings.cache_steps}'")
     return len(locked), sum(k >= first_dynamic_step(lock, steps) for k in locked)
 
 
@@ -187,4 +189,4 @@ def _machine(settings: PlanSettings) -> Machine:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, InputWarning, stacklevel=4)
+    warn(message)

@@ -37,9 +37,9 @@ class Job:
     of the cache; steps_locked: steps at which alpha can exceed 0 (None: those stored; more with a step stride, or
     where warm-up steps are not stored); steps_along: those of them at which the source runs along though a tier
     stores; prompts: edits of the source made together; edits: how often, with the same cache; layers: the locked
-    ones, None for all; dtype: of the weights; window: predictions kept for the variance; encoders_on_device: text
-    encoders and autoencoder stay there; sparse_steps: how many steps compute the foreground alone, at least and at most
-    (None: computation in full).
+    ones, None for all; dtype: of the weights; variance_window: predictions kept for the variance; encoders_on_device:
+    text encoders and autoencoder stay there; sparse_steps: how many steps compute the foreground alone, at least and at
+    most (None: computation in full).
     """
 
     model: ModelSize
@@ -56,7 +56,7 @@ class Job:
     steps_along: int = 0
     layers: tuple[int, ...] | None = None
     dtype: torch.dtype = torch.bfloat16
-    window: int = 10
+    variance_window: int = 10
     encoders_on_device: bool = True
     sparse_steps: tuple[int, int] | None = None
 
@@ -122,7 +122,7 @@ class Job:
         """In fp32: of each prompt the latents, the next, the guided prediction, the clean one and the window; of the
         source the clean latents, the noise, and its path through all steps.
         """
-        return self.video_latent_bytes * (prompts * (self.window + 4) + self.num_steps + 3)
+        return self.video_latent_bytes * (prompts * (self.variance_window + 4) + self.num_steps + 3)
 
     def needed(self, tier: str, format: str | None, prompts: int, gpu: bool) -> Bytes:
         """With so many prompts in a forward; without a GPU all memory is the host's."""

@@ -1,7 +1,6 @@
 """Room for an edit: which tier a call takes, and what is tried when memory runs out in spite of the plan."""
 
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -10,7 +9,7 @@ import torch
 
 from kvlock_fast.config import CacheConfig
 from kvlock_fast.edits import Scene
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, warn
 from kvlock_fast.files import user_cache_folder
 from kvlock_fast.locking.arch import select_layers
 from kvlock_fast.locking.lock import kv_sizes
@@ -58,7 +57,7 @@ def _what_layers_allow(scene: Scene, cache: CacheConfig) -> CacheConfig:
         for transformer in scene.model.transformers:
             kv_sizes(transformer, scene.model.arch)
     except InputError as error:
-        warnings.warn(f"{error}: the source is run along instead", InputWarning, stacklevel=4)
+        warn(f"{error}: the source is run along instead")
         return replace(cache, tier="lockstep")
     return cache
 
@@ -96,7 +95,7 @@ def _plan(scene: Scene, task: Task, cache: CacheConfig, pipe: Any) -> Plan | Non
         prompts=min(task.batch, cache.prompts_at_once or task.batch),
         guided=task.negative is not None,
         layers=select_layers(model.layers, lock.layers),
-        window=max(2, min(lock.window, steps)),
+        variance_window=max(2, min(lock.variance_window, steps)),
         sparse_steps=sparse_steps(lock, steps),
     )
 
@@ -118,7 +117,7 @@ def _first_way(planned: Plan | None, scene: Scene, cache: CacheConfig) -> Way:
         tier = _tier_of_saved(planned, cache) if scene.saved is not None else choice.tier
         if cache.tier not in ("auto", tier):
             message = f"there is too little memory for the tier {cache.tier}: the source is run along instead"
-            warnings.warn(message, InputWarning, stacklevel=4)
+            warn(message)
         return Way(replace(cache, tier=tier, prompts_at_once=choice.prompts))
     if planned.machine.gpu_bytes is None and scene.saved is None:
         table = render(planned)
@@ -164,7 +163,7 @@ def _downwards(way: Way, rungs: Callable[[], list[Rung]], run: Callable[[Way], R
             scene.kept_loops.clear()
     for rung in rungs():
         _free()
-        warnings.warn(f"memory ran out: {rung.reason}", InputWarning, stacklevel=2)
+        warn(f"memory ran out: {rung.reason}")
         changes: dict[str, Any] = {"tier": rung.tier, "prompts_at_once": rung.prompts}
         if way.cache.path is None and rung.format is not None:  # a cache that is there has its own
             changes["format"] = rung.format

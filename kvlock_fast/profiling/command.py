@@ -11,7 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import torch
 
 from kvlock_fast.config import FORMATS, TIERS, LockConfig
 from kvlock_fast.edit import find_device
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, warn
 from kvlock_fast.files import atomic_path, output_folder, write_text
 from kvlock_fast.loop.inputs import MOST_STEPS
 from kvlock_fast.nvtx import DOMAIN, span, switched_on
@@ -82,7 +81,7 @@ def profile(settings: ProfileSettings, progress: Progress) -> tuple[Timeline, di
     made = timeline.read_trace(trace)
     if subject.device.type == "cuda" and not made.on_gpu:
         message = "torch.profiler could not trace the GPU (is another profiler running?): times are the host's"
-        warnings.warn(message, InputWarning, stacklevel=2)
+        warn(message)
     data = figures(settings, subject, made)
     write_text(folder / "profile.json", json.dumps(data, indent=1))
     write_text(folder / "profile.txt", render(data, made))

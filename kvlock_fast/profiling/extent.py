@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -10,7 +9,7 @@ from itertools import product
 import torch
 
 from kvlock_fast.config import CacheConfig
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, warn
 from kvlock_fast.loop.inputs import nearest_size
 from kvlock_fast.planning.job import Job
 from kvlock_fast.planning.machine import Machine
@@ -151,4 +150,4 @@ def _long(seconds: float) -> str:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, InputWarning, stacklevel=3)
+    warn(message)

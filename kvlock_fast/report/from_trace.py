@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, warn
 from kvlock_fast.media import MaskShape, is_box, read_video, resize_mask, resize_video
 from kvlock_fast.media.clip import read_clip
 from kvlock_fast.report.contact_sheet import write_sheet
@@ -180,7 +179,7 @@ class _Files:
             if path.exists():
                 return str(path)
         message = f"'{name}' of the trace ({kind}) is not there any more: the page goes without it"
-        warnings.warn(message, InputWarning, stacklevel=2)
+        warn(message)
         return None
 
 

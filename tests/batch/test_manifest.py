@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlock_fast import cli
 from kvlock_fast.batch import fields
 from kvlock_fast.batch.editor import enter_uncaptured
 from kvlock_fast.batch.fields import JobFields
 from kvlock_fast.batch.jobs import Job
 from kvlock_fast.batch.manifest import read_manifest
-from kvlock_fast.cli import main
+from kvlock_fast.cli import main, options
 from kvlock_fast.config import PRESETS, LockConfig
 from kvlock_fast.edit import EditSettings
 from kvlock_fast.errors import InputError
@@ -348,4 +347,4 @@ def test_a_job_can_say_all_that_an_edit_can():
 
 
 def test_limits_are_those_of_edit():
-    assert (fields.MOST_SEED, fields.MOST_STEPS) == (cli.MOST_SEED, inputs.MOST_STEPS)
+    assert (fields.MOST_SEED, fields.MOST_STEPS) == (options.MOST_SEED, inputs.MOST_STEPS)

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from kvlock_fast import commands
 from kvlock_fast.cli import main
+from kvlock_fast.cli.kernels import kernels
 from kvlock_fast.errors import InputError
 from kvlock_fast.tools import compile_report
 from kvlock_fast.tools.compiler_process import Row, _cause, _problems
@@ -130,7 +130,7 @@ def test_the_command_writes_figures_and_a_table(tmp_path, capsys, monkeypatch):
 
 def test_the_command_fails_with_the_problems_last(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compile_report, "parse_modules", lambda names: [FAULTY])
-    assert commands.kernels("sm_90", [], "-", quiet=True) == 1
+    assert kernels("sm_90", [], "-", quiet=True) == 1
     captured = capsys.readouterr()
     assert len(json.loads(captured.out)["kernels"]) == 6
     lines = captured.err.splitlines()

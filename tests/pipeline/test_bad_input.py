@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from kvlock_fast import commands
+from kvlock_fast import edit_files
 from kvlock_fast.cli import main
 from kvlock_fast.media import write_video
 from tests.support.clipmaker import encode, noise
@@ -359,7 +359,7 @@ EARLY = {
 @pytest.mark.parametrize("name", EARLY)
 def test_refused_before_a_model_is_loaded(files, tmp_path, monkeypatch, capsys, name):
     arguments, named, make = EARLY[name]
-    monkeypatch.setattr(commands, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(edit_files, "load_pipeline", lambda *_: pytest.fail("a model was loaded"))
     line = refusal(files, tmp_path, monkeypatch, capsys, "edit", arguments, make)
     assert named in line, line
 

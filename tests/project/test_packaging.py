@@ -159,7 +159,7 @@ def test_what_a_wheel_holds(wheel):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"kvlock_fast"}
     assert {f"kvlock_fast/kernels/{name}.py" for name in KERNELS} <= names
     assert "kvlock_fast/kernels/__init__.py" not in names
-    assert {"kvlock_fast/report.html.jinja", "kvlock_fast/py.typed", "kvlock_fast/version.py"} <= names
+    assert {"kvlock_fast/report/page.html.jinja", "kvlock_fast/py.typed", "kvlock_fast/version.py"} <= names
     assert any(name.endswith("LICENSE") for name in names)
     # Whatever a checkout's package holds beside code, an installed one holds as well: weights, vocabularies, templates.
     data = {p.relative_to(ROOT).as_posix() for p in (ROOT / "kvlock_fast").rglob("*") if p.is_file()}

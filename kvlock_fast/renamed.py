@@ -1,0 +1,40 @@
+"""Names of version 0.1 that are others now. Each is refused in one sentence with the new name; nothing reads both."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+OPTIONS = {"--window": "--clip-frames", "--overlap": "--clip-overlap"}
+"""Of `kvlock-fast edit`."""
+FIELDS = {"window": "variance_window", "clip_window": "clip_frames"}
+"""Of a manifest's line."""
+CACHE_STEPS = {"window": "dynamic"}
+"""Values of cache_steps, `CacheConfig.steps`."""
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def renamed(**names: str) -> Callable[[F], F]:
+    """Decorate a function, or a class for its constructor: an argument of an old name is refused with the new one."""
+
+    def decorate(kind: F) -> F:
+        function = kind.__init__ if isinstance(kind, type) else kind
+
+        @wraps(function)
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                raise TypeError(f"{old} is called {names[old]} now")
+            return function(*args, **kwargs)
+
+        if not isinstance(kind, type):
+            return checked
+        kind.__init__ = checked
+        return kind
+
+    return decorate
+
+
+def refuse_cache_steps(name: str, value: object) -> None:
+    """Raise ValueError for a value of cache_steps that has another name now."""
+    if isinstance(value, str) and value in CACHE_STEPS:
+        raise ValueError(f"{name} {value!r} is called {CACHE_STEPS[value]!r} now")
