@@ -11,6 +11,7 @@ by class all blocks share one graph, whatever the lock, mode and alpha: the grap
 but the number of the module.
 """
 
+import copyreg
 import gc
 from collections import Counter
 from collections.abc import Iterator
@@ -109,7 +110,13 @@ class _Locked:
         kind = type(self)
         make, arguments, state, *rest = super().__reduce_ex__(protocol)
         arguments = tuple(kind.__mro__[2] if x is kind else x for x in arguments)
+        # Pickle wants the object's own class from copyreg's function.
+        make = _new if make is copyreg.__newobj__ else make
         return make, arguments, {name: x for name, x in state.items() if name not in _OWN}, *rest
+
+
+def _new(kind: type, *arguments: Any) -> Any:
+    return kind.__new__(kind, *arguments)
 
 
 _OWN = ("kvlock_number", "kvlock_number_tensor")

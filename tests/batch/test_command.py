@@ -25,6 +25,7 @@ from kvlock_fast.errors import InputError, OutputError
 from kvlock_fast.media import read_video, write_video
 from kvlock_fast.media.clip import Clip
 from tests.support.batch_parts import frame_hashes, job, ledger_rows, run_batch, write_clips, write_manifest
+from tests.support.locks import paper
 from tests.support.tiny import tiny_wan
 
 
@@ -92,7 +93,7 @@ WAYS = {
     "moving box": ({"mask": "box:0=2,2,4,4;16=8,8,6,6"}, "--mask box:0=2,2,4,4;16=8,8,6,6"),
     "compute": ({"compute": "foreground", "alpha_snap": 0.9, "alpha_lag": 2, "halo": 1, "seam": "blend"},
                 "--compute foreground --alpha-snap 0.9 --alpha-lag 2 --halo 1 --seam blend"),
-    "stretches": ({"clip_window": 9, "clip_overlap": 4}, "--window 9 --overlap 4"),
+    "stretches": ({"clip_frames": 9, "clip_overlap": 4}, "--clip-frames 9 --clip-overlap 4"),
 }  # fmt: skip
 
 
@@ -188,7 +189,7 @@ def test_a_model_that_cannot_be_loaded_is_tried_once(model, monkeypatch):
 FOREGROUND = LockConfig.preset("kvlock", compute="foreground", kappa=1)
 
 
-@pytest.mark.parametrize("more", [{}, {"lock": LockConfig.preset("paper", kappa=1, warmup_alpha=0.0)},
+@pytest.mark.parametrize("more", [{}, {"lock": paper(kappa=1, warmup_alpha=0.0)},
                                   {"guidance": 1.0, "cache": CacheConfig(step_stride=2, format="int8")},
                                   {"size": (48, 32), "frames_policy": "trim"},
                                   {"lock": FOREGROUND}, {"lock": FOREGROUND, "mask": "all"}])  # fmt: skip
@@ -226,7 +227,7 @@ def test_a_clip_in_stretches_is_not_planned_and_runs(model, monkeypatch, tier, e
     clip = Clip(np.zeros((17, 32, 48, 3), np.uint8), np.zeros((17, 32, 48), bool), 8)
     clip.mask[:, 4:9, 4:9] = True
     cache = CacheConfig(tier=tier, prompts_at_once=2)
-    setup = Setup("s", "m", "a square", model=str(model), steps=2, clip_window=9, cache=cache)
+    setup = Setup("s", "m", "a square", model=str(model), steps=2, clip_frames=9, cache=cache)
     editor = ModelEditor("cpu")
     decision = editor.decide(setup, clip, 3)
     assert decision == Decision(expected, "fp8_e4m3", 2)
@@ -242,7 +243,7 @@ def test_a_window_is_what_has_to_fit_the_models_position_codes(model):
     frames = 4 * size.geometry.most_tokens + 1
     with pytest.raises(InputError, match=f"{frames} frames of 32x48 are too many"):
         Extent.of((frames, 32, 48), None, Setup("s", "m", "p"), size)
-    assert Extent.of((frames, 32, 48), None, Setup("s", "m", "p", clip_window=17), size).frames == frames
+    assert Extent.of((frames, 32, 48), None, Setup("s", "m", "p", clip_frames=17), size).frames == frames
 
 
 def test_speed_goes_to_every_edit_and_onto_its_page(folder, model, monkeypatch, capsys):
@@ -316,7 +317,7 @@ def test_check_looks_into_the_files_and_asks_the_planner(folder, model, capsys, 
         {**job(5), "model": "./nowhere"},
         {**job(6), "size": "9999x16"},
         {**job(7), "frames_policy": "error", "max_frames": 2},
-        {**job(8), "clip_window": 4, "clip_overlap": 3},
+        {**job(8), "clip_frames": 4, "clip_overlap": 3},
         {**job(9), "compute": "foreground", "layers": [0]},
         {**job(10), "mask_grow": -9},
         {**job(11), "mask": "box:0=0,0,4,4;2=14,0,4,4"},
@@ -329,7 +330,7 @@ def test_check_looks_into_the_files_and_asks_the_planner(folder, model, capsys, 
     found = [re.fullmatch(r"line (\d+): (\w+): .+", line).groups() for line in listed]
     assert found == [
         ("2", "source"), ("3", "mask"), ("4", "mask"), ("5", "layers"), ("6", "model"), ("7", "size"), ("8", "size"),
-        ("9", "clip_window"), ("10", "layers"), ("11", "mask"), ("12", "mask"), ("13", "mask"),
+        ("9", "clip_frames"), ("10", "layers"), ("11", "mask"), ("12", "mask"), ("13", "mask"),
     ]  # fmt: skip
     assert "12 wrong lines" in last
     monkeypatch.setattr(Machine, "here", classmethod(lambda cls, *a, **m: cls(None, 1000, 1000)))

@@ -22,6 +22,7 @@ from kvlock_fast.loop import inputs
 from kvlock_fast.loop.windows import Windows
 from kvlock_fast.media import MaskShape
 from tests.support.batch_parts import job, write_clips, write_manifest
+from tests.support.locks import paper
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ WRONG = {
     "preset": ({"preset": "papr"}, "preset", "'papr'"),
     "tau": ({"tau": -1}, "tau", "must be greater than 0 or 'auto', got -1"),
     "alpha": ({"alpha": 1.5}, "alpha", "1.5"),
-    "window": ({"window": 1}, "window", "must be a whole number of at least 2, got 1"),
+    "variance_window": ({"variance_window": 1}, "variance_window", "must be a whole number of at least 2, got 1"),
     "kappa": ({"kappa": "all"}, "kappa", "'all'"),
     "layers twice": ({"layers": [1, 1]}, "layers", "distinct"),
     "detection": ({"detection": "local"}, "detection", "'local'"),
@@ -101,11 +102,11 @@ WRONG = {
     "box of another form": ({"mask": "box:1,2,3"}, "mask", "'box:1,2,3' is not of the form"),
     "box without a frame": ({"mask": "box:0=1,1,5,5;2,2,5,5"}, "mask", "is not of the form"),
     "box twice at a frame": ({"mask": "box:3=1,1,5,5;3=2,2,5,5"}, "mask", "gives the box at frame 3 twice"),
-    "clip_window 1": ({"clip_window": 1}, "clip_window", "got 1"),
-    "clip_overlap alone": ({"clip_overlap": 4}, "clip_overlap", "needs clip_window, got 4 alone"),
-    "clip_overlap of a whole window": ({"clip_window": 9, "clip_overlap": 9}, "clip_overlap",
-                                       "less than clip_window, which is 9, got 9"),
-    "clip_window on disk": ({"clip_window": 9, "cache_tier": "disk"}, "clip_window",
+    "clip_frames 1": ({"clip_frames": 1}, "clip_frames", "got 1"),
+    "clip_overlap alone": ({"clip_overlap": 4}, "clip_overlap", "needs clip_frames, got 4 alone"),
+    "clip_overlap of a whole window": ({"clip_frames": 9, "clip_overlap": 9}, "clip_overlap",
+                                       "less than clip_frames, which is 9, got 9"),
+    "clip_frames on disk": ({"clip_frames": 9, "cache_tier": "disk"}, "clip_frames",
                             "does not go with cache_tier 'disk', got 9"),
     "audio": ({"audio": "off"}, "audio", "'off'"),
     "graph of a job": ({"graph": "on"}, "graph", "no field"),
@@ -164,11 +165,11 @@ WHOLE = {
     "source_prompt": ["a", "ein Würfel, \"rot\"", "two\nlines"], "prompt": ["b", ["c", "d"], "[no list"],
     "negative_prompt": ["bad"], "seed": [0, 7, 2**63 - 1], "steps": [1, 50], "guidance": [0.0, 3.5], "size": ["32x48"],
     "max_frames": [5], "composite": [True, False], "feather": [3], "preset": list(PRESETS), "alpha": ["dynamic", 0.5],
-    "tau": ["auto", 0.02], "layers": [[0, 2]], "window": [4], "s_star": [False], "cache_tier": ["host"],
+    "tau": ["auto", 0.02], "layers": [[0, 2]], "variance_window": [4], "s_star": [False], "cache_tier": ["host"],
     "cache_stride": [2], "prompts_at_once": [3], "frames_policy": ["trim"], "compute": ["foreground"],
     "alpha_snap": [0.95, 1.0], "alpha_lag": [1, 2], "halo": [0], "seam": ["blend"], "mask_threshold": [0, 0.25],
     "mask_invert": [True], "mask_grow": [-3, 4], "mask_feather": [5], "audio": [True, False],
-    "mask": ["box:0=1,2,3,4;2=5,6,3,4"], "clip_window": [9, 17],
+    "mask": ["box:0=1,2,3,4;2=5,6,3,4"], "clip_frames": [9, 17],
 }  # fmt: skip
 
 
@@ -211,15 +212,15 @@ def test_a_list_of_prompts_is_a_job_each(clips):
 
 def test_settings_arrive_as_edit_takes_them(clips):
     line = job(0, compute="foreground", alpha_snap=0.9, alpha_lag=2, halo=3, seam="blend", mask_threshold=0.25,
-               mask_invert=True, mask_grow=-2, mask_feather=4, clip_window=17, clip_overlap=5, window=6,
+               mask_invert=True, mask_grow=-2, mask_feather=4, clip_frames=17, clip_overlap=5, variance_window=6,
                composite=True, audio=False)  # fmt: skip
     [found] = read_manifest(write_manifest(clips, [line]), clips / "out", {}).jobs
     settings = found.edit_settings()
     assert settings.lock == LockConfig.preset(
-        "kvlock", compute="foreground", alpha_snap=0.9, alpha_lag=2, halo=3, seam="blend", window=6
+        "kvlock", compute="foreground", alpha_snap=0.9, alpha_lag=2, halo=3, seam="blend", variance_window=6
     )
     assert settings.mask_shape == MaskShape(0.25, True, -2, 4)
-    assert (settings.window_frames, settings.window_overlap) == (17, 5)
+    assert (settings.clip_frames, settings.clip_overlap) == (17, 5)
     assert (settings.composite, settings.feather, settings.composite_feather) == (True, None, 4)
     assert not found.finish.audio and found.setup.windows() == Windows(17, 5)
 
@@ -239,7 +240,7 @@ def test_a_fault_of_a_list_of_prompts_is_said_once(clips, capsys):
 def test_lock_parameters_arrive_and_presets_stay(clips):
     line = job(0, preset="paper", kappa=7, layers=[2, 0], alpha=0.25)
     setup = read_manifest(write_manifest(clips, [line]), clips / "out", {}).jobs[0].setup
-    assert setup.lock == LockConfig.preset("paper", kappa=7, layers=(0, 2), alpha=0.25)
+    assert setup.lock == paper(kappa=7, layers=(0, 2), alpha=0.25)
     assert read_manifest(write_manifest(clips, [job(0)]), clips / "out", {}).jobs[0].setup.lock == LockConfig.preset(
         "kvlock"
     )
@@ -292,11 +293,11 @@ def test_bad_options_are_one_sentence(clips, capsys, tmp_path, name):
 
 
 def test_jobs_that_no_graph_can_hold_are_wrong_lines_of_graph_on(clips):
-    lines = [job(0), job(1, clip_window=9), job(2, preset="cfg"), job(3, tau="auto"), job(4, preset="paper")]
+    lines = [job(0), job(1, clip_frames=9), job(2, preset="cfg"), job(3, tau="auto"), job(4, preset="paper")]
     reading = read_manifest(write_manifest(clips, lines), clips / "out", {})
     assert reading.sentences() == []
     enter_uncaptured(reading)
-    assert [(line, name) for line, name, _ in reading.problems] == [(2, "clip_window"), (3, "preset"), (4, "tau")]
+    assert [(line, name) for line, name, _ in reading.problems] == [(2, "clip_frames"), (3, "preset"), (4, "tau")]
     assert all("which --graph on cannot capture" in sentence for sentence in reading.sentences())
 
 
@@ -338,12 +339,11 @@ def test_the_schema_knows_every_field_and_is_printed(capsys):
 
 
 ELSEWHERE = {"lock", "cache", "mask_shape", "prompts", "graph", "compile", "processors"}
-RENAMED = {"window_frames": "clip_window", "window_overlap": "clip_overlap"}
 
 
 def test_a_job_can_say_all_that_an_edit_can():
     said = {f.name for f in dataclass_fields(EditSettings)} - ELSEWHERE
-    assert {RENAMED.get(name, name) for name in said} <= set(JobFields.model_fields)
+    assert said <= set(JobFields.model_fields)
 
 
 def test_limits_are_those_of_edit():

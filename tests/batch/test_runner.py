@@ -53,13 +53,13 @@ def test_every_job_is_in_one_group_of_its_own_kind(found, most):
 OTHER = {
     "source": "s1.mkv", "mask": "box:1,1,4,4", "source_prompt": "a disc", "negative_prompt": "red", "model": "other",
     "steps": 9, "guidance": 2.0, "guidance_2": 3.0, "seed": 1, "size": "32x48", "max_frames": 2,
-    "frames_policy": "trim", "clip_window": 9, "preset": "paper", "alpha": 1.0, "omega": "constant", "s_star": False,
-    "s_star_region": "foreground", "tau": 0.5, "b": 3.0, "window": 4, "kappa": 3, "warmup_alpha": 0.5,
+    "frames_policy": "trim", "clip_frames": 9, "preset": "paper", "alpha": 1.0, "omega": "constant", "s_star": False,
+    "s_star_region": "foreground", "tau": 0.5, "b": 3.0, "variance_window": 4, "kappa": 3, "warmup_alpha": 0.5,
     "alpha_floor": 0.1, "omega_floor": 0.5, "detection": "global", "layers": [0], "background_latents": "model",
     "source_path": "invert", "inversion_solver": "heun", "zero_init_steps": 1, "guidance_batching": "separate",
     "compute": "foreground", "alpha_snap": 0.9, "alpha_lag": 2, "halo": 1, "seam": "blend", "mask_threshold": 0.25,
     "mask_invert": True, "mask_grow": 1, "mask_feather": 1, "cache_tier": "host", "cache_format": "int8",
-    "cache_stride": 2, "cache_steps": "window", "prompts_at_once": 1, "method": "fatezero", "family": "wan",
+    "cache_stride": 2, "cache_steps": "dynamic", "prompts_at_once": 1, "method": "fatezero", "family": "wan",
     "skip_steps": 1, "source_guidance": 2.0, "lock_share": 0.5, "foreground_mix": 0.1, "latents_shift": 0.25,
     "noise_samples": 2, "free_steps": 1, "inject_share": 0.5, "keyframe_stride": 3,
 }  # fmt: skip
@@ -82,7 +82,7 @@ def test_what_changes_the_computation_separates_passes_and_what_follows_it_does_
 
 
 def test_overlaps_of_a_window_separate_passes(tmp_path):
-    lines = [job(i, clip_window=9, clip_overlap=3 + i) for i in range(2)]
+    lines = [job(i, clip_frames=9, clip_overlap=3 + i) for i in range(2)]
     assert len(list(grouped(read_manifest(write_manifest(tmp_path, lines), tmp_path, {}).jobs, 8))) == 2
 
 

@@ -99,7 +99,7 @@ def test_every_variant_is_there_once_and_the_important_are_first():
         (Variant("model"), []),
         (Variant("model", "int8"), list(range(20))),
         (Variant("model", "int8", 4), [1, 5, 9, 13, 17]),
-        (Variant("model", "int8", 4, "window"), [13, 17]),
+        (Variant("model", "int8", 4, "dynamic"), [13, 17]),
         (Variant("source", "int8", 4, "all", 0), [0, 4, 8, 12, 16]),
         (Variant("source", "int8", 4, "all", 3), [3, 7, 11, 15, 19]),
         (Variant("source", "int8", 4, "all", 3, 0), [3, 7, 11, 15, 16]),

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import kvlock_fast as kvf
-from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.config import CacheConfig
 from kvlock_fast.errors import InputWarning
 from kvlock_fast.planning import machine
 from tests.pipeline.test_pipeline import a_mask, a_video, call
+from tests.support.locks import paper
 from tests.support.tiny import tiny_wan, untouched
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -307,7 +308,7 @@ def test_memory_does_not_grow_over_200_edits(tmp_path, tier):
     cache = CacheConfig(tier=tier, root=str(tmp_path), quota=10**7)
     used = []
     for seed in range(200):
-        call(pipe, cache=cache, steps=2, seed=seed % 5, video=video, mask=mask, lock=LockConfig(kappa=2))
+        call(pipe, cache=cache, steps=2, seed=seed % 5, video=video, mask=mask, lock=paper(kappa=2))
         used.append(memory())
     assert used[-1] < 1.01 * max(used[20:60])
 

@@ -7,6 +7,7 @@ import torch
 import kvlock_fast as kvf
 from kvlock_fast.config import CacheConfig, LockConfig
 from tests.pipeline.test_pipeline import a_mask, a_video, call, unipc
+from tests.support.locks import paper
 from tests.support.tiny import tiny_wan
 
 TIERS = ("resident", "host", "disk")
@@ -16,7 +17,10 @@ def config(tmp_path, tier, format="native", **more):
     return CacheConfig(tier=tier, format=format, root=str(tmp_path / "root"), **more)
 
 
-@pytest.mark.parametrize("lock", ["paper", "kvlock", LockConfig(tau="auto"), LockConfig(layers=(0, 2), kappa=3)])
+@pytest.mark.parametrize(
+    "lock",
+    ["paper", "kvlock", paper(tau="auto"), paper(layers=(0, 2), kappa=3)],
+)
 @pytest.mark.parametrize("tier", TIERS)
 def test_native_is_lockstep(tmp_path, tier, lock):
     pipe = tiny_wan(unipc())
@@ -43,12 +47,12 @@ def test_tiers_agree_bit_for_bit(tmp_path, format):
 
 
 @pytest.mark.parametrize("tier", TIERS)
-@pytest.mark.parametrize("changes", [{"step_stride": 2}, {"steps": "window"}, {"step_stride": 3, "steps": "window"}])
+@pytest.mark.parametrize("changes", [{"step_stride": 2}, {"steps": "dynamic"}, {"step_stride": 3, "steps": "dynamic"}])
 def test_fewer_steps_are_stored(tmp_path, tier, changes):
     pipe = tiny_wan()
-    lock = LockConfig(kappa=4)
+    lock = paper(kappa=4)
     out = call(pipe, steps=7, lock=lock, cache=config(tmp_path, tier, **changes))
-    locked = 4 if changes.get("steps") == "window" else 7
+    locked = 4 if changes.get("steps") == "dynamic" else 7
     along = 7 - locked
     stored = -(-locked // changes.get("step_stride", 1))
     assert out.trace.forwards == 7 * 2 + along + stored
@@ -82,7 +86,7 @@ def test_two_transformers(tmp_path):
 @pytest.mark.parametrize("tier", ["auto", *TIERS])
 def test_inverted_once_edited_many_times(tmp_path, tier, source_path):
     pipe, folder = tiny_wan(), tmp_path / "cache"
-    lock = LockConfig(source_path=source_path)
+    lock = paper(source_path=source_path)
     kvf.KVLockPipeline(pipe).invert(
         a_video(), a_mask(), folder, source_prompt="a red circle", num_inference_steps=5, lock=lock,
         generator=torch.Generator().manual_seed(1), cache=CacheConfig(format="native"),
@@ -102,13 +106,13 @@ def inverted(tmp_path):
     pipe = tiny_wan()
     kvf.KVLockPipeline(pipe).invert(
         a_video(), a_mask(), tmp_path / "cache", source_prompt="a red circle", num_inference_steps=5,
-        generator=torch.Generator().manual_seed(1), lock=LockConfig(layers=(0, 1)), cache=CacheConfig(format="native"),
+        generator=torch.Generator().manual_seed(1), lock=paper(layers=(0, 1)), cache=CacheConfig(format="native"),
     )  # fmt: skip
     return pipe, tmp_path / "cache"
 
 
 def edit(pipe, folder, **changes):
-    arguments = {"lock": LockConfig(layers=(0, 1)), "cache": CacheConfig(path=folder), "seed": 1}
+    arguments = {"lock": paper(layers=(0, 1)), "cache": CacheConfig(path=folder), "seed": 1}
     return call(pipe, **{**arguments, **changes})
 
 
@@ -116,7 +120,7 @@ def test_a_larger_mask_needs_no_new_cache(inverted):
     pipe, folder = inverted
     grown = a_mask()
     grown[:, :, :20] = True
-    expected = call(pipe, lock=LockConfig(layers=(0, 1)), mask=grown)
+    expected = call(pipe, lock=paper(layers=(0, 1)), mask=grown)
     found = edit(pipe, folder, mask=grown)
     torch.testing.assert_close(found.latents, expected.latents, rtol=1e-5, atol=1e-5)
     assert found.trace.forwards == 10
@@ -143,9 +147,12 @@ def smaller_mask():
         ({"source_prompt": "a dark circle"}, r"another source prompt \(a red circle, not a dark circle\)"),
         ({"steps": 6}, "another schedule"),
         ({"height": 48}, "another length or working size"),
-        ({"lock": LockConfig()}, "holds layers 0-1 only, and the edit locks 0-2"),
-        ({"lock": LockConfig(layers=(2,))}, "holds layers 0-1 only, and the edit locks 2"),
-        ({"lock": LockConfig(layers=(0, 1), source_path="invert")}, "another way to the source's latents"),
+        ({"lock": paper()}, "holds layers 0-1 only, and the edit locks 0-2"),
+        ({"lock": paper(layers=(2,))}, "holds layers 0-1 only, and the edit locks 2"),
+        (
+            {"lock": paper(layers=(0, 1), source_path="invert")},
+            "another way to the source's latents",
+        ),
     ],
 )
 def test_a_cache_of_another_source_is_refused(inverted, changes, words):
@@ -183,7 +190,7 @@ def test_a_cache_of_another_split_of_the_stages_is_refused(tmp_path):
     pipe = tiny_wan(second=True)
     kvf.KVLockPipeline(pipe).invert(
         a_video(), a_mask(), tmp_path / "c", source_prompt="a red circle", num_inference_steps=5,
-        generator=torch.Generator().manual_seed(1), lock=LockConfig(layers=(0, 1)),
+        generator=torch.Generator().manual_seed(1), lock=paper(layers=(0, 1)),
     )  # fmt: skip
     pipe.register_to_config(boundary_ratio=0.95)
     with pytest.raises(kvf.InputError, match="another model"):
@@ -197,7 +204,7 @@ def test_no_cache_there(tmp_path):
 
 def test_tau_auto_follows_the_predictions_that_a_cache_has(inverted):
     pipe, folder = inverted
-    lock = LockConfig(layers=(0, 1), tau="auto")
+    lock = paper(layers=(0, 1), tau="auto")
     found, expected = edit(pipe, folder, lock=lock), call(pipe, lock=lock)
     torch.testing.assert_close(found.latents, expected.latents, rtol=1e-5, atol=1e-5)
     assert found.trace.forwards == 10

@@ -92,7 +92,7 @@ def test_same_seed_same_pixels_and_every_lock_parameter_arrives(clip, model, tmp
     settings = json.loads((tmp_path / "a.json").read_text())["settings"]
     expected = {
         "alpha": "dynamic", "omega": "constant", "s_star": False, "s_star_region": "foreground", "tau": "auto",
-        "b": 1.5, "window": 4, "kappa": 7, "warmup_alpha": 0.5, "alpha_floor": 0.1, "omega_floor": 0.2,
+        "b": 1.5, "variance_window": 4, "kappa": 7, "warmup_alpha": 0.5, "alpha_floor": 0.1, "omega_floor": 0.2,
         "detection": "global", "layers": [0, 2], "background_latents": "source", "source_path": "invert",
         "inversion_solver": "heun", "zero_init_steps": 1, "guidance_batching": "separate", "seed": 3,
     }  # fmt: skip
@@ -108,8 +108,11 @@ BAD = {
     "tau word": (["--tau", "often"], "--tau must be a number or 'auto', got 'often'"),
     "kappa": (["--kappa", "-2"], "kappa must be a whole number of at least 0, got -2"),
     "variance window": (["--variance-window", "1"], "window must be a whole number of at least 2, got 1"),
-    "window": (["--window", "1"], "window must be at least 2 frames, got 1"),
-    "overlap": (["--window", "9", "--overlap", "9"], "overlap must be from 1 to 8 frames, less than the window, got 9"),
+    "clip_frames": (["--clip-frames", "1"], "clip_frames must be at least 2, got 1"),
+    "clip_overlap": (
+        ["--clip-frames", "9", "--clip-overlap", "9"],
+        "clip_overlap must be from 1 to 8, less than clip_frames, got 9",
+    ),
     "steps": (["--steps", "0"], "num_inference_steps must be a whole number from 1 to 10000, got 0"),
     "steps text": (["--steps", "many"], "got 'many'"),
     "steps text joined": (["--steps=much"], "'--steps'"),

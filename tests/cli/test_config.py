@@ -6,7 +6,8 @@ from kvlock_fast.config import PRESETS, CacheConfig, LockConfig
 
 BAD = [
     ("tau", 0), ("tau", -1.0), ("tau", float("nan")), ("tau", float("inf")), ("tau", "often"), ("tau", None),
-    ("b", 0.0), ("b", -2), ("b", "2"), ("window", 1), ("window", 2.5), ("window", True), ("kappa", -1), ("kappa", "x"),
+    ("b", 0.0), ("b", -2), ("b", "2"), ("variance_window", 1), ("variance_window", 2.5), ("variance_window", True),
+    ("kappa", -1), ("kappa", "x"),
     ("alpha", 1.01), ("alpha", -0.1), ("alpha", "always"), ("alpha", True), ("warmup_alpha", 2), ("alpha_floor", -1),
     ("omega_floor", -1), ("omega", "high"), ("detection", "local"), ("background_latents", "none"),
     ("source_path", "ddim"), ("inversion_solver", "rk4"), ("guidance_batching", "both"), ("s_star", "yes"),
@@ -18,7 +19,7 @@ BAD = [
 @pytest.mark.parametrize(("name", "value"), BAD, ids=[f"{n}={v}" for n, v in BAD])
 def test_bad_values_are_named_and_quoted(name, value):
     with pytest.raises(ValueError) as caught:
-        LockConfig(**{name: value})
+        LockConfig.preset("paper", **{name: value})
     assert str(caught.value).startswith(name) and repr(value) in str(caught.value)
 
 
@@ -32,12 +33,12 @@ def test_unknown_names_are_refused():
 
 
 def test_kappa_and_window_may_exceed_the_steps():
-    assert LockConfig(kappa=1000, window=1000).kappa == 1000
+    assert LockConfig.preset("paper", kappa=1000, variance_window=1000).kappa == 1000
 
 
 def test_presets_are_what_their_names_say():
     paper = LockConfig.preset("paper")
-    assert paper == LockConfig() and (paper.tau, paper.b, paper.window, paper.kappa) == (0.01, 2.0, 10, 20)
+    assert (paper.tau, paper.b, paper.variance_window, paper.kappa) == (0.01, 2.0, 10, 20)
     changes = {name: {k for k, v in LockConfig.preset(name).as_dict().items() if v != paper.as_dict()[k]}
                for name in PRESETS}  # fmt: skip
     assert changes["variance-kv"] == {"omega", "s_star"}
@@ -48,6 +49,11 @@ def test_presets_are_what_their_names_say():
     assert not LockConfig.preset("cfg").locks and LockConfig.preset("cfg").stock_guidance
     zero = LockConfig.preset("cfg-zero-star")
     assert not zero.locks and zero.s_star and zero.zero_init_steps == 2
+
+
+def test_the_default_is_the_preset_kvlock():
+    assert LockConfig() == LockConfig.preset("kvlock")
+    assert LockConfig(kappa=7) == LockConfig.preset("kvlock", kappa=7)
 
 
 def test_a_preset_can_be_changed():

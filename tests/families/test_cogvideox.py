@@ -22,6 +22,7 @@ from kvlock_fast.planning.find_model import from_pipeline
 from kvlock_fast.presets import NEIGHBOURS
 from kvlock_fast.report import token_preview
 from tests.pipeline.test_pipeline import FRAMES, HEIGHT, WIDTH, Spy, a_mask, a_video, call, latent_of, text_of
+from tests.support.locks import paper
 from tests.support.tiny import COGVIDEOX_KINDS, COGVIDEOX_SCHEDULE, tiny_cogvideox, tiny_wan, untouched
 
 KINDS = list(COGVIDEOX_KINDS)
@@ -55,7 +56,7 @@ def test_lock_off_is_diffusers_bit_for_bit(kind, dtype, guidance):
     pipe = tiny_cogvideox(kind)
     pipe = half(pipe) if dtype == "bf16" else pipe
     expected = stock(pipe, guidance_scale=guidance)
-    off = LockConfig(alpha=0.0, omega="constant", s_star=False)
+    off = paper(alpha=0.0, omega="constant", s_star=False)
     for lock in (off, "cfg"):
         out = call(pipe, lock=lock, guidance_scale=guidance)
         assert torch.equal(out.latents, expected)
@@ -84,7 +85,7 @@ def test_the_bits_hang_on_one_call_for_both_branches():
 
 def test_a_lock_of_hardly_any_weight_hardly_changes_a_thing():
     pipe = tiny_cogvideox("5b")
-    lock = LockConfig(warmup_alpha=0.0, kappa=5, tau=1e30, window=2, omega="constant", s_star=False)
+    lock = paper(warmup_alpha=0.0, kappa=5, tau=1e30, variance_window=2, omega="constant", s_star=False)
     out = call(pipe, lock=lock, guidance_scale=5.0)
     assert max(record.alpha for record in out.trace.records) < 1e-20 and out.trace.forwards > 10
     torch.testing.assert_close(out.latents, stock(pipe, guidance_scale=5.0), rtol=0, atol=1e-5)
@@ -108,7 +109,7 @@ def test_every_tier_and_format(tmp_path, tier, format):
 @pytest.mark.parametrize("tier", ["resident", "host", "disk"])
 def test_scales_that_tokens_share(monkeypatch, tmp_path, tier, compute):
     """As in long sequences; a saved source says so, and one that was made before is read as it is."""
-    lock = LockConfig(alpha=1.0, s_star_region="foreground", background_latents="source", compute=compute)
+    lock = paper(alpha=1.0, s_star_region="foreground", background_latents="source", compute=compute)
     pipe, arguments = tiny_cogvideox("5b"), {"lock": lock, "prompt": ["a dog", "a cat"]}
     cache = CacheConfig(tier=tier, root=str(tmp_path))
     along, alone = call(pipe, **arguments), call(pipe, cache=cache, **arguments)
@@ -155,7 +156,7 @@ def test_batched_and_separate_agree(kind):
 def test_several_prompts_equal_one_at_a_time(batching):
     pipe = tiny_cogvideox("5b")
     prompts = ["a blue circle", "a green square moves left", "a dog"]
-    lock = LockConfig(kappa=4, tau=0.5, window=3, guidance_batching=batching)
+    lock = paper(kappa=4, tau=0.5, variance_window=3, guidance_batching=batching)
     together = call(pipe, prompts, steps=6, lock=lock)
     for i, prompt in enumerate(prompts):
         alone = call(pipe, prompt, steps=6, lock=lock)
@@ -168,7 +169,7 @@ def test_several_prompts_equal_one_at_a_time(batching):
 def test_every_step_sees_the_formulas(monkeypatch):
     """Rows of each forward, s*, x0hat, alpha, omega and DDIM's step recomputed by hand in fp64."""
     pipe, prompt = tiny_cogvideox("2b"), "a blue circle"
-    lock = LockConfig(background_latents="source", s_star_region="foreground", kappa=3, tau=0.5, window=2)
+    lock = paper(background_latents="source", s_star_region="foreground", kappa=3, tau=0.5, variance_window=2)
     clean, texts = latent_of(pipe), [text_of(pipe, p) for p in ("a red circle", "a dog", prompt)]
     spy = Spy(monkeypatch, pipe)
     out = call(pipe, prompt, lock=lock, guidance_scale=4.0, negative_prompt="a dog")
@@ -213,7 +214,7 @@ def test_background_latents_source_ends_at_the_source(kind):
 def test_inversion_and_replay_return_to_the_source(method):
     """The closer the more steps there are: of DDIM, four times as many leave a fourth of the way."""
     pipe, clean = tiny_cogvideox("5b"), latent_of(tiny_cogvideox("5b"))
-    lock = LockConfig(source_path="invert", inversion_solver=method, alpha=0.0, omega="constant", s_star=False)
+    lock = paper(source_path="invert", inversion_solver=method, alpha=0.0, omega="constant", s_star=False)
     away = {}
     for steps in (10, 40):
         out = call(pipe, "a red circle", steps=steps, lock=lock, guidance_scale=1.0)
@@ -228,9 +229,9 @@ def test_a_clip_longer_than_the_window(kind):
     pipe = tiny_cogvideox(kind)
     long = {"video": a_video(33), "mask": a_mask(33), "steps": 3, "lock": "kvlock", "guidance_scale": 3.0}
     whole = call(pipe, **long)
-    assert torch.equal(call(pipe, window=40, **long).latents, whole.latents)
+    assert torch.equal(call(pipe, clip_frames=40, **long).latents, whole.latents)
     along, kept = (
-        call(pipe, window=17, overlap=4, cache=cache, **long)
+        call(pipe, clip_frames=17, clip_overlap=4, cache=cache, **long)
         for cache in (CacheConfig(), CacheConfig(tier="resident", format="native"))
     )
     assert along.latents.shape == whole.latents.shape and not torch.equal(along.latents, whole.latents)
@@ -378,7 +379,10 @@ REFUSED = {
         lambda: call(tiny_cogvideox("1.5"), width=112),
         "9 frames of 32x112 are too many for this model: it takes at most 48x64",
     ),
-    "layer": (lambda: call(tiny_cogvideox(), lock=LockConfig(layers=(3,))), "layer 3, but the model has layers 0 to 2"),
+    "layer": (
+        lambda: call(tiny_cogvideox(), lock=paper(layers=(3,))),
+        "layer 3, but the model has layers 0 to 2",
+    ),
     "latents": (
         lambda: call(tiny_cogvideox("1.5"), latents=torch.zeros(1, 4, 3, 4, 6)),
         r"latents must be \(1, 4, 4, 4, 6\), got \(1, 4, 3, 4, 6\)",

@@ -38,6 +38,7 @@ from tests.families.cases.ltx2 import CASES as LTX2
 from tests.families.cases.mochi import CASES as MOCHI
 from tests.families.cases.mochi import tiny_mochi
 from tests.support.conformance import OFF, PROMPT, Scene
+from tests.support.locks import paper
 
 
 def noise(*shape):
@@ -141,11 +142,13 @@ def test_clips_are_brought_to_lattes_length():
     """And longer ones go through it in windows of that length, no other."""
     with pytest.warns(InputWarning, match="3 frames padded to 5"):
         assert edit(tiny_latte(), 3, output="frames").frames[0].shape == (3, 32, 48, 3)
-    with pytest.raises(kvf.InputError, match="it takes at most 5 frames: give it a window"):
+    with pytest.raises(kvf.InputError, match="it takes at most 5 frames: give clip_frames"):
         edit(tiny_latte(), 10)
-    assert edit(tiny_latte(), 10, window=5, overlap=2).latents.isfinite().all()
-    with pytest.raises(kvf.InputError, match="the model takes 5 frames at once, and was given 4: with a window, give"):
-        edit(tiny_latte(), 10, window=4, overlap=2)
+    assert edit(tiny_latte(), 10, clip_frames=5, clip_overlap=2).latents.isfinite().all()
+    with pytest.raises(
+        kvf.InputError, match="the model takes 5 frames at once, and was given 4: with clip_frames, give"
+    ):
+        edit(tiny_latte(), 10, clip_frames=4, clip_overlap=2)
     assert Windows(5, 2).latent_sizes(wrap_pipeline(tiny_latte()).geometry) == (5, 2)
 
 
@@ -173,7 +176,7 @@ def test_reversed_time_is_inverted(method):
     pipe, away = case.make(), {}
     with torch.no_grad():
         clean = Scene(case).source
-    lock = kvf.LockConfig(source_path="invert", inversion_solver=method, alpha=0.0, omega="constant", s_star=False)
+    lock = paper(source_path="invert", inversion_solver=method, alpha=0.0, omega="constant", s_star=False)
     for steps in (10, 30):
         out = case.edit(pipe, "a red circle", lock=lock, steps=steps, guidance_scale=1.0)
         away[steps] = ((out.latents - clean).norm() / clean.norm()).item()
@@ -206,10 +209,10 @@ REFUSED = {
         "takes videos of 32x48 only, and was given one of 32x64",
     ),
     "window": (
-        lambda: edit(tiny_cogvideox_image("1.5"), 17, window=9),
-        "window does not go with the family cogvideox-i2v, which sees the whole clip",
+        lambda: edit(tiny_cogvideox_image("1.5"), 17, clip_frames=9),
+        "clip_frames does not go with the family cogvideox-i2v, which sees the whole clip",
     ),
-    "sound": (lambda: edit(LTX2[0].make(), 9, width=64, window=5), "window does not go with the family ltx2"),
+    "sound": (lambda: edit(LTX2[0].make(), 9, width=64, clip_frames=5), "clip_frames does not go with the family ltx2"),
 }
 
 
@@ -225,7 +228,7 @@ def test_the_image_is_the_sources_first_frame():
     pipe, seen = tiny_cogvideox_image("5b"), []
     forward = pipe.transformer.forward
     pipe.transformer.forward = lambda **kw: seen.append(kw["hidden_states"][:, :, 4:].clone()) or forward(**kw)
-    edit(pipe, lock=kvf.LockConfig.preset("paper"))
+    edit(pipe, lock=paper())
     with torch.no_grad():
         pixels = noise(9, 32, 48, 3)[:1].permute(3, 0, 1, 2)[None] / 127.5 - 1
         image = pipe.vae.encode(pixels).latent_dist.mode()[0] * 0.7
@@ -239,9 +242,7 @@ def test_the_sound_goes_along():
     case = LTX2[0]
     pipe = case.make()
     model = wrap_pipeline(pipe)
-    free, kept = (
-        case.edit(pipe, lock=kvf.LockConfig.preset("paper", background_latents=where)) for where in ("model", "source")
-    )
+    free, kept = (case.edit(pipe, lock=paper(background_latents=where)) for where in ("model", "source"))
     shape = free.latents[:, :, 3:].shape
     assert shape[2] == free.mask.beside == model.sound_frames(*free.mask.grid) == 1
     assert free.latents[:, :, 3:].abs().max() > 0.1 and not kept.latents[:, :, 3:].any()

@@ -16,6 +16,7 @@ from kvlock_fast.masks import project_mask
 from kvlock_fast.models import FAMILIES
 from tests.support import matrix
 from tests.support.conformance import OFF, PROMPT, Scene, StockCall, all_cases, attention_calls, blend_at_call
+from tests.support.locks import paper
 from tests.support.tiny import untouched
 
 CASES = {case.name: case for case in all_cases()}
@@ -309,7 +310,7 @@ def test_foreground_only_is_exact(case):
     if not hasattr(kvf.KVLockPipeline.from_pipe(pipe).model, "predict_foreground"):
         pytest.skip("the family has no forward of the foreground alone")
     lock = {"alpha": 1.0, "s_star_region": "foreground", "background_latents": "source"}
-    whole = case.edit(pipe, lock=LockConfig(**lock))
-    alone = case.edit(pipe, lock=LockConfig(**lock, compute="foreground"))
+    whole = case.edit(pipe, lock=paper(**lock))
+    alone = case.edit(pipe, lock=paper(**lock, compute="foreground"))
     torch.testing.assert_close(alone.latents, whole.latents, rtol=1e-4, atol=1e-4)
     assert alone.trace.records[0].tokens < whole.mask.tokens.shape[1]

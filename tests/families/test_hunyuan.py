@@ -156,7 +156,7 @@ def test_framepack_is_of_one_section():
     with pytest.raises(InputError, match="the video has 1 frame"):
         pipe(case.video()[:1], case.mask()[:1], **more)
     with pytest.raises(InputError, match="sees the whole clip"):
-        pipe(long, np.ones((41, 32, 48), bool), window=9, **more)
+        pipe(long, np.ones((41, 32, 48), bool), clip_frames=9, **more)
 
 
 def swapped(pipe, **changes):

@@ -127,7 +127,7 @@ def test_bad_input_of_images(files, tmp_path, capsys):
         last = capsys.readouterr().err.strip().splitlines()[-1]
         assert all(words in last for words in said), last
         assert not list(tmp_path.iterdir())
-    assert edit(files, "-q", "--window", "4", source="five.mkv", output=tmp_path / "o.mkv") == 2
+    assert edit(files, "-q", "--clip-frames", "4", source="five.mkv", output=tmp_path / "o.mkv") == 2
     assert "the model makes images" in capsys.readouterr().err
 
 

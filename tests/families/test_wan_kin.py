@@ -6,7 +6,7 @@ import torch
 from diffusers import SkyReelsV2DiffusionForcingPipeline, SkyReelsV2Transformer3DModel, WanPipeline
 
 import kvlock_fast as kvf
-from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.config import CacheConfig
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.models.base import PerClip
 from kvlock_fast.models.cogvideox_image import CogVideoXImageModel
@@ -24,6 +24,7 @@ from tests.families.cases.wan_kin import (
     wan_i2v,
 )
 from tests.support.conformance import NEGATIVE, PROMPT, SOURCE, Scene
+from tests.support.locks import paper
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -96,7 +97,7 @@ def test_a_kept_vace_source_serves_a_grown_mask(tmp_path):
     pipe.invert(case.video(), case.mask(), tmp_path, generator=torch.Generator().manual_seed(1), **more)
     grown = case.mask()
     grown[:, :, : case.size[2] // 2] = True
-    more |= {"prompt": PROMPT, "negative_prompt": NEGATIVE, "output": "latent", "lock": LockConfig.preset("paper")}
+    more |= {"prompt": PROMPT, "negative_prompt": NEGATIVE, "output": "latent", "lock": paper()}
     kept = pipe(case.video(), grown, cache=CacheConfig(path=str(tmp_path)), **more)
     along = pipe(case.video(), grown, generator=torch.Generator().manual_seed(1), **more)
     error = (kept.latents - along.latents).norm() / along.latents.norm()
@@ -153,8 +154,8 @@ def test_sizes_by_config_are_the_models(name):
 @pytest.mark.parametrize("name", ["wan-i2v-2.1", "wan-vace", "chronoedit"])
 def test_clips_are_not_cut_into_windows(name):
     case = BY_NAME[name]
-    with pytest.raises(InputError, match="window does not go with the family"):
-        case.edit(case.make(), window=5)
+    with pytest.raises(InputError, match="clip_frames does not go with the family"):
+        case.edit(case.make(), clip_frames=5)
 
 
 @pytest.mark.parametrize(

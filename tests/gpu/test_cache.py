@@ -84,7 +84,7 @@ def test_predicted_peak_is_within_5_percent():
         torch.cuda.reset_peak_memory_stats()
         out = call(pipe, video=video, mask=mask, steps=3, cache=CacheConfig(tier=tier))
         background = int((~out.mask.tokens).sum())
-        job = Job(size, frames, height, width, background, 3, 3, dtype=torch.bfloat16, window=3)
+        job = Job(size, frames, height, width, background, 3, 3, dtype=torch.bfloat16, variance_window=3)
         predicted = job.needed(tier, None if tier == "lockstep" else "fp8_e4m3", 1, gpu=True).gpu
         assert torch.cuda.max_memory_allocated() == pytest.approx(predicted, rel=0.05), tier
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.config import CacheConfig
 from kvlock_fast.kernels.attention import attention, attention_reference
 from kvlock_fast.kernels.prologue import Capture, Lock, Places, QKNorm, RoPE, prologue
 from kvlock_fast.kernels.quantize import quantize_kv
@@ -15,6 +15,7 @@ from kvlock_fast.loop import trace
 from kvlock_fast.models.wan import WAN
 from tests.pipeline.test_pipeline import call, unipc
 from tests.support.conformance import all_cases
+from tests.support.locks import paper
 from tests.support.tiny import tiny_cogvideox, tiny_wan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -118,7 +119,7 @@ def test_a_replay_is_the_step_bit_for_bit(make, tier):
         assert torch.equal(call(pipe, steps=9, cache=cache, processors="fast", graph="on").latents, eager)
 
 
-@pytest.mark.parametrize("lock", ["kvlock", LockConfig(kappa=4, warmup_alpha=0.0)])
+@pytest.mark.parametrize("lock", ["kvlock", paper(kappa=4, warmup_alpha=0.0)])
 def test_no_step_waits(monkeypatch, lock):
     """CUDA's own word: every call that synchronises raises."""
     begin, end = trace.Recorder.begin, trace.Recorder.end

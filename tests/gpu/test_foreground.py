@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.config import CacheConfig
 from kvlock_fast.loop import trace
 from tests.locking.test_foreground import assert_same, both, tokens
 from tests.pipeline.test_pipeline import call, unipc
+from tests.support.locks import paper
 from tests.support.tiny import tiny_wan
 
 pytestmark = pytest.mark.gpu
@@ -24,7 +25,7 @@ def test_the_edit_is_the_same(tier, format):
 
 def test_in_bf16_as_close_as_its_rounding():
     pipe = tiny_wan().to("cuda")
-    exact = call(pipe, lock=LockConfig(alpha=1.0, compute="foreground")).latents
+    exact = call(pipe, lock=paper(alpha=1.0, compute="foreground")).latents
     pipe.transformer.to(torch.bfloat16)
     full, sparse = both(pipe, steps=5)
     rounding = (full.latents - exact).abs().max()
@@ -43,7 +44,7 @@ def test_alpha_decides_as_it_does_on_the_cpu(lag):
     "lock", [{"alpha": 1.0}, {"tau": 0.5, "kappa": 4}, {"tau": 0.5, "kappa": 4, "alpha_lag": 2}], ids=str
 )
 def test_a_replay_is_the_step_bit_for_bit(lock):
-    pipe, lock = tiny_wan(unipc()).to("cuda"), LockConfig(compute="foreground", **lock)
+    pipe, lock = tiny_wan(unipc()).to("cuda"), paper(compute="foreground", **lock)
     for cache in (CacheConfig(), CacheConfig(tier="resident"), CacheConfig(tier="host")):
         eager = call(pipe, lock=lock, steps=9, cache=cache)
         replayed = call(pipe, lock=lock, steps=9, cache=cache, graph="on")
@@ -57,7 +58,7 @@ def test_only_alpha_is_waited_for(monkeypatch):
     monkeypatch.setattr(
         trace.Recorder, "end", lambda self, *ended: (torch.cuda.set_sync_debug_mode("default"), end(self, *ended))[1]
     )
-    pipe, lock = tiny_wan().to("cuda"), LockConfig(compute="foreground", tau=0.5, kappa=3)
+    pipe, lock = tiny_wan().to("cuda"), paper(compute="foreground", tau=0.5, kappa=3)
     call(pipe, lock=lock, steps=2)
     try:
         call(pipe, lock=lock, steps=8, prompt=["a dog", "a cat"])

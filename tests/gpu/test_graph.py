@@ -5,10 +5,11 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 import kvlock_fast as kvf
-from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.config import CacheConfig
 from kvlock_fast.loop import trace
 from tests.loop.test_graph import moved_mask, run
 from tests.pipeline.test_pipeline import call, unipc
+from tests.support.locks import paper
 from tests.support.tiny import tiny_wan
 
 pytestmark = pytest.mark.gpu
@@ -36,7 +37,7 @@ def test_a_later_call_replays_what_an_earlier_one_captured(tier):
     assert torch.equal(second, eager)
 
 
-@pytest.mark.parametrize("lock", ["kvlock", "paper", LockConfig(kappa=4, warmup_alpha=0.0)])
+@pytest.mark.parametrize("lock", ["kvlock", "paper", paper(kappa=4, warmup_alpha=0.0)])
 def test_no_step_waits(monkeypatch, lock):
     """CUDA's own word: every call that synchronises raises."""
     begin, end = trace.Recorder.begin, trace.Recorder.end

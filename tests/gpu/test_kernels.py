@@ -279,7 +279,7 @@ def new_run(volume: tuple[int, ...], history: int, corrects: bool) -> tuple[Step
     table[:, 0, 2:] = 0
     table[:, :, 2] *= corrects
     foreground = torch.rand(1, *volume[1:], device=DEVICE) < 0.3
-    schedule = Schedule(window=5, first_dynamic_step=3, tau=4.0)
+    schedule = Schedule(variance_window=5, first_dynamic_step=3, tau=4.0)
     state = new_step_state(normal(2, *volume, dtype=torch.float32), table, 5.0, schedule)
     if state.corrected is not None:
         state.corrected.zero_()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 import kvlock_fast as kvf
 from kvlock_fast.errors import InputWarning
 from kvlock_fast.models.wan import WanModel
+from tests.support.locks import paper
 from tests.support.tiny import tiny_cogvideox_transformer, tiny_transformer, tiny_wan, untouched
 
 SIZE = (4, 3, 4, 8)  # latents of 3 x 2 x 4 tokens
@@ -186,7 +187,7 @@ def test_layers_are_locked_by_number(transformer, scene):
         with kv.edit(1.0):
             last = forward(transformer, scene.latents, scene.texts[1])
     stock = forward(transformer, scene.latents, scene.texts[1])
-    with kvf.attach(transformer, scene.foreground, lock=kvf.LockConfig(layers=(0, 1, 2))) as kv:
+    with kvf.attach(transformer, scene.foreground, lock=paper(layers=(0, 1, 2))) as kv:
         with kv.source():
             forward(transformer, scene.source, scene.texts[0])
         with kv.edit(1.0):
@@ -404,7 +405,7 @@ PRESETS = ["kvlock", "paper", "fixed-alpha", "cfg-zero-star", "omega-only"]
 def test_a_loop_of_ones_own_is_the_pipelines_edit(preset):
     """With the schedule by `observe` and `guide`: the same latents as KVLockPipeline's."""
     steps, scale = 6, 4.0
-    lock = kvf.LockConfig.preset(preset, kappa=4, window=3, guidance_batching="separate")
+    lock = kvf.LockConfig.preset(preset, kappa=4, variance_window=3, guidance_batching="separate")
     pipe = tiny_wan(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
     video = torch.randint(0, 256, (9, 32, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     noise = torch.randn(1, 4, 3, 4, 8, generator=torch.Generator().manual_seed(1))
@@ -456,7 +457,7 @@ def test_latents_in_any_layout_say_the_same(batch, height, width, frames, seed):
     layouts = {"video": videos, "tokens": videos.flatten(3).transpose(2, 3)}
     if frames == 1:
         layouts["image"] = videos[:, :, :, 0]
-    lock = kvf.LockConfig(s_star_region="foreground", kappa=9)
+    lock = paper(s_star_region="foreground", kappa=9)
     said = {}
     for name, (a, b, c) in layouts.items():
         transformer = tiny_transformer(num_layers=1)
@@ -493,7 +494,7 @@ def test_the_schedule_says_what_it_needs(transformer, scene):
     with pytest.raises(kvf.InputError, match="num_steps must be given"):
         _ = kv.alpha
     assert kv.variance is None
-    fixed = kvf.attach(transformer, scene.foreground, lock=kvf.LockConfig.preset("cfg", window=4, alpha=0.3))
+    fixed = kvf.attach(transformer, scene.foreground, lock=kvf.LockConfig.preset("cfg", variance_window=4, alpha=0.3))
     said = torch.stack([torch.randn(1, *SIZE, generator=torch.Generator().manual_seed(i)) for i in range(6)])
     for i, one in enumerate(said):  # watched all the same, over the last four
         inside = under(scene.foreground, said[max(0, i - 3) : i + 1])
@@ -514,7 +515,7 @@ def test_the_schedule_says_what_it_needs(transformer, scene):
     assert kv.step == 0 and kv.observe(x).isnan().all()
     with pytest.raises(kvf.InputError, match="of 2 samples"):
         kv.observe(torch.cat([x, x]))
-    auto = kvf.attach(transformer, scene.foreground, num_steps=2, lock=kvf.LockConfig(tau="auto"))
+    auto = kvf.attach(transformer, scene.foreground, num_steps=2, lock=paper(tau="auto"))
     with pytest.raises(kvf.InputError, match="source_x0hat"):
         auto.observe(x)
     auto.observe(x, x)

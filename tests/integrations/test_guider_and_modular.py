@@ -17,6 +17,7 @@ import kvlock_fast as kvf
 from kvlock_fast.integrations.guider import lock_of
 from kvlock_fast.integrations.modular import KVLockWan22Blocks
 from tests.families.cases.hunyuan_video15 import tiny_hunyuan15
+from tests.support.locks import paper
 from tests.support.tiny import tiny_wan, untouched
 
 STEPS, SIZE = 5, (9, 32, 64)
@@ -69,7 +70,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("preset", ["kvlock", "paper", "fixed-alpha", "cfg-zero-star", "variance-kv"])
 def test_a_modular_pipeline_edits_as_kvlock_pipeline(preset, scheduler):
     pipe = tiny_wan(scheduler=SCHEDULERS[scheduler]())
-    fields = dict(kappa=4, window=3, guidance_batching="separate")
+    fields = dict(kappa=4, variance_window=3, guidance_batching="separate")
     video, mask = video_and_mask()
     wanted = kvf.KVLockPipeline.from_pipe(pipe)(
         video, mask, **SAID, num_inference_steps=STEPS, guidance_scale=4.0, latents=drawn(1),
@@ -82,7 +83,7 @@ def test_a_modular_pipeline_edits_as_kvlock_pipeline(preset, scheduler):
 
 
 def test_two_transformers_take_turns_under_one_schedule():
-    pipe, fields = tiny_wan(second=True), dict(kappa=4, window=3, guidance_batching="separate")
+    pipe, fields = tiny_wan(second=True), dict(kappa=4, variance_window=3, guidance_batching="separate")
     video, mask = video_and_mask()
     wanted = kvf.KVLockPipeline.from_pipe(pipe)(
         video, mask, **SAID, num_inference_steps=STEPS, guidance_scale=4.0, guidance_scale_2=3.0, latents=drawn(1),
@@ -164,7 +165,7 @@ def test_the_second_of_two_guiders_counts_the_steps_of_the_run():
 
 
 def test_what_the_second_of_two_guiders_saw_ends_with_the_run():
-    guider = kvf.KVLockGuidance(4.0, lock=dict(preset="paper", tau=0.1, window=2, kappa=3))
+    guider = kvf.KVLockGuidance(4.0, lock=dict(preset="paper", tau=0.1, variance_window=2, kappa=3))
     said = []
     for batch in (1, 1, 2):
         generator, predictions = torch.Generator().manual_seed(0), []
@@ -222,7 +223,7 @@ def test_alone_its_scale_follows_the_variance_of_everything():
                          float(self.schedule._controller.omega(self._step, 4.0))))  # fmt: skip
             return type("Output", (tuple,), {})([seen[-1][0] * 0 + pred_cond])
 
-    lock = dict(preset="paper", tau=0.1, window=3, kappa=3)
+    lock = dict(preset="paper", tau=0.1, variance_window=3, kappa=3)
     generated(modular(WanBlocks, pipe, guider=Watched(4.0, lock=lock)))
     clean = torch.stack([x for x, _ in seen])
     for step, (_, omega) in enumerate(seen):
@@ -273,7 +274,7 @@ def test_a_config_comes_back(tmp_path):
         and again._stop == 0.9
     )
     assert guider.new(guidance_scale=2.0).lock.as_dict() == lock.as_dict()
-    assert lock_of("paper") == kvf.LockConfig() == lock_of({})
+    assert lock_of("paper") == paper() == lock_of({})
 
 
 def test_several_prompts_share_one_noise_and_source():

@@ -189,7 +189,7 @@ def simulate_sample(run, b):
             x = np.where(inside, x, f64(run.path[k + 1, 0]))
         variance = NAN
         if len(window) >= 2:
-            variance = np.var(window[-lock.window :], axis=0, ddof=1)[:, counted].mean()
+            variance = np.var(window[-lock.variance_window :], axis=0, ddof=1)[:, counted].mean()
         latents.append(x)
         trace.append([variance, alpha, omega, s, float(not np.isfinite(x).all())])
         dynamic = k + 1 >= lock.first_dynamic_step and len(window) >= 2
@@ -245,10 +245,10 @@ MODES = {
     "lag-of-a-fixed-alpha": {"alpha": 0.5, "alpha_lag": 2},
     "warm-up": {"first_dynamic_step": 3, "warmup_alpha": 0.25, "steps": 5},
     "always-warm-up": {"first_dynamic_step": 50},
-    "window-2": {"window": 2, "steps": 4},
-    "window-3": {"window": 3, "steps": 6},
-    "window-beyond-the-run": {"window": 40},
-    "full-window": {"window": 5, "steps": 8},
+    "window-2": {"variance_window": 2, "steps": 4},
+    "window-3": {"variance_window": 3, "steps": 6},
+    "window-beyond-the-run": {"variance_window": 40},
+    "full-window": {"variance_window": 5, "steps": 8},
     "two-stages": {"omega0": [4.0, 3.0, 1.0, 1.0], "steps": 4},
     "late-guidance": {"omega0": [1.0, 0.5, 6.0, 6.0], "steps": 4},
     "low-scale": {"omega0": 0.7},
@@ -258,9 +258,9 @@ MODES = {
     "kept-background-everywhere": {"path": True, "detection": "global", "s_star": False},
     "own-masks": {"shared": False, "path": True},
     "two-step-solver": {"solver": "two-step"},
-    "three-step-solver": {"solver": "three-step", "window": 2, "steps": 5},
+    "three-step-solver": {"solver": "three-step", "variance_window": 2, "steps": 5},
     "corrector": {"solver": "corrected", "path": True, "steps": 5},
-    "corrector-short-window": {"solver": "corrected", "window": 2, "steps": 5, "guided": False},
+    "corrector-short-window": {"solver": "corrected", "variance_window": 2, "steps": 5, "guided": False},
     "corrector-1": {"solver": "corrected-1", "zero_init_steps": 1},
 }
 SHAPES = {
@@ -300,7 +300,7 @@ def test_presets_take_the_controllers_and_the_schedulers_steps(preset, scheduler
     run = make_run(path=lock.background_latents == "source", steps=5)
     solver, tau = Solver(SCHEDULERS[scheduler](), run.steps, run.latents.device), torch.ones(1, device=DEVICE)
     controller = Controller(lock, run.steps, len(run.latents), run.foreground)
-    source = VarianceWindow(max(2, min(lock.window, run.steps)), run.foreground)
+    source = VarianceWindow(max(2, min(lock.variance_window, run.steps)), run.foreground)
     schedule = schedule_of(lock, run.steps, tau if lock.tau == "auto" else lock.tau)
     run = dataclasses.replace(run, table=solver_table(solver.scheduler), schedule=schedule)
     state, latents, inside = start(run), run.latents, run.foreground[:, None]
@@ -359,7 +359,7 @@ def runs(draw):
         share=draw(st.sampled_from([0.0, 0.5, 1.0])),
         tau=draw(st.sampled_from([0.05, 1.0])),
         b=draw(st.sampled_from([0.5, 2.0])),
-        window=draw(st.integers(2, 7)),
+        variance_window=draw(st.integers(2, 7)),
         alpha=draw(st.sampled_from([None, None, 0.5])),
         dynamic_omega=draw(st.booleans()),
         s_star=draw(st.booleans()),
@@ -585,7 +585,7 @@ def test_a_call_after_the_last_step_does_nothing():
 
 
 def test_the_state_starts_as_the_schedule_says():
-    run = make_run(steps=4, omega0=[3.0, 2.0, 2.0, 2.0], warmup_alpha=0.25, solver="corrected", window=2)
+    run = make_run(steps=4, omega0=[3.0, 2.0, 2.0, 2.0], warmup_alpha=0.25, solver="corrected", variance_window=2)
     state = start(run)
     assert state.alpha.tolist() == [0.25, 0.25] and state.omega.tolist() == [3.0, 3.0]
     assert state.window.shape[0] == 3 and state.corrected.shape == state.latents.shape and state.history == 2
@@ -608,7 +608,10 @@ MISFITS = {
     "mask-shape": ({"foreground": torch.ones(1, 2, 3, 4, dtype=torch.bool)}, r"foreground .*1, 2, 3, 4"),
     "path-length": ({"source_path": torch.ones(3, 1, 2, 2, 3, 5)}, r"source_path .*3, 1, 2, 2, 3, 5"),
     "tau": ({"schedule": Schedule(tau=torch.ones(3))}, r"tau must be \[1\] or \[2\], got \(3,\)"),
-    "window": ({"schedule": Schedule(window=9), "entries": 2}, "window must hold at least 3 predictions, got 2"),
+    "window": (
+        {"schedule": Schedule(variance_window=9), "entries": 2},
+        "window must hold at least 3 predictions, got 2",
+    ),
     "trace": ({"trace": torch.ones(2, 2, 5)}, r"trace .*2, 2, 5"),
     "step": ({"step": torch.zeros(1)}, "step must be contiguous torch.int32"),
     "table": ({"table": torch.zeros(3, 2, 3)}, r"table .*3, 2, 3"),
@@ -630,7 +633,7 @@ def test_what_does_not_fit_is_refused(changes, message):
         step_epilogue(state, **(arguments | changes))
 
 
-@pytest.mark.parametrize("setting", [{"window": 1}, {"detection": "all"}, {"s_star_region": "half"}], ids=str)
+@pytest.mark.parametrize("setting", [{"variance_window": 1}, {"detection": "all"}, {"s_star_region": "half"}], ids=str)
 def test_a_bad_schedule_is_refused(setting):
     with pytest.raises(ValueError, match=str(next(iter(setting.values())))):
         Schedule(**setting)

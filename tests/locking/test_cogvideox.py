@@ -8,11 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlock_fast.conditioning import Conditioning
-from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.config import CacheConfig
 from kvlock_fast.locking.lock import Mode, TransformerLock, blend_weight
 from kvlock_fast.masks import project_mask
 from kvlock_fast.models.cogvideox import COGVIDEOX, CogVideoXModel
 from tests.pipeline.test_pipeline import call
+from tests.support.locks import paper
 from tests.support.tiny import COGVIDEOX_KINDS, tiny_cogvideox
 
 KINDS = list(COGVIDEOX_KINDS)
@@ -110,7 +111,7 @@ def test_alpha_one_hands_the_source_to_the_background_bit_for_bit(monkeypatch, k
         return attention(query, key, value, *args, **kwargs)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    lock = LockConfig(alpha=1.0, layers=(0, 2), guidance_batching="separate")
+    lock = paper(alpha=1.0, layers=(0, 2), guidance_batching="separate")
     inside = call(pipe, steps=2, lock=lock, cache=cache).mask.tokens[0]
     assert len(seen) == 3 * 2 * 3  # layers, steps, forwards of a step
     passes = [seen[i * 3 : i * 3 + 3] for i in range(6)]

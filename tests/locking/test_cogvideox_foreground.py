@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from kvlock_fast.conditioning import Conditioning
-from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.config import CacheConfig
 from kvlock_fast.locking.lock import Mode, TransformerLock, blend_weight
 from kvlock_fast.loop.foreground import edit_region
 from kvlock_fast.models.cogvideox import CogVideoXModel
 from tests.locking.test_foreground import SATURATED, assert_same, both, token_mask, tokens
 from tests.pipeline.test_pipeline import call
+from tests.support.locks import paper
 from tests.support.tiny import COGVIDEOX_KINDS, tiny_cogvideox, untouched
 
 KINDS = list(COGVIDEOX_KINDS)
@@ -62,7 +63,7 @@ def test_half_precision_is_as_close_as_its_rounding():
         part.to(torch.bfloat16)
     noise = torch.randn(1, 4, 3, 4, 6, generator=torch.Generator().manual_seed(2))
     full, sparse = both(pipe, latents=noise)
-    exact = call(tiny_cogvideox("5b"), lock=LockConfig(**SATURATED), steps=6, latents=noise).latents
+    exact = call(tiny_cogvideox("5b"), lock=paper(**SATURATED), steps=6, latents=noise).latents
     assert (full.latents - sparse.latents).abs().max() <= 2 * (exact - full.latents).abs().max()
 
 
@@ -75,7 +76,7 @@ def test_every_layer_of_every_forward_is_the_same(kind, height, width, halo, see
     inside = torch.rand(2 * height * width, generator=generator) < 0.4
     inside[seed % len(inside)] = True
     mask = token_mask(grid, patch, inside)
-    region = edit_region(mask, LockConfig(**SATURATED, halo=halo))
+    region = edit_region(mask, paper(**SATURATED, halo=halo))
     background = (~inside).nonzero()[:, 0]
     latents, source = torch.randn(2, 1, 4, *(n * p for n, p in zip(grid, patch, strict=True)), generator=generator)
     text, timestep = torch.randn(1, TEXT, 16, generator=generator), torch.tensor(400)
@@ -111,7 +112,7 @@ def test_it_computes_less():
     model = CogVideoXModel(tiny_cogvideox("5b", num_layers=6))
     inside = torch.zeros(3 * 8 * 8, dtype=torch.bool)
     inside[:20] = True
-    region = edit_region(token_mask((3, 8, 8), (1, 2, 2), inside), LockConfig(**SATURATED))
+    region = edit_region(token_mask((3, 8, 8), (1, 2, 2), inside), paper(**SATURATED))
     background = (~inside).nonzero()[:, 0]
     latents, text, timestep = torch.randn(1, 4, 3, 16, 16), torch.randn(1, TEXT, 16), torch.tensor(400)
     lock, kept, counts = TransformerLock(model.transformers[0], model.arch, background=background), {}, []
@@ -131,7 +132,7 @@ def test_captured_and_compiled_it_is_the_same(monkeypatch):
     from kvlock_fast import pipeline
     from tests.loop.test_graph import RecordedCapture
 
-    lock = LockConfig(tau=0.5, kappa=3, compute="foreground", halo=1, seam="blend")
+    lock = paper(tau=0.5, kappa=3, compute="foreground", halo=1, seam="blend")
     arguments = {"lock": lock, "steps": 9, "prompt": ["a dog", "a cat"], "cache": CacheConfig(tier="resident")}
     eager = call(tiny_cogvideox("5b"), **arguments)
     capture = RecordedCapture()
@@ -142,7 +143,7 @@ def test_captured_and_compiled_it_is_the_same(monkeypatch):
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: plain(self, backend="aot_eager", fullgraph=True))
     torch.compiler.reset()
-    arguments |= {"lock": LockConfig(alpha=1.0, compute="foreground"), "steps": 2}
+    arguments |= {"lock": paper(alpha=1.0, compute="foreground"), "steps": 2}
     expected = call(tiny_cogvideox("5b"), **arguments)
     compiled = call(tiny_cogvideox("5b"), compile="regional", **arguments)
     torch.testing.assert_close(compiled.latents, expected.latents, rtol=1e-4, atol=1e-4)

@@ -5,9 +5,10 @@ import torch
 from torch._dynamo.utils import counters
 
 import kvlock_fast as kvf
-from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.config import CacheConfig
 from kvlock_fast.locking.compatibility import compiled_blocks
 from tests.pipeline.test_pipeline import a_mask, a_video, call
+from tests.support.locks import paper
 from tests.support.tiny import tiny_cogvideox, tiny_wan, untouched
 
 
@@ -35,10 +36,10 @@ def test_every_edit_is_the_same_and_takes_one_graph(graphs, tmp_path):
     torch.testing.assert_close(edit(pipe), eager, rtol=1e-5, atol=1e-5)
     assert graphs() == 1, "of a locked block"
     for lock in (
-        LockConfig(alpha=0.3),
-        LockConfig(tau=0.5),
-        LockConfig(tau="auto"),
-        LockConfig(layers=tuple(range(12))),
+        paper(alpha=0.3),
+        paper(tau=0.5),
+        paper(tau="auto"),
+        paper(layers=tuple(range(12))),
     ):
         torch.testing.assert_close(edit(pipe, lock=lock), edit(pipe, "off", lock=lock), rtol=1e-5, atol=1e-5)
     assert graphs() == 1, "whatever the lock"
@@ -61,14 +62,14 @@ def test_blocks_without_a_lock_are_other_blocks(graphs):
     pipe = kvf.KVLockPipeline.from_pipe(tiny_wan(num_layers=12))
     cfg = kvf.LockConfig.preset("cfg")
     torch.testing.assert_close(edit(pipe, lock=cfg), edit(pipe, "off", lock=cfg), rtol=1e-5, atol=1e-5)
-    edit(pipe, lock=LockConfig(layers=(0, 5)))
+    edit(pipe, lock=paper(layers=(0, 5)))
     assert graphs() <= 3
 
 
 @pytest.mark.parametrize("kind", ["2b", "1.5"])
 def test_text_in_self_attention(graphs, kind):
     pipe = kvf.KVLockPipeline.from_pipe(tiny_cogvideox(kind, num_layers=12))
-    for changes in ({}, {"lock": LockConfig(alpha=0.3)}):
+    for changes in ({}, {"lock": paper(alpha=0.3)}):
         torch.testing.assert_close(edit(pipe, **changes), edit(pipe, "off", **changes), rtol=1e-5, atol=1e-5)
     assert graphs() == 2, "of the first block, whose inputs are slices of one tensor, and of all others"
     cache = {"cache": CacheConfig(tier="resident")}

@@ -5,9 +5,10 @@ import torch
 from torch._dynamo.utils import counters
 
 import kvlock_fast as kvf
-from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.config import CacheConfig
 from tests.pipeline.test_pipeline import a_mask, a_video
 from tests.support.conformance import all_cases
+from tests.support.locks import paper
 from tests.support.tiny import tiny_wan
 
 
@@ -31,7 +32,11 @@ def test_compiled_blocks_take_one_graph_for_all_locks(graphs):
             generator=torch.Generator().manual_seed(0), compile=compile, processors=wish, **changes,
         ).latents  # fmt: skip
 
-    for lock in (LockConfig(), LockConfig(alpha=0.3), LockConfig(tau=0.5)):
+    for lock in (
+        paper(),
+        paper(alpha=0.3),
+        paper(tau=0.5),
+    ):
         compiled = edit("fast", "regional", lock=lock)
         torch.testing.assert_close(compiled, edit("generic", "off", lock=lock), rtol=1e-5, atol=1e-5)
     assert graphs() == 1, "of a locked block"
@@ -40,7 +45,7 @@ def test_compiled_blocks_take_one_graph_for_all_locks(graphs):
     torch.testing.assert_close(compiled, edit("generic", "off", cache=cache), rtol=1e-4, atol=1e-4)
     assert graphs() <= 3, "the source alone, both branches, and any other number of rows"
     edit("generic", "regional")
-    edit("fast", "regional", lock=LockConfig(layers=(0, 5)))
+    edit("fast", "regional", lock=paper(layers=(0, 5)))
     assert graphs() <= 6, "diffusers' own attention is another block"
 
 
@@ -53,5 +58,5 @@ def test_compiled_blocks_of_every_family(graphs, case):
     compiled = case.edit(pipe, processors="fast", compile="regional", steps=2).latents
     before = graphs()
     torch.testing.assert_close(compiled, case.edit(pipe, processors="generic", steps=2).latents, rtol=1e-3, atol=1e-3)
-    case.edit(pipe, processors="fast", compile="regional", steps=2, lock=LockConfig(alpha=0.3))
+    case.edit(pipe, processors="fast", compile="regional", steps=2, lock=paper(alpha=0.3))
     assert 0 < before == graphs()

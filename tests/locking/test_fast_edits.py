@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import kvlock_fast as kvf
 from kvlock_fast import pipeline
 from kvlock_fast.cli import main
-from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.config import CacheConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.locking import fast_qkv
 from tests.locking.test_lora import add_adapter
@@ -20,6 +20,7 @@ from tests.loop.test_graph import RecordedCapture
 from tests.loop.test_sync_free import guarded  # noqa: F401
 from tests.loop.test_windows import long
 from tests.pipeline.test_pipeline import a_mask, a_video, call, stock, unipc
+from tests.support.locks import paper
 from tests.support.tiny import tiny_cogvideox, tiny_wan, untouched
 
 EXAMPLES = settings().max_examples
@@ -82,7 +83,7 @@ def test_every_format(format):
 
 @st.composite
 def locks(draw):
-    return LockConfig(
+    return paper(
         alpha=draw(st.sampled_from(["dynamic", 0.0, 0.5, 1.0])),
         tau=draw(st.sampled_from([0.01, 0.5, "auto"])),
         kappa=draw(st.integers(0, 5)),
@@ -120,7 +121,7 @@ def test_stretches_of_a_long_clip():
 @two_pipes
 def test_foreground_only_steps_among_those_that_lock(prologues, make):
     """What a source leaves behind by the prologue serves the foreground's own attention."""
-    lock = LockConfig(compute="foreground", tau=0.5, kappa=3)
+    lock = paper(compute="foreground", tau=0.5, kappa=3)
     for tier in ("lockstep", "resident"):
         assert_same(*both(make(), lock=lock, steps=5, cache=CacheConfig(tier=tier, format="native")), 1e-4)
     assert prologues["capture"] and prologues["stored"] and prologues["along"]
@@ -140,7 +141,7 @@ def test_half_precision_is_as_close_as_its_rounding(dtype):
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_without_a_lock_it_is_diffusers_bit_for_bit(prologues, guidance):
     pipe = tiny_wan()
-    off = LockConfig(alpha=0.0, omega="constant", s_star=False, guidance_batching="separate")
+    off = paper(alpha=0.0, omega="constant", s_star=False, guidance_batching="separate")
     latents = call(pipe, lock=off, guidance_scale=guidance, processors="fast").latents
     assert torch.equal(latents, stock(pipe, guidance_scale=guidance)) and not prologues
 
@@ -215,7 +216,7 @@ def test_a_source_that_was_kept_by_one_path_serves_the_other(tmp_path, prologues
     for wish in ("generic", "fast"):
         pipe.invert(
             a_video(), a_mask(), tmp_path / wish, source_prompt="a red circle", num_inference_steps=4,
-            generator=torch.Generator().manual_seed(1), lock=LockConfig(), processors=wish,
+            generator=torch.Generator().manual_seed(1), lock=paper(), processors=wish,
         )  # fmt: skip
     assert prologues["capture"] == 12
     edits = [

@@ -21,6 +21,7 @@ from kvlock_fast.loop.foreground import Saturation, edit_region, mix_seam, seam_
 from kvlock_fast.masks import Geometry, project_mask
 from kvlock_fast.models.wan import WanModel
 from tests.pipeline.test_pipeline import a_mask, a_video, call, unipc
+from tests.support.locks import paper
 from tests.support.tiny import tiny_wan, untouched
 
 SATURATED = {"alpha": 1.0, "s_star_region": "foreground", "background_latents": "source"}
@@ -34,7 +35,7 @@ def both(pipe, steps=6, **changes):
     for name, value in changes.items():
         (lock if name in LockConfig.__dataclass_fields__ else arguments)[name] = value
     return [
-        call(pipe, lock=LockConfig(**{**SATURATED, **lock, "compute": compute}), steps=steps, **arguments)
+        call(pipe, lock=paper(**{**SATURATED, **lock, "compute": compute}), steps=steps, **arguments)
         for compute in ("full", "foreground")
     ]
 
@@ -90,7 +91,7 @@ def test_half_precision_is_as_close_as_its_rounding():
     pipe = tiny_wan()
     pipe.transformer.to(torch.bfloat16)
     full, sparse = both(pipe)
-    rounding = (call(tiny_wan(), lock=LockConfig(**SATURATED), steps=6).latents - full.latents).abs().max()
+    rounding = (call(tiny_wan(), lock=paper(**SATURATED), steps=6).latents - full.latents).abs().max()
     assert (full.latents - sparse.latents).abs().max() <= 2 * rounding
 
 
@@ -120,7 +121,7 @@ def test_every_layer_of_every_forward_is_the_same(scene, halo, seed):
     pipe = tiny_wan(patch_size=patch)
     model, transformer = WanModel(pipe), pipe.transformer
     mask = token_mask(grid, patch, inside)
-    region = edit_region(mask, LockConfig(**SATURATED, halo=halo))
+    region = edit_region(mask, paper(**SATURATED, halo=halo))
     background = (~inside).nonzero()[:, 0]
     generator = torch.Generator().manual_seed(seed)
     latents, source = torch.randn(2, 1, 4, *(n * p for n, p in zip(grid, patch, strict=True)), generator=generator)
@@ -168,7 +169,7 @@ def test_the_background_is_the_source_path_in_every_step():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DeviceStepper, "advance", watch)
-        out = call(pipe, lock=LockConfig(alpha=1.0, compute="foreground"))
+        out = call(pipe, lock=paper(alpha=1.0, compute="foreground"))
     outside = ~out.mask.token_latents[:, None].expand(out.latents.shape)
     assert len(seen) == 5
     for latents, source in seen:
@@ -233,12 +234,12 @@ def test_a_cache_that_holds_more_than_the_background(tmp_path):
     pipe = kvf.KVLockPipeline.from_pipe(tiny_wan())
     arguments = {"source_prompt": "a red circle", "num_inference_steps": 5}
     generator = torch.Generator().manual_seed(1)
-    lock = LockConfig(alpha=1.0)
+    lock = paper(alpha=1.0)
     pipe.invert(a_video(), a_mask(), tmp_path / "cache", generator=generator, lock=lock, **arguments)
     larger = a_mask()
     larger[:, :, :32] = True
     edits = [
-        pipe(a_video(), larger, prompt="a dog", lock=LockConfig(**SATURATED, compute=compute), output="latent",
+        pipe(a_video(), larger, prompt="a dog", lock=paper(**SATURATED, compute=compute), output="latent",
              cache=CacheConfig(path=str(tmp_path / "cache")), **arguments)
         for compute in ("full", "foreground")
     ]  # fmt: skip
@@ -272,13 +273,13 @@ def test_distance_by_brute_force(grid, most, seed):
     for t, i, j in itertools.product(*map(range, grid)):
         near = [max(abs(i - y), abs(j - x)) for y, x in inside[t].nonzero().tolist()]
         assert found[t, i, j] == min([*near, most + 1])
-    lock = LockConfig(**SATURATED, halo=most, seam="blend")
+    lock = paper(**SATURATED, halo=most, seam="blend")
     weights = seam_weights(mask, lock)
     if most == 0:
         assert weights is None
     else:
         torch.testing.assert_close(weights[0, 0], 1 - found.float() / (most + 1))
-        assert torch.equal(seam_weights(mask, LockConfig(**SATURATED, halo=most))[0, 0], (found <= most).float())
+        assert torch.equal(seam_weights(mask, paper(**SATURATED, halo=most))[0, 0], (found <= most).float())
 
 
 def test_a_mixed_seam_is_one_of_both_at_its_ends():
@@ -295,7 +296,7 @@ def test_it_computes_less():
     mask = np.zeros((9, 64, 96), bool)
     mask[:, 16:32, 16:48] = True
     for compute in ("full", "foreground"):
-        lock = LockConfig(**SATURATED, compute=compute)
+        lock = paper(**SATURATED, compute=compute)
         with FlopCounterMode(display=False) as flops:
             out = call(pipe, lock=lock, video=a_video(9, 64, 96), mask=mask, cache=CacheConfig(tier="resident"))
         counts.append(sum(flops.get_flop_counts()["Global"].values()))
@@ -329,7 +330,7 @@ REFUSED = {
 def test_what_it_does_not_go_with_is_refused(case):
     changes, reason = REFUSED[case]
     with pytest.raises(ValueError, match=f"compute 'foreground' {reason}"):
-        call(tiny_wan(), lock=LockConfig(compute="foreground", **changes))
+        call(tiny_wan(), lock=paper(compute="foreground", **changes))
     if case in ("detection", "unlocked"):
         preset = {"detection": "global-detection", "unlocked": "cfg"}[case]
         with pytest.raises(ValueError, match=reason):
@@ -337,10 +338,10 @@ def test_what_it_does_not_go_with_is_refused(case):
 
 
 def test_without_s_star_its_region_does_not_matter():
-    assert LockConfig(compute="foreground", s_star=False, s_star_region="all").projection_region == "all"
-    assert LockConfig(compute="foreground").projection_region == "foreground"
-    assert LockConfig(compute="foreground").as_dict()["s_star_region"] == "foreground"
-    assert LockConfig().as_dict()["s_star_region"] == "all"
+    assert paper(compute="foreground", s_star=False, s_star_region="all").projection_region == "all"
+    assert paper(compute="foreground").projection_region == "foreground"
+    assert paper(compute="foreground").as_dict()["s_star_region"] == "foreground"
+    assert paper().as_dict()["s_star_region"] == "all"
 
 
 def test_a_replaced_forward_is_refused():
@@ -348,7 +349,7 @@ def test_a_replaced_forward_is_refused():
     own = pipe.transformer.forward
     pipe.transformer.forward = lambda *args, **kwargs: own(*args, **kwargs)
     with pytest.raises(kvf.InputError, match="whose forward was replaced"):
-        call(pipe, lock=LockConfig(compute="foreground"))
+        call(pipe, lock=paper(compute="foreground"))
     assert untouched(pipe.transformer)
 
 
@@ -368,23 +369,23 @@ def test_accelerates_hook_brings_the_weights():
             return output
 
     pipe, hook = tiny_wan(), Bring()
-    expected = call(pipe, lock=LockConfig(alpha=1.0, compute="foreground")).latents
+    expected = call(pipe, lock=paper(alpha=1.0, compute="foreground")).latents
     add_hook_to_module(pipe.transformer, hook)
-    assert torch.equal(call(pipe, lock=LockConfig(alpha=1.0, compute="foreground")).latents, expected)
+    assert torch.equal(call(pipe, lock=paper(alpha=1.0, compute="foreground")).latents, expected)
     assert hook.calls == ("before", "after") * (len(hook.calls) // 2) and len(hook.calls) == 2 * 2 * 5
 
 
 def test_a_mask_of_everything_goes_with_a_halo():
-    everything, full = np.ones_like(a_mask()), LockConfig(background_latents="source")
+    everything, full = np.ones_like(a_mask()), paper(background_latents="source")
     with pytest.warns(InputWarning, match="compute 'foreground' has nothing to leave out"):
-        found = call(tiny_wan(), mask=everything, lock=LockConfig(compute="foreground", halo=1))
+        found = call(tiny_wan(), mask=everything, lock=paper(compute="foreground", halo=1))
     assert torch.equal(found.latents, call(tiny_wan(), mask=everything, lock=full).latents)
 
 
 def test_a_mask_of_everything_runs_whole():
     everything = np.ones_like(a_mask())
     with pytest.warns(InputWarning, match="compute 'foreground' has nothing to leave out"):
-        out = call(tiny_wan(), lock=LockConfig(compute="foreground"), mask=everything)
+        out = call(tiny_wan(), lock=paper(compute="foreground"), mask=everything)
     assert (tokens(out) == out.trace.tokens).all()
 
 
@@ -392,7 +393,7 @@ def test_captured_and_compiled_it_is_the_same(monkeypatch):
     from kvlock_fast import pipeline
     from tests.loop.test_graph import RecordedCapture
 
-    lock = LockConfig(tau=0.5, kappa=3, compute="foreground", halo=1, seam="blend")
+    lock = paper(tau=0.5, kappa=3, compute="foreground", halo=1, seam="blend")
     arguments = {"lock": lock, "steps": 9, "prompt": ["a dog", "a cat"]}
     for cache in (CacheConfig(), CacheConfig(tier="resident")):
         pipe = tiny_wan(unipc())
@@ -415,12 +416,12 @@ def test_captured_and_compiled_it_is_the_same(monkeypatch):
 
 
 def test_who_is_saturated():
-    lock = LockConfig(kappa=3)
+    lock = paper(kappa=3)
     watch = Saturation(lock, 6, 2, torch.device("cpu"))
     assert watch.samples(0) == watch.samples(2) == (0, 1)
     watch.publish(3, torch.tensor([1.0, 0.999]))
     assert watch.samples(3) == (0,)
-    late = Saturation(LockConfig(kappa=3, alpha_lag=2, warmup_alpha=0.5), 6, 1, torch.device("cpu"))
+    late = Saturation(paper(kappa=3, alpha_lag=2, warmup_alpha=0.5), 6, 1, torch.device("cpu"))
     assert late.samples(0) == ()
     late.publish(3, torch.ones(1)), late.publish(4, torch.zeros(1))
     assert late.samples(3) == (0,) and late.samples(4) == ()
@@ -435,12 +436,12 @@ def test_who_is_saturated():
 )
 def test_the_plan_counts_what_a_run_computes(steps, kappa, warmup, lag, alpha):
     """By an outside count: of the steps whose alpha is decided before, and of those that the variance may saturate."""
-    lock = LockConfig(alpha=alpha, kappa=kappa, warmup_alpha=warmup, alpha_lag=lag, compute="foreground")
+    lock = paper(alpha=alpha, kappa=kappa, warmup_alpha=warmup, alpha_lag=lag, compute="foreground")
     decided = [k for k in range(steps) if k < steps - kappa or k < lag]
     surely = steps if alpha == 1.0 else len(decided) * (warmup == 1.0)
     most = steps if alpha == 1.0 else surely + steps - len(decided)
     assert sparse_steps(lock, steps) == (surely, most)
-    assert sparse_steps(LockConfig(alpha=alpha, kappa=kappa), steps) is None
+    assert sparse_steps(paper(alpha=alpha, kappa=kappa), steps) is None
 
 
 def test_plan_says_how_many_tokens(capsys):
@@ -474,12 +475,12 @@ def test_a_processor_of_the_users_own_is_refused():
 
     pipe.transformer.blocks[1].attn1.set_processor(Mine())
     with pytest.raises(kvf.InputError, match="would leave out Mine, an attention processor"):
-        call(pipe, lock=LockConfig(compute="foreground"))
+        call(pipe, lock=paper(compute="foreground"))
     assert untouched(pipe.transformer)
 
 
 def test_steps_without_a_forward_compute_nothing():
-    out = call(tiny_wan(), lock=LockConfig(zero_init_steps=2))
+    out = call(tiny_wan(), lock=paper(zero_init_steps=2))
     assert tokens(out)[:2].max() == 0 and tokens(out)[2:].min() == out.trace.tokens
 
 
@@ -495,5 +496,5 @@ def test_nan_far_from_the_mask_is_the_sources_again_with_a_halo_too(monkeypatch)
     mask = np.zeros((9, 64, 96), bool)
     mask[:, :16, :16] = True
     for halo in (0, 1):
-        lock = LockConfig(alpha=1.0, s_star=False, background_latents="source", halo=halo)
+        lock = paper(alpha=1.0, s_star=False, background_latents="source", halo=halo)
         assert call(tiny_wan(), lock=lock, video=a_video(9, 64, 96), mask=mask).latents.isfinite().all()

@@ -16,13 +16,14 @@ from torch.utils._pytree import tree_leaves
 
 import kvlock_fast as kvf
 from kvlock_fast import pipeline
-from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.config import CacheConfig
 from kvlock_fast.errors import InputWarning
 from kvlock_fast.loop import denoise
 from kvlock_fast.loop.foreground import Saturation
 from kvlock_fast.loop.graph import MOST_GRAPHS, MOST_LOOPS, CapturedLoops, StepGraphs
 from tests.families.cases.cosmos import cosmos25
 from tests.pipeline.test_pipeline import FRAMES, HEIGHT, WIDTH, a_mask, a_video, call, unipc
+from tests.support.locks import paper
 from tests.support.tiny import tiny_cogvideox, tiny_wan
 
 
@@ -79,8 +80,8 @@ def captured(monkeypatch):
         "kvlock",
         "paper",
         "cfg-zero-star",
-        LockConfig(kappa=4, warmup_alpha=0.0),
-        LockConfig(guidance_batching="separate", s_star_region="foreground"),
+        paper(kappa=4, warmup_alpha=0.0),
+        paper(guidance_batching="separate", s_star_region="foreground"),
     ],
 )
 def test_a_replay_is_the_step_bit_for_bit(monkeypatch, lock, solver):
@@ -203,7 +204,7 @@ def test_several_prompts_over_calls_and_batches(captured, monkeypatch, guidance)
 def test_samples_that_differ_in_what_is_computed_keep_their_prompts(captured, monkeypatch):
     """Some are computed for their foreground alone: which prompts these have is the batch's and the call's."""
     monkeypatch.setattr(Saturation, "samples", lambda self, k: (0,) if k < 5 else (0, 1))
-    lock = LockConfig(alpha=1.0, compute="foreground")
+    lock = paper(alpha=1.0, compute="foreground")
     changes = {"lock": lock, "steps": 9, "cache": CacheConfig(tier="resident", prompts_at_once=2)}
     pipe = kvf.KVLockPipeline.from_pipe(tiny_wan())
     calls = [(1, ["a dog", "a cat", "a circle", "a square"]), (2, ["a square", "red stripes", "a cat", "left"])]
@@ -308,7 +309,7 @@ def test_the_attention_of_all_families_counts(captured):
     [
         {"steps": 7},
         {"prompt": ["a dog", "a cat"]},
-        {"lock": LockConfig(tau=0.02)},
+        {"lock": paper(tau=0.02)},
         {"guidance_scale": 1.0},
         {"guidance_scale": 4.0},
         {"cache": CacheConfig(tier="resident")},
@@ -376,7 +377,7 @@ def test_why_a_run_declines(monkeypatch):
     monkeypatch.setattr(pipeline, "choose_capture", lambda wish, device, why: said.append(why))
     pipe = tiny_wan()
     call(pipe, lock="cfg")
-    call(pipe, lock=LockConfig(tau="auto"))
+    call(pipe, lock=paper(tau="auto"))
     pipe.transformer._hf_hook = object()
     call(pipe)
     del pipe.transformer._hf_hook

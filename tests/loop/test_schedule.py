@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvlock_fast.config import LockConfig
 from kvlock_fast.loop.schedule import Controller, can_lock
+from tests.support.locks import paper
 
 BATCH, SHAPE = 2, (3, 2, 3, 4)
 
@@ -43,7 +43,7 @@ def expected_variance(predictions, k, window, region):
 @given(
     steps=st.integers(1, 12),
     kappa=st.integers(0, 15),
-    window=st.integers(2, 15),
+    variance_window=st.integers(2, 15),
     tau=st.floats(0.01, 3),
     b=st.floats(0.1, 3),
     alpha_floor=st.sampled_from([0.0, 0.3]),
@@ -51,8 +51,14 @@ def expected_variance(predictions, k, window, region):
     warmup=st.sampled_from([0.0, 0.5, 1.0]),
 )
 def test_schedule_follows_the_formulas(steps, kappa, window, tau, b, alpha_floor, omega_floor, warmup):
-    lock = LockConfig(
-        kappa=kappa, window=window, tau=tau, b=b, alpha_floor=alpha_floor, omega_floor=omega_floor, warmup_alpha=warmup
+    lock = paper(
+        kappa=kappa,
+        variance_window=window,
+        tau=tau,
+        b=b,
+        alpha_floor=alpha_floor,
+        omega_floor=omega_floor,
+        warmup_alpha=warmup,
     )
     rows, predictions, region = run(lock, steps)
     for k, (alpha, omega, variance) in enumerate(rows):
@@ -71,7 +77,7 @@ def test_schedule_follows_the_formulas(steps, kappa, window, tau, b, alpha_floor
 
 
 def test_global_detection_averages_over_everything():
-    rows, predictions, region = run(LockConfig(detection="global"), 4)
+    rows, predictions, region = run(paper(detection="global"), 4)
     everything = np.ones_like(region)
     np.testing.assert_allclose(rows[3][2], expected_variance(predictions, 3, 10, everything), rtol=1e-5)
     assert not np.allclose(rows[3][2], expected_variance(predictions, 3, 10, region), rtol=1e-4)
@@ -79,7 +85,7 @@ def test_global_detection_averages_over_everything():
 
 def test_tau_auto_is_the_sources_own_variance():
     source = np.random.default_rng(9).normal(size=(6, 1, *SHAPE)).astype(np.float32) * 0.7
-    lock = LockConfig(tau="auto", kappa=6, window=3)
+    lock = paper(tau="auto", kappa=6, variance_window=3)
     rows, predictions, region = run(lock, 6, source=source)
     for k in range(2, 6):
         mine = expected_variance(predictions, k - 1, 3, region)
@@ -89,10 +95,10 @@ def test_tau_auto_is_the_sources_own_variance():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 def test_fixed_alpha_holds_in_every_step(alpha):
-    rows, *_ = run(LockConfig(alpha=alpha, warmup_alpha=0.2), 6)
+    rows, *_ = run(paper(alpha=alpha, warmup_alpha=0.2), 6)
     assert all((row[0] == np.float32(alpha)).all() for row in rows)
 
 
 def test_constant_omega_ignores_the_variance():
-    rows, *_ = run(LockConfig(omega="constant", omega_floor=9.0), 6)
+    rows, *_ = run(paper(omega="constant", omega_floor=9.0), 6)
     assert all((row[1] == np.float32(5.0)).all() for row in rows)

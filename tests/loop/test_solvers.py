@@ -20,7 +20,6 @@ from diffusers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-import kvlock_fast as kvf
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.loop.denoise import why_not_captured
 from kvlock_fast.loop.graph import choose_capture
@@ -29,6 +28,7 @@ from kvlock_fast.loop.source import invert, renoise
 from kvlock_fast.models import wrap_pipeline
 from kvlock_fast.models.schedulers import check_scheduler
 from tests.pipeline.test_pipeline import call
+from tests.support.locks import paper
 from tests.support.tiny import COGVIDEOX_SCHEDULE, tiny_wan
 
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
@@ -295,7 +295,7 @@ def test_an_unknown_scheduler_that_follows_the_flow_is_called_itself():
     assert not torch.equal(plain[background], out.latents[background])
     with pytest.raises(InputError, match=r"graph is .on., .*scheduler's own steps"):
         solver = Solver(pipe.scheduler, 5, torch.device("cpu"))
-        choose_capture("on", torch.device("cuda"), why_not_captured(wrap_pipeline(pipe), kvf.LockConfig(), solver))
+        choose_capture("on", torch.device("cuda"), why_not_captured(wrap_pipeline(pipe), paper(), solver))
 
 
 REVERSED = {"reversed": {}, "its own sigmas": {"sigmas": [0.0, 0.1, 0.3, 0.45, 0.8]}}

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.loop import trace
 from tests.pipeline.test_pipeline import a_video, call, unipc
+from tests.support.locks import paper
 from tests.support.tiny import tiny_cogvideox, tiny_wan
 
 HOST_READS = {
@@ -81,12 +82,12 @@ def test_the_guard_sees_what_it_is_for():
 
 LOCKS = {
     "kvlock": LockConfig.preset("kvlock"),
-    "paper": LockConfig(),
-    "auto tau": LockConfig(tau="auto"),
+    "paper": paper(),
+    "auto tau": paper(tau="auto"),
     "cfg-zero-star": LockConfig.preset("cfg-zero-star"),
-    "window": LockConfig(kappa=3, warmup_alpha=0.0),
-    "foreground s*": LockConfig(s_star_region="foreground", detection="global"),
-    "separate": LockConfig(guidance_batching="separate"),
+    "window": paper(kappa=3, warmup_alpha=0.0),
+    "foreground s*": paper(s_star_region="foreground", detection="global"),
+    "separate": paper(guidance_batching="separate"),
 }
 
 

@@ -15,6 +15,7 @@ from kvlock_fast.loop.windows import Windows, blend, places_of, stretches
 from kvlock_fast.masks import Geometry, project_mask
 from kvlock_fast.models.wan import WanModel
 from tests.pipeline.test_pipeline import HEIGHT, WIDTH, a_mask, a_video, call, unipc
+from tests.support.locks import paper
 from tests.support.tiny import tiny_wan, untouched
 
 FRAMES = 29  # 8 latent frames
@@ -22,7 +23,7 @@ FRAMES = 29  # 8 latent frames
 
 def long(**changes):
     video, mask = a_video(FRAMES), a_mask(FRAMES)
-    return {"video": video, "mask": mask, "window": 13, "overlap": 4, **changes}
+    return {"video": video, "mask": mask, "clip_frames": 13, "clip_overlap": 4, **changes}
 
 
 @given(st.integers(1, 60), st.integers(1, 20), st.integers(1, 19))
@@ -94,15 +95,15 @@ def test_a_stretchs_mask_is_the_masks_own(frames, window, overlap, patch, seed):
 
 
 def test_a_window_as_long_as_the_clip_is_the_clip_bit_for_bit():
-    whole = call(tiny_wan(unipc()), steps=4, **long(window=None, overlap=None)).latents
+    whole = call(tiny_wan(unipc()), steps=4, **long(clip_frames=None, clip_overlap=None)).latents
     for window in (FRAMES, 1000):
-        assert torch.equal(call(tiny_wan(unipc()), steps=4, **long(window=window)).latents, whole)
+        assert torch.equal(call(tiny_wan(unipc()), steps=4, **long(clip_frames=window)).latents, whole)
 
 
 def test_a_window_that_the_clip_fits_into_forbids_nothing(tmp_path):
     cache = CacheConfig(tier="disk", root=str(tmp_path))
-    whole = call(tiny_wan(), cache=cache, **long(window=None, overlap=None)).latents
-    assert torch.equal(call(tiny_wan(), cache=cache, **long(window=81)).latents, whole)
+    whole = call(tiny_wan(), cache=cache, **long(clip_frames=None, clip_overlap=None)).latents
+    assert torch.equal(call(tiny_wan(), cache=cache, **long(clip_frames=81)).latents, whole)
 
 
 def test_memory_that_runs_out_in_stretches_is_tried_with_less(monkeypatch):
@@ -129,7 +130,7 @@ def test_memory_that_runs_out_in_stretches_is_tried_with_less(monkeypatch):
 
 def test_every_stretch_is_an_edit_of_its_own_before_it_is_blended():
     """One Euler step from the same noise: frames that only one stretch has are what an edit of them alone makes."""
-    pipe, lock = tiny_wan(), LockConfig(alpha=1.0, s_star=False, omega="constant")
+    pipe, lock = tiny_wan(), paper(alpha=1.0, s_star=False, omega="constant")
     model = WanModel(pipe)
     noise = torch.randn(1, 4, 8, HEIGHT // 8, WIDTH // 8, generator=torch.Generator().manual_seed(3))
     out = call(pipe, lock=lock, steps=1, latents=noise, **long())
@@ -164,9 +165,9 @@ def _edited(pipe, part, clean, noise, lock):
     "lock",
     [
         LockConfig.preset("kvlock"),
-        LockConfig(tau="auto"),
-        LockConfig(source_path="invert"),
-        LockConfig(kappa=2, warmup_alpha=0.0),
+        paper(tau="auto"),
+        paper(source_path="invert"),
+        paper(kappa=2, warmup_alpha=0.0),
         LockConfig.preset("cfg"),
     ],
     ids=["kvlock", "auto", "invert", "window", "cfg"],
@@ -189,7 +190,7 @@ def test_foreground_alone_skips_stretches_that_the_mask_does_not_touch():
     mask[:9, :16, :16] = True
     lock = {"alpha": 1.0, "s_star_region": "foreground", "background_latents": "source"}
     edits = [
-        call(tiny_wan(), lock=LockConfig(**lock, compute=compute), cache=cache, **long(mask=mask))
+        call(tiny_wan(), lock=paper(**lock, compute=compute), cache=cache, **long(mask=mask))
         for cache in (CacheConfig(), CacheConfig(tier="resident", format="native"))
         for compute in ("full", "foreground")
     ]
@@ -204,30 +205,33 @@ def test_a_stretch_that_the_mask_covers_whole():
     mask[:13] = True
     for cache in (CacheConfig(), CacheConfig(tier="resident"), CacheConfig(tier="host")):
         for compute in ("full", "foreground"):
-            lock = LockConfig(alpha=1.0, compute=compute)
+            lock = paper(alpha=1.0, compute=compute)
             assert call(tiny_wan(), lock=lock, cache=cache, **long(mask=mask)).latents.isfinite().all()
 
 
 def test_longer_than_the_models_position_codes():
     pipe = tiny_wan(rope_max_seq_len=6)
     with pytest.raises(
-        kvf.InputError, match=r"29 frames of 32x48 are too many .* at most 21 frames .*: give it a window"
+        kvf.InputError, match=r"29 frames of 32x48 are too many .* at most 21 frames .*: give clip_frames"
     ):
-        call(pipe, **long(window=None, overlap=None))
+        call(pipe, **long(clip_frames=None, clip_overlap=None))
     with pytest.raises(kvf.InputError, match="29 frames of 32x48 are too many"):
-        call(pipe, **long(window=29))
-    assert call(pipe, steps=2, output="frames", **long(window=21)).frames[0].shape == (FRAMES, HEIGHT, WIDTH, 3)
+        call(pipe, **long(clip_frames=29))
+    assert call(pipe, steps=2, output="frames", **long(clip_frames=21)).frames[0].shape == (FRAMES, HEIGHT, WIDTH, 3)
 
 
 REFUSED = {
-    "short": ({"window": 1}, "window must be at least 2 frames, got 1"),
-    "whole": ({"window": 13.0}, "frames of a window must be a whole number, got 13.0"),
-    "overlap": ({"overlap": 13}, "overlap must be from 1 to 12 frames, less than the window, got 13"),
-    "none": ({"overlap": 0}, "overlap must be from 1 to 12 frames"),
-    "nothing": ({"window": 5, "overlap": 4 + 1 - 1}, None),
-    "own": ({"window": 8, "overlap": 7}, "window of 8 frames with an overlap of 7 has nothing of its own"),
-    "disk": ({"cache": CacheConfig(tier="disk")}, "window does not go with the cache tier disk"),
-    "no window": ({"window": None, "overlap": 3}, "overlap is 3, but there is no window"),
+    "short": ({"clip_frames": 1}, "clip_frames must be at least 2, got 1"),
+    "whole": ({"clip_frames": 13.0}, "clip_frames must be a whole number, got 13.0"),
+    "overlap": ({"clip_overlap": 13}, "clip_overlap must be from 1 to 12, less than clip_frames, got 13"),
+    "none": ({"clip_overlap": 0}, "clip_overlap must be from 1 to 12"),
+    "nothing": ({"clip_frames": 5, "clip_overlap": 4 + 1 - 1}, None),
+    "own": (
+        {"clip_frames": 8, "clip_overlap": 7},
+        "clip_frames 8 with clip_overlap 7 leaves a stretch nothing of its own",
+    ),
+    "disk": ({"cache": CacheConfig(tier="disk")}, "clip_frames does not go with the cache tier disk"),
+    "no window": ({"clip_frames": None, "clip_overlap": 3}, "clip_overlap is 3, but clip_frames is not given"),
     "graph": ({"graph": "on"}, "graph is 'on', but the steps cannot be captured"),
 }
 
@@ -253,7 +257,7 @@ def test_auto_does_not_capture(monkeypatch):
 
 def test_a_padded_clip(recwarn):
     video, mask = a_video(26), a_mask(26)
-    out = call(tiny_wan(), steps=1, output="frames", video=video, mask=mask, window=13, overlap=4)
+    out = call(tiny_wan(), steps=1, output="frames", video=video, mask=mask, clip_frames=13, clip_overlap=4)
     assert len(out.frames[0]) == 26 and any(w.category is InputWarning for w in recwarn)
 
 
@@ -268,7 +272,7 @@ def test_from_the_command_line(tmp_path):
                  "--source-prompt", "a cat", "--prompt", "a dog", "--steps", "2", "--variance-window", "2",
                  "--output", tmp_path / "edit.mkv"]  # fmt: skip
     assert main([*map(str, arguments)]) == 2 and not (tmp_path / "edit.mkv").exists()
-    assert main([*map(str, arguments), "--window", "13", "--overlap", "4"]) == 0
+    assert main([*map(str, arguments), "--clip-frames", "13", "--clip-overlap", "4"]) == 0
     assert read_video(tmp_path / "edit.mkv").frames.shape == (FRAMES, HEIGHT, WIDTH, 3)
 
 
@@ -277,5 +281,5 @@ def test_a_named_cache_does_not_go_with_stretches(tmp_path):
     video, mask = a_video(FRAMES), a_mask(FRAMES)
     arguments = {"source_prompt": "a cat", "num_inference_steps": 2}
     pipe.invert(video, mask, tmp_path / "cache", generator=torch.Generator().manual_seed(0), **arguments)
-    with pytest.raises(kvf.InputError, match="window does not go with the cache '"):
-        pipe(video, mask, prompt="a dog", window=13, cache=CacheConfig(path=str(tmp_path / "cache")), **arguments)
+    with pytest.raises(kvf.InputError, match="clip_frames does not go with the cache '"):
+        pipe(video, mask, prompt="a dog", clip_frames=13, cache=CacheConfig(path=str(tmp_path / "cache")), **arguments)

@@ -19,6 +19,7 @@ from kvlock_fast.methods.fatezero import blend_maps
 from kvlock_fast.methods.tokenflow import Flow, keyframes_at
 from kvlock_fast.presets import NEIGHBOURS
 from tests.pipeline.test_pipeline import a_mask, a_video, call, unipc
+from tests.support.locks import paper
 from tests.support.tiny import tiny_cogvideox, tiny_wan
 
 STEPS = 6
@@ -176,7 +177,7 @@ def test_the_sources_inversion_is_guided_by_itself():
 
 def test_proedit_without_its_own_is_a_fixed_lock():
     plain = lock("proedit", lock_share=1.0, foreground_mix=0.0, latents_shift=0.0)
-    fixed = LockConfig(alpha=1.0, omega="constant", s_star=False, **FROM_INVERTED)
+    fixed = paper(alpha=1.0, omega="constant", s_star=False, **FROM_INVERTED)
     assert plain == fixed
     out = call(tiny_wan(), lock=fixed, steps=STEPS).latents
     for changes in ({"foreground_mix": 0.1}, {"latents_shift": 0.25}, {"lock_share": 0.5}):
@@ -429,8 +430,8 @@ def test_models_that_a_method_cannot_have(make, preset, said):
 
 @pytest.mark.parametrize("preset", ["flowedit", "tokenflow", "fatezero"])
 def test_what_does_not_go_with_a_method(preset, tmp_path):
-    with pytest.raises(InputError, match="window does not go with the method"):
-        call(tiny_wan(), lock=preset, steps=STEPS, window=5, overlap=1)
+    with pytest.raises(InputError, match="clip_frames does not go with the method"):
+        call(tiny_wan(), lock=preset, steps=STEPS, clip_frames=5, clip_overlap=1)
     with pytest.raises(InputError, match="compile 'regional' does not go with the method"):
         call(tiny_wan(), lock=preset, steps=STEPS, compile="regional")
     with pytest.raises(InputError, match="nothing to keep"):
@@ -458,7 +459,7 @@ def test_what_does_not_go_with_a_method(preset, tmp_path):
 )
 def test_bad_values(changes, said):
     with pytest.raises(ValueError) as caught:
-        LockConfig(**changes)
+        paper(**changes)
     assert str(caught.value).startswith(said)
 
 
@@ -486,5 +487,5 @@ def test_the_mix_by_the_fast_path_and_in_stretches():
     plain, fast = (call(tiny_wan(), lock="proedit", steps=4, processors=p).latents for p in ("generic", "fast"))
     torch.testing.assert_close(plain, fast, rtol=1e-4, atol=1e-4)
     longer, where = np.concatenate([a_video(), a_video(seed=1)])[:17], a_mask(17)
-    out = call(tiny_wan(), lock="proedit", steps=4, video=longer, mask=where, window=9, overlap=4)
+    out = call(tiny_wan(), lock="proedit", steps=4, video=longer, mask=where, clip_frames=9, clip_overlap=4)
     assert out.latents.isfinite().all() and out.latents.shape[2] == 5

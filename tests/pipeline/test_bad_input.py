@@ -211,9 +211,13 @@ PARAMETERS = {
     "tau word": ("--tau often", "--tau must be a number or 'auto', got 'often'", None),
     "b": ("--b 0", "b must be greater than 0, got 0.0", None),
     "variance window": ("--variance-window 1", "window must be a whole number of at least 2, got 1", None),
-    "window": ("--window 1", "window must be at least 2 frames, got 1", None),
-    "overlap": ("--window 9 --overlap 9", "overlap must be from 1 to 8 frames, less than the window, got 9", None),
-    "overlap alone": ("--overlap 3", "overlap is 3, but there is no window", None),
+    "clip_frames": ("--clip-frames 1", "clip_frames must be at least 2, got 1", None),
+    "clip_overlap": (
+        "--clip-frames 9 --clip-overlap 9",
+        "clip_overlap must be from 1 to 8, less than clip_frames, got 9",
+        None,
+    ),
+    "clip_overlap alone": ("--clip-overlap 3", "clip_overlap is 3, but clip_frames is not given", None),
     "kappa": ("--kappa -1", "kappa must be a whole number of at least 0, got -1", None),
     "alpha": ("--alpha 1.5", "alpha must be between 0 and 1 or 'dynamic', got 1.5", None),
     "alpha word": ("--alpha strong", "--alpha must be a number or 'dynamic', got 'strong'", None),
@@ -483,7 +487,7 @@ def test_what_is_allowed_is_said_and_done(files, tmp_path, monkeypatch, capsys):
     """An all-foreground mask, a frame count that is not 4n+1, a size the model cannot take."""
     shutil.copytree(files, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    more = "--mask box:0,0,64,48 --size 33x50 --kappa 50 --window 40 --json f.json"
+    more = "--mask box:0,0,64,48 --size 33x50 --kappa 50 --clip-frames 40 --json f.json"
     assert main(["edit", *BASE["edit"].split(), *more.split()]) == 0
     error = capsys.readouterr().err
     for words in ("mask covers every token", "6 frames padded to 9", "33x50 is not a multiple of 16x16"):

@@ -71,7 +71,7 @@ REFUSED = {
     "stride": (["--cache-stride", 0], "step_stride must be a whole number of at least 1, got 0"),
     "quota": (["--cache-quota", "many"], "--cache-quota must be an amount of memory"),
     "its own format": (["--cache-format", "int4"], "format must not be given for the cache"),
-    "its own steps": (["--cache-steps", "window"], "steps must not be given for the cache"),
+    "its own steps": (["--cache-steps", "dynamic"], "steps must not be given for the cache"),
     "inverted": (["--source-path", "invert"], "another way to the source's latents"),
 }
 
@@ -163,7 +163,7 @@ def test_a_cache_has_what_any_lock_asks_for(clip, model, cache, tmp_path):  # no
 
 
 def test_a_cache_that_lacks_steps_says_so(clip, model, tmp_path, capsys):  # noqa: F811
-    assert invert(clip, model, tmp_path / "c", "--kappa", 1, "--cache-steps", "window") == 0
+    assert invert(clip, model, tmp_path / "c", "--kappa", 1, "--cache-steps", "dynamic") == 0
     assert cached(clip, model, tmp_path / "o.mkv", tmp_path / "c", "--kappa", 1) == 0
     assert "lacks 1 of 2 steps: the source is run along" in capsys.readouterr().err
     assert invert(clip, model, tmp_path / "d", "--kappa", 0, "--warmup-alpha", 0) == 2

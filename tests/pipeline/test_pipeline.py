@@ -10,6 +10,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 import kvlock_fast as kvf
 from kvlock_fast.config import PRESETS
 from kvlock_fast.presets import NEIGHBOURS
+from tests.support.locks import paper
 from tests.support.tiny import tiny_wan, untouched
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
@@ -56,7 +57,7 @@ def test_lock_off_is_diffusers_bit_for_bit(scheduler, guidance, dtype):
     pipe = tiny_wan(scheduler())
     pipe.transformer.to(dtype)
     expected = stock(pipe, guidance_scale=guidance)
-    for lock in (kvf.LockConfig(**OFF), "cfg"):
+    for lock in (paper(**OFF), "cfg"):
         out = call(pipe, lock=lock, guidance_scale=guidance)
         assert torch.equal(out.latents, expected.float())
     assert out.trace.forwards == 5 * (1 if guidance == 1.0 else 2)
@@ -79,7 +80,7 @@ def test_expanded_timesteps_are_diffusers_bit_for_bit():
 def test_a_lock_of_hardly_any_weight_hardly_changes_a_thing():
     """alpha is computed but next to 0 in every step: hooks attached, blending, and still the stock latents."""
     pipe = tiny_wan()
-    lock = kvf.LockConfig(**{**OFF, "alpha": "dynamic"}, warmup_alpha=0.0, kappa=5, tau=1e30, window=2)
+    lock = paper(**{**OFF, "alpha": "dynamic"}, warmup_alpha=0.0, kappa=5, tau=1e30, variance_window=2)
     out = call(pipe, lock=lock)
     assert max(record.alpha for record in out.trace.records) < 1e-20
     assert out.trace.forwards > 10  # the source was run in the steps that could lock
@@ -117,7 +118,7 @@ def attention_inputs(pipe, monkeypatch):
 def test_alpha_one_hands_the_source_to_the_background_bit_for_bit(monkeypatch, batching):
     pipe = tiny_wan()
     seen = attention_inputs(pipe, monkeypatch)
-    lock = kvf.LockConfig(alpha=1.0, guidance_batching=batching, layers=(0, 2))
+    lock = paper(alpha=1.0, guidance_batching=batching, layers=(0, 2))
     mask = call(pipe, steps=2, lock=lock).mask.tokens[0]
     layers, step = len(pipe.transformer.blocks), []
     if batching == "batched":
@@ -195,7 +196,7 @@ def test_batched_and_separate_agree():
 def test_several_prompts_equal_one_at_a_time(batching):
     pipe = tiny_wan()
     prompts = ["a blue circle", "a green square moves left", "a dog"]
-    lock = kvf.LockConfig(kappa=4, tau=0.5, window=3, guidance_batching=batching)
+    lock = paper(kappa=4, tau=0.5, variance_window=3, guidance_batching=batching)
     together = call(pipe, prompts, steps=6, lock=lock)
     for i, prompt in enumerate(prompts):
         alone = call(pipe, prompt, steps=6, lock=lock)
@@ -222,7 +223,7 @@ def test_background_latents_source_ends_at_the_source():
 def test_inversion_and_replay_return_to_the_source(method):
     """Inverting and denoising again with the source prompt, unguided, comes back."""
     pipe = tiny_wan()
-    lock = kvf.LockConfig(source_path="invert", inversion_solver=method, alpha=0.0, omega="constant", s_star=False)
+    lock = paper(source_path="invert", inversion_solver=method, alpha=0.0, omega="constant", s_star=False)
     out = call(pipe, "a red circle", steps=40, lock=lock, guidance_scale=1.0)
     with torch.no_grad():
         clean = kvf.KVLockPipeline.from_pipe(pipe).model.encode_video(torch.as_tensor(a_video()))
@@ -237,14 +238,14 @@ def test_unguided_editing_leaves_the_scale_untouched():
 
 
 def test_warmup_without_locking_runs_no_source():
-    out = call(tiny_wan(), steps=8, lock=kvf.LockConfig(warmup_alpha=0.0, kappa=3))
+    out = call(tiny_wan(), steps=8, lock=paper(warmup_alpha=0.0, kappa=3))
     assert out.trace.forwards == 5 * 2 + 3 * 3
     assert [r.alpha for r in out.trace.records[:5]] == [0.0] * 5
     assert all(r.alpha > 0 for r in out.trace.records[5:])
 
 
 def test_tau_auto_compares_with_the_source():
-    out = call(tiny_wan(), steps=6, lock=kvf.LockConfig(tau="auto", kappa=4))
+    out = call(tiny_wan(), steps=6, lock=paper(tau="auto", kappa=4))
     assert [r.alpha for r in out.trace.records[:2]] == [1.0, 1.0]
     assert all(0 < r.alpha <= 1 for r in out.trace.records)
 
@@ -286,7 +287,7 @@ BAD_CALLS = {
     "steps": ({"steps": 0}, "num_inference_steps .* 0"),
     "guidance": ({"guidance_scale": float("nan")}, "guidance_scale .* nan"),
     "prompt": ({"prompt": []}, "prompt"),
-    "layer": ({"lock": kvf.LockConfig(layers=(7,))}, "layer 7, but the model has layers 0 to 2"),
+    "layer": ({"lock": paper(layers=(7,))}, "layer 7, but the model has layers 0 to 2"),
     "steps beyond reason": ({"steps": 10**9}, "num_inference_steps .* 1000000000"),
     "guidance 2": ({"guidance_scale_2": 3.0}, "guidance_scale_2 is 3.0, but the model has no low-noise stage"),
     "video of another kind": ({"video": 5}, "video must be uint8 .* got int"),
@@ -379,7 +380,7 @@ def text_of(pipe, prompt):
 def test_every_step_sees_the_formulas(monkeypatch):
     """Rows of each forward: the source re-noised, the edit twice; s*, x0hat and the step recomputed by hand in fp64."""
     pipe, prompt = tiny_wan(FlowMatchEulerDiscreteScheduler(shift=2.0)), "a blue circle"
-    lock = kvf.LockConfig(background_latents="source", s_star_region="foreground", kappa=3, tau=0.5, window=2)
+    lock = paper(background_latents="source", s_star_region="foreground", kappa=3, tau=0.5, variance_window=2)
     clean, texts = latent_of(pipe), [text_of(pipe, p) for p in ("a red circle", "a dog", prompt)]
     spy = Spy(monkeypatch, pipe)
     out = call(pipe, prompt, lock=lock, guidance_scale=4.0, negative_prompt="a dog")
@@ -426,7 +427,7 @@ def test_inversion_runs_the_source_prompt_up_the_schedule(monkeypatch):
 
 def test_zero_init_steps_predict_nothing():
     pipe = tiny_wan()
-    lock = kvf.LockConfig(zero_init_steps=2, kappa=6, tau=0.01)
+    lock = paper(zero_init_steps=2, kappa=6, tau=0.01)
     out = call(pipe, steps=6, lock=lock)
     assert [record.variance is None for record in out.trace] == [True, True, True, False, False, False]
     noise = torch.randn(out.latents.shape, generator=torch.Generator().manual_seed(1))
@@ -484,7 +485,7 @@ def test_kept_keys_are_the_backgrounds_alone():
 
 
 def test_a_window_longer_than_the_run_takes_no_memory():
-    call(tiny_wan(), lock=kvf.LockConfig(window=10**12, kappa=10**12), steps=3)
+    call(tiny_wan(), lock=paper(variance_window=10**12, kappa=10**12), steps=3)
 
 
 def test_a_compiled_wrapper_is_refused_but_compiled_blocks_work():

@@ -36,7 +36,7 @@ OPERATORS = {
     "windowed_variance": "(Tensor history, Tensor foreground, str backend) -> Tensor",
 }
 """A promise: an operator that takes other arguments gets another name. (`prologue` and `step_epilogue` are called by
-their Python functions, and `kvlock_fast.models` registers two for itself.)"""
+their Python functions, and `kvlock_fast.locking` registers two for itself.)"""
 BY_FUNCTION = {"prologue", "step_epilogue"}
 OURS_ALONE = {"lock_output_", "attend_kept"}
 
@@ -123,7 +123,7 @@ import torch
 import kvlock_fast as kvf
 
 def loop(transformer: torch.nn.Module, foreground: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    with kvf.attach(transformer, foreground, num_steps=3, lock=kvf.LockConfig.preset("paper")) as kv:
+    with kvf.attach(transformer, foreground, num_steps=3, lock=paper()) as kv:
         with kv.source(1), kv.edit(0.5, 1):
             y: torch.Tensor = kv.guide(x, x)
     packed: kvf.ops.QuantizedKV = kvf.ops.quantize_kv(x)

@@ -19,9 +19,10 @@ from kvlock_fast.locking.lock import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.models import wrap_pipeline
 from tests.families import cases
+from tests.support.locks import paper
 
 PROMPT, NEGATIVE, SOURCE = "a blue circle moves", "a dog", "a red circle"
-OFF = kvf.LockConfig(alpha=0.0, omega="constant", s_star=False)
+OFF = paper(alpha=0.0, omega="constant", s_star=False)
 
 
 @dataclass(frozen=True)

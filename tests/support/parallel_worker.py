@@ -27,6 +27,7 @@ from kvlock_fast.loop.parallel import share_video
 from kvlock_fast.models.ltx import LTX
 from tests.families.cases.ltx import tiny_ltx
 from tests.pipeline.test_pipeline import a_mask, a_video, call
+from tests.support.locks import paper
 from tests.support.tiny import tiny_wan
 
 ULYSSES, RING = {"ulysses_degree": 2}, {"ring_degree": 2}
@@ -79,14 +80,20 @@ EDITS = {
     "resident, int8": ({}, {"lock": "paper", "cache": CacheConfig(tier="resident", format="int8")}),
     "host": ({}, {"lock": "kvlock", "cache": CacheConfig(tier="host", format="bf16")}),
     "a process without background": ({}, {"lock": "kvlock", "cache": RESIDENT, "mask": half_covered()}),
-    "some layers": ({}, {"lock": LockConfig(layers=(0, 2))}),
+    "some layers": ({}, {"lock": paper(layers=(0, 2))}),
     "two transformers": ({"second": True}, {"lock": "kvlock", "cache": RESIDENT}),
     "a timestep a token": ({"expanded": True}, {"lock": "kvlock"}),
     "inverted": ({}, {"lock": LockConfig.preset("kvlock", source_path="invert"), "cache": RESIDENT}),
     "compiled blocks": ({}, {"lock": "kvlock", "compile": "regional"}),
     "in stretches": (
         {},
-        {"lock": "kvlock", "video": a_video(17), "mask": a_moving_mask(17, 32, 48), "window": 13, "overlap": 4},
+        {
+            "lock": "kvlock",
+            "video": a_video(17),
+            "mask": a_moving_mask(17, 32, 48),
+            "clip_frames": 13,
+            "clip_overlap": 4,
+        },
     ),
     "unlocked": ({}, {"lock": "cfg"}),
     "ltx": ({"family": "ltx"}, {"lock": "kvlock", **LTX_CLIP}),
@@ -117,7 +124,7 @@ REFUSED = {
     "unseeded": ({}, {"generator": None}),
     "graph": ({}, {"graph": "on"}),
     "tokens": ({}, ODD),
-    "stretches": ({}, {"video": a_video(17, 48, 48), "mask": a_mask(17, 48, 48), "window": 9, "overlap": 4}),
+    "stretches": ({}, {"video": a_video(17, 48, 48), "mask": a_mask(17, 48, 48), "clip_frames": 9, "clip_overlap": 4}),
     "heads": ({"num_attention_heads": 3}, {}),
     "fast processors": ({}, {"processors": "fast"}),
     "invert": ({}, {}),
