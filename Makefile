@@ -9,9 +9,9 @@ CLIPS  ?=
 # How many tests run at once.
 JOBS   ?= 2
 # With "=": after a space pytest would take the folder for a place of tests, before it has read our options.
-PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) $(if $(CLIPS),--clips="$(CLIPS)")
+PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --durations=20 --durations-min=1 $(if $(CLIPS),--clips="$(CLIPS)")
 
-.PHONY: demo test test-all matrix rooms lint clean install
+.PHONY: demo test test-all numeric matrix rooms lint clean install
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -22,6 +22,11 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST) --all
+	$(MAKE) numeric
+
+# What is rounded, by every instruction set that this processor has.
+numeric: $(STAMP)
+	$(BIN)/python -m tests.support.numeric -n $(JOBS)
 
 # The table of what works with which model, for the docs.
 matrix: $(STAMP)

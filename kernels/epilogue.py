@@ -5,12 +5,12 @@
     var    = mean over the foreground of the variance of the last W x0hat
     alpha, omega of step k + 1 from clamp(var / tau)
 
-Layout [B, C, T, H, W]; see step_state.py for the state and the table. fp32 inside. Three launches at most, two without
-s*; no host reads; fixed order, so the same bits every run: (1) partial sums of s*; (2) s* again in every program, the
-update, its entry in the window, partial sums of the variance; (3) the variance, alpha, omega, the trace, the step's
-number. A call after the last step does nothing (the reference raises IndexError on the CPU). Bytes moved per element
-with bf16 predictions: 8 (two predictions, twice), 12 (latents in, latents and x0hat out), 4 (n - 1) in blocks that hold
-foreground, 4 for the source's path. Source: KV-Lock (arXiv 2603.09657).
+Layout [B, C, T, H, W]; see epilogue_state.py for the state and the table. fp32 inside. Three launches at most, two
+without s*; no host reads; fixed order, so the same bits every run: (1) partial sums of s*; (2) s* again in every
+program, the update, its entry in the window, partial sums of the variance; (3) the variance, alpha, omega, the trace,
+the step's number. A call after the last step does nothing (the reference raises IndexError on the CPU). Bytes moved per
+element with bf16 predictions: 8 (two predictions, twice), 12 (latents in, latents and x0hat out), 4 (n - 1) in blocks
+that hold foreground, 4 for the source's path. Source: KV-Lock (arXiv 2603.09657).
 """
 
 from dataclasses import replace

@@ -4,9 +4,9 @@
 
 Tokens lie in any order, m is a mask. Reads q, k, v and the cache once and writes no K', V': for short sequences and few
 queries, where a launch and a round trip through memory cost more than the blend. With many queries the blend is done
-again for every block of them, and the product's operands go through registers: blend_kv.py in front of attention.py is
-faster there. New K/V where w = 1 and the cache where w = 0 are not read. fp32 inside; K', V' and P are rounded to q's
-dtype for the products. Source: KV-Lock (arXiv 2603.09657).
+again for every block of them, and the product's operands go through registers: a blend in front of attention.py
+(locked_attention.py) is faster there. New K/V where w = 1 and the cache where w = 0 are not read. fp32 inside; K', V'
+and P are rounded to q's dtype for the products. Source: KV-Lock (arXiv 2603.09657).
 """
 
 import torch

@@ -3,7 +3,7 @@
     K = m K_new + (1 - m) (alpha K_ref + (1 - alpha) K_new), the same for V;  out = softmax(scale Q K^T) V
 
 Layout [B, S, H, D], fp32 inside, output in q's dtype. Two routes lead there: one kernel that blends inside its loop
-(fused_attention.py), or a blend once per token (blend_kv.py) in front of an attention: ours (attention.py), cuDNN's or
+(fused_attention.py), or a blend once per token in front of an attention: ours (attention.py), cuDNN's or
 flash-attn's. `choose_route` says which one a shape takes. Source: KV-Lock (arXiv 2603.09657).
 """
 

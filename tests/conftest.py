@@ -16,6 +16,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "large: takes long; runs with --all only")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    config.addinivalue_line("markers", "numeric: compares what is rounded; test-all runs it by every instruction set")
     for name, examples in (("default", 25), ("all", 250)):
         hypothesis.settings.register_profile(name, max_examples=examples, deadline=None)
     # One thread: the tests' tensors are tiny, and threads that wait for each other on a busy machine cost tenfold.

@@ -1,4 +1,4 @@
-"""Paths and URLs: what fsspec knows is read and written like a file.
+"""Paths and URLs of a batch: where results go, what fsspec reads and writes, and what interrupted runs left.
 
 A path without a scheme is local, and `file://` is the same. Everything else (`memory://`, `s3://`, ...) goes through
 fsspec, whose packages for a scheme are the user's to install.

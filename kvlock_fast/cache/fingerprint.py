@@ -1,4 +1,7 @@
-"""A module's weights wherever they are: in memory, in accelerate's care, or in files of diffusers' group offloading."""
+"""Fingerprints of weights wherever they are: in memory, in accelerate's care, in files of diffusers' group offloading.
+
+And the first of an edit's and a cache's facts that differs.
+"""
 
 import json
 from collections.abc import Callable, Hashable

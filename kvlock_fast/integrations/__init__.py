@@ -1,0 +1,1 @@
+"""The lock in other people's denoising loops."""

@@ -1,4 +1,4 @@
-"""When to lock, for other people's loops: what `controller.py` decides, of tensors in any layout that a loop has."""
+"""When to lock, for other people's loops: what `loop/schedule.py` decides, of tensors in any layout that a loop has."""
 
 from typing import Any
 

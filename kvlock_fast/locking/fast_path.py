@@ -3,7 +3,7 @@ and its attention, in one pass instead of six.
 
 They are on during forwards that lock, and only then: a model that is not locked keeps diffusers' own, and their bits.
 Each takes the place of one of diffusers' processors; an attention that has another, or norms that the prologue does not
-know, is left to the generic path (locking.py), which does the same to rounding.
+know, is left to the generic path (lock.py), which does the same to rounding.
 """
 
 from collections.abc import Iterator

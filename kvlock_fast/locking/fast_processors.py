@@ -1,4 +1,4 @@
-"""Wan's self-attention by the prologue."""
+"""Self-attentions whose projections go through the prologue: a class for each family of the fast path."""
 
 import torch
 from torch import Tensor, nn

@@ -1,0 +1,1 @@
+"""One denoising run. Begin at `denoise.py`."""

@@ -1,7 +1,7 @@
 """The locked denoising loop.
 
-One screen: where the source is (source.py), the forwards under the lock (step_forwards.py), of one stretch of the clip
-or of several that are blended (windows.py), and all that follows them (steppers.py): guidance, the ODE's step, and how
+One screen: where the source is (source.py), the forwards under the lock (forwards.py), of one stretch of the clip
+or of several that are blended (windows.py), and all that follows them (epilogue.py): guidance, the ODE's step, and how
 much to lock in the next. Nothing in it waits for the device, but for alpha where it decides what is computed
 (foreground.py).
 """

@@ -152,7 +152,7 @@ class Solver:
     """A diffusers scheduler, stepped by number. Works on a copy: runs do not meet.
 
     prediction: what the model predicts (schedulers.py); signal, sigmas: a and b [T + 1], fp32; table: the steps as
-    coefficients (tables.py), None for a scheduler that has to be called itself.
+    coefficients, None for a scheduler that has to be called itself.
     """
 
     def __init__(
@@ -273,7 +273,7 @@ class Solver:
 
 
 def _table(scheduler: Any, num_steps: int, settings: Mapping[str, Any] = NO_SETTINGS, skip: int = 0) -> Tensor | None:
-    """The solver's coefficients [T, 3, 3 + J] (tables.py); None for a scheduler that has to be called itself."""
+    """The solver's coefficients [T, 3, 3 + J]; None for a scheduler that has to be called itself."""
     fresh = copy.deepcopy(scheduler)
     make_ready(fresh, num_steps, None, settings, skip)
     try:

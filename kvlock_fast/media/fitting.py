@@ -1,4 +1,4 @@
-"""Make frames and masks fit: sizes and lengths, without guessing."""
+"""Frames and masks made to fit each other in size and length, and an edit pasted into its source."""
 
 from __future__ import annotations
 

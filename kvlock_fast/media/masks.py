@@ -1,4 +1,4 @@
-"""Masks from files: video, image, folder of images, NumPy arrays."""
+"""Masks: boxes in words, files, and their shape (grown, shrunk, inverted, with a soft edge)."""
 
 from __future__ import annotations
 

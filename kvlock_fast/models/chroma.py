@@ -1,6 +1,6 @@
 """The Chroma family, text-to-image: FLUX.1's blocks, guided by two branches.
 
-Facts of diffusers' `ChromaPipeline`, beside those of packed.py: the text is T5's alone; all of its filling but the
+Facts of diffusers' `ChromaPipeline`, beside those of images.py: the text is T5's alone; all of its filling but the
 first token has 0 in a mask over text and image, which diffusers adds to attention's scores as it is.
 """
 

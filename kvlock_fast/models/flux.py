@@ -1,6 +1,6 @@
 """The FLUX.1 family: text-to-image, guided by a scale that the transformer is told (dev), or not at all (schnell).
 
-Facts of diffusers' `FluxPipeline`, beside those of packed.py: the text is T5's, without a mask and without positions,
+Facts of diffusers' `FluxPipeline`, beside those of images.py: the text is T5's, without a mask and without positions,
 and a vector of CLIP's; guidance by a negative prompt is run where one is given.
 """
 

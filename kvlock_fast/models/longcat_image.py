@@ -1,6 +1,6 @@
 """The LongCat-Image family, text-to-image: blocks like FLUX.1's, guided by two branches.
 
-Facts of diffusers' `LongCatImagePipeline`, beside those of packed.py: noise is drawn in fp32; the text is a
+Facts of diffusers' `LongCatImagePipeline`, beside those of images.py: noise is drawn in fp32; the text is a
 Qwen2.5-VL's, not masked, with positions on the diagonal, which the image's go on from; what both branches of guidance
 make is shortened, token by token, to the length of the conditional prediction: that holds for the preset `cfg`, while
 the lock's own guidance is by its formula. Prompts are taken as they are: they are not rewritten first, as the pipeline

@@ -1,6 +1,6 @@
 """The Ovis-Image family, text-to-image: blocks like FLUX.1's, guided by two branches.
 
-Facts of diffusers' `OvisImagePipeline`, beside those of packed.py: the text is a Qwen3's, its filling set to zero and
+Facts of diffusers' `OvisImagePipeline`, beside those of images.py: the text is a Qwen3's, its filling set to zero and
 not masked; its tokens have positions on the diagonal.
 """
 

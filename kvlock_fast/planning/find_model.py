@@ -17,7 +17,7 @@ ENCODERS = ("text_encoder", "image_encoder")
 
 
 COUNTED = ("WanPipeline", "CogVideoXPipeline", "LTXPipeline", "HunyuanVideoPipeline")
-"""Pipelines whose models are counted from their configs here; the rest by family_sizes.py."""
+"""Pipelines whose models are counted from their configs here; the rest by any_family.py."""
 
 
 def find_model(name: str | Path) -> ModelSize:

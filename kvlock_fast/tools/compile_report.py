@@ -1,8 +1,8 @@
 """What the kernels compile to, without a GPU: registers, spills, shared memory, matrix instructions, warnings.
 
 Every kernel file lists what it ships for an architecture by calling its own launchers with `meta` tensors in a dry run
-(`launch_shipped`). Each launch is then compiled by Triton's own launcher (offline.py), so a row here is what a GPU
-would run, and stays in Triton's cache. All of that happens in processes of their own, with no interpreter.
+(`launch_shipped`). Each launch is then compiled by Triton's own launcher (compiler_process.py), so a row here is what a
+GPU would run, and stays in Triton's cache. All of that happens in processes of their own, with no interpreter.
 """
 
 import multiprocessing
@@ -70,10 +70,11 @@ def compile_kernels(
     architectures: Iterable[int],
     modules: Iterable[str],
     report: Callable[[int, int], None] = lambda done, total: None,
+    every: int = 1,
 ) -> Iterator[Row]:
     """A row for every kernel variant that the modules ship for each architecture, in order, each once.
 
-    `report` is told how many are done, of how many.
+    `report` is told how many are done, of how many. every: compile one of so many variants, from the first on.
     """
     tasks = list(product(architectures, modules))
     listings = [pool.submit(keys, *task) for task in tasks]
@@ -83,7 +84,7 @@ def compile_kernels(
         if isinstance(shipped, Row):
             yield shipped
             continue
-        for key in shipped:
+        for key in shipped[::every]:
             jobs.setdefault((arch, key), (module, pool.submit(compiled_row, arch, module, key)))
     names: Counter[tuple[str, ...]] = Counter()
     report(0, len(jobs))

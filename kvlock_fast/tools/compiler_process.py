@@ -1,6 +1,6 @@
 """One process of the kernels' compiler: Triton's own launcher in front of a make-believe driver.
 
-`compiled.py` starts such processes, each for many kernels, and gathers their rows.
+`compile_report.py` starts such processes, each for many kernels, and gathers their rows.
 """
 
 import io

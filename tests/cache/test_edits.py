@@ -21,6 +21,8 @@ from tests.pipeline.test_pipeline import a_mask, a_video, call
 from tests.support.locks import paper
 from tests.support.tiny import tiny_wan, untouched
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

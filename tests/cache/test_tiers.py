@@ -10,6 +10,8 @@ from tests.pipeline.test_pipeline import a_mask, a_video, call, unipc
 from tests.support.locks import paper
 from tests.support.tiny import tiny_wan
 
+pytestmark = pytest.mark.numeric
+
 TIERS = ("resident", "host", "disk")
 
 

@@ -40,6 +40,8 @@ from tests.families.cases.mochi import tiny_mochi
 from tests.support.conformance import OFF, PROMPT, Scene
 from tests.support.locks import paper
 
+pytestmark = pytest.mark.numeric
+
 
 def noise(*shape):
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

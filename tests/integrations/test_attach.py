@@ -12,6 +12,8 @@ from kvlock_fast.models.wan import WanModel
 from tests.support.locks import paper
 from tests.support.tiny import tiny_cogvideox_transformer, tiny_transformer, tiny_wan, untouched
 
+pytestmark = pytest.mark.numeric
+
 SIZE = (4, 3, 4, 8)  # latents of 3 x 2 x 4 tokens
 TOKENS = 24
 TIME = torch.tensor([500.0])

@@ -17,6 +17,8 @@ from kvlock_fast.locking.registry import LOCKED
 from kvlock_fast.models import wrap_pipeline
 from tests.support.tiny import tiny_wan
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.fixture
 def scene():

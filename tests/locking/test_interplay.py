@@ -13,7 +13,10 @@ from kvlock_fast.locking.lock import Mode, TransformerLock
 from kvlock_fast.models.wan import WAN
 from tests.pipeline.test_pipeline import a_mask, a_video, call, stock
 from tests.support.locks import paper
+from tests.support.rounding import allowed, in_double
 from tests.support.tiny import tiny_wan, untouched
+
+pytestmark = pytest.mark.numeric
 
 accelerate = pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
@@ -82,13 +85,22 @@ def plain():
     return {name: call(tiny_wan(), **arguments).latents for name, arguments in EDITS.items()}
 
 
+@pytest.fixture(scope="module")
+def rounding(plain):
+    """What rounding alone may do to one of them."""
+    return max(
+        allowed(plain[name], call(in_double(tiny_wan()), **EDITS[name]).latents)
+        for name in ("lockstep", "separate", "resident")
+    )
+
+
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("way", OFFLOADED)
-def test_offloaded_models_edit_as_others(plain, tmp_path, way, edit):
+def test_offloaded_models_edit_as_others(plain, rounding, tmp_path, way, edit):
     pipe = tiny_wan()
     OFFLOADED[way](pipe, tmp_path)
     # Weights that come out of a file may be aligned otherwise, and are then summed in another order.
-    torch.testing.assert_close(call(pipe, **EDITS[edit]).latents, plain[edit], rtol=0, atol=2e-6)
+    torch.testing.assert_close(call(pipe, **EDITS[edit]).latents, plain[edit], rtol=0, atol=rounding)
     assert untouched(pipe.transformer)
 
 

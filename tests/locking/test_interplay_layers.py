@@ -15,6 +15,8 @@ from tests.locking.test_interplay import EDITS
 from tests.pipeline.test_pipeline import call, stock
 from tests.support.tiny import tiny_cogvideox, tiny_wan, untouched
 
+pytestmark = pytest.mark.numeric
+
 
 def timestep():
     return 500

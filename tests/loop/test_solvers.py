@@ -31,6 +31,8 @@ from tests.pipeline.test_pipeline import call
 from tests.support.locks import paper
 from tests.support.tiny import COGVIDEOX_SCHEDULE, tiny_wan
 
+pytestmark = pytest.mark.numeric
+
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 SCHEDULERS = {
     "euler": lambda: FlowMatchEulerDiscreteScheduler(shift=5.0),

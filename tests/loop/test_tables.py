@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from kvlock_fast.errors import InputError
 from kvlock_fast.loop.solver import solver_table
 
+pytestmark = pytest.mark.numeric
+
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 SCHEDULERS = {
@@ -92,6 +94,12 @@ def ours(table, x, outputs):
     return x, clean
 
 
+FACTOR, ROUNDING = 2.0, 2.0**-20
+"""A table may be no further from the truth than this many times the scheduler's own fp32 run, and eight units in the
+last place of fp32, which the sum over a row and the noise's own rounding take.
+"""
+
+
 def relative(got, want):
     return ((got.double() - want.double()).abs().max() / want.double().abs().max()).item()
 
@@ -102,8 +110,9 @@ def test_a_run_is_the_schedulers_own(name, steps):
     scheduler = ready(name, steps)
     noise, predictions = outputs(len(scheduler.timesteps))
     found, _ = ours(solver_table(scheduler), noise, predictions)
-    assert relative(found, theirs(scheduler, noise, predictions)) <= 1e-5
-    assert relative(found, theirs(scheduler, noise, predictions, torch.float64)) <= 2e-6
+    exact = theirs(scheduler, noise, predictions, torch.float64)
+    own = relative(theirs(scheduler, noise, predictions), exact)
+    assert relative(found, exact) <= FACTOR * own + ROUNDING
 
 
 @given(st.sampled_from(list(SCHEDULERS)), st.integers(1, 40), st.integers(0, 99))
@@ -111,7 +120,9 @@ def test_a_run_of_any_length_is_the_schedulers_own(name, steps, seed):
     scheduler = ready(name, steps)
     noise, predictions = outputs(len(scheduler.timesteps), seed)
     found, _ = ours(solver_table(scheduler), noise, predictions)
-    assert relative(found, theirs(scheduler, noise, predictions, torch.float64)) <= 5e-6
+    exact = theirs(scheduler, noise, predictions, torch.float64)
+    own = relative(theirs(scheduler, noise, predictions), exact)
+    assert relative(found, exact) <= FACTOR * own + ROUNDING
 
 
 @pytest.mark.parametrize("name", MEMORY)

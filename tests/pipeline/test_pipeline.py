@@ -13,6 +13,8 @@ from kvlock_fast.presets import NEIGHBOURS
 from tests.support.locks import paper
 from tests.support.tiny import tiny_wan, untouched
 
+pytestmark = pytest.mark.numeric
+
 FRAMES, HEIGHT, WIDTH = 9, 32, 48
 
 
