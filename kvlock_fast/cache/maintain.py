@@ -6,8 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from kvlock_fast.cache import leases as litter
-from kvlock_fast.cache import manifest
+from kvlock_fast.cache import leases, manifest
 from kvlock_fast.cache.entry import DamagedCache, Entry, MissingCache
 from kvlock_fast.cache.root import Slot, slot_of
 from kvlock_fast.errors import InputError
@@ -60,12 +59,12 @@ def find_entries(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"'{folder}' is not a folder" if folder.exists() else f"there is no folder '{folder}'")
     try:
-        if litter.is_entry(folder):
+        if leases.is_entry(folder):
             return [folder]
-        entries = [path for path in sorted(folder.iterdir()) if path.is_dir() and litter.is_entry(path)]
+        entries = [path for path in sorted(folder.iterdir()) if path.is_dir() and leases.is_entry(path)]
     except OSError as error:
         raise InputError(f"cannot read '{error.filename}': {error.strerror}") from error
-    if not entries and not litter.is_root(folder):
+    if not entries and not leases.is_root(folder):
         raise InputError(f"'{folder}' is not a cache: neither it nor a folder in it is an entry")
     return entries
 
@@ -83,7 +82,7 @@ def problem(entry: Path) -> str | None:
 
 def _in_use(entry: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
-        return litter.any_live(entry, "lease")
+        return leases.any_live(entry, "lease")
     return True  # evicted meanwhile
 
 
@@ -100,9 +99,9 @@ def _sweep(entry: Path) -> int:
     """The bytes freed."""
     freed = 0
     with contextlib.suppress(FileNotFoundError):
-        freed = litter.disk_bytes(entry)
-        litter.sweep(entry)
-        freed = max(0, freed - litter.disk_bytes(entry))
+        freed = leases.disk_bytes(entry)
+        leases.sweep(entry)
+        freed = max(0, freed - leases.disk_bytes(entry))
     with contextlib.suppress(OSError):
         entry.rmdir()
     return freed
@@ -122,7 +121,7 @@ def _row(slot: Slot) -> dict[str, Any]:
         return row | dict(problem=str(error))
     except OSError:
         return row | dict(problem="its data are missing")
-    return row | dict(created=created, problem=litter.why_aside(entry), meta=content.meta)
+    return row | dict(created=created, problem=leases.why_aside(entry), meta=content.meta)
 
 
 def _remove(entries: list[Path], limit: int | None, everything: bool) -> list[dict[str, Any]]:
@@ -133,11 +132,11 @@ def _remove(entries: list[Path], limit: int | None, everything: bool) -> list[di
         if what is None:
             intact.append(slot)
         else:
-            removed.append({"entry": str(slot.folder), "reason": what, "bytes": litter.remove_entry(slot.folder)})
+            removed.append({"entry": str(slot.folder), "reason": what, "bytes": leases.remove_entry(slot.folder)})
     excess = sum(slot.nbytes for slot in intact) - (limit if limit is not None else sys.maxsize)
     for slot in sorted(intact, key=lambda slot: slot.used):
         if excess > 0:
-            freed = litter.remove_entry(slot.folder)
+            freed = leases.remove_entry(slot.folder)
             removed.append({"entry": str(slot.folder), "reason": "least recently used", "bytes": freed})
             excess -= freed or 0
     return removed

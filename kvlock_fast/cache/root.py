@@ -6,8 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvlock_fast.cache import leases as litter
-from kvlock_fast.cache import manifest
+from kvlock_fast.cache import leases, manifest
 from kvlock_fast.cache.entry import DamagedCache, Entry, EntryWriter, MissingCache
 from kvlock_fast.errors import InputError, OutputError, warn
 
@@ -39,14 +38,14 @@ class CacheRoot:
             self.sweep()
         except OSError as error:
             raise OutputError(f"cannot use the cache '{self.path}': {error.strerror or error}") from error
-        if not litter.is_root(self.path):
+        if not leases.is_root(self.path):
             with contextlib.suppress(OSError):
-                (self.path / litter.TAG).write_text(litter.TAG_TEXT)
+                (self.path / leases.TAG).write_text(leases.TAG_TEXT)
 
     def sweep(self) -> None:
         """Remove what dead processes left."""
         for folder in self._folders():
-            litter.sweep(folder)
+            leases.sweep(folder)
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
@@ -57,14 +56,14 @@ class CacheRoot:
         """
         folder = self._folder(key)
         try:
-            if not (folder / manifest.NAME).exists() or litter.why_aside(folder) is not None:
+            if not (folder / manifest.NAME).exists() or leases.why_aside(folder) is not None:
                 return None
             entry = Entry.open(folder)
         except MissingCache:
             return None  # evicted meanwhile
         except DamagedCache as error:
             if error.manifest is not None:
-                litter.set_aside(folder, error.manifest, str(error))
+                leases.set_aside(folder, error.manifest, str(error))
             warn(f"{error}; it is set aside")
             return None
         except (InputError, OSError) as error:
@@ -76,7 +75,7 @@ class CacheRoot:
 
     def set_aside(self, entry: Entry, reason: str) -> None:
         """With a warning, for an entry that was found whole but is not what its key says."""
-        litter.set_aside(entry.folder, entry.digest, reason)
+        leases.set_aside(entry.folder, entry.digest, reason)
         warn(f"the cache '{entry.folder}' is set aside: {reason}")
 
     def writer(self, key: str) -> EntryWriter:
@@ -97,7 +96,7 @@ class CacheRoot:
         if excess <= sum(slot.nbytes for slot in idle):
             for slot in sorted(idle, key=lambda slot: (not slot.aside, slot.used)):
                 if excess > 0:
-                    excess -= litter.remove_entry(slot.folder) or 0
+                    excess -= leases.remove_entry(slot.folder) or 0
         if excess > 0:
             kept = sum(slot.nbytes for slot in self.slots())
             raise OutputError(
@@ -127,5 +126,5 @@ def slot_of(folder: Path) -> Slot:
     used = 0.0
     with contextlib.suppress(FileNotFoundError):
         used = (folder / manifest.NAME).stat().st_mtime
-    aside = litter.why_aside(folder) is not None
-    return Slot(folder, litter.disk_bytes(folder), used, aside, litter.any_live(folder, "lease"))
+    aside = leases.why_aside(folder) is not None
+    return Slot(folder, leases.disk_bytes(folder), used, aside, leases.any_live(folder, "lease"))

@@ -26,7 +26,6 @@ from kvlock_fast.errors import InputError, warn
 from kvlock_fast.files import atomic_path, output_folder, write_text
 from kvlock_fast.loop.inputs import MOST_STEPS
 from kvlock_fast.nvtx import DOMAIN, span, switched_on
-from kvlock_fast.profiling import command as nsight
 from kvlock_fast.profiling import timeline
 from kvlock_fast.profiling.picture import draw
 from kvlock_fast.profiling.subjects import PipelineSubject, Subject, Wanted, make_subject
@@ -169,7 +168,7 @@ def figures(settings: ProfileSettings, subject: Subject, made: Timeline) -> dict
     """All of profile.json."""
     extent, wanted = subject.extent, settings.wanted
     cuda = subject.device.type == "cuda"
-    under_nsight = nsight.commands(_own_command(settings, subject), settings.output)
+    under_nsight = commands(_own_command(settings, subject), settings.output)
     return {
         "model": extent.model.name,
         "weights": "random" if wanted.config not in (None, "demo") else "its own",
@@ -204,7 +203,7 @@ def render(data: dict[str, Any], made: Timeline) -> str:
         "",
         "for Nsight Systems, the denoising stage of this run:",
         f"  {data['commands']['nsys']}",
-        f"for Nsight Compute, {nsight.KERNELS} kernels of its attention:",
+        f"for Nsight Compute, {KERNELS} kernels of its attention:",
         f"  {data['commands']['ncu']}",
         "",
     ))  # fmt: skip
