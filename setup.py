@@ -2,7 +2,8 @@
 
 kvlock_fast/kernels is a committed symlink to ../kernels without an __init__.py: setuptools then sees a plain
 namespace package below kvlock_fast, in wheels, sdists and editable installs alike, and a top-level module named
-`kernels` (which would hide the Hugging Face package of that name) never exists. tests/project/test_packaging.py keeps it so.
+`kernels` (which would hide the Hugging Face package of that name) never exists. tests/project/test_packaging.py keeps it
+so.
 """
 
 import re

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from kvlock_fast.errors import InputError
 
 
 def feathered(mask: np.ndarray, feather: int) -> np.ndarray:
     """bool [F, H, W] to weights [F, H, W] fp32: 1 on the mask, falling to 0 within `feather` pixels outside it."""
+    import torch
+    import torch.nn.functional as F
+
     grown = torch.from_numpy(np.ascontiguousarray(mask))[:, None].float()
     weight = grown.clone()
     for _ in range(feather):

@@ -197,7 +197,7 @@ class Cosmos25Model(Cosmos2Model):
 
 
 DEFAULTS = inspect.signature(Cosmos2VideoToWorldPipeline.__call__).parameters
-FRAME_RATE, PICTURE_SIGMA = DEFAULTS["fps"].default, DEFAULTS["sigma_conditioning"].default
+PICTURE_FRAME_RATE, PICTURE_SIGMA = DEFAULTS["fps"].default, DEFAULTS["sigma_conditioning"].default
 
 
 class Cosmos2VideoModel(Cosmos2Model):
@@ -234,7 +234,7 @@ class Cosmos2VideoModel(Cosmos2Model):
             torch.cat([image, (latents * kept)[:, :, 1:]], dim=2),
             (held * picture_time + (1 - held) * time).to(dtype),
             told,
-            fps=FRAME_RATE,
+            fps=PICTURE_FRAME_RATE,
             condition_mask=first.to(dtype),
         )
         clean = (kept * latents + -time * output.float()).to(dtype)

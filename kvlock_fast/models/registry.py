@@ -81,7 +81,7 @@ REGISTRY: tuple[Family, ...] = (
     Family("cosmos2-image", "cosmos.Cosmos2Model", ("Cosmos2TextToImagePipeline",), ("CosmosTransformer3DModel",)),
     Family(
         "cosmos2-video",
-        "cosmos_video.Cosmos2VideoModel",
+        "cosmos.Cosmos2VideoModel",
         ("Cosmos2VideoToWorldPipeline",),
         ("CosmosTransformer3DModel",),
     ),

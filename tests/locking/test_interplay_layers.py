@@ -252,10 +252,11 @@ def test_gradients_are_refused(mode):
     lock.detach()
 
 
-def test_a_copy_of_a_locked_model_is_refused_a_second_lock():
+def test_a_copy_of_a_locked_model_is_plain_and_can_be_locked():
     transformer = tiny_wan().transformer
     lock = TransformerLock(transformer, WAN)
-    with pytest.raises(kvf.InputError, match="is locked already"):
-        TransformerLock(copy.deepcopy(transformer), WAN)
+    twin = copy.deepcopy(transformer)
+    assert untouched(twin)
+    TransformerLock(twin, WAN).detach()
     lock.detach()
-    assert untouched(transformer)
+    assert untouched(transformer) and untouched(twin)

@@ -45,7 +45,7 @@ def expected_variance(predictions, k, window, region):
 @given(
     steps=st.integers(1, 12),
     kappa=st.integers(0, 15),
-    variance_window=st.integers(2, 15),
+    window=st.integers(2, 15),
     tau=st.floats(0.01, 3),
     b=st.floats(0.1, 3),
     alpha_floor=st.sampled_from([0.0, 0.3]),

@@ -82,7 +82,7 @@ def test_a_stretchs_mask_is_the_masks_own(frames, window, overlap, patch, seed):
     try:
         windows.latent_sizes(geometry)
     except kvf.InputError as error:
-        assert "has nothing of its own" in str(error)
+        assert "leaves a stretch nothing of its own" in str(error)
         return
     pixels = torch.rand(frames, 8, 12, generator=torch.Generator().manual_seed(seed)) < 0.05
     mask = project_mask(pixels, geometry)

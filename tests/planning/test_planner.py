@@ -750,7 +750,7 @@ BAD = {
     "guidance": ("--guidance inf", "--guidance must be a number of at least 0, got inf"),
     "mask and share": ("--mask m.png --mask-share 0.2", "--mask-share and --mask say the same"),
     "no mask": ("--mask no.png", "no.png"),
-    "cache steps": ("--cache-steps some", "--cache-steps must be all or window, got 'some'"),
+    "cache steps": ("--cache-steps some", "--cache-steps must be all or dynamic, got 'some'"),
     "too long": ("--frames 5001", "too many for wan-1.3b: it takes at most 1024 tokens along each side"),
     "json": ("--json no/such/folder.json", "no/such"),
 }
