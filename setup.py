@@ -2,8 +2,7 @@
 
 kvlock_fast/kernels is a committed symlink to ../kernels without an __init__.py: setuptools then sees a plain
 namespace package below kvlock_fast, in wheels, sdists and editable installs alike, and a top-level module named
-`kernels` (which would hide the Hugging Face package of that name) never exists. tests/project/test_packaging.py keeps it
-so.
+`kernels` (which would hide the Hugging Face package of that name) never exists: tests/project/test_packaging.py.
 """
 
 import re
