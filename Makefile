@@ -24,7 +24,7 @@ test-all: $(STAMP)
 	$(PYTEST) --all
 	$(MAKE) numeric
 
-# What is rounded, by every instruction set that this processor has.
+# The tests marked numeric, by every instruction set that this processor has.
 numeric: $(STAMP)
 	$(BIN)/python -m tests.support.numeric -n $(JOBS)
 

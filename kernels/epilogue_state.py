@@ -56,14 +56,14 @@ class StepState:
 class Schedule:
     """When to lock and how to guide.
 
-    window: W, predictions the variance looks back on. alpha: a fixed number, or None for the variance's. dynamic_omega:
-    whether omega follows the variance. tau: a number, or fp32 [1 or B] (the source's own variance, then at least
-    1e-12). b: the largest factor on omega0. first_dynamic_step: where the variance begins to decide; before it, and
-    until two predictions exist, alpha = warmup_alpha and omega = omega0. alpha_floor, omega_floor: their least values
-    from then on. alpha_snap: from here on alpha counts as 1. alpha_lag: 1, or 2 to have alpha follow the variance of
-    the step before the last, so that it is known a step ahead. s_star: whether guidance is calibrated by s*.
-    s_star_region ("all", "foreground") and detection ("foreground", "global"): the elements that s* and the variance
-    are taken over. zero_init_steps: first steps whose prediction is taken as 0 and does not count.
+    variance_window: W, predictions the variance looks back on. alpha: a fixed number, or None for the variance's.
+    dynamic_omega: whether omega follows the variance. tau: a number, or fp32 [1 or B] (the source's own variance, then
+    at least 1e-12). b: the largest factor on omega0. first_dynamic_step: where the variance begins to decide; before
+    it, and until two predictions exist, alpha = warmup_alpha and omega = omega0. alpha_floor, omega_floor: their least
+    values from then on. alpha_snap: from here on alpha counts as 1. alpha_lag: 1, or 2 to have alpha follow the
+    variance of the step before the last, so that it is known a step ahead. s_star: whether guidance is calibrated by
+    s*. s_star_region ("all", "foreground") and detection ("foreground", "global"): the elements that s* and the
+    variance are taken over. zero_init_steps: first steps whose prediction is taken as 0 and does not count.
     """
 
     variance_window: int = 10

@@ -3,6 +3,9 @@
 Kernel files take `triton` and `tl` from here, so that they can be imported, and their references used, without it.
 INTERPRETED says that kernels were defined for Triton's interpreter (TRITON_INTERPRET=1 before the first import): they
 then run on CPU tensors, in NumPy.
+
+`kernels/` is a folder at the project's root and a subpackage `kvlock_fast.kernels` (through a symlink). Loaded under
+both names, every custom operator would be registered twice, so a kernel module first asks `require_package_name`.
 """
 
 from typing import Any
@@ -41,4 +44,4 @@ except ImportError:
     triton = tl = TensorDescriptor = _Absent()
     HAS_TRITON = INTERPRETED = False
 
-__all__ = ["HAS_TRITON", "INTERPRETED", "TensorDescriptor", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "TensorDescriptor", "require_package_name", "tl", "triton"]

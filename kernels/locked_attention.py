@@ -25,6 +25,10 @@ from kvlock_fast.kernels.quantize import QuantizedKV
 
 require_package_name(__name__)
 
+ROUTES = ("auto", "fused", "triton", *attention_libraries.BACKENDS)
+# The fused kernel blends K/V again for every block of queries, so it stays with few blocks or few keys. By arithmetic,
+# not measured: one launch (some 5 us) against the blend's own time.
+FUSED_QUERIES, FUSED_TOKENS = 128, 1024
 # Not swept yet: 16 bytes a thread and load at D = 128.
 TOKENS_PER_PROGRAM, NUM_WARPS = 16, 4
 
@@ -71,7 +75,15 @@ def _blend_kv_kernel(
 def launch_blend_kv(
     k: Tensor, v: Tensor, k_ref: PackedArguments, v_ref: PackedArguments, foreground: Tensor, alpha: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """K', V' [B, S, H, D] contiguous, in k's dtype. Arguments as for `launch_fused_attention`."""
+    """K', V' [B, S, H, D] contiguous, in k's dtype. Arguments as for `launch_fused_attention`.
+
+        K' = k + w (k_ref - k), V' likewise;  w = alpha (1 - m) per sample and token
+
+    Where w = 0 the new, where w = 1 the cached tokens come through bit for bit (decoded and rounded to k's dtype), and
+    the other side is not read. Bytes moved: each of K and V is read once (for 0 < w < 1 twice: new and cached), and
+    written once. The prologue does the same together with the norm and RoPE for tokens that lie foreground-first; here
+    they lie in any order under a mask.
+    """
     batch, tokens, heads, dim = k.shape
     k_out, v_out = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
     launch(
@@ -84,27 +96,6 @@ def launch_blend_kv(
         D_PAD=padded(dim), BLOCK_N=TOKENS_PER_PROGRAM, num_warps=NUM_WARPS,
     )  # fmt: skip
     return k_out, v_out
-
-
-def launch_shipped(architecture: int) -> None:
-    """A launch of every configuration that ships, for the compiler's report."""
-    tokens, alpha = 32760, torch.empty(2, device="meta")
-    foreground = torch.empty(1, tokens, dtype=torch.bool, device="meta")
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for dim in (64, 128):
-            k = torch.empty(2, tokens, 12, dim, dtype=dtype, device="meta")
-            for format in ("native", "fp8_e4m3", "int8", "int4") if dtype == torch.bfloat16 else ("native",):
-                refs = []
-                for kind in ("k", "v"):
-                    codes, *scales = [k[:1]] if format == "native" else meta_codes(1, tokens, 12, dim, format, kind)
-                    refs.append(packed_arguments(codes, scales, format, kind, 1, architecture))
-                launch_blend_kv(k, k, *refs, foreground, alpha)
-
-
-ROUTES = ("auto", "fused", "triton", *attention_libraries.BACKENDS)
-# The fused kernel blends K/V again for every block of queries, so it stays with few blocks or few keys. By arithmetic,
-# not measured: one launch (some 5 us) against the blend's own time.
-FUSED_QUERIES, FUSED_TOKENS = 128, 1024
 
 
 def locked_attention_reference(
@@ -215,3 +206,18 @@ def locked_attention(
         else:
             packed += [ref, [], "native", "k", 1]
     return _locked_attention_op(q, k, v, *packed, foreground, alpha, float(scale), backend, attention)
+
+
+def launch_shipped(architecture: int) -> None:
+    """A launch of every configuration that ships, for the compiler's report."""
+    tokens, alpha = 32760, torch.empty(2, device="meta")
+    foreground = torch.empty(1, tokens, dtype=torch.bool, device="meta")
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dim in (64, 128):
+            k = torch.empty(2, tokens, 12, dim, dtype=dtype, device="meta")
+            for format in ("native", "fp8_e4m3", "int8", "int4") if dtype == torch.bfloat16 else ("native",):
+                refs = []
+                for kind in ("k", "v"):
+                    codes, *scales = [k[:1]] if format == "native" else meta_codes(1, tokens, 12, dim, format, kind)
+                    refs.append(packed_arguments(codes, scales, format, kind, 1, architecture))
+                launch_blend_kv(k, k, *refs, foreground, alpha)

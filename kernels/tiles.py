@@ -1,8 +1,12 @@
-"""Verbs on tiles that several kernels share: rounding, maxima that keep NaN, fp8 by bits, dot.
+"""Verbs on tiles that several kernels share: rounding, maxima that keep NaN, fp8 by bits, dot, sums in a fixed order.
 
 Triton's interpreter gets four things wrong that the GPU gets right: casts from fp32 to bf16 drop the low bits, casts
 to fp8 lose the mantissa's carry, fp8's NaN decodes to 480, and dots of bf16 multiply the bit patterns. The verbs here
 do the same arithmetic on both.
+
+For a sum, programs write their share as partial sums, and the next launch adds these up (`sum_partials`). No atomics:
+the same bits every run. `volumes`, `samples` and `dense` give tensors as such kernels see them: [B, C, V], the volume V
+contiguous.
 """
 
 import math
@@ -15,6 +19,10 @@ from kvlock_fast.kernels.language import require_package_name, tl, triton
 require_package_name(__name__)
 
 INTERPRETED = tl.constexpr(language.INTERPRETED)
+# Most elements a load of 16 bytes can have to be aligned to.
+ALIGNMENT = 16
+# Not swept yet: the partial sums of one sample, 4 a thread and turn.
+SUM_BLOCK = 512
 
 
 @triton.jit
@@ -108,12 +116,6 @@ def dot(a, b, acc):
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision="ieee")
-
-
-# Most elements a load of 16 bytes can have to be aligned to.
-ALIGNMENT = 16
-# Not swept yet: the partial sums of one sample, 4 a thread and turn.
-SUM_BLOCK = 512
 
 
 @triton.jit

@@ -37,7 +37,7 @@ __all__ = [
     "ops",
 ]
 
-# No module has the name of what it holds: once imported, it would stand in its place.
+# No module at the package's top has the name of what is exported: once imported, it would stand in its place.
 _HOMES = {
     "ArchSpec": "locking.arch",
     "AttachedLock": "integrations.attach",

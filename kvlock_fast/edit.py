@@ -1,4 +1,7 @@
-"""One edit from files to files: read, run, composite, write. What `kvlock-fast edit` and `demo` do."""
+"""One edit of a clip in memory: settings, the call of the pipeline, composite, metrics.
+
+No file of an edit is read or written here; edit_files.py does that.
+"""
 
 import math
 from collections.abc import Callable

@@ -4,6 +4,7 @@ The command line prints such a message as the last line on stderr and exits with
 `InputError` (or `ValueError`). Everything else that is raised is a fault of this program.
 """
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -21,16 +22,18 @@ class InputWarning(UserWarning):
     """Input that was changed to fit. The command line prints such a message as a line on stderr."""
 
 
-_INSIDE = str(Path(__file__).parent)
-_BETWEEN = ("contextlib.py", "functools.py")
-"""Files whose frames lie between ours: context managers, and torch's and Python's decorators."""
+_INSIDE = str(Path(__file__).parent) + os.sep
+_BETWEEN = ("contextlib", "functools", "torch.utils._contextlib")
+"""Modules whose frames lie between ours: context managers, and Python's and torch's decorators."""
 
 
 def warn(message: str) -> None:
     """Warn of input that was changed or cut; the warning names the caller's line, the first outside the package."""
-    frame, level = sys._getframe(1), 2
-    while frame is not None and frame.f_code.co_filename.startswith(_INSIDE) | frame.f_code.co_filename.endswith(
-        _BETWEEN
+    frame = sys._getframe(1)
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_INSIDE) or frame.f_globals.get("__name__") in _BETWEEN
     ):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, InputWarning, stacklevel=level)
+        frame = frame.f_back
+    where = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__")
+    registry = frame.f_globals.setdefault("__warningregistry__", {})
+    warnings.warn_explicit(message, InputWarning, *where, registry)

@@ -4,7 +4,7 @@
     source path, source pass                            where the source is at each step; its own forwards, stored
     step K                                              one denoising step, K = 0, 1, ...
     forward edit, forward source, forward all           a transformer's forward, and who is in its batch
-    layers A-B, attention, prologue, lock, capture      inside a forward (models/ranges.py); "prologue": the QK-norms,
+    layers A-B, attention, prologue, lock, capture      inside a forward (loop/ranges.py); "prologue": the QK-norms,
                                                         "lock": the blend of K or V, "capture": keeping them
     epilogue                                            what follows a step's forwards: guidance, solver, variance
     transfers, transfer wait                            copies of a stored source, by their own thread; waiting for one

@@ -81,7 +81,7 @@ _PLAIN = {"alpha": 0, "omega": "constant", "s_star": False, "zero_init_steps": 0
 """What a method of its own needs of the lock."""
 
 PAPER: dict[str, Any] = {"background_latents": "model", "tau": 0.01, "b": 2.0, "omega_floor": 0.0}
-"""The paper's letter, where it differs from the default."""
+"""The paper's exact settings, where they differ from the default."""
 UNLOCKED: dict[str, Any] = {**PAPER, "alpha": 0.0, "omega": "constant", "s_star": False}
 
 NEIGHBOURS: dict[str, dict[str, Any]] = {
@@ -118,7 +118,7 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
     # Trained for the task: the model itself is shown what is kept, so nothing is locked.
     "vace": {**UNLOCKED, "family": "wan-vace"},
 }
-"""Other methods, as far as values of the lock make them."""
+"""Presets that stand for other methods."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "kvlock": {},
@@ -132,4 +132,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cfg-zero-star": {**UNLOCKED, "s_star": True, "zero_init_steps": 2},
     **NEIGHBOURS,
 }
-"""What each preset changes of the defaults."""
+"""The values that each preset changes."""

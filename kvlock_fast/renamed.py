@@ -5,9 +5,9 @@ from functools import wraps
 from typing import Any, TypeVar
 
 OPTIONS = {"--window": "--clip-frames", "--overlap": "--clip-overlap"}
-"""Of `kvlock-fast edit`."""
+"""Options of `kvlock-fast edit`."""
 FIELDS = {"window": "variance_window", "clip_window": "clip_frames"}
-"""Of a manifest's line."""
+"""Fields of a manifest's line."""
 CACHE_STEPS = {"window": "dynamic"}
 """Values of cache_steps, `CacheConfig.steps`."""
 

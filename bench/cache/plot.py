@@ -107,7 +107,7 @@ def _legend(figure: Any, rows: list[dict[str, Any]]) -> None:
         if stride > 1
     ]
     hollow = dict(color="0.25", marker="o", markerfacecolor="white", linestyle="")
-    handles.append(Line2D([], [], **hollow, label="of the last 8 of 20 steps (w)"))
+    handles.append(Line2D([], [], **hollow, label="of the last 8 of 20 steps (d)"))
     handles.append(Line2D([], [], color="0.6", linestyle="--", label="lockstep, nothing stored"))
     figure.legend(handles=handles, loc="upper center", ncols=5, fontsize=9, frameon=False)
 

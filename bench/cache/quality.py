@@ -42,7 +42,7 @@ PEAK = 255.0
 
 @dataclass(frozen=True)
 class Setting:
-    """How the demo world is edited. kappa: 8 of 20 steps, as the paper's 20 of 50; with 20 the window would be all."""
+    """How the demo world is edited. kappa: 8 of 20 steps, as the paper's 20 of 50; with 20 all would be dynamic."""
 
     steps: int = STEPS
     kappa: int = 8

@@ -4,7 +4,7 @@
     python -m bench.quality.sweeps --bases paper --parameters tau,b --cases 8
 
 Cases are the table's first ones (bench/quality/cases.py), finished points are kept in `--work` as there. Writes
-bench/results/quality_sweeps.json, .md and .png. alpha before the window has the window's kappa at half of the steps,
+bench/results/quality_sweeps.json, .md and .png. alpha of the warm-up has a kappa of half the steps,
 as at the demo's 20 steps there is nothing before the 20 of the paper.
 """
 
@@ -39,7 +39,7 @@ SWEEPS: dict[str, tuple[Any, ...]] = {
     "background_latents": ("model", "source"),
     "source_path": ("renoise", "invert"),
 }
-"""By the lock's own names; variance_window is W, warmup_alpha is alpha before the window."""
+"""By the lock's own names; variance_window is W, warmup_alpha is alpha of the warm-up."""
 Point = tuple[str, str, Any]
 """A base, a parameter and its value."""
 
@@ -124,7 +124,7 @@ def plot(sweeps: dict[str, dict[str, list]], path: Path) -> None:
                 panel.grid(alpha=0.3)
                 panel.set_xticks(range(len(values)), values, rotation=45)
         axes[0, column].set_title(
-            {"variance_window": "W", "warmup_alpha": "alpha before the window"}.get(parameter, parameter)
+            {"variance_window": "W", "warmup_alpha": "alpha of the warm-up"}.get(parameter, parameter)
         )
     axes[0, 0].set_ylabel("background PSNR, dB")
     axes[1, 0].set_ylabel("edit is right, %")

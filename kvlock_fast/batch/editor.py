@@ -18,7 +18,10 @@ from kvlock_fast.media.clip import Clip
 
 @dataclass(frozen=True)
 class Speed:
-    """graph, compile, processors: as `EditSettings` has them."""
+    """What changes how fast every edit of a batch is, and not what is asked for: CUDA graphs, torch.compile, attention.
+
+    graph, compile, processors: as `EditSettings` has them.
+    """
 
     graph: str = "off"
     compile: str = "off"

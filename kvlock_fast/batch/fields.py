@@ -222,3 +222,17 @@ def cache_of(values: dict[str, Any]) -> CacheConfig:
         steps=values["cache_steps"],
         prompts_at_once=values["prompts_at_once"],
     )
+
+
+def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of an object of JSON. Raises ValueError where one is there twice."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"the field {name!r} is there twice")
+    return dict(pairs)
+
+
+def no_constant(word: str) -> Any:
+    """Raise ValueError for NaN and infinities, which JSON does not have."""
+    raise ValueError(f"{word} is no number of JSON")

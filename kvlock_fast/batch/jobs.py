@@ -1,8 +1,13 @@
-"""A job of a batch: one prompt on one source, and all that decides how its frames come out."""
+"""A job of a batch: one prompt on one source, and all that decides how its frames come out.
+
+`grouped` says which jobs share a pass of their source, `ranks` in which order the passes come, and `Waiting` which of
+the passes that wait a worker gets.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +17,6 @@ from kvlock_fast.media import MaskShape
 
 if TYPE_CHECKING:
     from kvlock_fast.loop.windows import Windows
-from collections.abc import Collection, Iterable, Iterator
 
 
 @dataclass(frozen=True)

@@ -60,9 +60,13 @@ class Ledger:
             self.db.execute("PRAGMA synchronous = FULL")
             self._check_version()
             self.db.executescript(_TABLES)
-        except sqlite3.Error as error:
+        except BaseException as error:
+            if hasattr(self, "db"):
+                self.db.close()
             self._lock.close()
-            raise OutputError(f"the ledger '{self.path}' cannot be used: {error}") from error
+            if isinstance(error, sqlite3.Error):
+                raise OutputError(f"the ledger '{self.path}' cannot be used: {error}") from error
+            raise
 
     def close(self) -> None:
         self.db.close()
@@ -86,7 +90,11 @@ class Ledger:
         """The jobs of a ledger of 0.1 under today's names, so that what is done stays done."""
         with self._transaction() as db:
             for row in db.execute("SELECT id, spec FROM jobs").fetchall():
-                db.execute("UPDATE jobs SET spec = ? WHERE id = ?", (migrate_spec(row["spec"]), row["id"]))
+                try:
+                    spec = migrate_spec(row["spec"])
+                except (ValueError, TypeError, AttributeError) as error:
+                    raise InputError(f"the ledger '{self.path}' is damaged: job {row['id']!r}: {error}") from error
+                db.execute("UPDATE jobs SET spec = ? WHERE id = ?", (spec, row["id"]))
             db.execute("PRAGMA user_version = 2")
 
     @contextmanager

@@ -17,6 +17,8 @@ from kvlock_fast.batch.fields import (
     JobFields,
     cache_of,
     lock_of,
+    no_constant,
+    no_doubles,
     problems_of,
     shape_of,
     short,
@@ -164,7 +166,7 @@ def _json_lines(file: Any, reading: Reading) -> Iterator[tuple[int, dict[str, An
             text = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             if not text:
                 continue
-            values = json.loads(text, object_pairs_hook=_no_doubles, parse_constant=_no_constant)
+            values = json.loads(text, object_pairs_hook=no_doubles, parse_constant=no_constant)
         except (ValueError, RecursionError) as error:
             reading.wrong(number, "json", f"cannot be read: {error}")
             continue
@@ -172,18 +174,6 @@ def _json_lines(file: Any, reading: Reading) -> Iterator[tuple[int, dict[str, An
             yield number, values
         else:
             reading.wrong(number, "json", f"must be an object of fields, got {short(values)}")
-
-
-def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"the field {name!r} is there twice")
-    return dict(pairs)
-
-
-def _no_constant(word: str) -> Any:
-    raise ValueError(f"{word} is no number of JSON")
 
 
 def _csv_lines(path: Path, file: Any, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Manifests and files of defaults of version 0.1 with the names of today; nothing else in them changes."""
+"""Manifests and files of defaults of version 0.1 with the names of today; what needs no other name stays as it was."""
 
 from __future__ import annotations
 
@@ -6,11 +6,52 @@ import csv
 import io
 import json
 import re
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvlock_fast.batch.fields import no_constant, no_doubles
 from kvlock_fast.errors import InputError
+from kvlock_fast.files import write_bytes
 from kvlock_fast.renamed import CACHE_STEPS, FIELDS
+
+BOM = b"\xef\xbb\xbf"
+
+
+def migrate_file(path: Path, output: Path | None) -> tuple[Path, int]:
+    """Write a manifest with today's names to `output`; None: in its place, the old one kept beside it as NAME.0.1.
+
+    Returns where it is, and how many lines changed; where none did, the file stays as it is. Raises InputError for a
+    file that cannot be migrated, or where one would be overwritten.
+    """
+    if path.suffix.lower() not in _KINDS:
+        raise InputError(f"'{path}' is no manifest: its name must end in {', '.join(_KINDS)}")
+    try:
+        data = path.read_bytes()
+        bom = BOM if data.startswith(BOM) else b""
+        text = data.removeprefix(bom).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    fresh, changed = migrate_text(text, path.suffix.lower(), str(path))
+    if output is None and not changed:
+        return path, 0
+    kept = path.with_name(f"{path.name}.0.1")
+    place = kept if output is None else output
+    if place.exists():
+        raise InputError(f"'{place}' is there already: nothing is overwritten")
+    if output is None:
+        write_bytes(kept, data)
+    write_bytes(output or path, bom + fresh.encode())
+    return output or path, changed
+
+
+def migrate_text(text: str, suffix: str, name: str) -> tuple[str, int]:
+    """The text of a manifest or a file of defaults with today's names, and how many lines changed.
+
+    Raises InputError naming the file, and the line where it is one line's fault.
+    """
+    return _KINDS[suffix](text, name)
 
 
 def migrate_fields(values: dict[str, Any]) -> dict[str, Any]:
@@ -25,104 +66,6 @@ def migrate_fields(values: dict[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def migrate_text(text: str, suffix: str, name: str) -> tuple[str, int]:
-    """The text of a .jsonl, .csv, .yaml, .yml or .toml file with today's names, and how many lines changed.
-
-    Raises InputError naming the file, and the line, that cannot be read.
-    """
-    if suffix == ".csv":
-        return _csv(text, name)
-    change = _json_line if suffix == ".jsonl" else _assignment
-    lines = text.split("\n")
-    fresh = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            fresh.append(change(line))
-        except (ValueError, InputError) as error:
-            raise InputError(f"'{name}', line {number}: {error}") from error
-    return "\n".join(fresh), sum(a != b for a, b in zip(lines, fresh, strict=True))
-
-
-def _json_line(line: str) -> str:
-    if not line.strip():
-        return line
-    values = json.loads(line)
-    if not isinstance(values, dict):
-        raise ValueError(f"it holds a {type(values).__name__}, not an object")
-    renamed = migrate_fields(values)
-    if list(renamed.items()) == list(values.items()):
-        return line
-    return json.dumps(renamed, ensure_ascii=False) + ("\r" if line.endswith("\r") else "")
-
-
-_ASSIGNED = re.compile(r"""^(?P<quote>["']?)(?P<name>\w+)(?P=quote)(?P<between>\s*[:=]\s*)(?P<value>.*)$""", re.DOTALL)
-
-
-def _assignment(line: str) -> str:
-    """A line of flat YAML or TOML."""
-    found = _ASSIGNED.match(line)
-    if found is None:
-        return line
-    name, value = found["name"], found["value"]
-    if name == "cache_steps":
-        for old, new in CACHE_STEPS.items():
-            value = re.sub(rf"^([\"']?){old}\1(?=\s|$)", rf"\g<1>{new}\g<1>", value)
-    return f"{found['quote']}{FIELDS.get(name, name)}{found['quote']}{found['between']}{value}"
-
-
-def _csv(text: str, name: str) -> tuple[str, int]:
-    rows = list(csv.reader(io.StringIO(text, newline="")))
-    if not rows:
-        return text, 0
-    header = rows[0]
-    try:
-        renamed = list(migrate_fields(dict.fromkeys(header)))
-    except InputError as error:
-        raise InputError(f"'{name}', line 1: {error}") from error
-    column = header.index("cache_steps") if "cache_steps" in header else None
-    fresh = [renamed if len(renamed) == len(header) else header, *(list(row) for row in rows[1:])]
-    for row in fresh[1:]:
-        if column is not None and column < len(row):
-            row[column] = CACHE_STEPS.get(row[column], row[column])
-    changed = sum(a != b for a, b in zip(rows, fresh, strict=True))
-    if not changed:
-        return text, 0
-    out = io.StringIO(newline="")
-    csv.writer(out, lineterminator="\r\n" if "\r\n" in text else "\n").writerows(fresh)
-    return out.getvalue(), changed
-
-
-SUFFIXES = (".jsonl", ".csv", ".yaml", ".yml", ".toml")
-
-
-def migrate_file(path: Path, output: Path | None) -> tuple[Path, int]:
-    """Write a manifest with today's names to `output`; None: in its place, the old one kept beside it as NAME.0.1.
-
-    Returns where it is, and how many lines changed; where none did, nothing is written. Raises InputError for a file
-    that is no manifest, or where one would be overwritten.
-    """
-    from kvlock_fast.files import write_bytes
-
-    if path.suffix.lower() not in SUFFIXES:
-        raise InputError(f"'{path}' is no manifest: its name must end in {', '.join(SUFFIXES)}")
-    try:
-        data = path.read_bytes()
-        text = data.decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    fresh, changed = migrate_text(text, path.suffix.lower(), str(path))
-    if not changed:
-        return path, 0
-    kept = path.with_name(f"{path.name}.0.1")
-    for place in (kept,) if output is None else (output,):
-        if place.exists():
-            raise InputError(f"'{place}' is there already: nothing is overwritten")
-    if output is None:
-        write_bytes(kept, data)
-    write_bytes(output or path, fresh.encode())
-    return output or path, changed
-
-
 def migrate_spec(spec: str) -> str:
     """A job as a ledger of 0.1 has it, under today's names."""
     data = json.loads(spec)
@@ -131,3 +74,110 @@ def migrate_spec(spec: str) -> str:
     lock = {FIELDS.get(name, name): value for name, value in data.get("lock", {}).items()}
     nested = {name: value for name, value in (("lock", lock), ("cache", cache)) if name in data}
     return json.dumps({FIELDS.get(name, name): value for name, value in {**data, **nested}.items()})
+
+
+def _json_lines(text: str, name: str) -> tuple[str, int]:
+    lines, fresh = text.split("\n"), []
+    for number, line in enumerate(lines, start=1):
+        try:
+            fresh.append(_json_line(line))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"'{name}', line {number}: {error}") from error
+    return "\n".join(fresh), sum(a != b for a, b in zip(lines, fresh, strict=True))
+
+
+def _json_line(line: str) -> str:
+    if not line.strip():
+        return line
+    values = json.loads(line, object_pairs_hook=no_doubles, parse_constant=no_constant)
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds a {type(values).__name__}, not an object")
+    renamed = migrate_fields(values)
+    if list(renamed.items()) == list(values.items()):
+        return line
+    text = json.dumps(renamed, ensure_ascii=False)
+    if not text.isascii() and text.encode(errors="replace") != text.encode(errors="ignore"):
+        text = json.dumps(renamed)  # half of a pair of surrogates has no UTF-8
+    return text + ("\r" if line.endswith("\r") else "")
+
+
+def _csv(text: str, name: str) -> tuple[str, int]:
+    """Row by row: one that needs no other name keeps its text."""
+    lines = text.splitlines(keepends=True)
+    rows, begin, fresh, changed = csv.reader(lines, strict=True), 0, [], 0
+    column = None
+    try:
+        for number, row in enumerate(rows):
+            source, begin = "".join(lines[begin : rows.line_num]), rows.line_num
+            if number == 0:
+                if len(set(row)) < len(row):
+                    raise InputError("a column is there twice")
+                column = row.index("cache_steps") if "cache_steps" in row else None
+                renamed = list(migrate_fields(dict.fromkeys(row)))
+            else:
+                renamed = [CACHE_STEPS.get(cell, cell) if i == column else cell for i, cell in enumerate(row)]
+            changed += renamed != row
+            fresh.append(source if renamed == row else _csv_row(renamed, source))
+    except (csv.Error, InputError) as error:
+        raise InputError(f"'{name}', line {max(rows.line_num, 1)}: {error}") from error
+    return "".join(fresh), changed
+
+
+def _csv_row(cells: list[str], source: str) -> str:
+    ending = source[len(source.rstrip("\r\n")) :]
+    out = io.StringIO(newline="")
+    csv.writer(out, lineterminator=ending).writerow(cells)
+    return out.getvalue()
+
+
+_ASSIGNED = re.compile(
+    r"""^(?P<head>\s*(?P<quote>["']?))(?P<name>\w+)(?P<between>(?P=quote)\s*[:=]\s*)(?P<value>.*)$"""
+)
+
+
+def _assignments(parse: Callable[[str], Any], text: str, name: str) -> tuple[str, int]:
+    """A flat file of YAML or TOML, line by line; what comes out must mean what was meant."""
+    values = _parsed(parse, text, name)
+    wanted = migrate_fields(values)
+    lines = text.split("\n")
+    fresh = [_assignment(line) for line in lines]
+    if _parsed(parse, "\n".join(fresh), name) != wanted:
+        old = ", ".join(sorted((FIELDS.keys() | {"cache_steps"}) & values.keys())) or "names in longer texts"
+        raise InputError(f"'{name}' has {old} in a form that is not rewritten here: change it by hand")
+    return "\n".join(fresh), sum(a != b for a, b in zip(lines, fresh, strict=True))
+
+
+def _parsed(parse: Callable[[str], Any], text: str, name: str) -> dict[str, Any]:
+    try:
+        values = parse(text)
+    except Exception as error:  # each library has errors of its own
+        raise InputError(f"'{name}' cannot be read: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"'{name}' holds a {type(values).__name__}, not fields of a job")
+    return values
+
+
+def _assignment(line: str) -> str:
+    found = _ASSIGNED.match(line)
+    if found is None:
+        return line
+    name, value = found["name"], found["value"]
+    if name == "cache_steps":
+        for old, new in CACHE_STEPS.items():
+            value = re.sub(rf"^([\"']?){old}\1(?=\s|#|$)", rf"\g<1>{new}\g<1>", value)
+    return f"{found['head']}{FIELDS.get(name, name)}{found['between']}{value}"
+
+
+def _yaml(text: str, name: str) -> tuple[str, int]:
+    import yaml
+
+    return _assignments(yaml.safe_load, text, name)
+
+
+def _toml(text: str, name: str) -> tuple[str, int]:
+    return _assignments(tomllib.loads, text, name)
+
+
+_KINDS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".yaml": _yaml, ".yml": _yaml, ".toml": _toml}

@@ -1,7 +1,8 @@
 """One machine's part of a batch: a pass in, finished files out.
 
 Several passes may be in a worker at once, each in a thread of its caller's: while one has the device, the next one's
-clip is read and the last one's results are measured and encoded.
+clip is read and the last one's results are measured and encoded. `finished_files` makes a job's video, page and
+thumbnail in memory.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """Fingerprints of weights wherever they are: in memory, in accelerate's care, in files of diffusers' group offloading.
 
-And the first of an edit's and a cache's facts that differs.
+A cache's manifest holds the facts that it was made of, as plain JSON values. `SOURCE_FACTS` must be equal to an edit's
+for the cache to serve at all; the rest says what it contains, which may be more than the edit asks for.
+`first_difference` says in which of them the two differ.
 """
 
 import json

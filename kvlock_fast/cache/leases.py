@@ -10,6 +10,10 @@
     damaged-<digest>.txt            the manifest with this digest is set aside; the text says why
 
 Any process may remove what a dead one left. All else is left as it is, so an entry can live among other files.
+
+File locks are not trusted, as network file systems pretend to have them: an owner in a name says which process wrote
+this, and whether it still runs. `<owner>` is `<machine>.<pid>.<start>`: the machine is a hash of the boot and of the
+space of process ids, and the start of a process tells it from a later one with the same id.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ from kvlock_fast.cache import leases, manifest
 from kvlock_fast.cache.entry import DamagedCache, Entry, MissingCache
 from kvlock_fast.cache.root import Slot, slot_of
 from kvlock_fast.errors import InputError
-from kvlock_fast.files import check_writable, write_json
+from kvlock_fast.files import check_json, write_json
 from kvlock_fast.units import parse_bytes, text_bytes
 
 _PROMPT_LENGTH = 40
@@ -18,7 +18,7 @@ _PROMPT_LENGTH = 40
 
 def list_entries(folder: Path, json_file: str | None) -> None:
     """`cache ls`: a line for each entry; what is damaged shows in its manifest only, shards are not read."""
-    _check_json(json_file)
+    check_json(json_file)
     rows = [_row(slot) for slot in _slots(find_entries(folder))]
     if json_file != "-":
         print(_table(rows))
@@ -27,7 +27,7 @@ def list_entries(folder: Path, json_file: str | None) -> None:
 
 def verify_entries(folder: Path, json_file: str | None) -> int:
     """`cache verify`: read every byte; the exit status, 1 if an entry is damaged."""
-    _check_json(json_file)
+    check_json(json_file)
     problems = {str(entry): problem(entry) for entry in find_entries(folder)}
     if json_file != "-":
         print("\n".join(f"{entry}: {what or 'ok'}" for entry, what in problems.items()))
@@ -41,7 +41,7 @@ def verify_entries(folder: Path, json_file: str | None) -> int:
 def prune_entries(folder: Path, quota: str | None, everything: bool, json_file: str | None) -> None:
     """`cache prune`: remove litter, then damaged entries, then the least recently used ones down to the quota."""
     limit = None if quota is None else parse_bytes(quota, "--quota")
-    _check_json(json_file)
+    check_json(json_file)
     entries = find_entries(folder)
     swept = sum(map(_sweep, entries))
     removed = _remove(entries, limit, everything)
@@ -181,8 +181,3 @@ def _plain(value: Any) -> str:
 
 def _time(seconds: float | None) -> str:
     return "-" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
-
-
-def _check_json(target: str | None) -> None:
-    if target is not None and target != "-":
-        check_writable(target)

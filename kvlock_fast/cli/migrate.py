@@ -19,7 +19,7 @@ def migrate(
 
     place, changed = migrate_file(manifest, output)
     if not changed:
-        print(f"{manifest}: nothing to rename, left as it is")
+        print(f"{manifest}: nothing to rename, " + ("left as it is" if output is None else f"copied to {place}"))
     else:
         kept = "" if output is not None else f"; the old one is {manifest.name}.0.1"
         print(f"{place}: {changed} line{'s' if changed > 1 else ''} rewritten{kept}")

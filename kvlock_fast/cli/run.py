@@ -35,8 +35,9 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 def _usage_message(error: Any, arguments: list[str]) -> str:
     """The library's sentence, with the value that was given where it leaves that out."""
     message = error.format_message().replace("\n", " ").rstrip(".")
-    if (unknown := getattr(error, "option_name", None)) in OPTIONS:
-        return f"{unknown} is called {OPTIONS[unknown]} now"
+    new = OPTIONS.get(getattr(error, "option_name", None))
+    if new is not None and any(new in parameter.opts for parameter in error.ctx.command.params):
+        return f"{error.option_name} is called {new} now"
     for option in getattr(getattr(error, "param", None), "opts", ()):
         for i, argument in reversed(list(enumerate(arguments))):
             given = arguments[i + 1] if argument == option and i + 1 < len(arguments) else None

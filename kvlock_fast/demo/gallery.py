@@ -1,4 +1,7 @@
-"""A contact sheet of clips: a row per clip, frames from left to right, the caption below."""
+"""A contact sheet of clips: a row per clip, frames from left to right, the caption below.
+
+`write_world` draws clips of the demo's world, and writes them as videos with their contact sheet.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,6 @@ def _draw_clip(page: Image.Image, clip: Clip, left: int, top: int, shown: int, s
 
 def write_world(n: int, output_folder: str | Path, seed: int = 0) -> list[Path]:
     """Write n clips (`world_000.mp4` ...) and `world.png`, a sheet of their frames with captions; returns the paths."""
-    from kvlock_fast.demo.gallery import contact_sheet
     from kvlock_fast.media import write_video
 
     if n < 1:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def lock_of(lock: str | Mapping[str, Any] | LockConfig) -> LockConfig:
-    """A preset by name, or fields of a `LockConfig`, with `preset` among them to begin with (else "paper")."""
+    """A preset by name, or fields of a `LockConfig`, with `preset` among them to begin with (else "kvlock")."""
     if isinstance(lock, LockConfig):
         return lock
     if isinstance(lock, str):
@@ -34,7 +34,7 @@ def lock_of(lock: str | Mapping[str, Any] | LockConfig) -> LockConfig:
     if not isinstance(lock, Mapping):
         raise InputError(f"lock must be a preset's name, fields of a LockConfig or one, got {type(lock).__name__}")
     try:
-        return LockConfig.preset(lock.get("preset", "paper"), **{k: v for k, v in lock.items() if k != "preset"})
+        return LockConfig.preset(lock.get("preset", "kvlock"), **{k: v for k, v in lock.items() if k != "preset"})
     except ValueError as error:
         raise InputError(f"lock: {error}") from error
 

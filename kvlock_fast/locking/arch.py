@@ -126,7 +126,7 @@ _LINEAR = re.compile(r"Linear(Attn|Attention)|GDN|DeltaNet")
 
 
 def refuse_linear(transformer: nn.Module) -> None:
-    """Raise InputError for a model with linear attention.
+    """Raise InputError for a model with linear attention, which cannot be locked token by token.
 
     There keys pass through a nonlinearity behind their norm, and are summed with the values of all tokens into one
     matrix before a query meets them: keys blended at their norm are not what enters the sum, and no query attends to

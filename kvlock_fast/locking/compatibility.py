@@ -1,4 +1,7 @@
-"""What else was done to a transformer: what a lock gets along with needs no word here, what it does not is refused."""
+"""What else was done to a transformer: what a lock gets along with needs no word here, what it does not is refused.
+
+torch.compile is for a transformer's repeated blocks ("regional"): one block is compiled, and serves all of them.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager

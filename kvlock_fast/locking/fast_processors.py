@@ -26,7 +26,7 @@ class WanFastProcessor(FastProcessor):
 
 
 class CogVideoXFastProcessor(FastProcessor):
-    """In place of diffusers' `CogVideoXAttnProcessor2_0` in a locked self-attention."""
+    """In place of diffusers' `CogVideoXAttnProcessor2_0` in a locked joint attention: text in front of the video."""
 
     def __call__(
         self,
@@ -71,7 +71,10 @@ class LTXFastProcessor(FastProcessor):
 
 
 class HunyuanVideoFastProcessor(FastProcessor):
-    """In place of diffusers' `HunyuanVideoAttnProcessor2_0` in a locked self-attention."""
+    """In place of diffusers' `HunyuanVideoAttnProcessor2_0` in a locked self-attention.
+
+    The text is behind the video, by projections of its own or by the same.
+    """
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ from kvlock_fast.kernels.prologue import Capture, Lock, Places, QKNorm, RoPE, pr
 from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
 from kvlock_fast.locking.arch import around_video
 from kvlock_fast.locking.qk_norms import qk_norm
-from kvlock_fast.locking.registry import LOCKED
+from kvlock_fast.locking.registry import locked_entry
 from kvlock_fast.locking.state import LockState, Mode, repeated
 from kvlock_fast.nvtx import span
 
@@ -148,7 +148,7 @@ def _by_token(x: Tensor, heads: int) -> Tensor:
 def _locked_qkv(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, number: int
 ) -> Projections:
-    entry = LOCKED[number]
+    entry = locked_entry(number)
     with span("prologue"):
         return entry.state.prologue(
             entry.key[0], entry.token_dim, (q, k, v), None if cos is None else (cos, sin), heads

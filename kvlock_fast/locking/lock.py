@@ -11,7 +11,6 @@ by class all blocks share one graph, whatever the lock, mode and alpha: the grap
 but the number of the module.
 """
 
-import copyreg
 import gc
 from collections import Counter
 from collections.abc import Iterator
@@ -38,7 +37,7 @@ from kvlock_fast.locking.compatibility import refuse_caches, refuse_wrapped
 from kvlock_fast.locking.fast_path import choose_path
 from kvlock_fast.locking.foreground import attend
 from kvlock_fast.locking.parallel import Shard, shard_of
-from kvlock_fast.locking.registry import LOCKED, NUMBERS, Entry
+from kvlock_fast.locking.registry import LOCKED, NUMBERS, Entry, locked_entry
 from kvlock_fast.locking.state import KeptKV as KeptKV
 from kvlock_fast.locking.state import LockState
 from kvlock_fast.locking.state import Mode as Mode
@@ -63,7 +62,7 @@ def _(x: Tensor, number: Tensor) -> None:
 
 
 def _attend_kept(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
-    entry = LOCKED[number]
+    entry = locked_entry(number)
     state, (layer, _) = entry.state, entry.key
     kept = ((state.kept[layer, "k"], entry.token_dim), (state.kept[layer, "v"], 1))
     heads = (x if isinstance(x, QuantizedKV) else as_heads(x, dim, q.shape[2]) for x, dim in kept)
@@ -98,25 +97,25 @@ class _Locked:
     kvlock_number_tensor: Tensor
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        output = super().__call__(*args, **kwargs)
         if torch.compiler.is_compiling():
+            output = super().__call__(*args, **kwargs)
             lock_output_(output, self.kvlock_number_tensor)
-        else:
-            _lock_output(output, self.kvlock_number)
+            return output
+        number = self.kvlock_number  # first: a lock that is forgotten may be freed while the module runs
+        output = super().__call__(*args, **kwargs)
+        _lock_output(output, number)
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copy and a pickle of a locked module are its plain self."""
-        kind = type(self)
-        make, arguments, state, *rest = super().__reduce_ex__(protocol)
-        arguments = tuple(kind.__mro__[2] if x is kind else x for x in arguments)
-        # Pickle wants the object's own class from copyreg's function.
-        make = _new if make is copyreg.__newobj__ else make
-        return make, arguments, {name: x for name, x in state.items() if name not in _OWN}, *rest
-
-
-def _new(kind: type, *arguments: Any) -> Any:
-    return kind.__new__(kind, *arguments)
+        kind, entry = type(self), LOCKED.get(self.kvlock_number)
+        if entry is not None and entry.state.mode is not Mode.OFF:
+            raise RuntimeError("a locked model cannot be copied in the middle of a forward: copy it before or after")
+        # Protocol 0 has no look at the object's own class, which pickle compares for the later ones.
+        make, arguments, *rest = super().__reduce_ex__(0)
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {name: x for name, x in rest[0].items() if name not in _OWN}
+        return make, tuple(kind.__mro__[2] if x is kind else x for x in arguments), *rest
 
 
 _OWN = ("kvlock_number", "kvlock_number_tensor")
@@ -127,7 +126,7 @@ def _unlock(targets: list[tuple[nn.Module, type[nn.Module]]]) -> None:
     for target, kind in targets:
         target.__class__ = kind
         for name in _OWN:
-            delattr(target, name)
+            vars(target).pop(name, None)
     targets.clear()
 
 
@@ -151,7 +150,7 @@ class TransformerLock:
     ):
         """layers: the locked self-attention layers by number, None for all; background: as in `LockState`, of the whole
         video also where processes share its tokens; format: as in `LockState`; processors: by which attention forwards
-        that lock go, a wish of `fast.PROCESSORS`.
+        that lock go, a wish of `fast_path.PROCESSORS`.
 
         Raises InputError where the lock would miss K or V, and where processors 'fast' cannot be had; then nothing is
         attached.
@@ -169,7 +168,7 @@ class TransformerLock:
         self._targets: list[tuple[nn.Module, tuple[str, ...], nn.Module]] = []
         self._entries: list[Entry] = []
         self._locked: list[tuple[nn.Module, type[nn.Module]]] = []
-        # Of a lock that is forgotten; it must not hold the lock itself.
+        # Runs when the lock is forgotten, so it must not hold the lock itself.
         self._forgotten = finalize(self, _unlock, self._locked)
         self._forgotten.atexit = False
         try:

@@ -1,4 +1,4 @@
-"""The modules that are locked now, by number. What compiled code is given of a lock is only this number.
+"""The modules that are locked now, by number. Compiled code is given this number and nothing else of a lock.
 
 Entries are weak: a `TransformerLock` holds its own, so that a lock that is forgotten is freed with its K and V.
 """
@@ -25,3 +25,11 @@ class Entry:
 
 NUMBERS = itertools.count()
 LOCKED: WeakValueDictionary[int, Entry] = WeakValueDictionary()
+
+
+def locked_entry(number: int) -> Entry:
+    """The entry of a module that is locked now. Raises RuntimeError where its lock is gone."""
+    entry = LOCKED.get(number)
+    if entry is None:
+        raise RuntimeError("the lock of this module was forgotten or detached while a forward ran")
+    return entry

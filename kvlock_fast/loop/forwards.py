@@ -1,4 +1,7 @@
-"""The transformer's forwards under the lock: who shares a batch, and where the source's K and V come from."""
+"""The transformer's forwards under the lock: who shares a batch, and where the source's K and V come from.
+
+A step asks of the whole clip or of one stretch of it, and of some samples for their foreground alone.
+"""
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager

@@ -102,9 +102,8 @@ def fit_to_model(
 ) -> tuple[Tensor, Tensor, int]:
     """Video uint8 [F, H, W, 3] and mask bool [F, H, W] as the model takes them, and how many frames to give back.
 
-    at_once: the most frames that go through the model together, None for all; can_be_cut: whether it may be given a
-    window. Warns where the size or the number of
-    frames is changed.
+    at_once: the most frames that go through the model together, None for all; can_be_cut: whether a longer clip
+    may go through it in stretches (clip_frames). Warns where the size or the number of frames is changed.
     """
     video = as_video(video)
     count, *given = video.shape[:3]
@@ -116,7 +115,7 @@ def fit_to_model(
     size = nearest_size(geometry, *wanted)
     if size != wanted:
         down, across = geometry.size_multiple()
-        _warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: working at {size[0]}x{size[1]}")
+        warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: working at {size[0]}x{size[1]}")
     _check_extent(geometry, count if geometry.one_frame else min(count, at_once or count), *size, can_be_cut)
     video, mask = resize_video(video, *size), resize_mask(mask, *size)
     video, _ = fit_frames(video, policy, *geometry.frame_rule)
@@ -124,10 +123,10 @@ def fit_to_model(
     if not mask.any():
         raise InputError(f"mask is empty on the {len(mask)} frames that frames_policy={policy!r} keeps")
     if len(video) > count:
-        _warn(f"{count} frames padded to {len(video)} by repeating the last; cut back afterwards")
+        warn(f"{count} frames padded to {len(video)} by repeating the last; cut back afterwards")
     elif len(video) < count:
         plus = " plus 1" if geometry.lone_frames else ""
-        _warn(f"{count} frames trimmed to {len(video)}, a multiple of {geometry.frame_step}{plus}")
+        warn(f"{count} frames trimmed to {len(video)}, a multiple of {geometry.frame_step}{plus}")
     return torch.from_numpy(np.ascontiguousarray(video)), torch.from_numpy(np.ascontiguousarray(mask)), count
 
 
@@ -154,7 +153,3 @@ def _check_extent(geometry: Geometry, frames: int, height: int, width: int, can_
         f"{frames} frames of {height}x{width} are too many for this model: "
         f"it takes at most {' and '.join(most_of)}{way_out}"
     )
-
-
-def _warn(message: str) -> None:
-    warn(message)

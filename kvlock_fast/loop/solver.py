@@ -1,6 +1,11 @@
 """The ODE's steps: from noise (k = 0) to the clean latent (k = T), by the scheduler the model ships with.
 
 x_k = a_k x0 + b_k n (schedulers.py); from the sample and the model's prediction follow x0hat and the noise n.
+
+Every deterministic step is linear in the sample and the outputs so far, so a solver is a table [steps, 3, 3 + J]. Entry
+k weighs (x, v, corrected, m_1, ..., m_J), with m_j the predicted clean latent of step k - j, for three results: the
+predicted clean latent, the next sample, the next corrected one (kernels/epilogue_state.py). Flow Euler and DDIM have
+closed forms. A multistep scheduler is asked: given unit vectors in place of tensors, its own step returns the weights.
 """
 
 import copy

@@ -1,4 +1,7 @@
-"""Where the K and V of a source come from: made in memory, made and found on disk, or read from a folder by name."""
+"""Where the K and V of a source come from: made in memory, made and found on disk, or read from a folder by name.
+
+They are made by the source's own pass through the model; what it predicted is kept for the edits too.
+"""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext

@@ -25,6 +25,7 @@ def feathered(mask: np.ndarray, feather: int) -> np.ndarray:
 def composite(source: np.ndarray, edited: np.ndarray, mask: np.ndarray, feather: int = 8) -> np.ndarray:
     """The edit, at the source's size, inside the mask and the source outside it.
 
+    Outside the mask, and the feather around it, every pixel is the source's own.
     source: uint8 [F, H, W, 3]; edited: uint8 [F, h, w, 3], resized to the source; mask: bool [F, H, W]; feather: pixels
     over which the two are mixed, outside the mask. Returns uint8 [F, H, W, 3].
     """

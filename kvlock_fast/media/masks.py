@@ -1,4 +1,8 @@
-"""Masks: boxes in words, files, and their shape (grown, shrunk, inverted, with a soft edge)."""
+"""Masks: boxes in words, files, and their shape (grown, shrunk, inverted, with a soft edge).
+
+Words give a box, or boxes at keyframes with straight motion between them. A file is a video, an image, a folder of
+images or a NumPy array.
+"""
 
 from __future__ import annotations
 

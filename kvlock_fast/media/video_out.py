@@ -16,6 +16,11 @@ from kvlock_fast.media.audio import Audio, carried, leave_out
 from kvlock_fast.media.video_in import exact_conversion
 
 Encoder = Callable[[Any, tuple[int, int], Fraction, int], tuple[Any, Callable[[np.ndarray], Any]]]
+"""One for each kind of video file, which makes frames of RGB pictures.
+
+It takes (container, (height, width), frames per second, quality as x264's constant rate factor), and returns the stream
+and a function from a uint8 RGB [H, W, 3] to a frame. Colours are BT.709 in limited range, tagged so, or RGB.
+"""
 
 
 def h264(container: Any, size: tuple[int, int], fps: Fraction, quality: int):

@@ -2,6 +2,7 @@
 
 A family's model says how pixels become its latents (`geometry`, `encode_video`, `decode`, `draw_noise`), what its
 transformer is told (`condition`) and how it is asked (`predict`); all else has a default here.
+Some pipelines guide by a component of their own, a "guider": `check_guider` says whether an edit can take its place.
 """
 
 import weakref
@@ -44,7 +45,7 @@ Made = TypeVar("Made")
 
 
 class PerClip:
-    """Keeps what was made of the latest clip, by name."""
+    """Keeps what was made of the latest clip, by name: made once, however many prompts go with the clip."""
 
     def __init__(self):
         self._clip: list[weakref.ref[Tensor]] = []
@@ -69,7 +70,7 @@ class PipelineModel:
     shifts_by_size = False
     """Whether `timesteps_settings` gives a scheduler with dynamic shifting its mu."""
     told_of_frames = False
-    """Whether what the transformer is told belongs to frames of the clip, so that a clip cannot be cut into windows."""
+    """Whether what the transformer is told belongs to frames of the clip, which then cannot be cut into stretches."""
     why_not_captured: str | None = None
     """What in a forward of diffusers' own, such as a read from the device, a captured step would miss."""
     guided_if_asked = False

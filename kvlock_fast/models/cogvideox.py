@@ -4,6 +4,10 @@ Facts of diffusers' `CogVideoXPipeline`: latents are the autoencoder's times its
 [B, F, C, h, w]; text and video share the self-attention, the text first; both branches of guidance are one forward,
 unconditional rows first; predictions are taken in fp32, latents kept in the model's dtype. In 1.5 a token holds two
 latent frames: an odd number gets one more in front, which is dropped before decoding.
+
+`foreground_forward` computes some of the tokens, as `CogVideoXTransformer3DModel.forward` does, on rows of the video's
+sequence. The text is computed whole, in front of the video's tokens, with keys and values of its own; the rest of the
+video is seen as the source's (locking/foreground.py). The blocks are the model's own, compiled or not.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The Cosmos families: Cosmos 1 text-to-world, Cosmos 2 text-to-image, Cosmos 2.5 predict from text.
+"""The Cosmos families: Cosmos 1 text-to-world, Cosmos 2 text-to-image and from a picture, Cosmos 2.5 predict from text.
 
 Facts of diffusers' `CosmosTextToWorldPipeline`, `Cosmos2TextToImagePipeline` and `Cosmos2_5_PredictBasePipeline`: the
 time that the transformer is told is made of sigma; guidance is cond + w (cond - uncond). In the first two noise is
@@ -6,6 +6,11 @@ added to a signal that stays, x = x0 + sigma n, from sigma 80 on; the transforme
 space guidance takes place, and the steps are Euler's. In the third it is a flow's velocity, and an image or a clip to
 go on from may be shown beside the text, which an edit has no use for. The pipelines refuse words and change pictures by
 a safety checker, as the models' licence asks; so does an edit.
+
+Cosmos 2 from a picture is `Cosmos2VideoToWorldPipeline`: an edit is given the first frame of its source, and so is the
+source. The transformer sees the picture's latents in the place of the first latent frame's, nearly without noise and
+with a time of their own; a mask channel marks them. Its prediction of the first frame is the picture, in both branches,
+so an edit leaves that frame as it is. The picture's latents are the posterior's mode; the pipeline draws a sample.
 """
 
 import inspect
@@ -34,6 +39,8 @@ COSMOS = ArchSpec(
     blocks=("CosmosTransformerBlock",),
 )
 FRAME_RATE = inspect.signature(CosmosTextToWorldPipeline.__call__).parameters["fps"].default
+DEFAULTS = inspect.signature(Cosmos2VideoToWorldPipeline.__call__).parameters
+PICTURE_FRAME_RATE, PICTURE_SIGMA = DEFAULTS["fps"].default, DEFAULTS["sigma_conditioning"].default
 
 
 class CosmosModel(PipelineModel):
@@ -194,10 +201,6 @@ class Cosmos25Model(Cosmos2Model):
         time = timestep.expand(len(latents), 1, frames, 1, 1)
         mask = latents.new_zeros(len(latents), 1, *latents.shape[2:], dtype=self.transformers[which].dtype)
         return self.ask(which, latents, time, told, condition_mask=mask).float()
-
-
-DEFAULTS = inspect.signature(Cosmos2VideoToWorldPipeline.__call__).parameters
-PICTURE_FRAME_RATE, PICTURE_SIGMA = DEFAULTS["fps"].default, DEFAULTS["sigma_conditioning"].default
 
 
 class Cosmos2VideoModel(Cosmos2Model):

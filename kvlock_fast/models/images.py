@@ -21,9 +21,10 @@ from kvlock_fast.models.base import PipelineModel
 
 
 def shift_of(scheduler: Any, tokens: int) -> float:
-    """mu: a straight line through two lengths of sequence, by the scheduler's config, as diffusers' `calculate_shift`.
+    """mu: the shift of a schedule by resolution, as several families' pipelines give it to their scheduler.
 
-    Of the SD3 paper (arXiv 2403.03206), section 5.3.2.
+    It lies on a straight line through two lengths of sequence, by the scheduler's config: diffusers' `calculate_shift`,
+    the SD3 paper (arXiv 2403.03206), section 5.3.2.
     """
     config = scheduler.config
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -104,7 +105,13 @@ ATTENTION = r"(single_)?transformer_blocks\.\d+\.attn"
 
 
 class PackedModel(ImageModel):
-    """What the loop needs of such a diffusers pipeline."""
+    """What the loop needs of a diffusers pipeline that makes images as FLUX.1's does.
+
+    Other families took this way over with other texts, positions and guidance. Latents are drawn and kept in the text's
+    dtype, and packed 2 x 2 to a token. The sigmas are evenly spaced, then shifted by the number of tokens where the
+    scheduler asks for it. Timesteps are given divided by 1000. Blocks with two streams project text and image apart,
+    blocks with one stream together, the text first. Each branch of guidance is a forward of its own.
+    """
 
     shifts_by_size = True
     most_words = 512

@@ -116,8 +116,8 @@ class LatteModel(PipelineModel):
         transformer, (rows, channels, frames) = self.transformers[which], latents.shape[:3]
         if frames != self.config.video_length:
             raise InputError(
-                f"the model takes {self.config.video_length} frames at once, and was given {frames}: with clip_frames, "
-                f"give one of {self.config.video_length}"
+                f"the model takes {self.config.video_length} frames at once, and was given {frames}: "
+                f"give clip_frames {self.config.video_length}"
             )
         below = None
         if "mask" in told:

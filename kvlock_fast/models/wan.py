@@ -3,6 +3,10 @@
 Facts of diffusers' `WanPipeline`: latents are normalised by the autoencoder's `latents_mean` and `latents_std`; the
 transformer takes (latents, timestep, text) and predicts the flow's velocity; Wan 2.2 A14B has two transformers, split
 at `boundary_ratio`; Wan 2.2 TI2V-5B takes one timestep a token (`expand_timesteps`).
+
+`foreground_forward` computes some of the tokens, as `WanTransformer3DModel.forward` and its kin do, on rows of the
+sequence. All but self-attention works token by token; self-attention sees the rest of the sequence as the source's keys
+and values, which are kept (locking/foreground.py). The blocks are the model's own, compiled or not.
 """
 
 from collections.abc import Mapping

@@ -132,11 +132,11 @@ def _video(settings: PlanSettings, model: ModelSize) -> tuple[int, int, int, int
     size = nearest_size(model.geometry, *wanted)
     if size != wanted:
         down, across = model.geometry.size_multiple()
-        _warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: planning for {size[0]}x{size[1]}")
+        warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: planning for {size[0]}x{size[1]}")
     frames = settings.frames or (len(mask) if mask is not None and len(mask) > 1 else model.frames)
     padded = model.geometry.whole_frames(frames)
     if padded != frames:
-        _warn(f"{frames} frames are not {model.geometry.frame_words}: planning for {padded}, as an edit would pad them")
+        warn(f"{frames} frames are not {model.geometry.frame_words}: planning for {padded}, as an edit would pad them")
     _check_extent(model, padded, size)
     grid = model.geometry.token_grid(padded, *size)
     if mask is None:
@@ -186,7 +186,3 @@ def _machine(settings: PlanSettings) -> Machine:
     here = Machine.here(disk_path=Path.cwd())
     found = (here.gpu_bytes, here.host_bytes, here.disk_bytes)
     return Machine(*(h if g is None else g for g, h in zip(given, found, strict=True)))
-
-
-def _warn(message: str) -> None:
-    warn(message)

@@ -3,6 +3,7 @@
 Bytes are those of job.py, seconds the floors of costs.py. How the choice falls: of the stored tiers that fit in fp8,
 the fastest over all prompts and edits, if it beats lockstep by more than 1 %. One prompt edited once never does: the
 source runs once either way. Another format only where fp8 fits in no stored tier; else lockstep.
+`ladder` says what to try next when memory runs out in spite of the plan.
 """
 
 from dataclasses import dataclass, replace

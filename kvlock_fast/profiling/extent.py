@@ -61,10 +61,10 @@ def find_extent(model: ModelSize, frames: int | None, size: tuple[int, int] | No
     wanted = size or (model.height, model.width)
     fitting = nearest_size(model.geometry, *wanted)
     if fitting != wanted:
-        _warn(f"{model.name} cannot take the size {wanted[0]}x{wanted[1]}: profiling {fitting[0]}x{fitting[1]}")
+        warn(f"{model.name} cannot take the size {wanted[0]}x{wanted[1]}: profiling {fitting[0]}x{fitting[1]}")
     whole = model.geometry.whole_frames(frames)
     if whole != frames:
-        _warn(f"{frames} frames are not {model.geometry.frame_words}: profiling {whole}, as an edit would pad them")
+        warn(f"{frames} frames are not {model.geometry.frame_words}: profiling {whole}, as an edit would pad them")
     if not model.geometry.knows(whole, *fitting):
         raise InputError(
             f"{whole} frames of {fitting[0]}x{fitting[1]} are too many for {model.name}: "
@@ -147,7 +147,3 @@ def _long(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {name}"
     return f"{max(1, seconds):.0f} s"
-
-
-def _warn(message: str) -> None:
-    warn(message)

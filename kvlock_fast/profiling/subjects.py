@@ -1,4 +1,7 @@
-"""What `kvlock-fast profile` runs: a real model's whole edit, or the steps of a known size with random weights."""
+"""What `kvlock-fast profile` runs: a real model's whole edit, or the steps of a known size with random weights.
+
+A model with random weights is made of a transformer's config, as deep as wanted.
+"""
 
 import json
 import math

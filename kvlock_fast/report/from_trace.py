@@ -1,4 +1,7 @@
-"""The page of an edit, made again from its trace and the files that are left."""
+"""The page of an edit, made again from its trace and the files that are left.
+
+A trace may come from anywhere, so what is read back from its file is checked.
+"""
 
 from __future__ import annotations
 

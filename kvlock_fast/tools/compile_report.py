@@ -70,11 +70,10 @@ def compile_kernels(
     architectures: Iterable[int],
     modules: Iterable[str],
     report: Callable[[int, int], None] = lambda done, total: None,
-    every: int = 1,
 ) -> Iterator[Row]:
     """A row for every kernel variant that the modules ship for each architecture, in order, each once.
 
-    `report` is told how many are done, of how many. every: compile one of so many variants, from the first on.
+    `report` is told how many are done, of how many.
     """
     tasks = list(product(architectures, modules))
     listings = [pool.submit(keys, *task) for task in tasks]
@@ -84,7 +83,7 @@ def compile_kernels(
         if isinstance(shipped, Row):
             yield shipped
             continue
-        for key in shipped[::every]:
+        for key in shipped:
             jobs.setdefault((arch, key), (module, pool.submit(compiled_row, arch, module, key)))
     names: Counter[tuple[str, ...]] = Counter()
     report(0, len(jobs))

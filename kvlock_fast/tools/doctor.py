@@ -1,4 +1,7 @@
-"""What is installed, what will be used, what is missing and what that costs. Never fails for a missing part."""
+"""What is installed, what will be used, what is missing and what that costs. Never fails for a missing part.
+
+`capabilities` says what this installation can do, as plain values.
+"""
 
 from __future__ import annotations
 

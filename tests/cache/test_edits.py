@@ -21,8 +21,6 @@ from tests.pipeline.test_pipeline import a_mask, a_video, call
 from tests.support.locks import paper
 from tests.support.tiny import tiny_wan, untouched
 
-pytestmark = pytest.mark.numeric
-
 ROOT = Path(__file__).resolve().parents[2]
 
 

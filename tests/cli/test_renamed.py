@@ -111,6 +111,16 @@ def test_nothing_is_overwritten(tmp_path, capsys):
         ("m.jsonl", '{"window": 3, "variance_window": 4}\n', "line 1: window and variance_window are both given"),
         ("m.jsonl", '{"id": "a"}\n[1]\n', "line 2: it holds a list, not an object"),
         ("m.jsonl", "{", "line 1: "),
+        ("m.jsonl", '{"window": 3, "window": 4}', "line 1: the field 'window' is there twice"),
+        ("m.jsonl", '{"tau": NaN}', "line 1: NaN is no number of JSON"),
+        ("m.jsonl", "[" * 100_000, "line 1: "),
+        ("m.csv", "id,window,window\n1,2,3\n", "line 1: a column is there twice"),
+        ("m.csv", 'id,window\n1,"2\n', "line 2: unexpected end of data"),
+        ("m.csv", "id,window\n" + "x" * 200_000 + ",2\n", "line 2: field larger than field limit"),
+        ("d.yaml", "window: 3\nvariance_window: 4\n", "window and variance_window are both given"),
+        ("d.yaml", "{window: 3}\n", "has window in a form that is not rewritten here"),
+        ("d.toml", "a = 1\na = 2\n", "cannot be read: "),
+        ("d.yaml", "- window\n", "holds a list, not fields of a job"),
         ("m.txt", "", "is no manifest: its name must end in .jsonl"),
         ("missing.jsonl", None, "cannot be read"),
     ],
@@ -129,6 +139,40 @@ def test_files_of_defaults():
     assert yaml.safe_load(fresh) == {"variance_window": 6, "cache_steps": "dynamic", "steps": 30}
     fresh, changed = migrate_text('clip_window = 17\ncache_steps = "window" # all\n', ".toml", "d.toml")
     assert changed == 2 and tomllib.loads(fresh) == {"clip_frames": 17, "cache_steps": "dynamic"}
+
+
+@pytest.mark.parametrize("name", ["m.jsonl", "m.ndjson", "m.csv", "d.yaml"])
+def test_a_mark_of_the_byte_order_and_ends_of_lines_stay(tmp_path, name):
+    text = {"d.yaml": "window: 6\r\nsteps: 3", "m.csv": 'window,id\r\n6,"a ""b"""\r\n7,c'}.get(
+        name, '{"window": 6, "id": "\\ud800"}\r\n{"id": "b"}'
+    )
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert main(["migrate", str(tmp_path / name)]) == 0
+    fresh = (tmp_path / name).read_bytes()
+    assert fresh == b"\xef\xbb\xbf" + text.replace("window", "variance_window").encode()
+
+
+def test_longer_texts_are_not_touched():
+    text = 'negative_prompt = """\nwindow = 3\n"""\nclip_window = 5\n'
+    with pytest.raises(kvf.InputError, match="in a form that is not rewritten here"):
+        migrate_text(text, ".toml", "d.toml")
+
+
+def test_a_copy_is_written_even_where_nothing_changes(tmp_path, capsys):
+    path = manifest(tmp_path / "m.jsonl", NEW)
+    assert main(["migrate", str(path), "--output", str(tmp_path / "n.jsonl")]) == 0
+    assert "copied to" in capsys.readouterr().out and (tmp_path / "n.jsonl").read_bytes() == path.read_bytes()
+
+
+def test_a_damaged_ledger_of_0_1_is_named(tmp_path):
+    with Ledger(tmp_path) as ledger:
+        ledger.take([Job("a", "b", "a.mp4", Setup("s", "m", "p"))], lambda output: 5)
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
+        db.execute("UPDATE jobs SET spec = '[1]'")
+        db.execute("PRAGMA user_version = 1")
+    for _ in range(2):  # nothing is left held
+        with pytest.raises(kvf.InputError, match=r"ledger.sqlite' is damaged: job 'a'"):
+            Ledger(tmp_path)
 
 
 VALUES = st.one_of(st.integers(), st.booleans(), st.text(), st.lists(st.integers(), max_size=3))

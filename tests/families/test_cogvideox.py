@@ -25,8 +25,6 @@ from tests.pipeline.test_pipeline import FRAMES, HEIGHT, WIDTH, Spy, a_mask, a_v
 from tests.support.locks import paper
 from tests.support.tiny import COGVIDEOX_KINDS, COGVIDEOX_SCHEDULE, tiny_cogvideox, tiny_wan, untouched
 
-pytestmark = pytest.mark.numeric
-
 KINDS = list(COGVIDEOX_KINDS)
 TEXT = 7
 

@@ -19,8 +19,6 @@ from tests.support.conformance import OFF, PROMPT, Scene, StockCall, all_cases, 
 from tests.support.locks import paper
 from tests.support.tiny import untouched
 
-pytestmark = pytest.mark.numeric
-
 CASES = {case.name: case for case in all_cases()}
 
 

@@ -21,8 +21,6 @@ from tests.families.cases.hunyuan_video15 import tiny_hunyuan15
 from tests.families.cases.motif import CASES as MOTIF
 from tests.support.conformance import NEGATIVE, PROMPT, Scene
 
-pytestmark = pytest.mark.numeric
-
 BY_NAME = {case.name: case for case in (*CASES, *CASES_15, *FRAMEPACK)}
 
 

@@ -24,8 +24,6 @@ from tests.families.cases.hunyuan_image import tiny_hunyuan_image
 from tests.families.cases.qwen_image import tiny_qwen_image
 from tests.support.tiny import tiny_wan
 
-pytestmark = pytest.mark.numeric
-
 COGVIEW4 = COGVIEW4_CASES[0]
 
 HEIGHT, WIDTH = 32, 48

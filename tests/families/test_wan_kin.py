@@ -26,8 +26,6 @@ from tests.families.cases.wan_kin import (
 from tests.support.conformance import NEGATIVE, PROMPT, SOURCE, Scene
 from tests.support.locks import paper
 
-pytestmark = pytest.mark.numeric
-
 BY_NAME = {case.name: case for case in CASES}
 
 

@@ -276,7 +276,7 @@ def test_a_config_comes_back(tmp_path):
         and again._stop == 0.9
     )
     assert guider.new(guidance_scale=2.0).lock.as_dict() == lock.as_dict()
-    assert lock_of("paper") == paper() == lock_of({})
+    assert lock_of("paper") == paper() and lock_of({}) == kvf.LockConfig() == lock_of("kvlock")
 
 
 def test_several_prompts_share_one_noise_and_source():

@@ -22,8 +22,6 @@ from kvlock_fast.loop.epilogue import schedule_of
 from kvlock_fast.loop.schedule import Controller, VarianceWindow
 from kvlock_fast.loop.solver import Solver, solver_table
 
-pytestmark = pytest.mark.numeric
-
 EXAMPLES = settings().max_examples
 NAN, INF = float("nan"), float("inf")
 triton_only = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")

@@ -16,7 +16,7 @@ from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
 from tests.support import oracles
 from tests.support.prologue_cases import DEVICE, Case, Oracle, inputs, norm_of, normal, projections, rope_of, run
 
-pytestmark = [pytest.mark.numeric, pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")]
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 EXAMPLES = settings().max_examples
 NAN, INF = float("nan"), float("inf")

@@ -15,7 +15,7 @@ from tests.kernels.test_prologue import bits, check_exact
 from tests.support import oracles
 from tests.support.prologue_cases import DEVICE, Case, Oracle, generator, inputs, normal
 
-pytestmark = [pytest.mark.numeric, pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")]
+pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
 
 EXAMPLES = settings().max_examples
 backends = pytest.mark.parametrize("backend", ["reference", "triton"])

@@ -18,8 +18,6 @@ from kvlock_fast.locking.lock import Mode, TransformerLock, blend_weight, kv_siz
 from tests.support.fast_cases import FAMILIES, TOKENS, WORDS, AtTheCall, families, normal, wan
 from tests.support.tiny import untouched
 
-pytestmark = pytest.mark.numeric
-
 EXAMPLES = settings().max_examples
 FORMATS = ("native", "bf16", "fp8_e4m3", "int8", "int4")
 

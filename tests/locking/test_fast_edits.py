@@ -23,8 +23,6 @@ from tests.pipeline.test_pipeline import a_mask, a_video, call, stock, unipc
 from tests.support.locks import paper
 from tests.support.tiny import tiny_cogvideox, tiny_wan, untouched
 
-pytestmark = pytest.mark.numeric
-
 EXAMPLES = settings().max_examples
 PIPES = {
     "wan": tiny_wan,

@@ -24,8 +24,6 @@ from tests.pipeline.test_pipeline import a_mask, a_video, call, unipc
 from tests.support.locks import paper
 from tests.support.tiny import tiny_wan, untouched
 
-pytestmark = pytest.mark.numeric
-
 SATURATED = {"alpha": 1.0, "s_star_region": "foreground", "background_latents": "source"}
 """Of a lock whose foreground does not see the background's hidden states."""
 FORMATS = ("native", "bf16", "fp8_e4m3", "int8", "int4")

@@ -44,17 +44,17 @@ def kinds(model: nn.Module) -> list[type]:
 
 def test_a_forgotten_lock_is_freed_with_its_keys_and_values(scene):
     transformer, forward, foreground = scene
-    plain, before = kinds(transformer), forward()
+    plain, before, others = kinds(transformer), forward(), len(LOCKED)
     lock = kvf.attach(transformer, foreground, lock=kvf.LockConfig(alpha=0.5), num_steps=4)
     lock.__enter__()
     with lock.source():
         forward()
     kept = [weakref.ref(x) for layers in lock._kept[None] for x in layers.values()]
-    assert kept and all(ref() is not None for ref in kept) and len(LOCKED) > 0
+    assert kept and all(ref() is not None for ref in kept) and len(LOCKED) > others
     del lock
     gc.collect()
     assert all(ref() is None for ref in kept)
-    assert kinds(transformer) == plain and len(LOCKED) == 0
+    assert kinds(transformer) == plain and len(LOCKED) == others
     assert torch.equal(forward(), before)
     with kvf.attach(transformer, foreground, lock=kvf.LockConfig(alpha=0.5), num_steps=4):
         pass
@@ -112,6 +112,14 @@ def test_a_copy_of_a_locked_model_is_the_plain_model(scene, duplicate):
             assert torch.equal(forward(twin), before)
             forward()
     assert torch.equal(forward(twin), before) and torch.equal(forward(), before)
+
+
+def test_a_copy_in_the_middle_of_a_forward_is_refused(scene):
+    transformer, forward, foreground = scene
+    with kvf.attach(transformer, foreground, lock=kvf.LockConfig(alpha=0.5), num_steps=4) as lock, lock.source():
+        with pytest.raises(RuntimeError, match="cannot be copied in the middle of a forward"):
+            copy.deepcopy(transformer)
+        forward()
 
 
 def test_a_copy_can_be_locked_itself(scene):

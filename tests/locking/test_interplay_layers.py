@@ -15,8 +15,6 @@ from tests.locking.test_interplay import EDITS
 from tests.pipeline.test_pipeline import call, stock
 from tests.support.tiny import tiny_cogvideox, tiny_wan, untouched
 
-pytestmark = pytest.mark.numeric
-
 
 def timestep():
     return 500

@@ -10,8 +10,6 @@ from kvlock_fast.models.wan import WAN
 from tests.pipeline.test_pipeline import a_mask, a_video, call, stock
 from tests.support.tiny import tiny_wan, untouched
 
-pytestmark = pytest.mark.numeric
-
 peft = pytest.importorskip("peft")
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

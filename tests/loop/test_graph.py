@@ -26,8 +26,6 @@ from tests.pipeline.test_pipeline import FRAMES, HEIGHT, WIDTH, a_mask, a_video,
 from tests.support.locks import paper
 from tests.support.tiny import tiny_cogvideox, tiny_wan
 
-pytestmark = pytest.mark.numeric
-
 
 class Recorder(TorchDispatchMode):
     def __init__(self):

@@ -13,8 +13,6 @@ from tests.loop.test_graph import captured
 from tests.loop.test_sync_free import guarded
 from tests.support.conformance import NEGATIVE, PROMPT, SOURCE
 
-pytestmark = pytest.mark.numeric
-
 __all__ = ["captured", "guarded"]
 CASES = {case.name: case for case in (*KIN, *KANDINSKY)}
 NAMES = ["wan-i2v-2.1", "wan-i2v-2.2", "wan-i2v-2.2-5b", "wan-vace", "lucy-edit", "kandinsky-5"]

@@ -18,8 +18,6 @@ from tests.pipeline.test_pipeline import HEIGHT, WIDTH, a_mask, a_video, call, u
 from tests.support.locks import paper
 from tests.support.tiny import tiny_wan, untouched
 
-pytestmark = pytest.mark.numeric
-
 FRAMES = 29  # 8 latent frames
 
 

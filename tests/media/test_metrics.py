@@ -11,8 +11,6 @@ from skimage.metrics import mean_squared_error, structural_similarity
 
 from kvlock_fast.media.metrics import flicker, measure_edit, psnr, ssim
 
-pytestmark = pytest.mark.numeric
-
 
 def pair(shape, seed=0, noise=20):
     rng = np.random.default_rng(seed)

@@ -22,8 +22,6 @@ from tests.pipeline.test_pipeline import a_mask, a_video, call, unipc
 from tests.support.locks import paper
 from tests.support.tiny import tiny_cogvideox, tiny_wan
 
-pytestmark = pytest.mark.numeric
-
 STEPS = 6
 OF_TEXT = [name for name in NEIGHBOURS if name != "vace"]
 FROM_INVERTED = {"source_path": "invert"}

@@ -30,7 +30,6 @@ def measure_edits() -> dict[str, float]:
     from bench.quality.measures import background_figures
     from kvlock_fast.demo import GUIDANCE, STEPS, model_path
 
-    torch.set_num_threads(1)  # rounds as the suite does
     pipe = kvf.KVLockPipeline.from_pretrained(model_path())
     errors, seams, right, forwards = [], [], 0, 0
     for number in range(CASES):

@@ -8,6 +8,7 @@ ATen takes its CPU kernels by ATEN_CPU_CAPABILITY; a result that holds by one of
 import os
 import subprocess
 import sys
+import time
 
 import torch
 
@@ -19,6 +20,8 @@ def legs() -> list[tuple[str, str]]:
     """(capability, threads) of each run."""
     own = torch.backends.cpu.get_cpu_capability().lower()
     most = CAPABILITIES.index(own) if own in CAPABILITIES else 0
+    if most + 1 < len(CAPABILITIES):
+        print(f"numeric: this processor is {own}: without {', '.join(CAPABILITIES[most + 1 :])}", flush=True)
     return [(capability, threads) for capability in CAPABILITIES[: most + 1] for threads in ("1", "2")]
 
 
@@ -29,7 +32,10 @@ def main(options: list[str]) -> int:
         print(f"numeric: {capability}, {threads} thread{'s' if threads > '1' else ''}", flush=True)
         leg = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": threads}
         command = [sys.executable, "-m", "pytest", "-q", "-m", "numeric", *options]
-        status = status or subprocess.run(command, env=leg).returncode
+        start = time.monotonic()
+        code = subprocess.run(command, env=leg).returncode
+        print(f"numeric: {capability}, {threads}: {time.monotonic() - start:.0f} s", flush=True)
+        status = status or code
     return status
 
 
