@@ -148,7 +148,7 @@ def _check_outputs(outputs: list[Path], files: EditFiles, model: str, cache: Any
 def output_names(output: str, prompts: int) -> list[Path]:
     """One path a prompt: the output itself, or NAME-1.EXT, NAME-2.EXT, ... for several."""
     path = Path(output)
-    if not path.name:
+    if path.name in ("", ".", ".."):
         raise InputError(f"--output must name a file, got '{output}'")
     if prompts == 1:
         return [path]

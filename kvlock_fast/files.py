@@ -7,12 +7,13 @@ import json
 import os
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvlock_fast.errors import OutputError
+from kvlock_fast.errors import InputError, OutputError
 
 
 @contextlib.contextmanager
@@ -147,7 +148,21 @@ def user_cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / f"kvlock_fast-{os.getuid()}"
 
 
+def refuse_special(path: str | os.PathLike) -> None:
+    """Raise InputError for a pipe, a device or a socket: reading one may wait for ever. What is missing passes."""
+    try:
+        mode = Path(path).stat().st_mode
+    except (OSError, ValueError):  # its reader says what is wrong
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(f"'{path}' is not a regular file")
+
+
 def _refuse_what_is_no_file(path: Path) -> None:
+    # A link in such a folder leads to whatever the process has open, and would itself be replaced.
+    parents = Path(os.path.normpath(path.absolute())).parents
+    if any(Path(folder) in parents for folder in ("/dev", "/proc", "/sys")) and Path("/dev/shm") not in parents:
+        raise OutputError(f"cannot write '{path}': it is not a regular file")
     try:
         if path.is_dir():
             raise OutputError(f"cannot write '{path}': a folder has this name")

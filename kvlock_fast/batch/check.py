@@ -13,7 +13,7 @@ import numpy as np
 from kvlock_fast.batch.fit import Extent, decide, foreground_tokens
 from kvlock_fast.batch.jobs import Decision, Job, Setup, grouped
 from kvlock_fast.batch.manifest import Reading
-from kvlock_fast.batch.places import fetched, is_remote, is_there, local_path
+from kvlock_fast.batch.places import fetched, is_there
 from kvlock_fast.edit import working_size
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.media import STILLS, grow_mask, is_box, read_mask, read_video
@@ -23,8 +23,8 @@ Shape = tuple[int, int, int]
 """Frames, height and width."""
 
 
-def check_files(reading: Reading, base: Path, folder: Path, skip: frozenset[str] = frozenset()) -> None:
-    """Enter what is missing, and results that would replace a source; reads nothing. skip: ids not to look at."""
+def check_files(reading: Reading, base: Path, skip: frozenset[str] = frozenset()) -> None:
+    """Enter what is missing; reads nothing. skip: ids not to look at."""
     there: dict[str, bool] = {}
     for job in reading.jobs:
         if job.id in skip:
@@ -36,8 +36,6 @@ def check_files(reading: Reading, base: Path, folder: Path, skip: frozenset[str]
                 there[place] = _is_there(place, base)
             if not there[place]:
                 reading.wrong(job.line, name, f"there is no file or folder {place!r}")
-            elif not is_remote(place) and local_path(place, base).resolve() == (folder / job.output).resolve():
-                reading.wrong(job.line, "output", f"is the {name} itself, {place!r}: nothing is overwritten")
 
 
 def _is_there(place: str, base: Path) -> bool:

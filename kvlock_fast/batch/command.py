@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from kvlock_fast.batch.check import Checker, check_files, model_size
+from kvlock_fast.batch.clashes import enter_clashes
 from kvlock_fast.batch.editor import ModelEditor, Speed, check_speed, enter_uncaptured
 from kvlock_fast.batch.engine import Engine, LocalEngine
 from kvlock_fast.batch.fields import JobFields
 from kvlock_fast.batch.index import IndexWatcher, write_index
 from kvlock_fast.batch.jobs import Decision, Job
-from kvlock_fast.batch.ledger import Ledger
+from kvlock_fast.batch.ledger import Ledger, held
 from kvlock_fast.batch.manifest import Reading, parse_settings, read_defaults, read_manifest
-from kvlock_fast.batch.places import Results, remove_litter
+from kvlock_fast.batch.places import Results, is_remote, local_path, remove_litter
 from kvlock_fast.batch.runner import Runner, stopped_by_signals
 from kvlock_fast.batch.watching import MetricsFile, all_of, failures_table, shown
 from kvlock_fast.batch.worker import Worker
@@ -77,7 +78,7 @@ def check(settings: BatchSettings) -> int:
     _check_settings(settings)
     reading = _read(settings)
     base = settings.manifest.parent
-    check_files(reading, base, settings.output)
+    check_files(reading, base)
     _refuse(reading)
     with progress_bar(settings.quiet) as progress:
         machine = Machine.here(find_device(settings.device), user_cache_folder())
@@ -102,6 +103,8 @@ def run(settings: BatchSettings) -> int:
         ledger = stack.enter_context(Ledger(folder))
         remove_litter(folder)
         results = Results(settings.results or str(folder))
+        if results.system is None and results.folder.resolve() != folder.resolve():
+            stack.enter_context(held(results.folder, f"another batch has its results in '{results.folder}'"))
         changes = ledger.take(reading.jobs, results.size, settings.retry_failed)
         _say_changes(changes, len(reading.jobs), settings.quiet)
         title = settings.manifest.name
@@ -195,7 +198,10 @@ def _refuse_no_graphs(settings: BatchSettings) -> None:
 def _read(settings: BatchSettings) -> Reading:
     typed = parse_settings(list(settings.settings))
     defaults = {**read_defaults(settings.defaults), **settings.flags, **typed}
-    reading = read_manifest(settings.manifest, settings.output, defaults, settings.dtype)
+    results = settings.results or str(settings.output)
+    folder = settings.output if is_remote(results) else local_path(results, Path())
+    reading = read_manifest(settings.manifest, folder, defaults, settings.dtype)
+    enter_clashes(reading, settings.manifest.parent, results)
     if settings.speed.graph == "on":
         enter_uncaptured(reading)
     return reading
@@ -203,7 +209,7 @@ def _read(settings: BatchSettings) -> Reading:
 
 def _refuse_missing(reading: Reading, settings: BatchSettings) -> None:
     """Every problem that shows without reading a video; what is done already may have lost its source since."""
-    check_files(reading, settings.manifest.parent, settings.output, _done(settings.output))
+    check_files(reading, settings.manifest.parent, _done(settings.output))
     _refuse(reading)
 
 

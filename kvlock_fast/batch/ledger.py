@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kvlock_fast.batch.jobs import Decision, Job, Pass, grouped, ranks
 from kvlock_fast.batch.migrate import migrate_spec
@@ -52,7 +52,7 @@ class Ledger:
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / NAME
-        self._lock = _locked(Path(folder))
+        self._lock = held(Path(folder), f"another batch is running in '{folder}'")
         try:
             self.db = sqlite3.connect(self.path, isolation_level=None)
             self.db.row_factory = sqlite3.Row
@@ -285,8 +285,11 @@ def _finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
     return {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
 
 
-def _locked(folder: Path) -> Any:
-    """The open lock file of the folder; the system lets it go when the process ends, however it does."""
+def held(folder: Path, refusal: str) -> IO[str]:
+    """The open lock file of a folder; the system lets it go when it is closed or the process ends, however it does.
+
+    Raises InputError with the refusal where another process holds it, OutputError where it cannot be made.
+    """
     try:
         file = (folder / ".ledger.lock").open("a")
     except OSError as error:
@@ -295,7 +298,7 @@ def _locked(folder: Path) -> Any:
         _hold(file)
     except OSError as error:
         file.close()
-        raise InputError(f"another batch is running in '{folder}'") from error
+        raise InputError(refusal) from error
     return file
 
 

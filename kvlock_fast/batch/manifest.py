@@ -26,6 +26,7 @@ from kvlock_fast.batch.fields import (
 from kvlock_fast.batch.jobs import Finish, Job, Setup
 from kvlock_fast.batch.places import id_problem, numbered, output_problem
 from kvlock_fast.errors import InputError
+from kvlock_fast.files import refuse_special
 
 MOST_LINE = 1 << 22
 
@@ -150,6 +151,7 @@ def _lines(path: Path, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]
     suffix = path.suffix.lower()
     if suffix not in (".jsonl", ".ndjson", ".csv"):
         raise InputError(f"the manifest '{path}' must be a .jsonl or .csv file")
+    refuse_special(path)
     try:
         with path.open("rb") as file:
             yield from _csv_lines(path, file, reading) if suffix == ".csv" else _json_lines(file, reading)
@@ -258,6 +260,7 @@ def _load(path: Path) -> Any:
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"the defaults '{path}' are larger than {MOST_BYTES} bytes")
+        refuse_special(path)
         text = path.read_bytes().decode()
     except OSError as error:
         raise InputError(f"the defaults '{path}' cannot be read: {error.strerror or error}") from error

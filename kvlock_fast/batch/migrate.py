@@ -13,7 +13,7 @@ from typing import Any
 
 from kvlock_fast.batch.fields import no_constant, no_doubles
 from kvlock_fast.errors import InputError
-from kvlock_fast.files import write_bytes
+from kvlock_fast.files import refuse_special, write_bytes
 from kvlock_fast.renamed import CACHE_STEPS, FIELDS
 
 BOM = b"\xef\xbb\xbf"
@@ -27,6 +27,7 @@ def migrate_file(path: Path, output: Path | None) -> tuple[Path, int]:
     """
     if path.suffix.lower() not in _KINDS:
         raise InputError(f"'{path}' is no manifest: its name must end in {', '.join(_KINDS)}")
+    refuse_special(path)
     try:
         data = path.read_bytes()
         bom = BOM if data.startswith(BOM) else b""

@@ -172,7 +172,7 @@ def _is_done(path: Path) -> bool:
 
 def _current(folder: Path) -> bytes:
     """The bytes of the manifest, empty if there is none."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, InputError):
         return manifest.read_bytes(folder)
     return b""
 

@@ -14,6 +14,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvlock_fast.errors import InputError
+from kvlock_fast.files import refuse_special
 
 NAME = "manifest.json"
 SCHEMA = 1
@@ -93,6 +94,7 @@ class Manifest(_Record):
 
 def read_bytes(folder: Path) -> bytes:
     """The manifest's bytes, not one more than `MOST_BYTES` + 1. Raises FileNotFoundError and other OSErrors."""
+    refuse_special(folder / NAME)
     with (folder / NAME).open("rb") as file:
         return file.read(MOST_BYTES + 1)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from kvlock_fast.cache.manifest import DTYPES, DamagedCache, ShardRecord, TensorRecord
+from kvlock_fast.files import refuse_special
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,6 +82,7 @@ class MappedShard:
         self.path, self._records = path, tensors
         self._header, self._offsets = shard_layout(tensors)
         expected = len(self._header) + sum(record.nbytes for record in tensors.values())
+        refuse_special(path)
         with path.open("rb") as file:
             self.nbytes = os.fstat(file.fileno()).st_size
             if self.nbytes != expected:

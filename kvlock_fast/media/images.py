@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from kvlock_fast.errors import InputError
+from kvlock_fast.files import refuse_special
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
@@ -38,6 +39,7 @@ def is_still(path: Path) -> bool:
     """Whether the file is anything but an image that moves (APNG, WebP)."""
     from PIL import Image
 
+    refuse_special(path)
     try:
         with Image.open(path) as image:
             return getattr(image, "n_frames", 1) == 1
@@ -73,6 +75,7 @@ def over_black(rgba: np.ndarray) -> np.ndarray:
 
 
 def _opened(path: Path, max_pixels: int):
+    refuse_special(path)
     from PIL import Image, UnidentifiedImageError
 
     try:

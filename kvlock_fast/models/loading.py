@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kvlock_fast.errors import InputError, warn
+from kvlock_fast.files import refuse_special
 from kvlock_fast.models.registry import PIPELINES, REFUSED
 from kvlock_fast.models.schedulers import WITHOUT_NOISE
 
@@ -49,6 +50,7 @@ def _check_index(folder: Path) -> None:
     """Raise InputError for a local folder that is no pipeline, or one of no known family."""
     if not folder.is_dir():
         return
+    refuse_special(folder / "model_index.json")
     try:
         index = json.loads((folder / "model_index.json").read_text())
         name = index["_class_name"]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kvlock_fast.errors import InputError
+from kvlock_fast.files import refuse_special
 from kvlock_fast.planning.any_family import family_size, model_of_folder
 from kvlock_fast.planning.known_models import MODELS, Config, size_of
 from kvlock_fast.planning.model_size import ModelSize
@@ -88,6 +89,7 @@ def _count(module: Any) -> int:
 
 
 def _read_json(path: Path) -> Config:
+    refuse_special(path)
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -101,6 +103,7 @@ def _stored_parameters(folder: Path) -> int:
     """Elements in the folder's safetensors files, from their headers; 0 where there are none."""
     total = 0
     for path in sorted(folder.glob("*.safetensors")):
+        refuse_special(path)
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             try:
