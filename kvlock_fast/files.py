@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kvlock_fast import owner
 from kvlock_fast.errors import InputError, OutputError
 
 
@@ -29,7 +32,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     final = Path(path)
     _refuse_what_is_no_file(final)
     # Short and of its own, so that a long final name still fits the file system's limit.
-    temporary = final.with_name(f".kvlock-{secrets.token_hex(6)}{final.suffix}")
+    temporary = final.with_name(f"{_temporary_name()}{final.suffix}")
     try:
         # Not tempfile: its 0600 mode would stay on the finished file, where the user's umask should decide.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -47,11 +50,35 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+TEMPORARY = re.compile(rf"\.kvlock-(?:({owner.TOKEN})-)?[0-9a-f]{{12}}(\..+)?")
+"""Names of what is being written: by whom, where it says so."""
+
+
+def _temporary_name() -> str:
+    return f".kvlock-{owner.token()}-{secrets.token_hex(6)}"
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether a file of a temporary name was left by a process that has ended.
+
+    A name without its process (as version 0.1 had them) counts as abandoned after a day.
+    """
+    found = TEMPORARY.fullmatch(path.name)
+    if found is None:
+        return False
+    if found[1] is not None:
+        return not owner.lives(found[1], path)
+    try:
+        return time.time() - path.stat().st_mtime > owner.FOREIGN_SECONDS
+    except OSError:
+        return False
+
+
 def check_writable(path: str | os.PathLike) -> None:
     """Raise OutputError unless a file can be put at `path`; leaves nothing behind and touches no earlier file."""
     final = Path(path)
     _refuse_what_is_no_file(final)
-    probe = final.with_name(f".kvlock-{secrets.token_hex(6)}")
+    probe = final.with_name(_temporary_name())
     try:
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         probe.unlink()
@@ -69,22 +96,33 @@ def check_writable_folder(path: str | os.PathLike) -> None:
         raise _refusal(folder, error) from error
     if file:
         raise OutputError(f"cannot write the folder '{folder}': a file has this name")
-    check_writable(folder / f".kvlock-{secrets.token_hex(6)}" if there else folder)
+    check_writable(folder / _temporary_name() if there else folder)
+
+
+def check_replaced(path: str | os.PathLike, replaced: str, ours: Callable[[Path], bool]) -> None:
+    """Raise OutputError where a folder holds a file that matches the pattern `replaced` and is not ours."""
+    for file in sorted(Path(path).glob(replaced)):
+        if not ours(file):
+            raise OutputError(
+                f"cannot write the folder '{path}': its '{file.name}' was not made by this program, and nothing else "
+                "is overwritten"
+            )
 
 
 @contextlib.contextmanager
-def new_folder_content(path: str | os.PathLike, replaced: str) -> Iterator[Path]:
+def new_folder_content(path: str | os.PathLike, replaced: str, ours: Callable[[Path], bool]) -> Iterator[Path]:
     """Give a temporary folder; its files go to the folder `path` when the block ends well.
 
     A new folder appears whole, by one move. In one that exists, the files come in one by one, each whole, and older
-    ones that match the pattern `replaced` go; all else stays. If the block raises, nothing changes.
+    ones of ours that match the pattern `replaced` go; all else stays. If the block raises, nothing changes.
 
     Raises:
-        OutputError: the place cannot be written.
+        OutputError: the place cannot be written, or a file that matches is not ours.
     """
     folder = Path(path)
     check_writable_folder(folder)
-    name = f".kvlock-{secrets.token_hex(6)}"
+    check_replaced(folder, replaced, ours)
+    name = _temporary_name()
     # Inside a folder that exists: it may be the root of a file system.
     temporary = folder / name if folder.is_dir() else folder.with_name(name)
     try:
@@ -126,7 +164,7 @@ def output_folder(path: str | os.PathLike) -> Path:
     Files already in it stay. Raises OutputError naming the folder.
     """
     folder = Path(path)
-    probe = folder / f".kvlock-{secrets.token_hex(6)}"
+    probe = folder / _temporary_name()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

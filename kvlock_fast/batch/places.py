@@ -19,16 +19,13 @@ from urllib.parse import unquote, urlsplit
 from kvlock_fast.batch.fields import short
 from kvlock_fast.batch.ledger import NAME
 from kvlock_fast.errors import InputError, OutputError
-from kvlock_fast.files import output_folder, write_bytes
+from kvlock_fast.files import is_abandoned, output_folder, write_bytes
 from kvlock_fast.media import ENCODERS, STILLS
-
-# The temporary names of kvlock_fast.files.
-_TEMPORARY = re.compile(r"\.kvlock-[0-9a-f]{12}(\..+)?")
 
 
 def remove_litter(folder: Path) -> int:
-    """Remove half-written files below a folder that only this process writes to; how many there were."""
-    found = [path for path in folder.rglob(".kvlock-*") if _TEMPORARY.fullmatch(path.name) and path.is_file()]
+    """Remove files below a folder that a process had half written when it ended; how many there were."""
+    found = [path for path in folder.rglob(".kvlock-*") if path.is_file() and is_abandoned(path)]
     for path in found:
         with contextlib.suppress(OSError):  # another program's, which was quicker
             path.unlink()

@@ -21,27 +21,20 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import time
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
-import xxhash
-
+from kvlock_fast import owner
 from kvlock_fast.cache import manifest
 from kvlock_fast.errors import InputError, OutputError
 
-FOREIGN_SECONDS = 24 * 3600
-"""What cannot be asked after (another machine's, an earlier boot's) counts as alive until it is this old."""
-
-_OWNED = re.compile(r"([a-z]+)-([0-9a-f]{8}\.[0-9a-f]{1,8}\.[0-9a-f]{1,16})-[0-9a-f]{16}(?:\.json)?")
+_OWNED = re.compile(rf"([a-z]+)-({owner.TOKEN})-[0-9a-f]{{16}}(?:\.json)?")
 
 
 def owned_name(kind: str, suffix: str = "") -> str:
     """A new name that says whose it is."""
-    pid = os.getpid()
-    return f"{kind}-{_machine()}.{pid:x}.{_start(pid) or 0:x}-{secrets.token_hex(8)}{suffix}"
+    return f"{kind}-{owner.token()}-{secrets.token_hex(8)}{suffix}"
 
 
 def kind_of(name: str) -> str | None:
@@ -52,43 +45,7 @@ def kind_of(name: str) -> str | None:
 
 def owner_lives(path: Path) -> bool:
     """Whether the process that the owned name at `path` names may still run."""
-    machine, pid, start = _OWNED.fullmatch(path.name)[2].split(".")
-    if machine == _machine() and os.name == "posix":
-        return _runs(int(pid, 16), int(start, 16))
-    try:
-        return time.time() - path.stat().st_mtime < FOREIGN_SECONDS
-    except FileNotFoundError:
-        return False
-
-
-def _runs(pid: int, start: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # another user's
-    found = _start(pid)
-    return found is None or found == start
-
-
-def _start(pid: int) -> int | None:
-    """When a process began, in clock ticks since boot; -1 for one that has ended, None where this cannot be read."""
-    try:
-        # The name, second and in brackets, may hold spaces and brackets itself.
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    return -1 if fields[0] in "ZX" else int(fields[19])
-
-
-@cache
-def _machine() -> str:
-    facts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        # Containers of one machine share its boot, and may share host names across machines.
-        facts = [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
-    return xxhash.xxh3_64_hexdigest("\0".join(facts).encode())[:8]
+    return owner.lives(_OWNED.fullmatch(path.name)[2], path)
 
 
 PUBLISHED = "published"
@@ -186,11 +143,12 @@ def is_root(folder: Path) -> bool:
 
 
 def is_entry(folder: Path) -> bool:
-    """Whether this is an entry's folder, whole or damaged, and not one with some other program's manifest.json."""
-    if owned(folder, "data", "manifest", "trash"):
+    """Whether this is an entry's folder, whole or damaged: something in it carries our mark.
+
+    A manifest.json alone may be another program's: it counts where it is one of ours to the last bit.
+    """
+    if owned(folder, "data", "manifest", "trash") or _marks(folder):
         return True
-    if is_root(folder.parent):
-        return (folder / manifest.NAME).exists()
     with contextlib.suppress(InputError):
         manifest.read(folder)
         return True

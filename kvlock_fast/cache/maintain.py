@@ -43,6 +43,7 @@ def prune_entries(folder: Path, quota: str | None, everything: bool, json_file: 
     limit = None if quota is None else parse_bytes(quota, "--quota")
     check_json(json_file)
     entries = find_entries(folder)
+    others = 0 if entries == [folder] else len(set(folder.iterdir()) - {*entries, folder / leases.TAG})
     swept = sum(map(_sweep, entries))
     removed = _remove(entries, limit, everything)
     freed = swept + sum(row["bytes"] or 0 for row in removed)
@@ -50,8 +51,10 @@ def prune_entries(folder: Path, quota: str | None, everything: bool, json_file: 
         for row in removed:
             gone = "in use, kept" if row["bytes"] is None else f"removed, {text_bytes(row['bytes'])}"
             print(f"{row['entry']}: {gone} ({row['reason']})")
+        if others:
+            print(f"left alone, as no caches of ours: {others} of what is in '{folder}'")
         print(f"freed {text_bytes(freed)}, of which {text_bytes(swept)} were left by interrupted or replaced writes")
-    write_json(json_file, {"removed": removed, "swept_bytes": swept, "freed_bytes": freed})
+    write_json(json_file, {"removed": removed, "swept_bytes": swept, "freed_bytes": freed, "left_alone": others})
 
 
 def find_entries(folder: Path) -> list[Path]:

@@ -35,19 +35,23 @@ class CacheRoot:
         self.path, self.quota_bytes = Path(path), quota_bytes
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            ours = not any(self.path.iterdir())  # else it is a folder of the user's, in which we have entries
             self.sweep()
         except OSError as error:
             raise OutputError(f"cannot use the cache '{self.path}': {error.strerror or error}") from error
-        if not leases.is_root(self.path):
+        if ours:
             with contextlib.suppress(OSError):
                 (self.path / leases.TAG).write_text(leases.TAG_TEXT)
 
     def sweep(self) -> None:
-        """Remove what dead processes left."""
+        """Remove what dead processes left. What carries no mark of ours is left as it is."""
+        marked = leases.is_root(self.path)
         for folder in self._folders():
-            leases.sweep(folder)
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                ours = marked or leases.is_entry(folder) or bool(leases.owned(folder, "lease", "evict"))
+                leases.sweep(folder)
+                if ours:
+                    folder.rmdir()
 
     def find(self, key: str) -> Entry | None:
         """The entry of a key, which is not evicted until it is closed; None if there is none that is whole.
@@ -109,7 +113,8 @@ class CacheRoot:
         slots = []
         for folder in self._folders():
             with contextlib.suppress(FileNotFoundError, PermissionError):  # gone, or another user's own
-                slots.append(slot_of(folder))
+                if leases.is_entry(folder):
+                    slots.append(slot_of(folder))
         return slots
 
     def _folders(self) -> list[Path]:

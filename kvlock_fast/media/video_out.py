@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 
 from kvlock_fast.errors import InputError, OutputError, warn
-from kvlock_fast.files import atomic_path, check_writable, check_writable_folder, new_folder_content
+from kvlock_fast.files import (
+    atomic_path,
+    check_replaced,
+    check_writable,
+    check_writable_folder,
+    new_folder_content,
+    refuse_special,
+)
 from kvlock_fast.media.audio import Audio, carried, leave_out
 from kvlock_fast.media.video_in import exact_conversion
 
@@ -118,6 +125,10 @@ KINDS = (
     ".mp4, .m4v, .mov, .webm, .gif, .mkv (lossless) or a folder without a suffix (PNG images, lossless), "
     "one frame also as .png (lossless), .jpg or .jpeg"
 )
+FRAMES = "frame-[0-9][0-9][0-9][0-9][0-9].png"
+"""The names of a folder's images."""
+SOFTWARE = "kvlock-fast"
+"""Written into a folder's images as "Software", which tells them from a user's own."""
 FASTEST_GIF = 50
 """Frames per second; players slow down what claims more."""
 
@@ -183,6 +194,7 @@ def check_video_output(path: str | os.PathLike, frames: int | None = None) -> No
         check_writable(path)
     elif _encoder(Path(path)) is None:
         check_writable_folder(path)
+        check_replaced(path, FRAMES, is_our_frame)
     else:
         check_writable(path)
 
@@ -247,9 +259,25 @@ def _write_image(path: Path, picture: np.ndarray) -> None:
         Image.fromarray(np.ascontiguousarray(picture)).save(temporary, **STILLS[path.suffix.lower()])
 
 
-def _write_images(folder: Path, frames: np.ndarray) -> None:
+def is_our_frame(path: Path) -> bool:
+    """Whether `write_video` made this image of a folder."""
     from PIL import Image
 
-    with new_folder_content(folder, "frame-[0-9][0-9][0-9][0-9][0-9].png") as place:
+    try:
+        refuse_special(path)
+        with Image.open(path) as image:
+            return image.info.get("Software") == SOFTWARE
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def _write_images(folder: Path, frames: np.ndarray) -> None:
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    about = PngInfo()
+    about.add_text("Software", SOFTWARE)
+    with new_folder_content(folder, FRAMES, is_our_frame) as place:
         for i, picture in enumerate(frames):
-            Image.fromarray(np.ascontiguousarray(picture)).save(place / f"frame-{i:05d}.png", compress_level=3)
+            image = Image.fromarray(np.ascontiguousarray(picture))
+            image.save(place / f"frame-{i:05d}.png", compress_level=3, pnginfo=about)

@@ -83,6 +83,24 @@ def test_a_webm_says_its_colours(tmp_path):
 # --- folders of images ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("content", [b"", b"mine", "a picture", "ours, opened and saved"], ids=str)
+def test_a_users_own_frame_is_never_replaced(tmp_path, content):
+    folder = tmp_path / "frames"
+    media.write_video(folder, noise(3, 8, 8), 16)
+    frame = folder / "frame-00001.png"
+    if isinstance(content, bytes):
+        frame.write_bytes(content)
+    else:
+        again = Image.open(frame)
+        again.load()
+        (again if content.startswith("ours") else again.resize((8, 8))).save(frame)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for write in (lambda: media.check_video_output(folder), lambda: media.write_video(folder, noise(2, 8, 8), 16)):
+        with pytest.raises(OutputError, match=r"its 'frame-00001\.png' was not made by this program"):
+            write()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_a_folder_keeps_what_else_is_in_it(tmp_path):
     folder = tmp_path / "frames"
     media.write_video(folder, noise(7, 8, 8), 16)

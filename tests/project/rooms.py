@@ -15,7 +15,7 @@ ORDER = [
     group.split()
     for group in (
         "kernels",
-        "errors version renamed units checks files progress nvtx",
+        "errors version renamed owner units checks files progress nvtx",
         "config presets masks conditioning ops",
         "media",
         "locking",
