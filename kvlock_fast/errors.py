@@ -18,6 +18,10 @@ class OutputError(InputError):
     """An output that cannot be written. The message names the path."""
 
 
+class OutputLost(OutputError):
+    """A place that takes no file any more, whatever the file: full, read-only, removed. The message names the path."""
+
+
 class InputWarning(UserWarning):
     """Input that was changed to fit. The command line prints such a message as a line on stderr."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kvlock_fast import owner
-from kvlock_fast.errors import InputError, OutputError
+from kvlock_fast.errors import InputError, OutputError, OutputLost
 
 
 @contextlib.contextmanager
@@ -212,7 +213,17 @@ def _refuse_what_is_no_file(path: Path) -> None:
         raise _refusal(path, error) from error
 
 
+LOST = frozenset(
+    getattr(errno, name)
+    for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ENODEV", "ENXIO", "ESTALE", "ENOTCONN")
+    if hasattr(errno, name)
+)
+"""Errors of a disk, not of a name: the next file meets them too."""
+
+
 def _refusal(path: Path, error: OSError) -> OutputError:
+    if error.errno in LOST:
+        return OutputLost(f"cannot write '{path}': {error.strerror or error}")
     if isinstance(error, FileNotFoundError):
         return OutputError(f"cannot write '{path}': the folder '{path.parent}' does not exist")
     return OutputError(f"cannot write '{path}': {error.strerror or error}")

@@ -7,7 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from kvlock_fast.batch.runner import Runner, stopped_by_signals
 from kvlock_fast.batch.watching import MetricsFile, all_of, failures_table, shown
 from kvlock_fast.batch.worker import Worker
 from kvlock_fast.edit import find_device
-from kvlock_fast.errors import InputError, InputWarning
+from kvlock_fast.errors import InputError, InputWarning, OutputError
 from kvlock_fast.files import check_writable, output_folder, user_cache_folder, write_json
 from kvlock_fast.planning.machine import Machine
 from kvlock_fast.progress import progress_bar
@@ -109,7 +109,8 @@ def run(settings: BatchSettings) -> int:
         _say_changes(changes, len(reading.jobs), settings.quiet)
         title = settings.manifest.name
         came, runner = _run(settings, reading.jobs, ledger, results, title)
-        write_index(folder, ledger, results, title)
+        with suppress(OutputError) if runner.fatal is not None else nullcontext():
+            write_index(folder, ledger, results, title)
         return _report(settings, runner, ledger, came)
 
 

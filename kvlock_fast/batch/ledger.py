@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from kvlock_fast.batch.jobs import Decision, Job, Pass, grouped, ranks
 from kvlock_fast.batch.migrate import migrate_spec
-from kvlock_fast.errors import InputError, OutputError
+from kvlock_fast.errors import InputError, OutputError, OutputLost
 
 NAME = "ledger.sqlite"
 STATES = ("pending", "running", "done", "failed")
@@ -72,6 +72,11 @@ class Ledger:
         self.db.close()
         self._lock.close()
 
+    def check_there(self) -> None:
+        """Raise OutputLost where the file was removed: what is written to it then is lost."""
+        if not self.path.exists():
+            raise OutputLost(f"the ledger '{self.path}' was removed")
+
     def __enter__(self) -> "Ledger":
         return self
 
@@ -107,7 +112,7 @@ class Ledger:
             if self.db.in_transaction:
                 self.db.execute("ROLLBACK")
             if isinstance(error, sqlite3.Error):
-                raise OutputError(f"the ledger '{self.path}' cannot be written: {error}") from error
+                raise OutputLost(f"the ledger '{self.path}' cannot be written: {error}") from error
             raise
 
     def take(self, jobs: Iterable[Job], size_of: Callable[[str], int | None], retry_failed: bool = False) -> Changes:

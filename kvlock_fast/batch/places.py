@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from kvlock_fast.batch.fields import short
 from kvlock_fast.batch.ledger import NAME
-from kvlock_fast.errors import InputError, OutputError
+from kvlock_fast.errors import InputError, OutputError, OutputLost
 from kvlock_fast.files import is_abandoned, output_folder, write_bytes
 from kvlock_fast.media import ENCODERS, STILLS
 
@@ -97,9 +97,11 @@ class Results:
             self.folder = output_folder(local_path(place, Path()))
 
     def write(self, name: str, data: bytes) -> None:
-        """Put a file. Raises OutputError."""
+        """Put a file. Raises OutputError, OutputLost where no file can be put any more."""
         if self.system is None:
             path = self.folder / name
+            if not self.folder.is_dir():
+                raise OutputLost(f"cannot write '{path}': the folder '{self.folder}' was removed")
             output_folder(path.parent)
             if not path.resolve().is_relative_to(self.folder.resolve()):  # by a link made since the check
                 raise OutputError(f"cannot write '{path}': it leads out of '{self.folder}'")

@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ from kvlock_fast.batch.jobs import Job, Pass, Waiting
 from kvlock_fast.batch.ledger import Ledger
 from kvlock_fast.batch.places import Results, report_name
 from kvlock_fast.batch.worker import Finished, Outcome, Running
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, OutputError, OutputLost
 
 TICK = 0.25
 """Seconds between two looks at what is running."""
@@ -69,7 +69,7 @@ class Runner:
     def run(self) -> dict[str, int]:
         """Until nothing is left or `stop` is set; how many jobs are in each state then.
 
-        `fatal` says why it ended early, if no worker was left.
+        `fatal` says why it ended early: no worker was left, or no result can be written any more.
         """
         self._ids = [job.id for job in self.jobs]
         self._waiting = Waiting(self.ledger.passes(self._ids, self.most))
@@ -127,13 +127,29 @@ class Runner:
         elif event.halve:
             self._waiting.add(self.ledger.halved(event.work))
         else:
-            self._finished += len(event.outcomes)
-            return [self._commit(event, outcome) for outcome in event.outcomes]
+            return self._commit_all(event)
         return []
 
+    def _commit_all(self, event: Finished) -> list[Outcome]:
+        """What became final. Where nothing can be written any more the batch ends, and what is left is pending."""
+        final = []
+        try:
+            for outcome in event.outcomes:
+                final.append(self._commit(event, outcome))
+                self._finished += 1
+            lost = event.lost
+        except OutputLost as error:
+            lost = str(error)
+        if lost is not None:
+            self.fatal = self.fatal or lost
+            with suppress(OutputError):  # what it leaves running is pending at the next start
+                self.ledger.stopped(event.work)
+        return final
+
     def _commit(self, event: Finished, outcome: Outcome) -> Outcome:
-        """Files first, then the ledger: what the ledger calls done is there, whole."""
+        """Files first, then the ledger: what the ledger calls done is there, whole. Raises OutputLost."""
         job = outcome.job
+        self.ledger.check_there()
         if outcome.error is None:
             try:
                 report = None
@@ -141,6 +157,8 @@ class Runner:
                     report = report_name(job.id)
                     self.results.write(report, outcome.report)
                 self.results.write(job.output, outcome.video)
+            except OutputLost:
+                raise
             except InputError as error:
                 outcome = Outcome(job, str(error))
             else:

@@ -28,7 +28,7 @@ from kvlock_fast.batch.jobs import Decision, Job, Pass, Setup
 from kvlock_fast.batch.places import fetched, is_remote
 from kvlock_fast.edit import EditResult, finish_edit
 from kvlock_fast.edit_files import write_page
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, OutputLost
 from kvlock_fast.media import MaskShape, is_box, write_video
 from kvlock_fast.media.clip import Clip, read_clip
 
@@ -97,12 +97,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Finished:
-    """What became of a pass. stopped: nothing; halve: it failed as a whole, and its jobs are to be told apart."""
+    """What became of a pass.
+
+    stopped: nothing, and its jobs are pending again; lost: why no file can be written any more, so that jobs without an
+    outcome are pending again; halve: it failed as a whole, and its jobs are to be told apart.
+    """
 
     work: Pass
     outcomes: tuple[Outcome, ...] = ()
     decision: Decision | None = None
     stopped: bool = False
+    lost: str | None = None
     halve: bool = False
 
 
@@ -233,6 +238,8 @@ class Worker:
             try:
                 at = made.rows.index(job)
                 files = self._files(job, clip, made.videos[at], one_of(made.trace, at))
+            except OutputLost as error:  # no room to encode in: what is finished is kept
+                return Finished(work, tuple(outcomes), made.decision, lost=str(error))
             except Exception as error:
                 outcomes.append(Outcome(job, _sentence(error)))
                 continue
