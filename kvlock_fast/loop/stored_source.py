@@ -53,8 +53,11 @@ def run_source(
     watched: frozenset[int],
     progress: Callable[[int, int], None],
 ) -> dict[int, Tensor]:
-    """One forward of the source for each stored and each watched step; the predictions of the watched ones."""
-    predictions = {}
+    """One forward of the source for each stored and each watched step; the predictions of the watched ones.
+
+    Raises InputError naming the first step whose prediction holds NaN or inf: keys and values that do make it so.
+    """
+    predictions, finite = {}, []
     steps = sorted(watched.union(store.steps))
     for done, k in enumerate(steps, start=1):
         with store.write(k) if k in store.steps else nullcontext() as places:
@@ -63,8 +66,12 @@ def run_source(
                 prediction = predict(k, source.at(k), source_prompt, mode, kept=places)
         if k in watched:
             predictions[k] = prediction
+        finite.append(prediction.isfinite().all())
         progress(done, len(steps))
     store.written()
+    if finite and not all(fine := torch.stack(finite).tolist()):  # read once, when all has run
+        k = steps[fine.index(False)]
+        raise InputError(f"the source's prediction became NaN or inf at step {k + 1} of {predict.solver.num_steps}")
     return predictions
 
 

@@ -529,8 +529,10 @@ def check_locked(got, q, k, v, k_ref, v_ref, foreground, alpha, scale=None):
     assert got.dtype == q.dtype and got.shape == q.shape and got.is_contiguous()
     alpha = per_sample(alpha, len(q)).cpu()
     arguments = (q, k, v, k_ref, v_ref, foreground, alpha, scale)
+    # Weights and blended values are rounded to q's dtype, and eager's error of few of them can be small by chance.
+    summed = max((x.float().abs().max().item() for x in (v, v_ref) if x.numel()), default=0.0)
     oracles.check_as_good_as_eager(
-        got, oracles.eager_locked_attention(*arguments), oracles.locked_attention(*arguments)
+        got, oracles.eager_locked_attention(*arguments), oracles.locked_attention(*arguments), summed
     )
 
 

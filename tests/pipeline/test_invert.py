@@ -4,9 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
 
+import kvlock_fast as kvf
 from kvlock_fast.cli import main
 from tests.cli.test_cli import clip, edit, model  # noqa: F401  (fixtures)
+from tests.pipeline.test_pipeline import a_mask, a_video
+from tests.support.tiny import tiny_wan
 
 
 def invert(clip, model, output, *more):  # noqa: F811
@@ -174,3 +178,19 @@ def test_without_a_cache_the_source_prompt_is_needed(clip, model, tmp_path, caps
     arguments = ["--source", str(clip / "source.mkv"), "--mask", str(clip / "mask.mkv"), "--prompt", "a"]
     assert main(["edit", *arguments, "--output", str(tmp_path / "o.mkv"), "--model", str(model)]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: missing option '--source-prompt'"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("what", ["norm_k", "to_v"])
+def test_a_source_that_is_not_finite_is_not_published(tmp_path, what, value):
+    """Keys or values of one layer: `verify` would find every byte as it was written."""
+    broken = tiny_wan()
+    with torch.no_grad():
+        getattr(broken.transformer.blocks[1].attn1, what).weight.view(-1)[0] = value
+    pipe = kvf.KVLockPipeline.from_pipe(broken)
+    with pytest.raises(kvf.InputError, match="the source's prediction became NaN or inf at step 1 of 2"):
+        pipe.invert(a_video(), a_mask(), tmp_path / "cache", source_prompt="a", num_inference_steps=2)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(kvf.InputError, match="became NaN or inf"):
+        pipe(a_video(), a_mask(), source_prompt="a", prompt="b", num_inference_steps=2,
+             cache=kvf.CacheConfig(tier="resident"))  # fmt: skip
