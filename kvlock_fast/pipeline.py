@@ -19,6 +19,7 @@ from kvlock_fast.errors import InputError, warn
 from kvlock_fast.locking.arch import select_layers
 from kvlock_fast.locking.compatibility import COMPILE, compiled_blocks
 from kvlock_fast.locking.fast_path import check_processors
+from kvlock_fast.locking.turns import one_at_a_time
 from kvlock_fast.loop.denoise import why_not_captured
 from kvlock_fast.loop.graph import GRAPH, CapturedLoops, choose_capture
 from kvlock_fast.loop.inputs import check_numbers, check_texts, fit_to_model
@@ -147,7 +148,7 @@ class KVLockPipeline:
             raise InputError(f"output must be frames or latent, got {output!r}")
         windows = self._windows(clip_frames, clip_overlap)
         recorder = Recorder(self.model.device)
-        with self._scene(
+        with one_at_a_time(self.model.transformers), self._scene(
             (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
             lock, cache, recorder, progress, guidance_scale, graph, windows, processors,
         ) as scene:  # fmt: skip
@@ -218,7 +219,7 @@ class KVLockPipeline:
         if not lock.locks:
             raise InputError("lock never locks (alpha is 0): there is nothing to keep of the source")
         recorder = Recorder(self.model.device)
-        with self._scene(
+        with one_at_a_time(self.model.transformers), self._scene(
             (video, mask, height, width, frames_policy), source_prompt, num_inference_steps, (latents, generator),
             lock, replace(cache, tier="disk"), recorder, progress, guidance_scale, processors=processors,
         ) as scene:  # fmt: skip

@@ -122,6 +122,10 @@ class AttachedLock:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Take the lock off and free what is kept, as the end of the `with` does; nothing where it is off already."""
         self._exit.close()
         self._locks = []
         self.forget()

@@ -12,6 +12,7 @@ but the number of the module.
 """
 
 import gc
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -252,6 +253,7 @@ class TransformerLock:
             )
         weight, tokens = self._own_part(mode, weight, tokens)
         state, by = self.state, nullcontext()
+        state.thread = threading.get_ident()
         state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, Counter()
         state.tokens, state.ahead, state._at_places = tokens, ahead or 0, None
         if self.fast is not None and mode not in (Mode.OFF, Mode.FOREGROUND):

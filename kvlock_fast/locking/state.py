@@ -1,5 +1,6 @@
 """What all locked modules of a transformer share, and what is done to their outputs in each mode of a forward."""
 
+import threading
 from collections import Counter
 from enum import Enum, auto
 from typing import Any
@@ -41,6 +42,7 @@ class LockState:
         columns: first and how many of a module's output, by layer number and "k" or "v", where it holds more.
         """
         self.mode = Mode.OFF
+        self.thread: int | None = None
         self.text, self.tokens, self.ahead = text, None, 0
         self.rows: dict[int, str] = {}
         self._at_places: tuple[Tensor | None, Tensor | None] | None = None
@@ -60,6 +62,8 @@ class LockState:
         if locks and x.requires_grad and torch.is_grad_enabled():
             # A blend has no gradient, and a checkpointed layer is run again when the forward is over.
             raise RuntimeError("keys and values are locked without a gradient: run the transformer in torch.no_grad()")
+        if locks and self.thread != threading.get_ident():
+            raise RuntimeError("another thread ran the transformer while it is locked: let one wait for the other")
         if self.prologue is not None:  # which does it, and counts
             return
         self.fired[key] += 1
