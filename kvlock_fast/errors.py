@@ -41,3 +41,9 @@ def warn(message: str) -> None:
     where = frame.f_code.co_filename, frame.f_lineno, frame.f_globals.get("__name__")
     registry = frame.f_globals.setdefault("__warningregistry__", {})
     warnings.warn_explicit(message, InputWarning, *where, registry)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says as one line of at most 300 characters; its kind where it says nothing."""
+    text = " ".join(str(error).split())[:300]
+    return text or type(error).__name__

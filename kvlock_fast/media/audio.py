@@ -54,7 +54,7 @@ def carried(container: Any, suffix: str, audio: Audio | None, seconds: float) ->
     import av
 
     copied, encoder = _KINDS[suffix]
-    with av.open(f"file:{audio.path}", options={"protocol_whitelist": "file"}) as source:
+    with av.open(f"file:{audio.path}", options={"protocol_whitelist": "file"}, metadata_errors="replace") as source:
         stream = source.streams.best("audio") or source.streams.audio[0]
         if copied is None or stream.codec_context.codec.canonical_name in copied:
             packets = _copied(source, stream, container.add_stream_from_template(stream), audio.start, seconds)

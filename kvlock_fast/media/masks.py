@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, one_line
 from kvlock_fast.media import images
 from kvlock_fast.media.video_in import MAX_BYTES, MAX_PIXELS, decode_video, read_images
 
@@ -190,8 +190,8 @@ def _load_array(path: Path) -> np.ndarray:
                 return np.lib.format.read_array(file, allow_pickle=False)
     except InputError:
         raise
-    except (OSError, ValueError, EOFError, SyntaxError, zipfile.BadZipFile) as error:
-        raise InputError(f"the mask '{path}' cannot be read as an array: {error}") from error
+    except Exception as error:  # whatever a stranger's bytes cause: packed otherwise, encrypted, with absurd sizes
+        raise InputError(f"the mask '{path}' cannot be read as an array: {one_line(error)}") from error
 
 
 def _check_header(file, path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, one_line
 from kvlock_fast.media import images
 from kvlock_fast.media.audio import Audio
 
@@ -102,7 +102,8 @@ def decode_video(
     # "file:" keeps a name with a colon from being taken for a protocol; max_pixels stops a bomb while probing.
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(max_pixels)}
     try:
-        with av.open(f"file:{path}", options=options) as container:
+        # Tags are text of any encoding; none of them is used.
+        with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InputError(f"'{path}' has no video stream")
             stream = container.streams.video[0]
@@ -114,6 +115,10 @@ def decode_video(
         raise InputError(f"'{path}' is not a video file of a kind that can be read") from error
     except av.error.FFmpegError as error:
         raise InputError(f"the video '{path}' cannot be decoded: {error.strerror or error}") from error
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # whatever a stranger's bytes cause in a decoder
+        raise InputError(f"the video '{path}' cannot be decoded: {one_line(error)}") from error
 
 
 def _rate(stream) -> Fraction:
