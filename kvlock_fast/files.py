@@ -48,7 +48,8 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         raise _refusal(final, error) from error
     finally:
         # Nothing is left to remove after the move; after a failure this is the clean-up, KeyboardInterrupt included.
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what the failure says is worth more
+            temporary.unlink(missing_ok=True)
 
 
 TEMPORARY = re.compile(rf"\.kvlock-(?:({owner.TOKEN})-)?[0-9a-f]{{12}}(\..+)?")
@@ -135,11 +136,12 @@ def new_folder_content(path: str | os.PathLike, replaced: str, ours: Callable[[P
             temporary.replace(folder)
             _fsync(folder.parent)
             return
+        check_replaced(folder, replaced, ours)  # again: something may have come meanwhile
         fresh = {file.name for file in temporary.iterdir()}
         for file in fresh:
             (temporary / file).replace(folder / file)
         for older in folder.glob(replaced):
-            if older.name not in fresh:
+            if older.name not in fresh and ours(older):
                 older.unlink()
         _fsync(folder)
     except OSError as error:

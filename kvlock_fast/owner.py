@@ -1,7 +1,7 @@
-"""Whose a temporary file is: a token of this process in its name, and whether the process of a token may still run.
+"""The process that wrote a temporary file: a token of it in the name, and whether that process may still run.
 
-A token is MACHINE.PID.START in hexadecimal: a machine's boot, and a process of it by its number and by when it began. A
-number that is used again is so another process.
+A token is MACHINE.PID.START in hexadecimal: a machine's boot, and a process of it by its number and by when it began.
+A reused number counts as another process.
 """
 
 import contextlib

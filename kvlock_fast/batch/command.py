@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,9 +20,9 @@ from kvlock_fast.batch.engine import Engine, LocalEngine
 from kvlock_fast.batch.fields import JobFields
 from kvlock_fast.batch.index import IndexWatcher, write_index
 from kvlock_fast.batch.jobs import Decision, Job
-from kvlock_fast.batch.ledger import Ledger, held
+from kvlock_fast.batch.ledger import NAME, Ledger, held
 from kvlock_fast.batch.manifest import Reading, parse_settings, read_defaults, read_manifest
-from kvlock_fast.batch.places import Results, is_remote, local_path, remove_litter
+from kvlock_fast.batch.places import OWN_FILES, Results, is_remote, local_path, remove_litter
 from kvlock_fast.batch.runner import Runner, stopped_by_signals
 from kvlock_fast.batch.watching import MetricsFile, all_of, failures_table, shown
 from kvlock_fast.batch.worker import Worker
@@ -57,6 +58,7 @@ class BatchSettings:
     edits_per_pass: int = 8
     reports: bool = True
     retry_failed: bool = False
+    overwrite: bool = False
     engine: str = "local"
     address: str | None = None
     workers: int | None = None
@@ -91,6 +93,13 @@ def check(settings: BatchSettings) -> int:
 
 def run(settings: BatchSettings) -> int:
     """The batch; the exit status: 1 if a job failed, 128 and the signal's number if one stopped it."""
+    try:
+        return _batch(settings)
+    except sqlite3.Error as error:
+        raise OutputError(f"the ledger '{settings.output / NAME}' cannot be used: {error}") from error
+
+
+def _batch(settings: BatchSettings) -> int:
     _check_settings(settings)
     reading = _read(settings)
     for model in dict.fromkeys(job.setup.model for job in reading.jobs):
@@ -103,9 +112,9 @@ def run(settings: BatchSettings) -> int:
         ledger = stack.enter_context(Ledger(folder))
         remove_litter(folder)
         results = Results(settings.results or str(folder))
-        if results.system is None and results.folder.resolve() != folder.resolve():
+        if results.system is None and not results.folder.samefile(folder):
             stack.enter_context(held(results.folder, f"another batch has its results in '{results.folder}'"))
-        changes = ledger.take(reading.jobs, results.size, settings.retry_failed)
+        changes = ledger.take(reading.jobs, results.size, settings.retry_failed, settings.overwrite)
         _say_changes(changes, len(reading.jobs), settings.quiet)
         title = settings.manifest.name
         came, runner = _run(settings, reading.jobs, ledger, results, title)
@@ -202,7 +211,12 @@ def _read(settings: BatchSettings) -> Reading:
     results = settings.results or str(settings.output)
     folder = settings.output if is_remote(results) else local_path(results, Path())
     reading = read_manifest(settings.manifest, folder, defaults, settings.dtype)
-    enter_clashes(reading, settings.manifest.parent, results)
+    own = [("the batch's own file", settings.output / name) for name in OWN_FILES]
+    named = (("--json", settings.json_file), ("--metrics-file", settings.metrics_file))
+    own += [(option, Path(path)) for option, path in named if path not in (None, "-")]
+    others = [("the manifest", settings.manifest)]
+    others += [] if settings.defaults is None else [("the defaults", settings.defaults)]
+    enter_clashes(reading, settings.manifest.parent, results, own, others)
     if settings.speed.graph == "on":
         enter_uncaptured(reading)
     return reading
@@ -215,8 +229,6 @@ def _refuse_missing(reading: Reading, settings: BatchSettings) -> None:
 
 
 def _done(folder: Path) -> frozenset[str]:
-    from kvlock_fast.batch.ledger import NAME
-
     if not (folder / NAME).exists():
         return frozenset()
     with Ledger(folder) as ledger:

@@ -226,11 +226,12 @@ def cache_of(values: dict[str, Any]) -> CacheConfig:
 
 def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The fields of an object of JSON. Raises ValueError where one is there twice."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
             raise ValueError(f"the field {name!r} is there twice")
-    return dict(pairs)
+        fields[name] = value
+    return fields
 
 
 def no_constant(word: str) -> Any:

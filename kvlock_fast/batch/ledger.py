@@ -4,6 +4,7 @@ A job is a row. Its state goes from pending to running to done or failed; what a
 again at the next start. A result counts once its row says done, which is written after its files are whole.
 """
 
+import errno
 import json
 import math
 import sqlite3
@@ -16,7 +17,7 @@ from typing import IO, Any
 
 from kvlock_fast.batch.jobs import Decision, Job, Pass, grouped, ranks
 from kvlock_fast.batch.migrate import migrate_spec
-from kvlock_fast.errors import InputError, OutputError, OutputLost
+from kvlock_fast.errors import InputError, OutputError, OutputLost, warn
 
 NAME = "ledger.sqlite"
 STATES = ("pending", "running", "done", "failed")
@@ -74,7 +75,11 @@ class Ledger:
 
     def check_there(self) -> None:
         """Raise OutputLost where the file was removed: what is written to it then is lost."""
-        if not self.path.exists():
+        try:
+            there = self.path.exists()
+        except OSError as error:
+            raise OutputLost(f"the ledger '{self.path}' cannot be written: {error.strerror or error}") from error
+        if not there:
             raise OutputLost(f"the ledger '{self.path}' was removed")
 
     def __enter__(self) -> "Ledger":
@@ -115,18 +120,28 @@ class Ledger:
                 raise OutputLost(f"the ledger '{self.path}' cannot be written: {error}") from error
             raise
 
-    def take(self, jobs: Iterable[Job], size_of: Callable[[str], int | None], retry_failed: bool = False) -> Changes:
+    def take(
+        self,
+        jobs: Iterable[Job],
+        size_of: Callable[[str], int | None],
+        retry_failed: bool = False,
+        overwrite: bool = True,
+    ) -> Changes:
         """Enter the jobs of a manifest; what is not done is pending afterwards, but for what failed.
 
         size_of(output): bytes of a result, None where there is none: a job whose result is not as it was left is
-        pending again. retry_failed: so is what failed.
+        pending again. retry_failed: so is what failed. overwrite: whether results may replace files that are not of
+        this ledger; if not, InputError names them, and nothing is entered.
         """
         new = changed = gone = 0
+        others: list[str] = []
         with self._transaction() as db:
             db.execute("UPDATE jobs SET state = 'pending' WHERE state = 'running'")
             known = {row["id"]: row for row in db.execute("SELECT id, spec, state, bytes FROM jobs")}
             for position, job in enumerate(jobs):
                 row, spec = known.get(job.id), job.spec()
+                if not overwrite and (row is None or json.loads(row["spec"]).get("output") != job.output):
+                    others += [job.output] if size_of(job.output) is not None else []
                 if row is None:
                     new += 1
                     db.execute("INSERT INTO jobs (id, position, spec) VALUES (?, ?, ?)", (job.id, position, spec))
@@ -141,6 +156,11 @@ class Ledger:
                     _forget(db, job.id)
                 elif row["state"] == "failed" and retry_failed:
                     _forget(db, job.id)
+            if others:
+                more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+                raise InputError(
+                    f"the result {others[0]!r}{more} would replace a file that no batch here made: --overwrite"
+                )
         return Changes(new, changed, gone)
 
     def passes(self, ids: Iterable[str], most: int) -> list[Pass]:
@@ -302,8 +322,10 @@ def held(folder: Path, refusal: str) -> IO[str]:
     try:
         _hold(file)
     except OSError as error:
-        file.close()
-        raise InputError(refusal) from error
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+            file.close()
+            raise InputError(refusal) from error
+        warn(f"'{folder}' has no file locks ({error.strerror or error}): let one batch at a time write there")
     return file
 
 

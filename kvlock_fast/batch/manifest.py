@@ -52,10 +52,6 @@ class Reading:
         ]
 
 
-def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
-
-
 def read_manifest(path: Path, folder: Path, defaults: dict[str, Any], dtype: str = "auto") -> Reading:
     """Every job of a .jsonl or .csv file; folder: where results go; defaults: fields for lines that lack them.
 
@@ -80,7 +76,7 @@ def read_manifest(path: Path, folder: Path, defaults: dict[str, Any], dtype: str
                 reading.wrong(line, "output", why)
             else:
                 _claim(outputs, job.output, line, "output", reading)
-        reading.jobs += jobs
+                reading.jobs.append(job)
     if not reading.jobs and not reading.problems:
         raise InputError(f"the manifest '{path}' holds no job")
     return reading

@@ -38,7 +38,7 @@ _SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+)://")
 def is_remote(place: str) -> bool:
     """Whether it is a URL of something else than a local file."""
     match = _SCHEME.match(place)
-    return match is not None and match[1].lower() != "file"
+    return match is not None and match[1].lower() not in ("file", "local")
 
 
 def local_path(place: str, base: Path) -> Path:
@@ -100,18 +100,34 @@ class Results:
         """Put a file. Raises OutputError, OutputLost where no file can be put any more."""
         if self.system is None:
             path = self.folder / name
-            if not self.folder.is_dir():
-                raise OutputLost(f"cannot write '{path}': the folder '{self.folder}' was removed")
+            self._check_there(path)
             output_folder(path.parent)
             if not path.resolve().is_relative_to(self.folder.resolve()):  # by a link made since the check
                 raise OutputError(f"cannot write '{path}': it leads out of '{self.folder}'")
             write_bytes(path, data)
             return
         path = f"{self.root}/{name}"
-        with _said(path, OutputError):
+        with _said(path, OutputLost):  # a network or a store that fails once fails for the next file too
             self.system.makedirs(path.rpartition("/")[0], exist_ok=True)
             # Object stores show an object when it is whole.
             self.system.pipe_file(path, data)
+
+    def _check_there(self, path: Path) -> None:
+        try:
+            there = self.folder.is_dir()
+        except OSError as error:
+            raise OutputLost(f"cannot write '{path}': {error.strerror or error}") from error
+        if not there:
+            raise OutputLost(f"cannot write '{path}': the folder '{self.folder}' was removed")
+
+    def check_takes_files(self) -> None:
+        """Raise OutputLost where a local folder takes no file of any name."""
+        if self.system is None:
+            try:
+                self._check_there(self.folder)
+                output_folder(self.folder)
+            except OutputError as error:
+                raise OutputLost(str(error)) from error
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None if it is not there."""

@@ -80,9 +80,14 @@ class Runner:
             if (self.stop.is_set() or self.fatal) and not asked:
                 self.engine.stop()
                 asked = True
-            if not asked:
-                self._give()
-            latest = [outcome for event in self.engine.wait(TICK) for outcome in self._take(event)]
+            latest: list[Outcome] = []
+            try:
+                if not asked:
+                    self._give()
+                for event in self.engine.wait(TICK):
+                    latest += self._take(event)
+            except OutputLost as error:  # the ledger itself
+                self.fatal = self.fatal or str(error)
             self.watch(self._state(latest))
         self.watch(replace(self._state([]), ended=True))
         return self.ledger.counts(self._ids)
@@ -112,7 +117,8 @@ class Runner:
         """Enter what became of a pass; the outcomes of its jobs, as far as they are final."""
         for at_work in self._given.values():
             at_work[:] = [work for work in at_work if work.id != event.work.id]
-        if isinstance(event, Crashed) and (event.fatal or self.stop.is_set()):  # who is told to stop may be killed
+        ending = bool(self.fatal) or self.stop.is_set()  # who is told to stop may be killed
+        if isinstance(event, Crashed) and (event.fatal or ending):
             self.fatal = event.reason if event.fatal else self.fatal
             self.ledger.stopped(event.work)
         elif isinstance(event, Crashed):
@@ -160,6 +166,7 @@ class Runner:
             except OutputLost:
                 raise
             except InputError as error:
+                self.results.check_takes_files()  # else it is not this job's fault
                 outcome = Outcome(job, str(error))
             else:
                 self.ledger.done(

@@ -29,6 +29,7 @@ from kvlock_fast.batch.places import fetched, is_remote
 from kvlock_fast.edit import EditResult, finish_edit
 from kvlock_fast.edit_files import write_page
 from kvlock_fast.errors import InputError, OutputLost
+from kvlock_fast.files import LOST
 from kvlock_fast.media import MaskShape, is_box, write_video
 from kvlock_fast.media.clip import Clip, read_clip
 
@@ -238,9 +239,10 @@ class Worker:
             try:
                 at = made.rows.index(job)
                 files = self._files(job, clip, made.videos[at], one_of(made.trace, at))
-            except OutputLost as error:  # no room to encode in: what is finished is kept
-                return Finished(work, tuple(outcomes), made.decision, lost=str(error))
             except Exception as error:
+                if isinstance(error, OutputLost) or (isinstance(error, OSError) and error.errno in LOST):
+                    # No room to encode in: what is finished is kept.
+                    return Finished(work, tuple(outcomes), made.decision, lost=_sentence(error))
                 outcomes.append(Outcome(job, _sentence(error)))
                 continue
             outcomes.append(Outcome(job, None, *files, seconds=made.seconds + time.monotonic() - begun))

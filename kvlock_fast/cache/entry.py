@@ -240,7 +240,7 @@ def _names(folder: Path, data: Path) -> bool:
     """Whether the folder's manifest, even if damaged, names this data folder, as far as can be seen."""
     try:
         return data.name.encode() in manifest.read_bytes(folder)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, InputError):
         return False
     except OSError:
         return True

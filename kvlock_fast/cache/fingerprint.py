@@ -25,7 +25,7 @@ from kvlock_fast.errors import InputError
 class Weight:
     """A parameter or persistent buffer.
 
-    stamp: another one where the values may be others, as far as torch counts changes; read: gives the values; held: the
+    stamp: changes with the values, as far as torch counts their changes; read: gives the values; held: the
     tensor in memory, None where it is in a file.
     """
 
@@ -159,18 +159,25 @@ def _sampled(weights: list[Weight]) -> str:
     weights touch most of a tensor's bytes, and so these.
     """
     taken: dict[torch.device, list[Tensor]] = {}
-    for weight in weights:
-        if weight.held is not None and weight.held.numel():
-            data = weight.held.detach().reshape(-1).view(torch.uint8)
-            count = data.numel()
-            places = (
-                torch.arange(min(count, SAMPLED), device=data.device) * (count - 1) // max(1, min(count, SAMPLED) - 1)
-            )
+    with torch._C.DisableTorchFunctionSubclass():  # packed weights have ideas of their own about joining
+        for weight in weights:
+            if weight.held is None or not weight.held.numel():
+                continue
+            data = _bytes_of(weight.held.detach())
+            count = min(data.numel(), SAMPLED)
+            places = torch.arange(count, device=data.device) * (data.numel() - 1) // max(1, count - 1)
             taken.setdefault(data.device, []).append(data[places])
     state = xxhash.xxh3_128()
     for device in sorted(taken, key=str):
         state.update(torch.cat(taken[device]).cpu().numpy())
     return state.hexdigest()
+
+
+def _bytes_of(x: Tensor) -> Tensor:
+    """The tensor's bytes [n]; in the order of its memory where it is not contiguous, so that nothing is copied."""
+    if x.is_contiguous():
+        return x.reshape(-1).view(torch.uint8)
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
 
 
 def _adapter(part: nn.Module) -> list[Any]:

@@ -51,7 +51,9 @@ def owner_lives(path: Path) -> bool:
 PUBLISHED = "published"
 TAG = "CACHEDIR.TAG"
 """In the folder of several entries; the name and the first line are known to backup programs."""
-TAG_TEXT = "Signature: 8a477f597d28d172789f06886806bc55\n# A kvlock_fast cache; backup programs leave it out.\n"
+TAG_OF_0_1 = "Signature: 8a477f597d28d172789f06886806bc55\n# A kvlock_fast cache; backup programs leave it out.\n"
+"""Version 0.1 put it into folders of the user's too, so what else is in them may be anybody's."""
+TAG_TEXT = f"{TAG_OF_0_1}# The program made this folder, and all that is in it.\n"
 
 _MARK = re.compile(r"damaged-([0-9a-f]{32})\.txt")
 _EVICTION_SECONDS = 30
@@ -134,10 +136,10 @@ def _current(folder: Path) -> bytes:
     return b""
 
 
-def is_root(folder: Path) -> bool:
-    """Whether a `CacheRoot` was made of this folder."""
+def is_root(folder: Path, *tags: str) -> bool:
+    """Whether a `CacheRoot` was made of this folder; tags: as these versions mark it, none for any."""
     try:
-        return (folder / TAG).read_text(errors="replace") == TAG_TEXT
+        return (folder / TAG).read_text(errors="replace") in (tags or (TAG_TEXT, TAG_OF_0_1))
     except OSError:
         return False
 

@@ -52,7 +52,7 @@ def prune_entries(folder: Path, quota: str | None, everything: bool, json_file: 
             gone = "in use, kept" if row["bytes"] is None else f"removed, {text_bytes(row['bytes'])}"
             print(f"{row['entry']}: {gone} ({row['reason']})")
         if others:
-            print(f"left alone, as no caches of ours: {others} of what is in '{folder}'")
+            print(f"left {others} other item{'s' if others > 1 else ''} in '{folder}' untouched")
         print(f"freed {text_bytes(freed)}, of which {text_bytes(swept)} were left by interrupted or replaced writes")
     write_json(json_file, {"removed": removed, "swept_bytes": swept, "freed_bytes": freed, "left_alone": others})
 

@@ -45,10 +45,10 @@ class CacheRoot:
 
     def sweep(self) -> None:
         """Remove what dead processes left. What carries no mark of ours is left as it is."""
-        marked = leases.is_root(self.path)
+        all_ours = leases.is_root(self.path, leases.TAG_TEXT)
         for folder in self._folders():
             with contextlib.suppress(OSError):
-                ours = marked or leases.is_entry(folder) or bool(leases.owned(folder, "lease", "evict"))
+                ours = all_ours or leases.is_entry(folder) or bool(leases.owned(folder, "lease", "evict"))
                 leases.sweep(folder)
                 if ours:
                     folder.rmdir()

@@ -25,6 +25,7 @@ def batch(
     check: Annotated[bool, option("Only look: files, masks, memory. Nothing is loaded or run.", "--check")] = False,
     schema: Annotated[bool, option("Print the JSON Schema of a job.", "--schema")] = False,
     retry_failed: Annotated[bool, option("Also run what failed before.", "--retry-failed")] = False,
+    overwrite: Annotated[bool, option("Replace files that no batch in this folder made.", "--overwrite")] = False,
     edits_per_pass: Annotated[int, option("Jobs that share a pass of their source at most.", min=1, max=1000)] = 8,
     reports: Annotated[bool, option("A page about each job.", "--reports/--no-reports")] = True,
     results: Annotated[str | None, option("Where videos go instead: a folder or URL, like s3://bucket/run.")] = None,
@@ -55,6 +56,7 @@ def batch(
     asked = command.BatchSettings(
         manifest, output, defaults, {name: value for name, value in given.items() if value is not None},
         tuple(settings or ()), results, device, dtype, Speed(graph, compile, processors), edits_per_pass, reports,
-        retry_failed, engine, address, workers, cpus_per_worker, metrics_file, json_file, command_line(), quiet,
+        retry_failed, overwrite, engine, address, workers, cpus_per_worker, metrics_file, json_file, command_line(),
+        quiet,
     )  # fmt: skip
     return command.check(asked) if check else command.run(asked)

@@ -102,9 +102,11 @@ class _Locked:
             output = super().__call__(*args, **kwargs)
             lock_output_(output, self.kvlock_number_tensor)
             return output
-        number = self.kvlock_number  # first: a lock that is forgotten may be freed while the module runs
+        # First, and as it is: a lock may be freed, or taken off by another thread, while the module runs.
+        number = vars(self).get("kvlock_number")
         output = super().__call__(*args, **kwargs)
-        _lock_output(output, number)
+        if number is not None:
+            _lock_output(output, number)
         return output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -122,13 +124,18 @@ class _Locked:
 _OWN = ("kvlock_number", "kvlock_number_tensor")
 
 
+_CHANGING = threading.RLock()
+"""Held while modules change their classes: two locks at once would each take a module for unlocked."""
+
+
 def _unlock(targets: list[tuple[nn.Module, type[nn.Module]]]) -> None:
     """Give modules their own classes back."""
-    for target, kind in targets:
-        target.__class__ = kind
-        for name in _OWN:
-            vars(target).pop(name, None)
-    targets.clear()
+    with _CHANGING:
+        for target, kind in targets:
+            target.__class__ = kind
+            for name in _OWN:
+                vars(target).pop(name, None)
+        targets.clear()
 
 
 @cache
@@ -173,20 +180,24 @@ class TransformerLock:
         self._forgotten = finalize(self, _unlock, self._locked)
         self._forgotten.atexit = False
         try:
-            for layer in self.layers:
-                name, attention = attentions[layer]
-                if arch.rows(name) != SAMPLES:
-                    self.state.rows[layer] = arch.rows(name)
-                self.state.heads[layer] = getattr(attention, "heads", getattr(attention, "num_heads", None))
-                for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
-                    self._attach(attention, names, Entry(self.state, (layer, kind), token_dim), name)
-                columns = value_columns(attention, arch)
-                if columns is not None:
-                    self.state.columns[layer, "v"] = columns
+            with _CHANGING:
+                self._attach_all(arch, attentions)
             self.fast = choose_path(processors, transformer, {n: attentions[n] for n in self.layers}, self.state)
         except BaseException:
             self.detach()
             raise
+
+    def _attach_all(self, arch: ArchSpec, attentions: list[tuple[str, nn.Module]]) -> None:
+        for layer in self.layers:
+            name, attention = attentions[layer]
+            if arch.rows(name) != SAMPLES:
+                self.state.rows[layer] = arch.rows(name)
+            self.state.heads[layer] = getattr(attention, "heads", getattr(attention, "num_heads", None))
+            for kind, names, token_dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
+                self._attach(attention, names, Entry(self.state, (layer, kind), token_dim), name)
+            columns = value_columns(attention, arch)
+            if columns is not None:
+                self.state.columns[layer, "v"] = columns
 
     def _attach(self, attention: nn.Module, names: tuple[str, ...], entry: Entry, where: str) -> None:
         target = first_submodule(attention, names)
@@ -263,6 +274,7 @@ class TransformerLock:
                 yield
         finally:
             state.mode, state.weight, state.kept, state.view = Mode.OFF, None, {}, None
+            state.thread = None
         counts = [state.fired[layer, kind] for layer in self.layers for kind in "kv"]
         self.forwards = max(counts) if any_number else 1
         if set(counts) != {self.forwards}:

@@ -1,4 +1,4 @@
-"""Edits of one transformer in several threads take turns: a lock is on the model itself, and so is for one edit."""
+"""Edits of one transformer in several threads take turns, because a lock changes the model itself."""
 
 import threading
 from collections.abc import Iterable, Iterator

@@ -55,7 +55,7 @@ def run_source(
 ) -> dict[int, Tensor]:
     """One forward of the source for each stored and each watched step; the predictions of the watched ones.
 
-    Raises InputError naming the first step whose prediction holds NaN or inf: keys and values that do make it so.
+    Raises InputError naming the first step whose prediction holds NaN or inf, as keys and values that do would cause.
     """
     predictions, finite = {}, []
     steps = sorted(watched.union(store.steps))

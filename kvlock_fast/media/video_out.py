@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from kvlock_fast.errors import InputError, OutputError, warn
+from kvlock_fast.errors import InputError, OutputError, OutputLost, warn
 from kvlock_fast.files import (
+    LOST,
     atomic_path,
     check_replaced,
     check_writable,
@@ -217,13 +218,14 @@ def _write_file(path: Path, frames: np.ndarray, rate: Fraction, quality: int, au
             try:
                 _encode(temporary, frames, rate, quality, audio)
             except av.error.FFmpegError as error:
-                if audio is None:
+                if audio is None or error.errno in LOST:
                     raise
                 # Whether a container takes a sound after all shows when its header is written.
                 _encode(temporary, frames, rate, quality, None)
                 leave_out(audio, named, f"it cannot be written there ({error.strerror or error})")
         except av.error.FFmpegError as error:
-            raise OutputError(f"cannot write '{path}': {error.strerror or error}") from error
+            kind = OutputLost if error.errno in LOST else OutputError
+            raise kind(f"cannot write '{path}': {error.strerror or error}") from error
 
 
 def _encode(file: Path, frames: np.ndarray, rate: Fraction, quality: int, audio: Audio | None) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,20 @@ from hypothesis import strategies as st
 
 from kvlock_fast.batch.clashes import enter_clashes
 from kvlock_fast.batch.jobs import Job, Setup
-from kvlock_fast.batch.manifest import Reading
+from kvlock_fast.batch.ledger import Ledger
+from kvlock_fast.batch.manifest import Reading, read_manifest
+from kvlock_fast.batch.places import Results
 from kvlock_fast.cli import main
+from kvlock_fast.errors import InputError
+from tests.support.batch_parts import job, write_clips, write_manifest
 
 
-def clashes(folder, jobs, results=None):
+def clashes(folder, jobs, results=None, own=()):
     """(line, sentence) of what is wrong; jobs: (source, mask, output) by line."""
     made = [Job(str(i), "b", out, Setup(src, mask, "a"), line=i) for i, (src, mask, out) in enumerate(jobs, start=1)]
     reading = Reading(folder / "m.jsonl", made)
-    enter_clashes(reading, folder, str(folder) if results is None else results)
+    others = [("the manifest", folder / "m.jsonl")]
+    enter_clashes(reading, folder, str(folder) if results is None else results, own, others)
     return [(line, sentence) for line, _, sentence in reading.problems]
 
 
@@ -73,6 +79,7 @@ def test_through_a_link(tmp_path):
 
 def test_what_does_not_clash(tmp_path):
     jobs = [("a.mkv", BOX, "x.mkv"), ("a.mkv", "m.png", "y/x.mkv"), ("frames", BOX, "frames/out/x.mkv")]
+    jobs += [("frames", BOX, "frames/y.mkv"), ("a.mkv", BOX, "Ma\u00dfe.mkv"), ("a.mkv", BOX, "Masse.mkv")]
     assert clashes(tmp_path, jobs) == []
     assert clashes(tmp_path, [("a.mkv", BOX, "a.mkv")], results=str(tmp_path / "out")) == []
     assert clashes(tmp_path, [("a.mkv", BOX, "a.mkv")], results="memory://bucket/run") == []
@@ -82,6 +89,31 @@ def test_what_does_not_clash(tmp_path):
 def test_outputs_of_a_url_clash_too(tmp_path):
     jobs = [("a.mkv", BOX, "x.mkv"), ("a.mkv", BOX, "./x.mkv")]
     assert clashes(tmp_path, jobs, results="memory://bucket/run")[0][0] == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "results", "output"),
+    [
+        ("s3://b/a.mkv", "s3://b", "a.mkv"),
+        ("s3://b/v/a.mkv", "s3://b/", "v//a.mkv"),
+        ("s3://b/v/%61.mkv", "s3://b/v", "a.mkv"),
+        ("{}/a.mkv", "local://{}", "a.mkv"),
+        ("local://{}/a.mkv", "{}", "a.mkv"),
+        ("file://{}/a.mkv", "file://{}", "a.mkv"),
+    ],
+)
+def test_a_source_at_a_url_is_compared_too(tmp_path, source, results, output):
+    source, results = source.format(tmp_path), results.format(tmp_path)
+    assert clashes(tmp_path, [(source, BOX, output)], results=results)[0][0] == 1
+    assert clashes(tmp_path, [(source, BOX, "b.mkv")], results=results) == []
+
+
+def test_files_of_the_batch_itself_are_compared_too(tmp_path):
+    for name in ("a.mkv", "m.jsonl"):
+        with pytest.raises(InputError, match=f"--json .*{name}' is the .*: nothing is overwritten"):
+            clashes(tmp_path, [("a.mkv", BOX, "x.mkv")], own=[("--json", tmp_path / name)])
+    found = clashes(tmp_path, [("reports/1.html", BOX, "x.mkv")])
+    assert found[0][0] == 1 and "has its report where the source of line 1 is" in found[0][1]
 
 
 NAMES = st.lists(st.sampled_from(["a", "b", "A", ".", "v", "v.mkv"]), min_size=1, max_size=3).map("/".join)
@@ -101,7 +133,7 @@ def test_an_outside_count_finds_the_same(tmp_path_factory, pairs):
     for line, (_, _, output) in enumerate(jobs, start=1):
         own = place(output)
         among = any(own.is_relative_to(other) or other.is_relative_to(own) for other in outputs)
-        if own in inputs or own.parent in inputs or among:
+        if own in inputs or among:
             wrong.add(line)
         else:
             outputs.append(own)
@@ -125,12 +157,41 @@ def test_check_and_run_refuse_and_the_source_stays(tmp_path, capsys):
 
 HOLD = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from kvlock_fast.batch.ledger import held
 lock = held(Path(sys.argv[1]), "held")
 print("held", flush=True)
 sys.stdin.read()
 """
+
+
+def test_outputs_that_are_no_files_are_said_and_no_more(tmp_path, capsys):
+    job = {"id": "1", "source": "s.mkv", "mask": BOX, "source_prompt": "a", "prompt": "b"}
+    (tmp_path / "s.mkv").write_bytes(b"one")
+    for output in (".", "./", "a/..", "/", "..", ""):
+        (tmp_path / "m.jsonl").write_text(json.dumps({**job, "output": output}))
+        for more in (["--check"], []):
+            assert main(["batch", str(tmp_path / "m.jsonl"), "--output", str(tmp_path / "out"), *more]) == 2
+            assert "line 1: output: " in capsys.readouterr().err
+
+
+def test_a_file_that_no_batch_made_is_replaced_only_if_asked(tmp_path):
+    write_clips(tmp_path)
+    manifest, folder = write_manifest(tmp_path, [job(0), job(1)]), tmp_path / "out"
+    (folder / "videos").mkdir(parents=True)
+    (folder / "videos" / "j1.mkv").write_text("mine")
+    jobs = read_manifest(manifest, folder, {}).jobs
+    with Ledger(folder) as ledger:
+        with pytest.raises(InputError, match=r"'videos/j1.mkv' would replace a file that no batch here made"):
+            ledger.take(jobs, Results(str(folder)).size, overwrite=False)
+        assert ledger.rows() == []
+        assert ledger.take(jobs, Results(str(folder)).size, overwrite=True).new == 2
+        again = ledger.take(jobs, Results(str(folder)).size, overwrite=False)
+        assert (again.new, again.changed) == (0, 0), "a job that is known may find what it left"
+        other = [replace(jobs[0], output="videos/j1.mkv")]
+        with pytest.raises(InputError, match="no batch here made"):
+            ledger.take(other, Results(str(folder)).size, overwrite=False)
 
 
 def test_two_batches_on_one_results_folder_refuse(tmp_path, capsys):

@@ -79,6 +79,31 @@ def test_the_same_weights_are_the_same_identity():
     assert fingerprint(one.modules) == fingerprint(two.modules)
 
 
+def test_weights_that_lie_otherwise_in_memory_are_not_copied():
+    from kvlock_fast.cache.fingerprint import Weight, _bytes_of, _sampled
+
+    x = torch.randn(8, 4, 6, 5).to(memory_format=torch.channels_last)
+    assert _bytes_of(x).data_ptr() == x.data_ptr()
+    before = _sampled([Weight("x", 0, lambda: x, x)])
+    x.data.mul_(1.01)
+    assert _sampled([Weight("x", 0, lambda: x, x)]) != before
+
+
+def test_packed_weights_beside_plain_ones():
+    """A subclass with ideas of its own about every function, as GGUF's weights have."""
+    from kvlock_fast.cache.fingerprint import Weight, _sampled
+
+    class Packed(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            raise KeyError("no quant type")
+
+    packed = torch.zeros(300, dtype=torch.uint8).as_subclass(Packed)
+    with torch._C.DisableTorchFunctionSubclass():
+        weights = [Weight("a", 0, lambda: None, torch.ones(5)), Weight("b", 0, lambda: None, packed)]
+    assert isinstance(_sampled(weights), str)
+
+
 def test_what_was_hashed_is_not_hashed_again(monkeypatch):
     from kvlock_fast.cache import fingerprint as room
 

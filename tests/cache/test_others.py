@@ -59,7 +59,7 @@ def test_prune_removes_entries_only_and_says_what_it_left(tmp_path, capsys, more
     mine = fill(tmp_path)
     entry(CacheRoot(tmp_path), "k1")
     assert main(["cache", "prune", str(tmp_path), *more]) == 0
-    assert "left alone, as no caches of ours: 5 of what is in" in capsys.readouterr().out
+    assert "left 5 other items in" in capsys.readouterr().out
     after = snapshot(tmp_path)
     assert {path: after.get(path, "gone") for path in mine} == mine
     assert (tmp_path / "k1").exists() == (not more)
@@ -71,6 +71,15 @@ def test_a_root_that_was_made_is_marked_and_kept_clean(tmp_path):
     (root.path / "key").mkdir()  # as a program leaves it that was killed before its first write
     CacheRoot(root.path)
     assert not (root.path / "key").exists()
+
+
+def test_a_root_of_version_0_1_may_be_a_users_folder(tmp_path):
+    mine = fill(tmp_path)
+    (tmp_path / leases.TAG).write_text(leases.TAG_OF_0_1)
+    entry(CacheRoot(tmp_path), "k1")
+    CacheRoot(tmp_path)
+    after = snapshot(tmp_path)
+    assert {path: after.get(path, "gone") for path in mine} == mine and leases.is_root(tmp_path)
 
 
 def test_what_a_dead_writer_left_in_a_users_folder_goes(tmp_path):

@@ -88,6 +88,30 @@ def test_a_forward_of_another_thread_is_refused_under_a_lock():
     assert untouched(transformer)
 
 
+def test_two_that_attach_at_once_are_one_lock_and_one_refusal(request):
+    transformer = tiny_wan().transformer
+    foreground = torch.ones(1, 24, dtype=torch.bool)
+    foreground[:, 6:] = False
+    barrier, taken = threading.Barrier(2), []
+
+    def attach(_):
+        lock = kvf.attach(transformer, foreground, num_steps=2)
+        barrier.wait()
+        try:
+            with lock:
+                taken.append(1)
+                time.sleep(0.002)
+            return "locked"
+        except kvf.InputError as error:
+            return "refused" if "is locked already" in str(error) else str(error)
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(4 * rounds(request.config)):
+            assert set(pool.map(attach, range(2))) <= {"locked", "refused"}
+            assert untouched(transformer)
+    assert taken
+
+
 def test_a_pipeline_is_refused_while_another_thread_has_attached():
     pipe = tiny_wan()
     foreground = torch.ones(1, 24, dtype=torch.bool)
