@@ -119,22 +119,20 @@ def check_texts(settings: EditSettings) -> None:
 
 def _check_outputs(outputs: list[Path], files: EditFiles, model: str, cache: Any) -> None:
     """Refuse outputs that cannot be written, or that would replace each other, an input, the model or the cache."""
-    for path in outputs:
-        check_video_output(path)
+    previews = [] if files.mask_preview is None else [files.mask_preview]
     others = [("--trace", files.trace), ("--report", files.report), ("--sheet", files.sheet)]
     others.append(("--json", None if files.json in (None, "-") else Path(files.json)))
-    for _, path in others:
-        if path is not None:
-            check_writable(path)
-    previews = [] if files.mask_preview is None else [files.mask_preview]
-    for path in previews:
-        check_video_output(path)
     written = [
         *(("--output", path) for path in outputs),
         *(("--mask-preview", path) for path in previews),
         *others,
     ]
     refuse_same([("--source", files.source), ("--mask", files.mask), *written])
+    for path in (*outputs, *previews):
+        check_video_output(path)
+    for _, path in others:
+        if path is not None:
+            check_writable(path)
     for option, path in written:
         if path is None:
             continue
