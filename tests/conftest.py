@@ -17,8 +17,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "large: takes long; runs with --all only")
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     config.addinivalue_line("markers", "numeric: compares what is rounded; test-all runs it by every instruction set")
+    # A merge is judged by the same examples each time, as Hypothesis itself does where CI is set; other runs draw anew.
+    same = bool(os.environ.get("CI"))
     for name, examples in (("default", 25), ("all", 250)):
-        hypothesis.settings.register_profile(name, max_examples=examples, deadline=None)
+        hypothesis.settings.register_profile(name, max_examples=examples, deadline=None, derandomize=same)
     # One thread: the tests' tensors are tiny, and threads that wait for each other on a busy machine cost tenfold.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not _has_cuda():  # kernels run on CPU tensors then, in Triton's interpreter

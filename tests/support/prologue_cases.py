@@ -67,6 +67,18 @@ def norm_of(case):
     return QKNorm(case.norm, *weights, *biases, eps=1e-5)
 
 
+def cancellation(case):
+    """How much a norm makes of the rounding of its input: a layer norm subtracts channels that may be nearly equal."""
+    if case.norm != "layer":
+        return 1.0
+    most = 1.0
+    for x in projections(case)[:2]:
+        heads = oracles.f64(x).reshape(-1, case.dim)
+        if heads.size:
+            most = max(most, (abs(heads).max(axis=1) / np.sqrt(heads.var(axis=1) + 1e-5)).max())
+    return most
+
+
 def rope_of(case):
     """Angles of a rotation; a third of the tokens (text, say) is not rotated."""
     if case.layout is None:
