@@ -26,7 +26,7 @@ test-all: $(STAMP)
 
 # The tests marked numeric, by every instruction set that this processor has.
 numeric: $(STAMP)
-	$(BIN)/python -m tests.support.numeric -n $(JOBS)
+	$(BIN)/python -m tests.support.numeric
 
 # The table of what works with which model, for the docs.
 matrix: $(STAMP)

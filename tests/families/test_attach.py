@@ -12,8 +12,6 @@ from kvlock_fast.models.registry import arch_of
 from tests.support.conformance import Scene, all_cases
 from tests.support.tiny import untouched
 
-pytestmark = pytest.mark.numeric
-
 ALPHA = 0.6
 CASES = {case.name: case for case in all_cases()}
 NOT_FOUND = {

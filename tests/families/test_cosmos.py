@@ -19,8 +19,6 @@ from tests.families.cases.cosmos import CASES, cosmos, cosmos2_image, cosmos25
 from tests.support.conformance import NEGATIVE, PROMPT, SOURCE, Scene
 from tests.support.tiny import tiny_wan
 
-pytestmark = pytest.mark.numeric
-
 BY_NAME = {case.name: case for case in CASES}
 
 

@@ -13,8 +13,6 @@ from kvlock_fast.models import kandinsky5
 from tests.families.cases.kandinsky5 import CASES, tiny_kandinsky5
 from tests.support.conformance import Scene, attention_calls, blend_at_call
 
-pytestmark = pytest.mark.numeric
-
 VIDEO, IMAGE = CASES
 
 

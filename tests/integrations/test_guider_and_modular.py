@@ -20,8 +20,6 @@ from tests.families.cases.hunyuan_video15 import tiny_hunyuan15
 from tests.support.locks import paper
 from tests.support.tiny import tiny_wan, untouched
 
-pytestmark = pytest.mark.numeric
-
 STEPS, SIZE = 5, (9, 32, 64)
 SAID = dict(source_prompt="a red circle", prompt="a blue square", negative_prompt="dark")
 COMPONENTS = ("transformer", "transformer_2", "vae", "text_encoder", "tokenizer", "scheduler")

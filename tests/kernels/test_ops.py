@@ -13,8 +13,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kvlock_fast import ops
 from tests.support import oracles
 
-pytestmark = pytest.mark.numeric
-
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES)
 NAN, INF = float("nan"), float("inf")

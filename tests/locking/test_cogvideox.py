@@ -16,8 +16,6 @@ from tests.pipeline.test_pipeline import call
 from tests.support.locks import paper
 from tests.support.tiny import COGVIDEOX_KINDS, tiny_cogvideox
 
-pytestmark = pytest.mark.numeric
-
 KINDS = list(COGVIDEOX_KINDS)
 TEXT = 7
 TOKENS = {"2b": 18, "5b": 18, "1.5": 12}

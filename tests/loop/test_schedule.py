@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 from kvlock_fast.loop.schedule import Controller, can_lock
 from tests.support.locks import paper
 
-pytestmark = pytest.mark.numeric
-
 BATCH, SHAPE = 2, (3, 2, 3, 4)
 
 

@@ -1,6 +1,6 @@
 """The tests marked `numeric` by every instruction set that this processor has, on one thread and on two.
 
-    python -m tests.support.numeric [-n JOBS] [more of pytest's options]
+    python -m tests.support.numeric [more of pytest's options]
 
 ATen takes its CPU kernels by ATEN_CPU_CAPABILITY; a result that holds by one of them only holds by chance.
 """
@@ -31,7 +31,9 @@ def main(options: list[str]) -> int:
     for capability, threads in legs():
         print(f"numeric: {capability}, {threads} thread{'s' if threads > '1' else ''}", flush=True)
         leg = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": threads}
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "numeric", *options]
+        # As many workers as leave each of its threads a core: threads that wait for one spin.
+        workers = max(1, len(os.sched_getaffinity(0)) // int(threads))
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "numeric", "-n", str(workers), *options]
         start = time.monotonic()
         code = subprocess.run(command, env=leg).returncode
         print(f"numeric: {capability}, {threads}: {time.monotonic() - start:.0f} s", flush=True)
