@@ -44,6 +44,6 @@ def warn(message: str) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says as one line of at most 300 characters; its kind where it says nothing."""
+    """An error's message as one line of at most 300 characters; its kind where it says nothing."""
     text = " ".join(str(error).split())[:300]
     return text or type(error).__name__

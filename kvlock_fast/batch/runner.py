@@ -137,7 +137,7 @@ class Runner:
         return []
 
     def _commit_all(self, event: Finished) -> list[Outcome]:
-        """What became final. Where nothing can be written any more the batch ends, and what is left is pending."""
+        """Final outcomes. Where nothing can be written any more the batch ends, and the rest is pending."""
         final = []
         try:
             for outcome in event.outcomes:

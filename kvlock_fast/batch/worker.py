@@ -98,7 +98,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Finished:
-    """What became of a pass.
+    """The outcome of a pass.
 
     stopped: nothing, and its jobs are pending again; lost: why no file can be written any more, so that jobs without an
     outcome are pending again; halve: it failed as a whole, and its jobs are to be told apart.

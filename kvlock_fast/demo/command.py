@@ -1,4 +1,4 @@
-"""What `kvlock-fast demo` does: one edit of the demo's world, or clips of that world."""
+"""The command `kvlock-fast demo`: one edit of the demo's world, or clips of that world."""
 
 from fractions import Fraction
 from pathlib import Path

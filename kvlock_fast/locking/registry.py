@@ -12,7 +12,7 @@ from kvlock_fast.locking.state import LockState
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class Entry:
-    """What a locked module belongs to.
+    """The lock that a module belongs to.
 
     state: that of its transformer; key: its layer's number, and "k" or "v"; token_dim: the dimension of its output that
     counts tokens.

@@ -1,1 +1,1 @@
-"""What is installed, and what the kernels compile to."""
+"""Installed libraries, and the compiled kernels' report."""

@@ -23,7 +23,7 @@ def snapshot(folder):
 
 
 def fill(folder):
-    """What a user may have in a folder that is named as the root of caches."""
+    """Files and folders of a user's in a folder that is named as the root of caches."""
     for name in ("empty", "aa", "0123456789abcdef0123456789abcdef", "project/src"):
         (folder / name).mkdir(parents=True)
     (folder / "project" / "manifest.json").write_text('{"name": "an extension", "version": 1}')

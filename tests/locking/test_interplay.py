@@ -87,7 +87,7 @@ def plain():
 
 @pytest.fixture(scope="module")
 def rounding(plain):
-    """What rounding alone may do to one of them."""
+    """The difference that rounding alone may make to one of them."""
     return max(
         allowed(plain[name], call(in_double(tiny_wan()), **EDITS[name]).latents)
         for name in ("lockstep", "separate", "resident")

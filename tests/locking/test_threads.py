@@ -64,7 +64,7 @@ def test_an_edit_that_fails_lets_the_next_one_go(request):
 
 
 def test_a_forward_of_another_thread_is_refused_under_a_lock():
-    """Of somebody who does not know of the lock: else it would be blended without a word."""
+    """A stranger to the lock runs it: without a refusal it would be blended without a word."""
     pipe = tiny_wan()
     transformer = pipe.transformer
     latents = torch.randn(1, transformer.config.in_channels, 1, 8, 12)

@@ -1,4 +1,4 @@
-"""What has been reached is kept; `python -m tests.project.ratchet` writes the file anew, in a commit that says why."""
+"""Reached figures are kept; `python -m tests.project.ratchet` writes the file anew, in a commit that says why."""
 
 import json
 

@@ -10,7 +10,7 @@ from torch import Tensor
 FACTOR = 4.0
 """Times eager's own distance to fp64: two runs lie on either side of the truth, and each may round worse than this."""
 LEAST = 2.0**-22
-"""Of the values' own size, where a run happens to meet the truth: two units in the last place of fp32."""
+"""Share of the values' size, where a run happens to meet the truth: two units in the last place of fp32."""
 
 
 def in_double(pipe):
