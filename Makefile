@@ -38,6 +38,7 @@ rooms: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/basedpyright
 
 install: $(STAMP)
 
