@@ -119,7 +119,7 @@ class InProcess:
         with Ledger(folder) as ledger:
             results = Results(str(folder))
             ledger.take(jobs, results.size)
-            engine = LocalEngine(Worker(lambda: self.editor, self.manifest.parent, reports=False, command=""))
+            engine = LocalEngine(Worker(self.editor, self.manifest.parent, reports=False, command=""))
             try:
                 counts = Runner(ledger, engine, results, jobs, most).run()
             finally:

@@ -43,7 +43,6 @@ def warn(message: str) -> None:
     warnings.warn_explicit(message, InputWarning, *where, registry)
 
 
-def one_line(error: BaseException) -> str:
-    """An error's message as one line of at most 300 characters; its kind where it says nothing."""
-    text = " ".join(str(error).split())[:300]
-    return text or type(error).__name__
+def one_line(error: BaseException, most: int = 300) -> str:
+    """An error's message as one line of at most `most` characters; its kind where it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__

@@ -22,14 +22,14 @@ Report = Callable[[str, int, int], None]
 @contextmanager
 def progress_bar(quiet: bool = False, stream: TextIO | None = None) -> Iterator[Report]:
     """A function report(stage, done, total) that shows where an edit is."""
-    stream = stream or sys.stderr
+    out: TextIO = stream or sys.stderr
     if quiet:
         yield lambda stage, done, total: None
-    elif stream.isatty():
-        with _rich_bar(stream) as report:
+    elif out.isatty():
+        with _rich_bar(out) as report:
             yield report
     else:
-        yield PlainLines(stream)
+        yield PlainLines(out)
 
 
 @contextmanager
@@ -39,6 +39,7 @@ def _rich_bar(stream: TextIO) -> Iterator[Report]:
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        TaskID,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
@@ -47,7 +48,7 @@ def _rich_bar(stream: TextIO) -> Iterator[Report]:
     columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(file=stream)) as bar:
-        rows: dict[str, int] = {}
+        rows: dict[str, TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in rows:
@@ -82,7 +83,7 @@ class PlainLines:
 
 
 def duration(seconds: float) -> str:
-    """In the two largest units: 45 s, 3 min 20 s, 2 h 5 min."""
+    """Write seconds in their two largest units: 45 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

@@ -94,7 +94,8 @@ class Checker:
             wanted.setdefault(job.setup.source, set()).add(job.setup.max_frames)
         for done, (source, limits) in enumerate(wanted.items()):
             self.progress("checking sources", done, len(wanted))
-            most = None if None in limits else max(limits)
+            known = [limit for limit in limits if limit is not None]
+            most = max(known) if len(known) == len(limits) else None
             try:
                 with fetched(source, self.base) as path:
                     self.decoded += 1

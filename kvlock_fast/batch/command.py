@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from kvlock_fast.batch.engine import Engine, LocalEngine
 from kvlock_fast.batch.fields import JobFields
 from kvlock_fast.batch.index import IndexWatcher, write_index
 from kvlock_fast.batch.jobs import Decision, Job
-from kvlock_fast.batch.ledger import NAME, Ledger, held
+from kvlock_fast.batch.ledger import Ledger
 from kvlock_fast.batch.manifest import Reading, parse_settings, read_defaults, read_manifest
-from kvlock_fast.batch.places import OWN_FILES, Results, is_remote, local_path, remove_litter
-from kvlock_fast.batch.runner import Runner, stopped_by_signals
+from kvlock_fast.batch.places import LEDGER, OWN_FILES, Results, held, is_remote, local_path, remove_litter
+from kvlock_fast.batch.runner import Runner, Watcher, stopped_by_signals
 from kvlock_fast.batch.watching import MetricsFile, all_of, failures_table, shown
 from kvlock_fast.batch.worker import Worker
 from kvlock_fast.edit import find_device
@@ -96,7 +96,7 @@ def run(settings: BatchSettings) -> int:
     try:
         return _batch(settings)
     except sqlite3.Error as error:
-        raise OutputError(f"the ledger '{settings.output / NAME}' cannot be used: {error}") from error
+        raise OutputError(f"the ledger '{settings.output / LEDGER}' cannot be used: {error}") from error
 
 
 def _batch(settings: BatchSettings) -> int:
@@ -127,14 +127,13 @@ def _run(
     settings: BatchSettings, jobs: list[Job], ledger: Ledger, results: Results, title: str
 ) -> tuple[list[int], Runner]:
     with ExitStack() as running:
-        watchers = [IndexWatcher(settings.output, ledger, results, title)]
+        watchers: list[Watcher] = [IndexWatcher(settings.output, ledger, results, title)]
         if settings.metrics_file is not None:
             watchers.append(MetricsFile(settings.metrics_file))
         running.enter_context(_warnings_once())
-        engine: Any = _NoEngine()
-        if ledger.counts([job.id for job in jobs])["pending"]:
-            engine = make_engine(settings)
-            running.callback(engine.close)
+        pending = ledger.counts([job.id for job in jobs])["pending"]
+        engine = make_engine(settings if pending else replace(settings, engine="local"))  # which loads nothing
+        running.callback(engine.close)
         runner = Runner(ledger, engine, results, jobs, settings.edits_per_pass)
         # After the engine: Ray sets handlers of its own when it is imported.
         came = running.enter_context(stopped_by_signals(runner.stop))
@@ -145,38 +144,14 @@ def _run(
 
 
 def make_engine(settings: BatchSettings) -> Engine:
-    """Who runs the passes, as asked."""
-    base, here = settings.manifest.parent.resolve(), Path.cwd()
-
-    def make_editor() -> ModelEditor:
-        return ModelEditor(settings.device, settings.speed, here)
-
+    """Make the engine that is asked for; the local one loads nothing before its first pass."""
+    editor = ModelEditor(settings.device, settings.speed, Path.cwd())
+    worker = (editor, settings.manifest.parent.resolve(), settings.reports, settings.command)
     if settings.engine == "local":
-        return LocalEngine(Worker(make_editor, base, settings.reports, settings.command, settings.speed))
+        return LocalEngine(Worker(*worker))
     from kvlock_fast.batch.ray_engine import RayEngine
 
-    return RayEngine(
-        make_editor, base, settings.reports, settings.command, settings.speed,
-        address=settings.address, workers=settings.workers, cpus=settings.cpus_per_worker,
-    )  # fmt: skip
-
-
-class _NoEngine:
-    """Where nothing is left to do, nothing is loaded."""
-
-    lanes = 1
-
-    def ready(self) -> list[str]:
-        return []
-
-    def wait(self, seconds: float) -> list[Any]:
-        return []
-
-    def running(self) -> list[Any]:
-        return []
-
-    def stop(self) -> None:
-        pass
+    return RayEngine(*worker, address=settings.address, workers=settings.workers, cpus=settings.cpus_per_worker)
 
 
 def _check_settings(settings: BatchSettings) -> None:
@@ -229,7 +204,7 @@ def _refuse_missing(reading: Reading, settings: BatchSettings) -> None:
 
 
 def _done(folder: Path) -> frozenset[str]:
-    if not (folder / NAME).exists():
+    if not (folder / LEDGER).exists():
         return frozenset()
     with Ledger(folder) as ledger:
         return frozenset(row["id"] for row in ledger.rows() if row["state"] == "done")

@@ -1,11 +1,10 @@
-"""Who computes the frames of a pass: an interface, and the one that has a model."""
+"""Editors, which compute the frames of a pass: the interface, and the one that has a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -14,11 +13,15 @@ from kvlock_fast.batch.manifest import Reading
 from kvlock_fast.edit import call_pipeline, load_pipeline, working_size
 from kvlock_fast.errors import InputError
 from kvlock_fast.media.clip import Clip
+from kvlock_fast.progress import Report
+
+if TYPE_CHECKING:
+    from kvlock_fast.pipeline import KVLockPipeline
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What changes how fast every edit of a batch is, and not what is asked for: CUDA graphs, torch.compile, attention.
+    """Settings of how fast every edit of a batch is, beside what is asked for: CUDA graphs, torch.compile, attention.
 
     graph, compile, processors: as `EditSettings` has them.
     """
@@ -50,7 +53,7 @@ def enter_uncaptured(reading: Reading) -> None:
 
 
 def _why_not_captured(setup: Setup) -> tuple[str, str] | None:
-    """A field and what it brings; as `denoise.why_not_captured`, which knows the model too."""
+    """The field that prevents it, and why; as `denoise.why_not_captured`, which knows the model too."""
     from kvlock_fast.loop.schedule import compares_with_source
 
     if setup.clip_frames is not None:
@@ -60,9 +63,6 @@ def _why_not_captured(setup: Setup) -> tuple[str, str] | None:
     if compares_with_source(setup.lock):
         return "tau", "'auto' counts the source's predictions on the host"
     return None
-
-
-Progress = Callable[[str, int, int], None]
 
 
 class OutOfMemory(Exception):
@@ -76,16 +76,30 @@ class DeviceLost(Exception):
 class Editor(Protocol):
     """Computes frames. One call at a time, always in the same thread."""
 
+    @property
+    def speed(self) -> Speed:
+        """How every edit is run."""
+        ...
+
     def decide(self, setup: Setup, clip: Clip, prompts: int) -> Decision:
-        """How to run so many prompts on a clip; loads what is needed."""
+        """Say how to run so many prompts on a clip; load what is needed."""
+        ...
 
     def edit(
-        self, setup: Setup, clip: Clip, prompts: list[str], decision: Decision, progress: Progress
+        self, setup: Setup, clip: Clip, prompts: list[str], decision: Decision, progress: Report
     ) -> tuple[list[np.ndarray], dict[str, Any]]:
-        """One uint8 [F, h, w, 3] a prompt, and the trace as plain values.
+        """Return one uint8 [F, h, w, 3] a prompt, and the trace as plain values.
+
+        Args:
+            setup: what is asked of the model.
+            clip: source and mask.
+            prompts: of one batch after the other.
+            decision: how to run them.
+            progress: told the stage and its steps.
 
         Raises InputError for what cannot be edited, OutOfMemory, DeviceLost, and what `progress` raises.
         """
+        ...
 
 
 @dataclass
@@ -98,12 +112,11 @@ class ModelEditor:
     device: str = "auto"
     speed: Speed = field(default_factory=Speed)
     folder: Path = Path()
-    _loaded: tuple[str, str] | None = None
-    _pipe: Any = None
+    _loaded: tuple[tuple[str, str], KVLockPipeline] | None = None
     _failed: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def decide(self, setup: Setup, clip: Clip, prompts: int) -> Decision:
-        """What the planner says of this machine with the model on it."""
+        """Ask the planner about this machine with the model on it."""
         from kvlock_fast.batch.fit import Extent, decide, foreground_tokens
         from kvlock_fast.files import user_cache_folder
         from kvlock_fast.planning.find_model import from_pipeline
@@ -117,7 +130,7 @@ class ModelEditor:
         return decide(setup, size, extent, foreground, prompts, machine)
 
     def edit(
-        self, setup: Setup, clip: Clip, prompts: list[str], decision: Decision, progress: Progress
+        self, setup: Setup, clip: Clip, prompts: list[str], decision: Decision, progress: Report
     ) -> tuple[list[np.ndarray], dict[str, Any]]:
         import torch
 
@@ -136,22 +149,22 @@ class ModelEditor:
             raise
         return out.frames, out.trace.as_dict()
 
-    def _load(self, setup: Setup) -> Any:
+    def _load(self, setup: Setup) -> KVLockPipeline:
         wanted = (setup.model, setup.dtype)
         if wanted in self._failed:  # thousands of jobs may name a model that is not there
             raise InputError(self._failed[wanted])
-        if wanted != self._loaded:
-            self._pipe = self._loaded = None  # the memory of the one before
+        if self._loaded is None or self._loaded[0] != wanted:
+            self._loaded = None  # the memory of the one before
+            path = self.folder / setup.model
             try:
-                path = self.folder / setup.model
-                self._pipe = load_pipeline(str(path) if path.is_dir() else setup.model, self.device, setup.dtype)
+                pipe = load_pipeline(str(path) if path.is_dir() else setup.model, self.device, setup.dtype)
             except InputError as error:
                 self._failed[wanted] = str(error)
                 raise
-            self._loaded = wanted
-        return self._pipe
+            self._loaded = wanted, pipe
+        return self._loaded[1]
 
-    def _refuse_lost_device(self, pipe: Any, error: RuntimeError) -> None:
+    def _refuse_lost_device(self, pipe: KVLockPipeline, error: RuntimeError) -> None:
         import torch
 
         device = pipe.model.device

@@ -1,4 +1,4 @@
-"""Who runs passes: an interface, and the one that uses this process."""
+"""Engines, which run passes on workers: the interface, and the one that uses this process."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Protocol
 
 from kvlock_fast.batch.jobs import Pass
 from kvlock_fast.batch.worker import Finished, Running, Worker
+from kvlock_fast.errors import one_line
 
 LANES = 3
 """Passes in a worker at once: one is read, one computed, one written."""
@@ -26,19 +27,25 @@ class Crashed:
 class Engine(Protocol):
     """Runs passes on workers, which may come and go. All calls are made from one thread."""
 
-    lanes: int
+    @property
+    def lanes(self) -> int:
+        """Passes that a worker takes at once."""
+        ...
 
     def ready(self) -> list[str]:
-        """The names of the workers that take passes now."""
+        """Name the workers that take passes now."""
+        ...
 
     def submit(self, worker: str, work: Pass) -> None:
         """Start a pass on a worker; what becomes of it comes out of `wait`."""
 
     def wait(self, seconds: float) -> list[Finished | Crashed]:
-        """What ended, after at most so many seconds; nothing may have."""
+        """Return the passes that ended, after at most so many seconds; there may be none."""
+        ...
 
     def running(self) -> list[Running]:
-        """Where the passes are, as far as is known."""
+        """Say where the passes are, as far as is known."""
+        ...
 
     def stop(self) -> None:
         """Let every pass end after its running step; each still comes out of `wait`."""
@@ -50,9 +57,11 @@ class Engine(Protocol):
 class LocalEngine:
     """One worker, in this process."""
 
-    def __init__(self, worker: Worker, lanes: int = LANES):
-        self.worker, self.lanes = worker, lanes
-        self._threads = ThreadPoolExecutor(lanes, thread_name_prefix="pass")
+    lanes = LANES
+
+    def __init__(self, worker: Worker):
+        self.worker, self.running, self.stop = worker, worker.running, worker.stop
+        self._threads = ThreadPoolExecutor(LANES, thread_name_prefix="pass")
         self._ended: queue.SimpleQueue[Finished | Crashed] = queue.SimpleQueue()
 
     def ready(self) -> list[str]:
@@ -70,14 +79,8 @@ class LocalEngine:
             found.append(self._ended.get())
         return found
 
-    def running(self) -> list[Running]:
-        return self.worker.running()
-
-    def stop(self) -> None:
-        self.worker.stop()
-
     def close(self) -> None:
-        self.worker.stop()
+        self.stop()
         self._threads.shutdown(wait=True, cancel_futures=True)
         self.worker.close()
 
@@ -85,4 +88,4 @@ class LocalEngine:
         try:
             self._ended.put(self.worker.run(work))
         except BaseException as error:
-            self._ended.put(Crashed(work, " ".join(str(error).split()) or type(error).__name__, fatal=True))
+            self._ended.put(Crashed(work, one_line(error, 1000), fatal=True))

@@ -5,22 +5,25 @@ from __future__ import annotations
 import base64
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from kvlock_fast.batch.jobs import Job
 from kvlock_fast.batch.ledger import Ledger
 from kvlock_fast.batch.places import Results
 from kvlock_fast.batch.runner import State
 from kvlock_fast.files import atomic_path, write_text
+from kvlock_fast.report.page import template
 from kvlock_fast.version import __version__
 
 SECONDS_PER_INDEX = 30
 
 
 def result_rows(ledger: Ledger) -> list[dict[str, Any]]:
-    """A job each, as plain values: what was asked, and what came of it."""
+    """Rows of plain values, one a job: what was asked, and what came of it."""
     rows = []
     for row in ledger.rows():
         job = Job.from_spec(row["spec"])
@@ -57,9 +60,10 @@ def write_index(folder: Path, ledger: Ledger, results: Results, title: str) -> N
     _write_parquet(folder / "results.parquet", rows)
     pictures = {row["id"]: row["thumbnail"] for row in ledger.rows()}
     cards = [_card(row, pictures[row["id"]], results) for row in rows]
-    counts = {state: sum(row["state"] == state for row in rows) for state in ("done", "failed", "running", "pending")}
+    states = Counter(row["state"] for row in rows)
+    counts = {state: states[state] for state in ("done", "failed", "running", "pending")}
     sources = sorted({row["source"] for row in rows})
-    page = _template().render(
+    page = template(Path(__file__).with_name("index.html.jinja"), trim_blocks=True).render(
         title=title, version=__version__, cards=cards, counts=counts, sources=sources, made=time.strftime("%F %H:%M")
     )
     write_text(folder / "index.html", page)
@@ -85,15 +89,13 @@ def _card(row: dict[str, Any], thumbnail: bytes | None, results: Results) -> dic
 
 
 def _decibels(row: dict[str, Any]) -> str:
-    """JSON has no infinity: a background that was not touched has no PSNR, but an SSIM."""
+    """The PSNR in words. JSON has no infinity: a background that was not touched has no PSNR, but an SSIM."""
     if row["background_psnr"] is not None:
         return f"{row['background_psnr']:.1f}"
     return "∞" if row["background_ssim"] is not None else "–"
 
 
 def _link(name: str | None, results: Results) -> str | None:
-    from urllib.parse import quote
-
     if name is None:
         return None
     url = results.url(quote(name))
@@ -103,17 +105,9 @@ def _link(name: str | None, results: Results) -> str | None:
 
 def _write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     try:
-        import pyarrow
-        from pyarrow import parquet
+        import pyarrow  # pyright: ignore[reportMissingImports]  # optional
+        from pyarrow import parquet  # pyright: ignore[reportMissingImports]
     except ImportError:
         return
     with atomic_path(path) as temporary:
         parquet.write_table(pyarrow.Table.from_pylist(list(rows)), temporary)
-
-
-def _template() -> Any:
-    import jinja2
-
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.get_template("index.html.jinja")

@@ -4,22 +4,27 @@ A job is a row. Its state goes from pending to running to done or failed; what a
 again at the next start. A result counts once its row says done, which is written after its files are whole.
 """
 
-import errno
+from __future__ import annotations
+
 import json
-import math
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import IO, Any
+from typing import TYPE_CHECKING, Any
 
 from kvlock_fast.batch.jobs import Decision, Job, Pass, grouped, ranks
 from kvlock_fast.batch.migrate import migrate_spec
-from kvlock_fast.errors import InputError, OutputError, OutputLost, warn
+from kvlock_fast.batch.places import LEDGER, held
+from kvlock_fast.errors import InputError, OutputError, OutputLost
 
-NAME = "ledger.sqlite"
+if TYPE_CHECKING:
+    from kvlock_fast.batch.worker import Outcome
+
 STATES = ("pending", "running", "done", "failed")
 MOST_CRASHES = 3
 """How often a worker may die with a job before the job is set aside."""
@@ -41,7 +46,7 @@ CREATE INDEX IF NOT EXISTS jobs_by_pass ON jobs (pass, place);
 
 @dataclass(frozen=True)
 class Changes:
-    """What a manifest brings: jobs that are new, that read otherwise than before, and whose result is gone."""
+    """Counts of a manifest's jobs that are new, that read otherwise than before, and whose result is gone."""
 
     new: int
     changed: int
@@ -52,7 +57,7 @@ class Ledger:
     """One program at a time has a folder's ledger. Raises InputError where it is held or cannot be written."""
 
     def __init__(self, folder: str | Path):
-        self.path = Path(folder) / NAME
+        self.path = Path(folder) / LEDGER
         self._lock = held(Path(folder), f"another batch is running in '{folder}'")
         try:
             self.db = sqlite3.connect(self.path, isolation_level=None)
@@ -64,14 +69,14 @@ class Ledger:
         except BaseException as error:
             if hasattr(self, "db"):
                 self.db.close()
-            self._lock.close()
+            self._lock.release()
             if isinstance(error, sqlite3.Error):
                 raise OutputError(f"the ledger '{self.path}' cannot be used: {error}") from error
             raise
 
     def close(self) -> None:
         self.db.close()
-        self._lock.close()
+        self._lock.release()
 
     def check_there(self) -> None:
         """Raise OutputLost where the file was removed: what is written to it then is lost."""
@@ -82,7 +87,7 @@ class Ledger:
         if not there:
             raise OutputLost(f"the ledger '{self.path}' was removed")
 
-    def __enter__(self) -> "Ledger":
+    def __enter__(self) -> Ledger:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -97,7 +102,7 @@ class Ledger:
         self.db.execute(f"PRAGMA user_version = {_VERSION}")
 
     def _rename_fields(self) -> None:
-        """The jobs of a ledger of 0.1 under today's names, so that what is done stays done."""
+        """Rewrite the jobs of a ledger of 0.1 under today's names, so that what is done stays done."""
         with self._transaction() as db:
             for row in db.execute("SELECT id, spec FROM jobs").fetchall():
                 try:
@@ -174,8 +179,8 @@ class Ledger:
         homeless = [Job.from_spec(row["spec"]) for row in pending if row["pass"] is None]
         with self._transaction():
             for together in grouped(homeless, most):
-                self._new_pass([job.id for job in together])
-        numbers = dict.fromkeys(self._pass_of(row["id"]) for row in pending)
+                self._new_pass(together)
+        numbers = dict.fromkeys(self._value("pass", row["id"]) for row in pending)
         found = [self.find_pass(number, wanted) for number in numbers]
         tried = {row["id"] for row in self.db.execute("SELECT id FROM jobs WHERE tries > 0")}
         rank = ranks(work.setup for work in found)
@@ -183,118 +188,111 @@ class Ledger:
 
     def find_pass(self, number: int, wanted: Iterable[str] | None = None) -> Pass:
         """A pass by its number, with what is pending in it."""
-        head = self.db.execute("SELECT * FROM passes WHERE id = ?", (number,)).fetchone()
+        head = self.db.execute("SELECT width, tier, format, at_once, ladder FROM passes WHERE id = ?", (number,))
+        width, tier, format, at_once, ladder = head.fetchone()
         rows = self.db.execute("SELECT id, spec, state, place, crashes FROM jobs WHERE pass = ?", (number,)).fetchall()
-        places: list[Job | None] = [None] * head["width"]
+        places: list[Job | None] = [None] * width
         for row in rows:
             places[row["place"]] = Job.from_spec(row["spec"])
         missing = {row["id"] for row in rows if row["state"] == "pending"}
         missing = missing if wanted is None else missing.intersection(wanted)
-        decision = None
-        if head["tier"] is not None:
-            decision = Decision(head["tier"], head["format"], head["at_once"], bool(head["ladder"]))
+        decision = None if tier is None else Decision(tier, format, at_once, bool(ladder))
         crashes = max((row["crashes"] for row in rows if row["id"] in missing), default=0)
         return Pass(number, tuple(places), frozenset(missing), decision, crashes)
 
     def begin(self, work: Pass) -> None:
-        """Its jobs are running."""
+        """Enter a pass's jobs as running."""
         with self._transaction() as db:
-            for job in work.jobs:
-                db.execute("UPDATE jobs SET state = 'running', tries = tries + 1 WHERE id = ?", (job.id,))
+            db.executemany("UPDATE jobs SET state = 'running', tries = tries + 1 WHERE id = ?", _ids(work.jobs))
 
-    def done(self, job: Job, decision: Decision, **result: Any) -> bool:
-        """Its files are whole. False if it was done already, in which case nothing changes.
+    def done(self, outcome: Outcome, decision: Decision, report: str | None = None) -> None:
+        """Enter a job whose files are whole; nothing changes if it was done already.
 
-        decision: how its pass was run; result: seconds, metrics, bytes, report, thumbnail.
+        decision: how its pass was run; report: the page's name below the results.
         """
-        metrics = json.dumps(_finite(result.get("metrics") or {}))
-        values = (result["seconds"], metrics, result["bytes"], result.get("report"), result.get("thumbnail"))
+        # JSON has no infinity: a PSNR that is infinite becomes None.
+        finite = {name: x if x is None or isfinite(x) else None for name, x in (outcome.metrics or {}).items()}
+        result = (outcome.seconds, json.dumps(finite), len(outcome.video), report, outcome.thumbnail, time.time())
         with self._transaction() as db:
-            changed = db.execute(
+            db.execute(
                 "UPDATE jobs SET state = 'done', seconds = ?, metrics = ?, bytes = ?, report = ?, thumbnail = ?, "
                 "finished = ?, error = NULL, commits = commits + 1 WHERE id = ? AND state != 'done'",
-                (*values, time.time(), job.id),
-            ).rowcount
+                (*result, outcome.job.id),
+            )
             db.execute(
                 "UPDATE passes SET tier = ?, format = ?, at_once = ?, ladder = ? "
                 "WHERE tier IS NULL AND id = (SELECT pass FROM jobs WHERE id = ?)",
-                (decision.tier, decision.format, decision.at_once, int(decision.ladder), job.id),
+                (decision.tier, decision.format, decision.at_once, int(decision.ladder), outcome.job.id),
             )
-        return changed == 1
 
     def failed(self, job: Job, error: str) -> None:
-        """It came to nothing, and why."""
+        """Enter why a job came to nothing."""
         with self._transaction() as db:
             db.execute(
                 "UPDATE jobs SET state = 'failed', error = ?, finished = ? WHERE id = ? AND state != 'done'",
                 (error, time.time(), job.id),
             )
 
-    def stopped(self, work: Pass) -> None:
-        """It was interrupted, and is pending."""
+    def stopped(self, work: Pass) -> list[Job]:
+        """Put an interrupted pass's running jobs back to pending; the jobs of it that are pending then."""
         with self._transaction() as db:
-            for job in work.jobs:
-                db.execute("UPDATE jobs SET state = 'pending' WHERE id = ? AND state = 'running'", (job.id,))
+            db.executemany("UPDATE jobs SET state = 'pending' WHERE id = ? AND state = 'running'", _ids(work.jobs))
+        return [job for job in work.jobs if self._value("state", job.id) == "pending"]
 
     def crashed(self, work: Pass, reason: str) -> list[Pass]:
         """A worker died with it. Its jobs are pending, or set aside after three times; the passes to run for them.
 
         After the second time each job gets a pass of its own, so that the third time only the guilty one is hit.
         """
-        self.stopped(work)
-        again = []
+        left = self.stopped(work)
         with self._transaction() as db:
-            for job in work.jobs:
-                db.execute("UPDATE jobs SET crashes = crashes + 1 WHERE id = ? AND state = 'pending'", (job.id,))
-        for job in work.jobs:
-            if self.state(job.id) == "pending":
-                crashes = self.db.execute("SELECT crashes FROM jobs WHERE id = ?", (job.id,)).fetchone()[0]
-                if crashes >= MOST_CRASHES:
-                    self.failed(job, f"set aside: {reason} {crashes} times while it ran")
-                else:
-                    again.append(job)
-        if not again:
-            return []
-        if work.crashes + 1 < MOST_CRASHES - 1 or len(again) == 1:
-            return [self.find_pass(self._pass_of(again[0].id))]
-        return self.apart([[job] for job in again])
+            db.executemany("UPDATE jobs SET crashes = crashes + 1 WHERE id = ?", _ids(left))
+        again = []
+        for job in left:
+            crashes = self._value("crashes", job.id)
+            if crashes >= MOST_CRASHES:
+                self.failed(job, f"set aside: {reason} {crashes} times while it ran")
+            else:
+                again.append(job)
+        if len(again) > 1 and work.crashes + 1 >= MOST_CRASHES - 1:
+            return self._apart([[job] for job in again])
+        return [self.find_pass(self._value("pass", job.id)) for job in again[:1]]
 
     def halved(self, work: Pass) -> list[Pass]:
-        """Its missing jobs in two new passes: what fails together is told apart."""
-        self.stopped(work)
-        jobs = [job for job in work.jobs if self.state(job.id) == "pending"]
+        """Two new passes of its missing jobs: what fails together is told apart."""
+        jobs = self.stopped(work)
         middle = (len(jobs) + 1) // 2
-        return self.apart([part for part in (jobs[:middle], jobs[middle:]) if part])
+        return self._apart([part for part in (jobs[:middle], jobs[middle:]) if part])
 
-    def apart(self, parts: list[list[Job]]) -> list[Pass]:
+    def _apart(self, parts: list[list[Job]]) -> list[Pass]:
         """A new pass for each list of jobs."""
         with self._transaction():
-            numbers = [self._new_pass([job.id for job in part]) for part in parts]
+            numbers = [self._new_pass(part) for part in parts]
         return [self.find_pass(number) for number in numbers]
-
-    def state(self, id: str) -> str:
-        return self.db.execute("SELECT state FROM jobs WHERE id = ?", (id,)).fetchone()[0]
 
     def counts(self, ids: Iterable[str]) -> dict[str, int]:
         """How many of these jobs are in each state."""
         states = dict(self.db.execute("SELECT id, state FROM jobs").fetchall())
-        found = dict.fromkeys(STATES, 0)
-        for id in ids:
-            found[states[id]] += 1
-        return found
+        found = Counter(states[id] for id in ids)
+        return {state: found[state] for state in STATES}
 
     def rows(self) -> list[sqlite3.Row]:
         """All jobs, in the manifest's order."""
         return self.db.execute("SELECT * FROM jobs ORDER BY position, id").fetchall()
 
-    def _pass_of(self, id: str) -> int:
-        return self.db.execute("SELECT pass FROM jobs WHERE id = ?", (id,)).fetchone()[0]
+    def _value(self, column: str, id: str) -> Any:
+        return self.db.execute(f"SELECT {column} FROM jobs WHERE id = ?", (id,)).fetchone()[0]
 
-    def _new_pass(self, ids: list[str]) -> int:
-        number = self.db.execute("INSERT INTO passes (width) VALUES (?)", (len(ids),)).lastrowid
-        places = [(number, place, id) for place, id in enumerate(ids)]
+    def _new_pass(self, jobs: list[Job]) -> int:
+        number = self.db.execute("INSERT INTO passes (width) VALUES (?)", (len(jobs),)).lastrowid
+        assert number is not None
+        places = [(number, place, job.id) for place, job in enumerate(jobs)]
         self.db.executemany("UPDATE jobs SET pass = ?, place = ? WHERE id = ?", places)
         return number
+
+
+def _ids(jobs: Iterable[Job]) -> list[tuple[str]]:
+    return [(job.id,) for job in jobs]
 
 
 def _forget(db: sqlite3.Connection, id: str) -> None:
@@ -303,39 +301,3 @@ def _forget(db: sqlite3.Connection, id: str) -> None:
         "report = NULL, thumbnail = NULL, finished = NULL WHERE id = ?",
         (id,),
     )
-
-
-def _finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
-    """None for a PSNR that is infinite: JSON has no such number."""
-    return {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
-
-
-def held(folder: Path, refusal: str) -> IO[str]:
-    """The open lock file of a folder; the system lets it go when it is closed or the process ends, however it does.
-
-    Raises InputError with the refusal where another process holds it, OutputError where it cannot be made.
-    """
-    try:
-        file = (folder / ".ledger.lock").open("a")
-    except OSError as error:
-        raise OutputError(f"cannot write '{folder}': {error.strerror or error}") from error
-    try:
-        _hold(file)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK):
-            file.close()
-            raise InputError(refusal) from error
-        warn(f"'{folder}' has no file locks ({error.strerror or error}): let one batch at a time write there")
-    return file
-
-
-def _hold(file: Any) -> None:
-    """Raises OSError if another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,11 +16,35 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from kvlock_fast.batch.fields import short
-from kvlock_fast.batch.ledger import NAME
-from kvlock_fast.errors import InputError, OutputError, OutputLost
+from kvlock_fast.errors import InputError, OutputError, OutputLost, one_line, warn
 from kvlock_fast.files import is_abandoned, output_folder, write_bytes
 from kvlock_fast.media import ENCODERS, STILLS
+
+LEDGER = "ledger.sqlite"
+
+
+def held(folder: Path, refusal: str) -> BaseFileLock:
+    """Return the lock of a folder; the system lets it go when the process ends, however it does.
+
+    Raises InputError with the refusal where another process holds it, OutputError where it cannot be made.
+    """
+    path = folder / ".ledger.lock"
+    try:
+        path.touch()
+    except OSError as error:
+        raise OutputError(f"cannot write '{folder}': {error.strerror or error}") from error
+    # A soft lock would outlive a killed process.
+    lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(refusal) from error
+    except OSError as error:
+        warn(f"'{folder}' has no file locks ({error.strerror or error}): let one batch at a time write there")
+    return lock
 
 
 def remove_litter(folder: Path) -> int:
@@ -157,13 +181,12 @@ def _said(place: str, kind: type[InputError] = InputError) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # each file system has errors of its own
-        text = " ".join(str(error).split())[:200]
-        raise kind(f"'{place}' cannot be reached: {text or type(error).__name__}") from error
+        raise kind(f"'{place}' cannot be reached: {one_line(error, 200)}") from error
 
 
 SUFFIXES = (*ENCODERS, *STILLS)
 REPORTS = "reports"
-OWN_FILES = (NAME, "index.html", "results.jsonl", "results.parquet")
+OWN_FILES = (LEDGER, "index.html", "results.jsonl", "results.parquet")
 MOST_BYTES = 200
 """Of one part of a name: file systems take 255, and a list of prompts and temporary files add a few."""
 

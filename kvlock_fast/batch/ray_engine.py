@@ -10,11 +10,10 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvlock_fast.batch.editor import Editor, Speed
+from kvlock_fast.batch.editor import Editor
 from kvlock_fast.batch.engine import Crashed
 from kvlock_fast.batch.jobs import Pass
 from kvlock_fast.batch.worker import Finished, Running, Worker
@@ -29,24 +28,12 @@ STOP_SECONDS = 600
 """How long an actor may take to end its running step."""
 
 
-class RayWorker:
+class RayWorker(Worker):
     """A worker in a process of its own, on whatever machine."""
-
-    def __init__(self, make_editor: Callable[[], Editor], base: str, reports: bool, command: str, speed: Speed | None):
-        self.worker = Worker(make_editor, Path(base), reports, command, speed)
 
     def where(self) -> tuple[str, int]:
         """Machine and process."""
         return platform.node(), os.getpid()
-
-    def run(self, work: Pass) -> Finished:
-        return self.worker.run(work)
-
-    def running(self) -> list[Running]:
-        return self.worker.running()
-
-    def stop(self) -> None:
-        self.worker.stop()
 
 
 class RayEngine:
@@ -56,19 +43,24 @@ class RayEngine:
 
     def __init__(
         self,
-        make_editor: Callable[[], Editor],
+        editor: Editor,
         base: Path,
         reports: bool,
         command: str,
-        speed: Speed | None = None,
         *,
         address: str | None = None,
         workers: int | None = None,
         cpus: int | None = None,
     ):
-        """address: of a cluster (None: one is started here); workers: actors (None: one a GPU, or as many as fit the
-        cores); cpus: cores of an actor, which then has no GPU. Raises InputError where there is no Ray, no such
-        cluster, or nothing to run on.
+        """Start the actors.
+
+        Args:
+            editor, base, reports, command: what each actor's `Worker` takes.
+            address: of a cluster; None starts one here.
+            workers: number of actors; None for one a GPU, or as many as fit the cores.
+            cpus: cores of an actor, which then has no GPU.
+
+        Raises InputError where there is no Ray, no such cluster, or nothing to run on.
         """
         self.ray = _connected(address)
         resources = self.ray.cluster_resources()
@@ -84,13 +76,14 @@ class RayEngine:
         # Calls of `running` and `stop` come in between the passes.
         options = {"num_cpus": cpus or 1, "num_gpus": int(not on_cores), "max_concurrency": LANES + 2}
         self._class = self.ray.remote(**options, max_restarts=0)(RayWorker)
-        self._arguments = (make_editor, str(base), reports, command, speed)
+        self._arguments = (editor, base, reports, command)
         self._actors: dict[str, Any] = {}
         self._starting: dict[Any, tuple[str, Any]] = {}
         self._passes: dict[Any, tuple[str, Pass]] = {}
         self._looks: dict[Any, str] = {}
         self._seen: dict[str, list[Running]] = {}
-        self._number, self._last_look, self._stop_at, self._failed_starts = 0, 0.0, None, 0
+        self._stop_at: float | None = None
+        self._number, self._last_look, self._failed_starts = 0, 0.0, 0
         for _ in range(self.count):
             self._start()
 
@@ -186,9 +179,9 @@ class RayEngine:
 
 
 def _connected(address: str | None) -> Any:
-    """The ray module, connected."""
+    """Return the ray module, connected."""
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]  # optional
     except ImportError as error:
         raise InputError("--engine ray needs the package ray: pip install 'kvlock-fast[ray]'") from error
     import logging

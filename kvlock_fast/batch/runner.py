@@ -24,8 +24,9 @@ TICK = 0.25
 
 @dataclass(frozen=True)
 class State:
-    """Where a batch is. counts: jobs by state; finished: done or failed since the program began `seconds` ago; made: of
-    these the ones that are done.
+    """Progress of a batch.
+
+    counts: jobs by state; finished: jobs done or failed since the program began `seconds` ago; made: those done.
     """
 
     counts: dict[str, int]
@@ -42,13 +43,13 @@ class State:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the rate so far, which what failed early does not raise; None before there is one."""
+        """Estimate at the rate of finished edits, failures not counted; None before there is one."""
         left = self.counts["pending"] + self.counts["running"]
         return left * self.seconds / self.made if self.made else None
 
 
 class Watcher(Protocol):
-    """Is told where the batch is, several times a second."""
+    """Receives the progress of a batch, several times a second."""
 
     def __call__(self, state: State) -> None: ...
 
@@ -67,7 +68,7 @@ class Runner:
     fatal: str | None = None
 
     def run(self) -> dict[str, int]:
-        """Until nothing is left or `stop` is set; how many jobs are in each state then.
+        """Run until nothing is left or `stop` is set; return how many jobs are in each state then.
 
         `fatal` says why it ended early: no worker was left, or no result can be written any more.
         """
@@ -97,7 +98,7 @@ class Runner:
         return sum(map(len, self._given.values()))
 
     def _give(self) -> None:
-        """Passes to the workers that can take one, those with the fewest first."""
+        """Give passes to the workers that can take one, those with the fewest first."""
         ready = self.engine.ready()
         self._held = {worker: source for worker, source in self._held.items() if worker in ready}
         for _ in range(self.engine.lanes):
@@ -156,31 +157,24 @@ class Runner:
         """Files first, then the ledger: what the ledger calls done is there, whole. Raises OutputLost."""
         job = outcome.job
         self.ledger.check_there()
-        if outcome.error is None:
-            try:
-                report = None
-                if outcome.report is not None:
-                    report = report_name(job.id)
-                    self.results.write(report, outcome.report)
-                self.results.write(job.output, outcome.video)
-            except OutputLost:
-                raise
-            except InputError as error:
-                self.results.check_takes_files()  # else it is not this job's fault
-                outcome = Outcome(job, str(error))
-            else:
-                self.ledger.done(
-                    job,
-                    event.decision,
-                    seconds=outcome.seconds,
-                    metrics=outcome.metrics,
-                    bytes=len(outcome.video),
-                    report=report,
-                    thumbnail=outcome.thumbnail,
-                )
-                self._made += 1
-                return outcome
-        self.ledger.failed(job, outcome.error)
+        if outcome.error is not None:
+            self.ledger.failed(job, outcome.error)
+            return outcome
+        assert event.decision is not None
+        report = None
+        try:
+            if outcome.report is not None:
+                report = report_name(job.id)
+                self.results.write(report, outcome.report)
+            self.results.write(job.output, outcome.video)
+        except OutputLost:
+            raise
+        except InputError as error:
+            self.results.check_takes_files()  # else it is not this job's fault
+            self.ledger.failed(job, str(error))
+            return Outcome(job, str(error))
+        self.ledger.done(outcome, event.decision, report)
+        self._made += 1
         return outcome
 
     def _state(self, latest: Sequence[Outcome]) -> State:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from kvlock_fast.batch.runner import State, Watcher
 from kvlock_fast.batch.worker import Running
@@ -54,14 +61,14 @@ def running_line(running: Running) -> str:
 @contextmanager
 def shown(quiet: bool, stream: TextIO | None = None) -> Iterator[Watcher]:
     """A watcher that shows where the batch is: a display that renews itself on a terminal, lines elsewhere."""
-    stream = stream or sys.stderr
+    out: TextIO = stream or sys.stderr
     if quiet:
         yield lambda state: None
-    elif stream.isatty():
-        with _display(stream) as watch:
+    elif out.isatty():
+        with _display(out) as watch:
             yield watch
     else:
-        yield Lines(stream)
+        yield Lines(out)
 
 
 class Lines:
@@ -123,40 +130,45 @@ class MetricsFile:
 
 def metrics_text(state: State) -> str:
     """Jobs by state, passes by stage, the rate and the time left."""
-    stages: dict[str, int] = {}
-    for running in state.running:
-        stages[running.stage] = stages.get(running.stage, 0) + 1
-    rate = 3600 * state.made / state.seconds if state.made and state.seconds else 0.0
-    families: list[tuple[str, str, str, Sequence[tuple[str, Any]]]] = [
-        ("kvlock_batch_jobs", "gauge", "Jobs of the manifest by state.",
-         [(f'{{state="{name}"}}', count) for name, count in state.counts.items()]),
-        ("kvlock_batch_passes_running", "gauge", "Passes in a worker by stage.",
-         [(f'{{stage="{name}"}}', count) for name, count in sorted(stages.items())]),
-        ("kvlock_batch_finished_total", "counter", "Jobs done or failed since the program began.",
-         [("", state.finished)]),
-        ("kvlock_batch_edits_per_hour", "gauge", "Jobs done an hour since the program began.", [("", rate)]),
-        ("kvlock_batch_seconds_left", "gauge", "Seconds left at that rate; NaN before there is one.",
-         [("", "NaN" if state.seconds_left is None else state.seconds_left)]),
-        ("kvlock_batch_updated_seconds", "gauge", "Unix time of this file.", [("", time.time())]),
-    ]  # fmt: skip
-    lines = []
-    for name, kind, text, samples in families:
-        lines += [f"# HELP {name} {text}", f"# TYPE {name} {kind}", *(f"{name}{at} {value}" for at, value in samples)]
-    return "\n".join(lines) + "\n"
+    registry = CollectorRegistry()
+    registry.register(_Figures(state))
+    return generate_latest(registry).decode()
+
+
+@dataclass(eq=False)
+class _Figures(Collector):
+    state: State
+
+    def collect(self) -> Iterator[Metric]:
+        state = self.state
+        jobs = GaugeMetricFamily("kvlock_batch_jobs", "Jobs of the manifest by state.", labels=["state"])
+        passes = GaugeMetricFamily("kvlock_batch_passes_running", "Passes in a worker by stage.", labels=["stage"])
+        stages = sorted(Counter(running.stage for running in state.running).items())
+        for family, counts in ((jobs, state.counts.items()), (passes, stages)):
+            for name, count in counts:
+                family.add_metric([name], count)
+            yield family
+        rate = 3600 * state.made / state.seconds if state.made and state.seconds else 0.0
+        left = math.nan if state.seconds_left is None else state.seconds_left
+        finished = "Jobs done or failed since the program began."
+        yield CounterMetricFamily("kvlock_batch_finished", finished, state.finished)
+        for name, text, value in (
+            ("edits_per_hour", "Jobs done an hour since the program began.", rate),
+            ("seconds_left", "Seconds left at that rate; NaN before there is one.", left),
+            ("updated_seconds", "Unix time of this file.", time.time()),
+        ):
+            yield GaugeMetricFamily(f"kvlock_batch_{name}", text, value)
 
 
 def failures_table(failures: Sequence[tuple[str, int, str]]) -> str:
-    """id, tries and error of what failed, in columns."""
+    """Write id, tries and error of what failed in columns."""
     width = min(40, max(len("job"), *(len(id) for id, _, _ in failures)))
-    rows = [
-        f"{'job':<{width}}  tries  error",
-        *(f"{id:<{width}}  {tries:>5}  {error}" for id, tries, error in failures),
-    ]
-    return "\n".join(rows)
+    lines = [("job", "tries", "error"), *failures]
+    return "\n".join(f"{id:<{width}}  {tries:>5}  {error}" for id, tries, error in lines)
 
 
 def all_of(watchers: Sequence[Watcher]) -> Watcher:
-    """One watcher that tells several. One that cannot write its file is said once, and costs no job."""
+    """Make one watcher of several. One that cannot write its file is said once, and costs no job."""
     said: set[str] = set()
 
     def watch(state: State) -> None:

@@ -1,8 +1,7 @@
 """One machine's part of a batch: a pass in, finished files out.
 
 Several passes may be in a worker at once, each in a thread of its caller's: while one has the device, the next one's
-clip is read and the last one's results are measured and encoded. `finished_files` makes a job's video, page and
-thumbnail in memory.
+clip is read and the last one's results are measured and encoded.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -37,19 +35,76 @@ THUMBNAIL = 160
 """The longer side of each half of a thumbnail, in pixels."""
 
 
-def finished_files(
-    job: Job,
-    clip: Clip,
-    video: np.ndarray,
-    trace: dict[str, Any],
-    command: str | None,
-    speed: Speed | None = None,
-) -> tuple[bytes, bytes | None, bytes, dict[str, float | None]]:
-    """The video's file, the page (None without a command to show), the thumbnail and the metrics.
+CLIPS_HELD = 2
+"""Clips kept in memory for the passes to come."""
 
-    video: uint8 [F, h, w, 3] as the model made it; speed: as it was run, for the page.
+_Frames = tuple[Job, np.ndarray, dict[str, Any]]
+"""A job with its video, uint8 [F, h, w, 3], and its trace."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Files and figures of a job, or why there are none. seconds: its share of the pass."""
+
+    job: Job
+    error: str | None = None
+    video: bytes = b""
+    report: bytes | None = None
+    thumbnail: bytes | None = None
+    metrics: dict[str, float | None] | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The outcome of a pass.
+
+    stopped: it was interrupted, and its jobs are pending again; lost: why no file can be written any more, so that
+    jobs without an outcome are pending again; halve: it failed as a whole, and its jobs are to be told apart.
     """
-    settings = replace(job.edit_settings(), **vars(speed or Speed()))
+
+    work: Pass
+    outcomes: tuple[Outcome, ...] = ()
+    decision: Decision | None = None
+    stopped: bool = False
+    lost: str | None = None
+    halve: bool = False
+
+
+@dataclass(frozen=True)
+class Running:
+    """Progress of a pass: its jobs, its stage with steps done of all, and seconds since the stage began."""
+
+    number: int
+    jobs: tuple[str, ...]
+    stage: str
+    done: int
+    total: int
+    seconds: float
+
+
+class Stopped(Exception):
+    """The batch is to stop; the pass came to nothing."""
+
+
+class _BrokenPass(Exception):
+    """The model failed at the prompts of a pass together."""
+
+
+def finished_files(
+    job: Job, clip: Clip, video: np.ndarray, trace: dict[str, Any], command: str | None, speed: Speed
+) -> Outcome:
+    """Make a job's video, page and thumbnail, and measure it, all in memory.
+
+    Args:
+        job: the job.
+        clip: its source and mask.
+        video: uint8 [F, h, w, 3] as the model made it.
+        trace: the trace of this job alone.
+        command: shown on the page; None for no page.
+        speed: how it was run, for the page.
+    """
+    settings = replace(job.edit_settings(), **vars(speed))
     result = finish_edit(clip, [video], trace, settings)
     with tempfile.TemporaryDirectory(prefix="kvlock-") as folder:
         file, page = Path(folder) / f"video{Path(job.output).suffix.lower()}", Path(folder) / "report.html"
@@ -58,7 +113,7 @@ def finished_files(
         if command is not None:
             write_page(page, clip, result, settings, command)
         report = page.read_bytes() if command is not None else None
-        return file.read_bytes(), report, thumbnail(result), result.metrics[0]
+        return Outcome(job, None, file.read_bytes(), report, thumbnail(result), result.metrics[0])
 
 
 def thumbnail(result: EditResult) -> bytes:
@@ -75,115 +130,49 @@ def thumbnail(result: EditResult) -> bytes:
     return data.getvalue()
 
 
-CLIPS_HELD = 2
-"""Clips kept in memory for the passes to come."""
-
-
-class Stopped(Exception):
-    """The batch is to stop; the pass came to nothing."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a job: files and figures, or why there are none. seconds: its share of the pass."""
-
-    job: Job
-    error: str | None = None
-    video: bytes = b""
-    report: bytes | None = None
-    thumbnail: bytes | None = None
-    metrics: dict[str, float | None] | None = None
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The outcome of a pass.
-
-    stopped: nothing, and its jobs are pending again; lost: why no file can be written any more, so that jobs without an
-    outcome are pending again; halve: it failed as a whole, and its jobs are to be told apart.
-    """
-
-    work: Pass
-    outcomes: tuple[Outcome, ...] = ()
-    decision: Decision | None = None
-    stopped: bool = False
-    lost: str | None = None
-    halve: bool = False
-
-
-@dataclass(frozen=True)
-class Running:
-    """Where a pass is: stage and its steps, for whom, and how many seconds it has been in that stage."""
-
-    number: int
-    jobs: tuple[str, ...]
-    stage: str
-    done: int
-    total: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class _Made:
-    """What the device made of a pass: a video for each row; seconds: a job's share."""
-
-    decision: Decision
-    rows: list[Job]
-    videos: list[np.ndarray]
-    trace: dict[str, Any]
-    seconds: float
-
-
 class Worker:
-    """Runs passes with an editor, which is made in the thread that has the device."""
+    """Runs passes with an editor, whose calls are all made in one thread of its own."""
 
-    def __init__(
-        self,
-        make_editor: Callable[[], Editor],
-        base: Path,
-        reports: bool,
-        command: str,
-        speed: Speed | None = None,
-    ):
-        """base: what relative paths are relative to; reports: whether each job gets a page; command and speed (the
-        editor's): shown on it.
+    def __init__(self, editor: Editor, base: Path, reports: bool, command: str):
+        """Load nothing yet.
+
+        Args:
+            editor: computes the frames.
+            base: the folder that relative paths are relative to.
+            reports: whether each job gets a page.
+            command: shown on the pages.
         """
-        self.make_editor, self.base, self.reports, self.command, self.speed = make_editor, base, reports, command, speed
+        self.editor, self.base, self.command = editor, base, command if reports else None
         self._device = ThreadPoolExecutor(1, thread_name_prefix="device")
-        self._editor: Editor | None = None
         self._clips: OrderedDict[tuple[str, str, int | None, MaskShape], Future[Clip]] = OrderedDict()
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._running: dict[int, tuple[Pass, str, int, int, float]] = {}
+        self._running: dict[int, tuple[Running, float]] = {}
 
     def run(self, work: Pass) -> Finished:
-        """A pass from files to files. Raises DeviceLost."""
+        """Run a pass from files to files. Raises DeviceLost."""
         self._report(work, "read", 0, 1)
         try:
             clip = self._clip(work.setup)
             self._report(work, "wait", 0, 1)
-            made = self._device.submit(self._edited, work, clip).result()
-            return made if isinstance(made, Finished) else self._finish(work, clip, made)
+            return self._finish(work, clip, *self._device.submit(self._edited, work, clip).result())
         except Stopped:
             return Finished(work, stopped=True)
+        except _BrokenPass:
+            return Finished(work, halve=True)
         except DeviceLost:
             raise
         except Exception as error:  # whatever it is, the other passes go on
-            return _all_failed(work, error)
+            return Finished(work, tuple(Outcome(job, _sentence(error)) for job in work.jobs))
         finally:
             with self._lock:
                 self._running.pop(work.id, None)
 
     def running(self) -> list[Running]:
         """The passes in this worker."""
-        now = time.monotonic()
         with self._lock:
             passes = sorted(self._running.items())
-        return [
-            Running(number, tuple(job.id for job in work.jobs), stage, done, total, now - since)
-            for number, (work, stage, done, total, since) in passes
-        ]
+        return [replace(running, seconds=time.monotonic() - since) for _, (running, since) in passes]
 
     def stop(self) -> None:
         """After the step that is running; what is decoded is still finished."""
@@ -192,65 +181,60 @@ class Worker:
     def close(self) -> None:
         self._device.shutdown(wait=True, cancel_futures=True)
 
-    def _edited(self, work: Pass, clip: Clip) -> Finished | _Made:
-        """In the device's thread: the frames of a pass, or why there are none."""
+    def _edited(self, work: Pass, clip: Clip) -> tuple[Decision, list[_Frames], float]:
+        """In the device's thread: how a pass was run, what each job came to, and a job's share of the seconds."""
         self._refuse_if_stopped()
-        if self._editor is None:
-            self._editor = self.make_editor()
         self._report(work, "load", 0, 1)
-        decision = work.decision or self._editor.decide(work.setup, clip, len(work.places))
+        decision = work.decision or self.editor.decide(work.setup, clip, len(work.places))
         begun = time.monotonic()
         try:
-            decision, rows, videos, trace = self._with_memory(work, clip, decision)
+            decision, frames = self._with_memory(work, clip, decision)
         except (Stopped, DeviceLost):
             raise
         except OutOfMemory as error:
             raise InputError(str(error)) from error
         except Exception as error:
             # What one prompt breaks is no reason for the others to fail; what is left is a fault, said in the ledger.
-            return Finished(work, halve=True) if len(work.jobs) > 1 else _all_failed(work, error)
-        return _Made(decision, rows, videos, trace, (time.monotonic() - begun) / len(work.jobs))
+            if len(work.jobs) > 1:
+                raise _BrokenPass from error
+            raise
+        return decision, frames, (time.monotonic() - begun) / len(work.jobs)
 
-    def _with_memory(
-        self, work: Pass, clip: Clip, decision: Decision
-    ) -> tuple[Decision, list[Job], list[np.ndarray], dict[str, Any]]:
+    def _with_memory(self, work: Pass, clip: Clip, decision: Decision) -> tuple[Decision, list[_Frames]]:
         """With half as many prompts at once, and half again, while memory runs out; at last by the pipeline's ladder.
 
         Raises OutOfMemory where that is too much too.
         """
+        report = lambda stage, done, total: self._report(work, stage, done, total)  # noqa: E731
         while True:
             rows = work.rows(decision.at_once)
-            prompts = [job.prompt for job in rows]
-            report = lambda stage, done, total: self._report(work, stage, done, total)  # noqa: E731
             try:
-                return decision, rows, *self._editor.edit(work.setup, clip, prompts, decision, report)
+                videos, trace = self.editor.edit(work.setup, clip, [job.prompt for job in rows], decision, report)
             except OutOfMemory:
                 if decision.ladder:
                     raise
                 halved = replace(decision, at_once=ceil(decision.at_once / 2))
                 decision = halved if decision.at_once > 1 else replace(decision, ladder=True)
+            else:
+                return decision, [(job, videos[at], one_of(trace, at)) for job in work.jobs for at in [rows.index(job)]]
 
-    def _finish(self, work: Pass, clip: Clip, made: _Made) -> Finished:
+    def _finish(self, work: Pass, clip: Clip, decision: Decision, frames: list[_Frames], seconds: float) -> Finished:
         """Files and figures of each job; one that cannot be finished keeps no other from it."""
         outcomes = []
-        for i, job in enumerate(work.jobs):
-            self._report(work, "write", i, len(work.jobs))
+        for i, (job, video, trace) in enumerate(frames):
+            self._report(work, "write", i, len(frames))
             begun = time.monotonic()
+            command = None if self.command is None else f"{self.command}  # job {job.id}"
             try:
-                at = made.rows.index(job)
-                files = self._files(job, clip, made.videos[at], one_of(made.trace, at))
+                outcome = finished_files(job, clip, video, trace, command, self.editor.speed)
             except Exception as error:
                 if isinstance(error, OutputLost) or (isinstance(error, OSError) and error.errno in LOST):
                     # No room to encode in: what is finished is kept.
-                    return Finished(work, tuple(outcomes), made.decision, lost=_sentence(error))
+                    return Finished(work, tuple(outcomes), decision, lost=_sentence(error))
                 outcomes.append(Outcome(job, _sentence(error)))
                 continue
-            outcomes.append(Outcome(job, None, *files, seconds=made.seconds + time.monotonic() - begun))
-        return Finished(work, tuple(outcomes), made.decision)
-
-    def _files(self, job: Job, clip: Clip, video: np.ndarray, trace: dict[str, Any]) -> tuple[Any, ...]:
-        command = f"{self.command}  # job {job.id}"
-        return finished_files(job, clip, video, trace, command if self.reports else None, self.speed)
+            outcomes.append(replace(outcome, seconds=seconds + time.monotonic() - begun))
+        return Finished(work, tuple(outcomes), decision)
 
     def _clip(self, setup: Setup) -> Clip:
         """Read once for all the passes that want it, also where they ask at the same time."""
@@ -272,14 +256,14 @@ class Worker:
 
     def _read(self, setup: Setup) -> Clip:
         with ExitStack() as files:
-            given = {setup.source: str(files.enter_context(fetched(setup.source, self.base)))}
-            boxed = is_box(setup.mask)
-            given[setup.mask] = setup.mask if boxed else str(files.enter_context(fetched(setup.mask, self.base)))
+            places = [setup.source] if is_box(setup.mask) else [setup.source, setup.mask]
+            found = {place: str(files.enter_context(fetched(place, self.base))) for place in places}
             try:
-                clip = read_clip(given[setup.source], given[setup.mask], setup.max_frames, setup.mask_shape)
+                mask = found.get(setup.mask, setup.mask)
+                clip = read_clip(found[setup.source], mask, setup.max_frames, setup.mask_shape)
             except InputError as error:
                 message = str(error)
-                for place, path in given.items():
+                for place, path in found.items():
                     message = message.replace(path, place) if is_remote(place) else message
                 raise InputError(message) from error
             if clip.audio is not None:
@@ -288,10 +272,10 @@ class Worker:
             return clip
 
     def _report(self, work: Pass, stage: str, done: int, total: int) -> None:
+        running = Running(work.id, tuple(job.id for job in work.jobs), stage, done, total, 0.0)
         with self._lock:
-            before = self._running.get(work.id)
-            since = before[4] if before is not None and before[1] == stage else time.monotonic()
-            self._running[work.id] = (work, stage, done, total, since)
+            before, since = self._running.get(work.id, (running, time.monotonic()))
+            self._running[work.id] = running, since if before.stage == stage else time.monotonic()
         if stage in ("load", "encode", "text", "source pass", "denoise") and (stage != "denoise" or done < total):
             self._refuse_if_stopped()
 
@@ -306,11 +290,7 @@ def one_of(trace: dict[str, Any], sample: int) -> dict[str, Any]:
     return {**trace, "prompts": trace["prompts"][sample : sample + 1], "samples": 1, "records": records}
 
 
-def _all_failed(work: Pass, error: BaseException) -> Finished:
-    return Finished(work, tuple(Outcome(job, _sentence(error)) for job in work.jobs))
-
-
 def _sentence(error: BaseException) -> str:
-    """One line about what went wrong; the kind of error too, where it is not the user's to mend."""
+    """What went wrong in one line; the kind of error too, where it is not the user's to mend."""
     text = " ".join(str(error).split())[:1000]
     return text if isinstance(error, InputError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

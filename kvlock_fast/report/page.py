@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from kvlock_fast.report.drawing import (
     outline,
 )
 from kvlock_fast.version import __version__
+
+if TYPE_CHECKING:
+    import jinja2
 
 LARGEST = 1280
 """Pixels of the longer side above which the page's copy of a video is made smaller."""
@@ -64,7 +67,7 @@ def write_report(
     edits = [edited] if isinstance(edited, np.ndarray) and edited.ndim == 4 else list(edited)
     count = max(len(edits), len(trace.get("prompts", [])), 1)
     still = any(len(edit) == 1 for edit in edits)
-    page = _template().render(
+    page = template(Path(__file__).with_name("page.html.jinja")).render(
         version=__version__,
         prompts=_prompts(trace, count),
         clips=_clips(source, mask, edits, fps),
@@ -208,9 +211,10 @@ def _text(value: Any) -> str:
     return ", ".join(_text(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _template():
+def template(path: Path, **options: bool) -> jinja2.Template:
+    """Load a template whose values are escaped, and must all be given; options: of the jinja2 environment."""
     import jinja2
 
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    return environment.get_template("page.html.jinja")
+    loader = jinja2.FileSystemLoader(path.parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **options)
+    return environment.get_template(path.name)

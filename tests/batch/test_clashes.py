@@ -159,7 +159,7 @@ HOLD = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from kvlock_fast.batch.ledger import held
+from kvlock_fast.batch.places import held
 lock = held(Path(sys.argv[1]), "held")
 print("held", flush=True)
 sys.stdin.read()

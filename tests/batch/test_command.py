@@ -4,6 +4,7 @@ import csv
 import html.parser
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,8 +77,9 @@ def test_a_batch_from_files_to_files(folder, model, capsys):
     assert [row["state"] for row in rows] == ["done"] * 4 + ["failed"]
     assert json.loads(figures.read_text())["counts"] == {"pending": 0, "running": 0, "done": 4, "failed": 1}
     samples = dict(line.rsplit(" ", 1) for line in metrics.read_text().splitlines() if not line.startswith("#"))
-    assert samples['kvlock_batch_jobs{state="done"}'] == "4" and samples['kvlock_batch_jobs{state="failed"}'] == "1"
-    assert samples["kvlock_batch_finished_total"] == "5"
+    assert float(samples['kvlock_batch_jobs{state="done"}']) == 4
+    assert float(samples['kvlock_batch_jobs{state="failed"}']) == 1
+    assert float(samples["kvlock_batch_finished_total"]) == 5
     # Nothing is loaded for what is done.
     capsys.readouterr()
     assert batch(manifest, folder / "out", "--model", model) == 1
@@ -460,6 +462,8 @@ def test_a_display_on_a_terminal():
 
 
 def test_the_figures_for_prometheus_are_well_formed():
+    from prometheus_client.parser import text_string_to_metric_families
+
     sample = re.compile(r"[a-z_]+(\{[a-z]+=\"[a-z ]+\"\})? (NaN|[0-9.e+-]+)")
     for text in (watching.metrics_text(state()), watching.metrics_text(state(made=0, running=[]))):
         lines = text.splitlines()
@@ -468,6 +472,28 @@ def test_the_figures_for_prometheus_are_well_formed():
         for line in lines:
             assert line.startswith(("# HELP kvlock_batch_", "# TYPE kvlock_batch_")) or sample.fullmatch(line), line
             assert line.startswith("#") or re.match(r"[a-z_]+", line)[0] in names
+    families = list(text_string_to_metric_families(watching.metrics_text(state())))
+    assert {family.name: family.type for family in families} == {
+        "kvlock_batch_jobs": "gauge",
+        "kvlock_batch_passes_running": "gauge",
+        "kvlock_batch_finished": "counter",
+        "kvlock_batch_edits_per_hour": "gauge",
+        "kvlock_batch_seconds_left": "gauge",
+        "kvlock_batch_updated_seconds": "gauge",
+    }
+    found = {(sample.name, *sample.labels.values()): sample.value for family in families for sample in family.samples}
+    assert time.time() - found.pop(("kvlock_batch_updated_seconds",)) < 60
+    assert found == {
+        ("kvlock_batch_jobs", "pending"): 5,
+        ("kvlock_batch_jobs", "running"): 2,
+        ("kvlock_batch_jobs", "done"): 3,
+        ("kvlock_batch_jobs", "failed"): 0,
+        ("kvlock_batch_passes_running", "denoise"): 1,
+        ("kvlock_batch_passes_running", "read"): 1,
+        ("kvlock_batch_finished_total",): 4,
+        ("kvlock_batch_edits_per_hour",): 180,
+        ("kvlock_batch_seconds_left",): 140,
+    }
 
 
 def test_a_figure_file_that_cannot_be_written_costs_no_job(folder):

@@ -46,7 +46,7 @@ def run(manifest, folder, log):
     with Ledger(folder) as ledger:
         results = Results(str(folder))
         ledger.take(reading.jobs, results.size)
-        engine = LocalEngine(Worker(lambda: StandIn(log), manifest.parent, reports=False, command="test"))
+        engine = LocalEngine(Worker(StandIn(log), manifest.parent, reports=False, command="test"))
         runner = Runner(ledger, engine, results, reading.jobs, 2)
         try:
             counts = runner.run()

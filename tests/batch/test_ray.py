@@ -67,7 +67,7 @@ def run_on_ray(manifest: Path, folder: Path, most: int, kills: int = 0, seconds:
     with Ledger(folder) as ledger:
         results = Results(str(folder))
         ledger.take(reading.jobs, results.size)
-        engine = RayEngine(lambda: StandIn(log, seconds), manifest.parent, False, "test", workers=2)
+        engine = RayEngine(StandIn(log, seconds), manifest.parent, False, "test", workers=2)
         try:
             killer = Killer(engine, kills)
             counts = Runner(ledger, engine, results, reading.jobs, most, watch=killer).run()
@@ -149,7 +149,7 @@ def test_workers_that_cannot_start_end_the_batch(monkeypatch):
             raise ModuleNotFoundError("No module named 'kvlock_fast'")
 
     monkeypatch.setattr(ray_engine, "RayWorker", Broken)
-    engine = RayEngine(StandIn, Path(), False, "test", workers=1)
+    engine = RayEngine(StandIn(), Path(), False, "test", workers=1)
     try:
         with pytest.raises(InputError, match="no worker can be started on the Ray cluster"):
             for _ in range(600):
@@ -162,4 +162,4 @@ def test_workers_that_cannot_start_end_the_batch(monkeypatch):
 def test_an_address_that_is_no_cluster_is_one_sentence():
     for address in ("nonsense", "127.0.0.1:1", "127.0.0.1:99999", "ray://127.0.0.1:1", "auto"):
         with pytest.raises(InputError, match=f"--address.*{address}"):
-            RayEngine(StandIn, Path(), False, "test", address=address)
+            RayEngine(StandIn(), Path(), False, "test", address=address)

@@ -21,6 +21,7 @@ from kvlock_fast.batch.ledger import Ledger
 from kvlock_fast.batch.manifest import read_manifest
 from kvlock_fast.batch.places import Results
 from kvlock_fast.batch.runner import Runner
+from kvlock_fast.batch.worker import Outcome
 from kvlock_fast.edit import FEATHER
 from kvlock_fast.errors import InputError, InputWarning, OutputError
 from kvlock_fast.media import grow_mask, read_video
@@ -507,11 +508,12 @@ def test_a_job_is_committed_once(tmp_path):
         [work] = ledger.passes(["j"], 4)
         ledger.begin(work)
         decision = Decision("host", "int8", 1)
-        assert ledger.done(one, decision, seconds=1.0, bytes=3)
-        assert not ledger.done(one, decision, seconds=2.0, bytes=4)
+        ledger.done(Outcome(one, video=b"one", seconds=1.0), decision)
+        ledger.done(Outcome(one, video=b"four", seconds=2.0), decision)
         ledger.failed(one, "late")
         row = ledger.rows()[0]
         assert (row["state"], row["seconds"], row["commits"], row["error"]) == ("done", 1.0, 1, None)
+        assert row["bytes"] == 3
 
 
 def test_a_job_that_workers_die_with_is_set_aside_after_three_times_and_no_other(tmp_path):
@@ -528,7 +530,7 @@ def test_a_job_that_workers_die_with_is_set_aside_after_three_times_and_no_other
                 waiting += ledger.crashed(work, "the worker died")
             else:
                 for one in work.jobs:
-                    ledger.done(one, Decision("host", "int8", 1), seconds=1.0, bytes=3)
+                    ledger.done(Outcome(one, video=b"one", seconds=1.0), Decision("host", "int8", 1))
         assert runs == [ids, ids, ["j0"], ["j1"], ["j2"], ["j3"]]
         states = {row["id"]: (row["state"], row["tries"]) for row in ledger.rows()}
         assert states == {"j0": ("done", 3), "j1": ("done", 3), "j2": ("failed", 3), "j3": ("done", 3)}

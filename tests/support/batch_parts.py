@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvlock_fast.batch.editor import OutOfMemory
+from kvlock_fast.batch.editor import OutOfMemory, Speed
 from kvlock_fast.batch.engine import LocalEngine
 from kvlock_fast.batch.jobs import Decision
 from kvlock_fast.batch.ledger import Ledger
@@ -56,6 +56,7 @@ class StandIn:
 
     def __init__(self, log: Path | None = None, seconds: float = 0.0, at_once: int = 3, most: int = 99):
         self.log, self.seconds, self.at_once, self.most = log, seconds, at_once, most
+        self.speed = Speed()
 
     def decide(self, setup, clip, prompts):
         return Decision("resident", "fp8_e4m3", min(self.at_once, prompts))
@@ -100,7 +101,7 @@ def run_batch(manifest: Path, folder: Path, make_editor=StandIn, most: int = 4, 
         remove_litter(folder)
         results = Results(str(folder))
         ledger.take(reading.jobs, results.size, retry_failed)
-        engine = LocalEngine(Worker(make_editor, manifest.parent, reports=False, command="test"))
+        engine = LocalEngine(Worker(make_editor(), manifest.parent, reports=False, command="test"))
         try:
             return Runner(ledger, engine, results, reading.jobs, most, **more).run()
         finally:
