@@ -173,7 +173,7 @@ class KVLockPipeline:
                 return edited, [self.model.own_frames(video, scene.count).numpy() for video in videos]
 
             if ladder and not scene.shared:  # what one process has room for, another may not
-                edited, decoded = run_with_memory(run, scene, task, cache, self.pipe)
+                edited, decoded = run_with_memory(run, scene, task, cache)
             else:
                 edited, decoded = run(Way(cache))
         warmup, solver = max(0, scene.solver.num_steps - lock.kappa), scene.solver

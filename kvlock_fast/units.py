@@ -1,6 +1,7 @@
-"""Amounts of memory and time, read and written for people."""
+"""Amounts of memory and time, read and written for people, and tables of them."""
 
 import re
+from collections.abc import Iterable, Sequence
 
 from kvlock_fast.errors import InputError
 
@@ -33,3 +34,27 @@ def text_seconds(seconds: float) -> str:
 
 def _digits(value: float) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def text_table(rows: Iterable[Sequence[str]], justify: str = "", gap: int = 2) -> str:
+    """Lay out rows of cells in aligned columns; rows may end early, and nothing is wrapped or coloured.
+
+    Args:
+        rows: the cells, row by row.
+        justify: "<" or ">" for each column; columns without one are aligned to the left.
+        gap: spaces between columns.
+    """
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    rows = [list(row) for row in rows]
+    table = Table.grid(padding=(0, gap, 0, 0))
+    for side in justify.ljust(max(map(len, rows), default=0), "<"):
+        table.add_column(justify="right" if side == ">" else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console(width=10_000, color_system=None)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvlock_fast.batch.fit import Extent, decide, foreground_tokens
+from kvlock_fast.batch.fit import decide, fit_extent, foreground_tokens
 from kvlock_fast.batch.jobs import Decision, Job, Setup, grouped
 from kvlock_fast.batch.manifest import Reading
 from kvlock_fast.batch.places import fetched, is_there
@@ -132,11 +132,11 @@ class Checker:
             name = "size"
             extent = self._extent(setup, shape, size)
             name = "mask"
-            foreground = foreground_tokens(mask, extent, setup, size)
+            foreground = foreground_tokens(mask, extent, setup)
             name = "layers"
             self._check_layers(setup, size)
             name = "memory"
-            return decide(setup, size, extent, foreground, len(group), self.machine)
+            return decide(setup, extent, foreground, len(group), self.machine)
         except InputError as error:
             for job in group:
                 self.reading.wrong(job.line, name, str(error))
@@ -163,11 +163,11 @@ class Checker:
         if setup.lock.compute == "foreground" and locked < size.layers:
             raise InputError(f"leaves out {size.layers - locked} of {size.layers}, and compute 'foreground' needs all")
 
-    def _extent(self, setup: Setup, shape: Shape, size: Any) -> Extent:
+    def _extent(self, setup: Setup, shape: Shape, size: Any) -> Any:
         with warnings.catch_warnings():  # said when it is edited
             warnings.simplefilter("ignore", InputWarning)
             wanted = working_size(setup.model, np.broadcast_to(np.uint8(0), (*shape, 3)), setup.size)
-        return Extent.of(shape, wanted, setup, size)
+        return fit_extent(shape, wanted, setup, size)
 
     def _size(self, model: str) -> Any:
         if model not in self._models:

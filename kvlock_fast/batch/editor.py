@@ -117,17 +117,17 @@ class ModelEditor:
 
     def decide(self, setup: Setup, clip: Clip, prompts: int) -> Decision:
         """Ask the planner about this machine with the model on it."""
-        from kvlock_fast.batch.fit import Extent, decide, foreground_tokens
+        from kvlock_fast.batch.fit import decide, fit_extent, foreground_tokens
         from kvlock_fast.files import user_cache_folder
         from kvlock_fast.planning.find_model import from_pipeline
         from kvlock_fast.planning.machine import Machine
 
         pipe = self._load(setup)
         size = from_pipeline(pipe.pipe)
-        extent = Extent.of(clip.video.shape[:3], working_size(setup.model, clip.video, setup.size), setup, size)
-        foreground = foreground_tokens(clip.mask, extent, setup, size)
+        extent = fit_extent(clip.video.shape[:3], working_size(setup.model, clip.video, setup.size), setup, size)
+        foreground = foreground_tokens(clip.mask, extent, setup)
         machine = Machine.here(pipe.model.device, user_cache_folder())
-        return decide(setup, size, extent, foreground, prompts, machine)
+        return decide(setup, extent, foreground, prompts, machine)
 
     def edit(
         self, setup: Setup, clip: Clip, prompts: list[str], decision: Decision, progress: Report

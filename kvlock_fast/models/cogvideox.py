@@ -70,6 +70,12 @@ class CogVideoXModel(PipelineModel):
             lead_in=True, latents_together=DECODED_TOGETHER,
         )  # fmt: skip
 
+    @property
+    def usual_extent(self) -> tuple[int, int, int]:
+        """Frames, height and width of a call that gives none."""
+        config, stride = self.config, self.geometry.spatial_stride
+        return config.sample_frames, config.sample_height * stride, config.sample_width * stride
+
     def encode_prompts(self, prompts: list[str]) -> Tensor:
         """[len(prompts), L, C] in the transformer's dtype."""
         length = self.transformers[0].config.max_text_seq_length

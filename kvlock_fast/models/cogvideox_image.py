@@ -31,12 +31,6 @@ class CogVideoXImageModel(CogVideoXModel):
         super().__init__(pipe)
         self._made = PerClip()
 
-    @property
-    def usual_extent(self) -> tuple[None, int, int]:
-        """Height and width of a call of CogVideoXImageToVideoPipeline that gives none."""
-        stride = self.geometry.spatial_stride
-        return None, self.config.sample_height * stride, self.config.sample_width * stride
-
     def _check_input(self, config: Any, channels: int) -> None:
         if config.in_channels != 2 * channels:
             raise InputError("the model takes no image beside the text: load it by CogVideoXPipeline")

@@ -1,61 +1,159 @@
-"""What planning must know of a model of any family: read from its modules, loaded or as configs alone describe them.
+"""Sizes of a model of any family, read from its modules: loaded ones, or ones on the meta device made of its configs.
 
-The known models' sizes are exact (known_models.py); what is read here is on the safe side: the feed-forward's width is
-that of the widest input of a block's layers, and text is as long as pipelines let it be, and among the tokens.
+Sizes of the families in PEAKS are exact. For other families they are on the safe side: the feed-forward's width is that
+of the widest input of a block's layers, and text is as long as pipelines let it be, and among the tokens.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import diffusers
 import torch
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
 
 from kvlock_fast.errors import InputError
+from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.locking.lock import kv_sizes
+from kvlock_fast.masks import Geometry
 from kvlock_fast.models import wrap_pipeline
-from kvlock_fast.models.registry import PIPELINES
-from kvlock_fast.planning.model_size import ModelSize
+from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.registry import PIPELINES, arch_of
+from kvlock_fast.planning.model_size import PEAKS, ModelSize
 
+Config = Mapping[str, Any]
 GUIDED = 2.0
 """A guidance scale that is one."""
 IMAGE_SIZE, FRAMES = 1024, 81
 """Pixels of a side, and frames of a video, where neither the pipeline's call nor its configs tell."""
+HUNYUAN_TEXT = 256
+"""Tokens that HunyuanVideoPipeline pads a prompt to."""
 
 
-def family_size(model: Any, name: str) -> ModelSize:
-    """Of a family's model (`PipelineModel`). Raises InputError where layers or transformers are of several sizes."""
-    sizes = {kv_sizes(transformer, model.arch) for transformer in model.transformers}
+def family_size(model: PipelineModel, name: str) -> ModelSize:
+    """Size of a loaded model. Raises InputError where layers or transformers are of several sizes."""
+    transformers = [getattr(transformer, "_orig_mod", transformer) for transformer in model.transformers]
+    sizes = {kv_sizes(transformer, model.arch) for transformer in transformers}
     if len(sizes) > 1:
         raise InputError(f"the model's transformers have self-attentions of different sizes: {sorted(sizes)}")
-    heads, head_dim = sizes.pop()
-    first = model.transformers[0]
-    attentions = model.arch.attentions(first)
+    first, family, traced = transformers[0], model.arch.family, model.arch.family in PEAKS
     frames, height, width = _usual_extent(model)
     return ModelSize(
         name=name,
-        family=model.arch.family,
-        layers=len(attentions),
-        heads=heads,
-        head_dim=head_dim,
-        feed_forward=_widest_input(first, [name for name, _ in attentions]),
-        text_tokens=model.most_text,
+        family=family,
+        **_layer_sizes(first, model.arch, traced),
+        text_tokens=_text_tokens(family, model.config) if traced else model.most_text,
         channels=model.latent_channels,
         geometry=model.geometry,
         frames=frames,
         height=height,
         width=width,
-        parameters=sum(p.numel() for p in first.parameters()),
         transformers=len(model.transformers),
-        dtype=first.dtype,
-        two_branches=model.guided(GUIDED) and not model.guided_if_asked,
+        dtype=get_parameter_dtype(first),
+        # Exact families are planned for two branches, even where the scale may be an input.
+        two_branches=traced or (model.guided(GUIDED) and not model.guided_if_asked),
     )
 
 
-def model_of_folder(folder: Path, index: dict[str, Any]) -> Any:
+class _LayerSizes(TypedDict):
+    layers: int
+    heads: int
+    head_dim: int
+    feed_forward: int
+    parameters: int
+
+
+def _layer_sizes(transformer: nn.Module, arch: ArchSpec, exact: bool) -> _LayerSizes:
+    """The part of a `ModelSize` that the transformer alone tells; exact: the first block stands for all of them."""
+    heads, head_dim = kv_sizes(transformer, arch)
+    names = [name for name, _ in arch.attentions(transformer)]
+    return {
+        "layers": len(names),
+        "heads": heads,
+        "head_dim": head_dim,
+        "feed_forward": _widest_input(transformer, names[:1] if exact else names),
+        "parameters": sum(p.numel() for p in transformer.parameters()),
+    }
+
+
+def _text_tokens(family: str, config: Config) -> int:
+    """Tokens of text in the self-attentions of a family in PEAKS."""
+    return {"cogvideox": config.get("max_text_seq_length", 0), "hunyuan-video": HUNYUAN_TEXT}.get(family, 0)
+
+
+_WAN = "wan", (4, 8), (81, 480, 832)
+FILES = {
+    "WanTransformer3DModel": _WAN,
+    "WanVACETransformer3DModel": _WAN,
+    "SkyReelsV2Transformer3DModel": _WAN,
+    "ChronoEditTransformer3DModel": _WAN,
+    "CogVideoXTransformer3DModel": ("cogvideox", (4, 8), (49, 480, 720)),
+    "LTXVideoTransformer3DModel": ("ltx", (8, 32), (161, 512, 704)),
+    "HunyuanVideoTransformer3DModel": ("hunyuan-video", (4, 8), (129, 720, 1280)),
+}
+"""Transformers whose config alone is enough, with what it does not tell: the family, its autoencoder's strides in time
+and space, and the pipeline's usual frames, height and width.
+"""
+NEEDED = ("num_attention_heads", "attention_head_dim", "num_layers", "in_channels")
+
+
+def transformer_size(config: Config, name: str = "model") -> ModelSize:
+    """Size of a diffusers transformer by its config, with the usual autoencoder of its family.
+
+    Raises InputError naming the model for a class that is not known, or a value that is missing or makes no sense.
+    """
+    kind = config.get("_class_name", "")
+    if kind not in FILES:
+        raise InputError(f"{name} is a {config.get('_class_name')}, of no known family; known: {', '.join(FILES)}")
+    for key in NEEDED:
+        if key not in config:
+            raise InputError(f"{name} has a config without {key!r}")
+        if isinstance(config[key], bool) or not isinstance(config[key], int) or config[key] < 1:
+            raise InputError(f"{name} has a config that makes no sense: {key} is {config[key]!r}")
+    try:
+        transformer = on_meta(kind, config)
+        return _size_of_file(transformer, dict(transformer.config), name)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a config that makes no sense causes in diffusers
+        raise InputError(f"{name} has a config that makes no sense: {_in_a_line(error)}") from error
+
+
+def _size_of_file(transformer: nn.Module, config: Config, name: str) -> ModelSize:
+    kind = type(transformer).__name__
+    family, (time, space), (frames, height, width) = FILES[kind]
+    patch, limits = config["patch_size"], config.get("rope_max_seq_len")
+    more: dict[str, Any] = {"least_frames": 5} if kind == "ChronoEditTransformer3DModel" else {}
+    if family == "cogvideox":
+        more = {"lead_in": True, "latents_together": 2}
+        frames, height, width = config["sample_frames"], config["sample_height"] * space, config["sample_width"] * space
+        if config["patch_size_t"] is not None and config["use_rotary_positional_embeddings"]:
+            limits = None, config["sample_height"] // patch, config["sample_width"] // patch
+    sizes = tuple(patch) if family == "wan" else (config["patch_size_t"] or 1, patch, patch)
+    return ModelSize(
+        name=name,
+        family=family,
+        **_layer_sizes(transformer, arch_of(transformer), True),
+        text_tokens=_text_tokens(family, config),
+        channels=config.get("out_channels") or config["in_channels"],
+        geometry=Geometry(time, space, sizes, most_tokens=limits, **more),
+        frames=frames,
+        height=height,
+        width=width,
+    )
+
+
+def on_meta(kind: str, config: Config) -> Any:
+    """What diffusers makes of a config, a network on the meta device."""
+    made: Any = getattr(diffusers, kind)
+    with torch.device("meta") if issubclass(getattr(diffusers, kind), nn.Module) else nullcontext():
+        return made.from_config(config)
+
+
+def model_of_folder(folder: Path, index: Config) -> PipelineModel:
     """The family's model of a folder's configs, its weights on the meta device; index: its model_index.json.
 
     Raises InputError naming the folder where there is no known family, or its configs make no model.
@@ -65,17 +163,22 @@ def model_of_folder(folder: Path, index: dict[str, Any]) -> Any:
         raise InputError(f"'{folder}' is a {kind}, of no known family; known: {', '.join(PIPELINES)}")
     try:
         with _no_notes():
-            return _model(folder, kind, index)
+            pipeline = getattr(diffusers, kind)
+            wanted = [name for name in inspect.signature(pipeline.__init__).parameters if name != "self"]
+            return wrap_pipeline(pipeline(**{name: _part(folder, name, index.get(name)) for name in wanted}))
     except InputError:
         raise
     except Exception as error:  # whatever a config that makes no sense causes in diffusers
-        words = " ".join(str(error).split())[:300]
-        raise InputError(f"'{folder}' has a config that makes no sense: {type(error).__name__}: {words}") from error
+        raise InputError(f"'{folder}' has a config that makes no sense: {_in_a_line(error)}") from error
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager
 def _no_notes() -> Iterator[None]:
-    """Without what transformers has to say of libraries that only its pictures' encoders would need."""
+    """Silence transformers' notes about libraries that only its image encoders would need."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -86,16 +189,10 @@ def _no_notes() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _model(folder: Path, kind: str, index: dict[str, Any]) -> Any:
-    pipeline = getattr(diffusers, kind)
-    wanted = [name for name in inspect.signature(pipeline.__init__).parameters if name != "self"]
-    return wrap_pipeline(pipeline(**{name: _part(folder, name, index.get(name)) for name in wanted}))
-
-
 def _part(folder: Path, name: str, entry: Any) -> Any:
     """A component of a pipeline, or a value of its config: networks without weights, no tokenizers.
 
-    Of what is for images only that it is there counts; a judge of outputs is left out, as an edit asks none.
+    Parts for images are stand-ins, since only their presence counts; a judge of outputs is left out.
     """
     if name == "safety_checker":
         return nn.Identity()
@@ -103,15 +200,12 @@ def _part(folder: Path, name: str, entry: Any) -> Any:
         return entry
     library, kind = entry
     if library == "diffusers":
-        made = getattr(diffusers, kind)
-        config = made.load_config(str(folder / name), local_files_only=True)
-        with torch.device("meta") if issubclass(made, nn.Module) else nullcontext():
-            return made.from_config(config)
+        return on_meta(kind, getattr(diffusers, kind).load_config(str(folder / name), local_files_only=True))
     return nn.Identity() if kind is not None and name.startswith("image_") else None
 
 
 def _widest_input(transformer: nn.Module, attentions: list[str]) -> int:
-    """Of all linear layers beside the attentions in their blocks: what a feed-forward is at its widest."""
+    """The widest input of all linear layers in the attentions' blocks: what a feed-forward is at its widest."""
     blocks = {name.rpartition(".")[0] for name in attentions}
     widths = [
         module.in_features
@@ -121,14 +215,14 @@ def _widest_input(transformer: nn.Module, attentions: list[str]) -> int:
     return max(widths, default=1)
 
 
-def _usual_extent(model: Any) -> tuple[int, int, int]:
+def _usual_extent(model: PipelineModel) -> tuple[int, int, int]:
     """Frames, height and width of a call that gives none."""
     call, config, geometry = inspect.signature(type(model.pipe).__call__).parameters, model.config, model.geometry
     side = getattr(model.pipe, "default_sample_size", None)
     side = side * model.pipe.vae_scale_factor if isinstance(side, int) else IMAGE_SIZE
 
     def usual(own: int | None, name: str, sample: str, stride: int, other: int) -> int:
-        """What the family says itself, or else the call, or the transformer's sample in latents."""
+        """The call's default, or else what the family says, or the transformer's sample in latents."""
         value, latents = call[name].default if name in call else None, config.get(sample)
         if isinstance(value, int) and not isinstance(value, bool):
             return value

@@ -3,37 +3,35 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
-from kvlock_fast.config import LockConfig
-from kvlock_fast.errors import InputError, warn
+from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.quantize import FORMATS
-from kvlock_fast.locking.arch import select_layers
-from kvlock_fast.loop.foreground import sparse_steps
-from kvlock_fast.loop.inputs import MOST_STEPS, nearest_size, refuse_frames
-from kvlock_fast.loop.schedule import can_lock, first_dynamic_step
-from kvlock_fast.masks import project_mask
-from kvlock_fast.media import fit_frames, fit_mask, read_mask
+from kvlock_fast.loop.inputs import MOST_STEPS
+from kvlock_fast.media import fit_mask, read_mask
+from kvlock_fast.planning.extent import Extent, find_extent
 from kvlock_fast.planning.find_model import find_model
 from kvlock_fast.planning.machine import Machine
-from kvlock_fast.planning.model_size import ModelSize
-from kvlock_fast.planning.planner import Plan, plan
+from kvlock_fast.planning.plan_edit import Edits, plan_edit
+from kvlock_fast.planning.planner import Plan
 from kvlock_fast.renamed import CACHE_STEPS
 from kvlock_fast.units import parse_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_SHARE = 0.2
-MOST_FRAMES = 100_000
 MOST_PROMPTS = 10_000
 
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What is asked. model: a known name, a config file or a folder; frames, size: None for the model's own; mask: a
-    file, instead of mask_share; step_stride, cache_steps: as in `CacheConfig`; formats: none for all; memory: GPU, host
-    and disk as text, None for this machine's.
+    """Arguments of the command.
+
+    model: a known name, a config file or a folder; frames, size: None for the model's own; mask: a file, instead of
+    mask_share; step_stride, cache_steps: as in `CacheConfig`; formats: none for all; memory: GPU, host and disk as
+    text, None for this machine's.
     """
 
     model: str
@@ -54,45 +52,38 @@ class PlanSettings:
 
 
 def make_plan(settings: PlanSettings) -> Plan:
-    """Raises InputError naming the argument that is wrong; warns where the video is changed to fit the model."""
-    _check_numbers(settings)
+    """Plan what the command asks for; warns where the video is changed to fit the model.
+
+    Raises InputError naming the argument that is wrong.
+    """
+    _check(settings)
     model = find_model(settings.model)
-    frames, height, width, background = _video(settings, model)
-    locked, kept = _steps(settings)
-    if settings.dtype not in ("auto", *DTYPES):
-        raise InputError(f"dtype '{settings.dtype}' is not one of {', '.join(DTYPES)}, auto")
-    return plan(
-        model,
-        frames,
-        height,
-        width,
-        background,
-        math.ceil(kept / settings.step_stride),
-        _taken(settings),
-        steps_locked=locked,
-        steps_along=locked - kept,
-        machine=_machine(settings),
-        formats=settings.formats or FORMATS,
-        dtype=DTYPES.get(settings.dtype),
+    mask = _read_mask(settings.mask)
+    frames = len(mask) if settings.frames is None and mask is not None and len(mask) > 1 else settings.frames
+    extent = find_extent(model, frames, settings.size, "planning for")
+    asked = Edits(
+        settings.lock,
+        CacheConfig(step_stride=settings.step_stride, steps=settings.cache_steps),
+        settings.steps,
+        _foreground(settings, mask, extent, frames or model.frames),
+        guided=settings.guidance > 1 and model.two_branches,
         prompts=settings.prompts,
         edits=settings.edits,
-        guided=settings.guidance > 1 and model.two_branches,
-        layers=select_layers(model.layers, settings.lock.layers),
-        variance_window=max(2, min(settings.lock.variance_window, _taken(settings))),
-        sparse_steps=sparse_steps(settings.lock, _taken(settings)),
+    )
+    return plan_edit(
+        extent, asked, _machine(settings), formats=settings.formats or FORMATS, dtype=DTYPES.get(settings.dtype)
     )
 
 
-def _check_numbers(settings: PlanSettings) -> None:
+def _check(settings: PlanSettings) -> None:
     ranges = (
-        ("--frames", settings.frames, MOST_FRAMES),
         ("--steps", settings.steps, MOST_STEPS),
         ("--prompts", settings.prompts, MOST_PROMPTS),
         ("--edits", settings.edits, MOST_PROMPTS),
         ("--step-stride", settings.step_stride, MOST_STEPS),
     )
     for option, value, most in ranges:
-        if value is not None and not 1 <= value <= most:
+        if not 1 <= value <= most:
             raise InputError(f"{option} must be a whole number from 1 to {most}, got {value}")
     if settings.lock.skip_steps >= settings.steps:
         raise InputError(f"skip_steps {settings.lock.skip_steps} leaves none of {settings.steps} steps")
@@ -105,50 +96,17 @@ def _check_numbers(settings: PlanSettings) -> None:
     for format in settings.formats:
         if format not in FORMATS:
             raise InputError(f"--format must be one of {', '.join(FORMATS)}, got '{format}'")
-
-
-def _taken(settings: PlanSettings) -> int:
-    """How many steps the edit takes."""
-    return settings.steps - settings.lock.skip_steps
-
-
-def _steps(settings: PlanSettings) -> tuple[int, int]:
-    """How many steps can lock, and how many of them have the source's K and V stored."""
-    lock, steps = settings.lock, _taken(settings)
-    locked = [k for k in range(lock.zero_init_steps, steps) if can_lock(lock, steps, k)]
-    if settings.cache_steps == "all":
-        return len(locked), len(locked)
     if settings.cache_steps in CACHE_STEPS:
         raise InputError(f"--cache-steps {settings.cache_steps} is called {CACHE_STEPS[settings.cache_steps]} now")
-    if settings.cache_steps != "dynamic":
+    if settings.cache_steps not in ("all", "dynamic"):
         raise InputError(f"--cache-steps must be all or dynamic, got '{settings.cache_steps}'")
-    return len(locked), sum(k >= first_dynamic_step(lock, steps) for k in locked)
+    if settings.dtype not in ("auto", *DTYPES):
+        raise InputError(f"dtype '{settings.dtype}' is not one of {', '.join(DTYPES)}, auto")
 
 
-def _video(settings: PlanSettings, model: ModelSize) -> tuple[int, int, int, int]:
-    """Frames, height and width as the model takes them, and how many tokens are kept of the source."""
-    mask = None if settings.mask is None else _read_mask(settings.mask)
-    wanted = settings.size or (model.height, model.width)
-    size = nearest_size(model.geometry, *wanted)
-    if size != wanted:
-        down, across = model.geometry.size_multiple()
-        warn(f"size {wanted[0]}x{wanted[1]} is not a multiple of {down}x{across}: planning for {size[0]}x{size[1]}")
-    frames = settings.frames or (len(mask) if mask is not None and len(mask) > 1 else model.frames)
-    padded = model.geometry.whole_frames(frames)
-    if padded != frames:
-        warn(f"{frames} frames are not {model.geometry.frame_words}: planning for {padded}, as an edit would pad them")
-    _check_extent(model, padded, size)
-    grid = model.geometry.token_grid(padded, *size)
-    if mask is None:
-        share = DEFAULT_SHARE if settings.mask_share is None else settings.mask_share
-        foreground = max(1, round(share * math.prod(grid)))
-    else:
-        foreground = _foreground(settings.mask, mask, model, frames, size)
-    kept = math.prod(grid) if settings.lock.foreground_mix else math.prod(grid) - foreground
-    return padded, *size, kept
-
-
-def _read_mask(path: str) -> Any:
+def _read_mask(path: str | None) -> np.ndarray | None:
+    if path is None:
+        return None
     if not path:
         raise InputError("--mask is empty")
     mask = read_mask(path)
@@ -157,32 +115,28 @@ def _read_mask(path: str) -> Any:
     return mask
 
 
-def _foreground(path: str, mask: Any, model: ModelSize, frames: int, size: tuple[int, int]) -> int:
-    """Foreground tokens of a mask, fitted to the video as `edit` does."""
+def _foreground(settings: PlanSettings, mask: np.ndarray | None, extent: Extent, frames: int) -> int:
+    """Number of foreground tokens, by share or of a mask [F, H, W], which is fitted to so many frames as by `edit`."""
+    if mask is None:
+        share = DEFAULT_SHARE if settings.mask_share is None else settings.mask_share
+        return max(1, round(share * extent.tokens))
     try:
-        mask = fit_mask(mask, frames, *size)
+        mask = fit_mask(mask, frames, extent.height, extent.width)
     except InputError as error:
-        raise InputError(f"the mask '{path}' does not fit {frames} frames of {size[0]}x{size[1]}: {error}") from error
-    mask, _ = fit_frames(mask, "pad", *model.geometry.frame_rule)
-    return int(project_mask(torch.from_numpy(mask), model.geometry).tokens.sum())
-
-
-def _check_extent(model: ModelSize, frames: int, size: tuple[int, int]) -> None:
-    """Raise InputError for several frames of a model of images, and where the model's position codes end."""
-    refuse_frames(model.geometry, frames)
-    if not model.geometry.knows(frames, *size):
-        raise InputError(
-            f"{frames} frames of {size[0]}x{size[1]} are too many for {model.name}: "
-            f"it takes at most {model.geometry.limits_text}"
-        )
+        place = f"{frames} frames of {extent.height}x{extent.width}"
+        raise InputError(f"the mask '{settings.mask}' does not fit {place}: {error}") from error
+    return extent.foreground(mask, "pad")
 
 
 def _machine(settings: PlanSettings) -> Machine:
     """This machine, or another as far as its memory was given."""
     names = ("--gpu-memory", "--host-memory", "--disk")
-    given = [None if t is None else parse_bytes(t, n) for t, n in zip(settings.memory, names, strict=True)]
-    if None not in given:
-        return Machine(*given)
+    gpu, host, disk = (None if t is None else parse_bytes(t, n) for t, n in zip(settings.memory, names, strict=True))
+    if gpu is not None and host is not None and disk is not None:
+        return Machine(gpu, host, disk)
     here = Machine.here(disk_path=Path.cwd())
-    found = (here.gpu_bytes, here.host_bytes, here.disk_bytes)
-    return Machine(*(h if g is None else g for g, h in zip(given, found, strict=True)))
+    return Machine(
+        here.gpu_bytes if gpu is None else gpu,
+        here.host_bytes if host is None else host,
+        here.disk_bytes if disk is None else disk,
+    )

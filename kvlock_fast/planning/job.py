@@ -22,7 +22,7 @@ STAGING_ARENAS = 1
 
 @dataclass(frozen=True)
 class Bytes:
-    """Needed or there, by place. gpu is 0 where models run on the CPU."""
+    """Bytes needed by place. gpu is 0 where models run on the CPU."""
 
     gpu: int
     host: int
@@ -31,7 +31,7 @@ class Bytes:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be planned.
+    """An edit to be planned.
 
     height, width: in pixels, as the model takes them; background_tokens: those locked and stored; steps_stored: arenas
     of the cache; steps_locked: steps at which alpha can exceed 0 (None: those stored; more with a step stride, or
@@ -61,23 +61,26 @@ class Job:
     sparse_steps: tuple[int, int] | None = None
 
     def __post_init__(self):
-        if self.steps_locked is None:
-            object.__setattr__(self, "steps_locked", self.steps_stored)
         for name in ("frames", "height", "width", "num_steps", "prompts", "edits"):
             _check_whole(name, getattr(self, name), 1, None)
         _check_whole("background_tokens", self.background_tokens, 0, self.tokens)
-        _check_whole("steps_locked", self.steps_locked, 0, self.num_steps)
-        _check_whole("steps_along", self.steps_along, 0, self.steps_locked)
-        _check_whole("steps_stored", self.steps_stored, 0, self.steps_locked - self.steps_along)
+        _check_whole("steps_locked", self.locked, 0, self.num_steps)
+        _check_whole("steps_along", self.steps_along, 0, self.locked)
+        _check_whole("steps_stored", self.steps_stored, 0, self.locked - self.steps_along)
+
+    @property
+    def locked(self) -> int:
+        """Number of steps at which alpha can exceed 0."""
+        return self.steps_stored if self.steps_locked is None else self.steps_locked
 
     @cached_property
     def tokens(self) -> int:
-        """Of the video."""
+        """Number of tokens of the video."""
         return prod(self.model.geometry.token_grid(self.frames, self.height, self.width))
 
     @property
     def all_tokens(self) -> int:
-        """In self-attention: of video and text."""
+        """Number of tokens in self-attention: of video and text."""
         return self.tokens + self.model.text_tokens
 
     @property
@@ -85,23 +88,23 @@ class Job:
         return self.tokens - self.background_tokens
 
     def rows(self, prompts: int, lockstep: bool) -> int:
-        """Samples in a forward: a branch or two of each prompt, and in lockstep the source."""
+        """Number of samples in a forward: a branch or two of each prompt, and in lockstep the source."""
         return prompts * (2 if self.guided else 1) + lockstep
 
     @cached_property
     def forward_seconds(self) -> float:
-        """Of one row."""
+        """Seconds of a forward of one row."""
         return costs.forward_seconds(self.model, self.all_tokens)
 
     def layout(self, format: str) -> StepLayout:
-        """Of one step's arena."""
+        """Layout of one step's arena."""
         layers = tuple(range(self.model.layers)) if self.layers is None else self.layers
         shape = KVShape(layers, self.background_tokens, self.model.heads, self.model.head_dim)
         return _layout(shape, format, self.dtype)
 
     @property
     def naive_bytes_per_step(self) -> int:
-        """K and V in bf16 of every video token and every layer, of one branch."""
+        """Bytes of K and V in bf16 of every video token and every layer, of one branch."""
         return 2 * self.tokens * self.model.dim * self.model.layers * 2
 
     @property
@@ -110,22 +113,31 @@ class Job:
 
     @property
     def activation_bytes(self) -> int:
-        """The peak inside a block, of one row."""
+        """Bytes alive at the peak inside a block, of one row."""
         return self.all_tokens * self.model.activation_bytes(self.dtype)
 
     @property
     def video_latent_bytes(self) -> int:
-        """Of one video's latents in fp32."""
+        """Bytes of one video's latents in fp32."""
         return 4 * self.model.channels * self.tokens * prod(self.model.geometry.patch_size)
 
     def latent_bytes(self, prompts: int) -> int:
-        """In fp32: of each prompt the latents, the next, the guided prediction, the clean one and the window; of the
-        source the clean latents, the noise, and its path through all steps.
+        """Bytes of all latents in fp32.
+
+        Each prompt has its latents, the next ones, the guided prediction, the clean one and the variance window; the
+        source has its clean latents, the noise, and its path through all steps.
         """
         return self.video_latent_bytes * (prompts * (self.variance_window + 4) + self.num_steps + 3)
 
     def needed(self, tier: str, format: str | None, prompts: int, gpu: bool) -> Bytes:
-        """With so many prompts in a forward; without a GPU all memory is the host's."""
+        """Bytes that a way to run the job takes.
+
+        Args:
+            tier: where the source's keys and values come from.
+            format: how they are packed, None in lockstep.
+            prompts: prompts in a forward.
+            gpu: whether there is a GPU; without one all memory is the host's.
+        """
         device = self.weight_bytes + self.latent_bytes(prompts)
         device += self.rows(prompts, tier == "lockstep" or self.steps_along > 0) * self.activation_bytes
         arena = 0 if format is None else self.layout(format).nbytes
@@ -143,8 +155,8 @@ def _layout(shape: KVShape, format: str, dtype: torch.dtype) -> StepLayout:
     return StepLayout.usual(shape, format, dtype)
 
 
-def _check_whole(name: str, value: object, least: int, most: int | None) -> None:
+def _check_whole(name: str, value: int, least: int, most: int | None) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
+    if not whole or not least <= value <= (value if most is None else most):
         bound = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be a whole number {bound}, got {value!r}")

@@ -8,23 +8,17 @@ source runs once either way. Another format only where fp8 fits in no stored tie
 
 from dataclasses import dataclass, replace
 from math import ceil
-from typing import Any
-
-import torch
 
 from kvlock_fast.config import TIERS
 from kvlock_fast.kernels.quantize import FORMATS
 from kvlock_fast.planning import costs
 from kvlock_fast.planning.job import Bytes, Job
 from kvlock_fast.planning.machine import Machine
-from kvlock_fast.planning.model_size import ModelSize
 from kvlock_fast.units import text_bytes, text_seconds
 
 MOST_RUNGS = 5
 SMALLER = {"native": ("fp8_e4m3", "int4"), "bf16": ("fp8_e4m3", "int4"), "fp8_e4m3": ("int4",), "int8": ("int4",)}
 LOWER = {"lockstep": ("host", "disk"), "resident": ("host", "disk", "lockstep"), "host": ("disk", "lockstep")}
-
-
 PREFERENCE = ("fp8_e4m3", "int8", "int4", "native", "bf16")
 """Formats in the order they are considered: the smaller ones of fp8 before the larger."""
 WORTH = 1.01
@@ -33,7 +27,7 @@ WORTH = 1.01
 
 @dataclass(frozen=True)
 class Row:
-    """One way to run the job: what it needs and what it takes.
+    """A way to run the job: what it needs and what it takes.
 
     format: None in lockstep; prompts: in one forward, the most that fit (1 where none does); rows: videos in the
     forward of a locked step; short: what is too small, of "GPU", "host", "disk"; transfer, compute, exposed: of one
@@ -58,13 +52,13 @@ class Row:
 
     @property
     def label(self) -> str:
-        """Like "host fp8_e4m3"."""
+        """Name like "host fp8_e4m3"."""
         return self.tier if self.format is None else f"{self.tier} {self.format}"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """tier: None where nothing fits; format: None there and in lockstep; reason: why, in a sentence."""
+    """The way that was chosen, and why. tier: None where nothing fits; format: None there and in lockstep."""
 
     tier: str | None
     format: str | None
@@ -74,7 +68,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Plan:
-    """rows: lockstep first, then each tier by format."""
+    """Every way to run a job, and the choice. rows: lockstep first, then each tier by format."""
 
     job: Job
     machine: Machine
@@ -82,50 +76,52 @@ class Plan:
     choice: Choice
 
     def row(self, tier: str, format: str | None = None) -> Row | None:
-        """That way to run it, if it was asked for."""
+        """Return the row of a tier and format, None where it was not asked for."""
         return next((row for row in self.rows if (row.tier, row.format) == (tier, format)), None)
 
+    def fitting(self, tier: str) -> Row | None:
+        """Return the first row of a tier that fits, None where none does."""
+        return next((row for row in self.rows if row.tier == tier and row.fits), None)
 
-def plan(
-    model: ModelSize,
-    frames: int,
-    height: int,
-    width: int,
-    background_tokens: int,
-    steps_stored: int,
-    num_steps: int,
-    *,
-    machine: Machine,
-    formats: tuple[str, ...] = FORMATS,
-    tiers: tuple[str, ...] = TIERS,
-    dtype: torch.dtype | None = None,
-    **more: Any,
-) -> Plan:
-    """Every tier and format on a machine, and the choice.
 
-    formats, tiers: those to consider; dtype: of the weights, by default the model's own; the rest: fields of `Job`.
-    Raises ValueError for an unknown tier or format and for numbers that cannot be.
+def plan(job: Job, machine: Machine, formats: tuple[str, ...] = FORMATS, tiers: tuple[str, ...] = TIERS) -> Plan:
+    """Work out every way to run a job on a machine, and choose one. `plan_edit` makes the job from configs.
+
+    Args:
+        job: what is to be run.
+        machine: the memory there is, in bytes.
+        formats: cache formats to consider.
+        tiers: tiers to consider.
+
+    Raises:
+        ValueError: an unknown tier or format.
     """
     for name, given, known in (("formats", formats, FORMATS), ("tiers", tiers, TIERS)):
         if not given or not set(given) <= set(known):
             raise ValueError(f"{name} must be some of {', '.join(known)}, got {given!r}")
-    sizes = (frames, height, width, background_tokens, steps_stored, num_steps)
-    job = Job(model, *sizes, dtype=dtype or model.dtype, **more)
-    pairs = [("lockstep", None)] if "lockstep" in tiers else []
+    pairs: list[tuple[str, str | None]] = [("lockstep", None)] if "lockstep" in tiers else []
     pairs += [(tier, format) for tier in TIERS[1:] if tier in tiers for format in FORMATS if format in formats]
     rows = tuple(_row_of_most_prompts(job, machine, tier, format) for tier, format in pairs)
-    return Plan(job, machine, rows, choose(job, machine, rows))
+    return Plan(job, machine, rows, choose(job, rows, machine))
 
 
 def _row_of_most_prompts(job: Job, machine: Machine, tier: str, format: str | None) -> Row:
-    """With as many prompts in a forward as fit."""
+    """The row of a way, with as many prompts in a forward as fit."""
     gpu = machine.gpu_bytes is not None
     fitting = (n for n in range(job.prompts, 0, -1) if not short_of(job.needed(tier, format, n, gpu), machine))
     return make_row(job, machine, tier, format, next(fitting, 1))
 
 
 def make_row(job: Job, machine: Machine, tier: str, format: str | None, prompts: int) -> Row:
-    """One way to run the job, with so many prompts in a forward."""
+    """Work out one way to run the job.
+
+    Args:
+        job: what is to be run.
+        machine: the memory there is, in bytes.
+        tier: where the source's keys and values come from.
+        format: how they are packed, None in lockstep.
+        prompts: prompts in a forward.
+    """
     needed = job.needed(tier, format, prompts, gpu=machine.gpu_bytes is not None)
     lockstep, forward = tier == "lockstep", job.forward_seconds
     rows = job.rows(prompts, lockstep)
@@ -133,10 +129,10 @@ def make_row(job: Job, machine: Machine, tier: str, format: str | None, prompts:
     transfer = costs.transfer_seconds(tier, arena)
     compute = rows * forward + costs.lock_seconds(arena, rows)
     along = 0 if lockstep else job.steps_along
-    read = job.steps_locked - along
+    read = job.locked - along
     # An arena crosses the link once for all the steps that share it.
     exposed = max(0.0, transfer * job.steps_stored - compute * read) / read if read else 0.0
-    others = along * job.rows(prompts, True) + (job.num_steps - job.steps_locked) * job.rows(prompts, False)
+    others = along * job.rows(prompts, True) + (job.num_steps - job.locked) * job.rows(prompts, False)
     source = 0.0 if lockstep else job.steps_stored * max(forward, transfer)
     seconds = source + uses(job, prompts) * (read * (compute + exposed) + others * forward)
     short = short_of(needed, machine)
@@ -144,35 +140,38 @@ def make_row(job: Job, machine: Machine, tier: str, format: str | None, prompts:
 
 
 def uses(job: Job, prompts: int) -> int:
-    """How often the source's keys and values are gone through, with so many prompts in a forward."""
+    """Number of passes over the source's keys and values, with so many prompts in a forward."""
     return job.edits * ceil(job.prompts / prompts)
 
 
-def short_of(needed: Bytes, machine: Machine) -> tuple[str, ...]:
-    """What of the machine is too small."""
-    places = (
-        ("GPU", needed.gpu, machine.gpu_bytes or 0),
-        ("host", needed.host, machine.host_bytes),
-        ("disk", needed.disk, machine.disk_bytes),
+def _places(needed: Bytes, machine: Machine) -> tuple[tuple[str, str, int, int], ...]:
+    """Name and words of each place, with the bytes needed and there."""
+    return (
+        ("GPU", "on the GPU", needed.gpu, machine.gpu_bytes or 0),
+        ("host", "of memory", needed.host, machine.host_bytes),
+        ("disk", "on disk", needed.disk, machine.disk_bytes),
     )
-    return tuple(name for name, need, there in places if need > there)
 
 
-def choose(job: Job, machine: Machine, rows: tuple[Row, ...]) -> Choice:
-    """By the rule at the top of this file."""
+def short_of(needed: Bytes, machine: Machine) -> tuple[str, ...]:
+    """Names of the places that are too small, of "GPU", "host" and "disk"."""
+    return tuple(name for name, _, need, there in _places(needed, machine) if need > there)
+
+
+def choose(job: Job, rows: tuple[Row, ...], machine: Machine) -> Choice:
+    """Choose a row by the rule at the top of this file."""
     fitting = [row for row in rows if row.fits]
     if not fitting:
         return Choice(None, None, 0, _why_nothing(machine, rows))
     lockstep = next((row for row in fitting if row.tier == "lockstep"), None)
-    if lockstep is not None and (job.steps_locked == 0 or job.background_tokens == 0):
-        nothing = "step is locked" if job.steps_locked == 0 else "token is background"
+    if lockstep is not None and (job.locked == 0 or job.background_tokens == 0):
+        nothing = "step is locked" if job.locked == 0 else "token is background"
         return Choice("lockstep", None, lockstep.prompts, f"no {nothing}, so there is nothing to store")
-    stored = [row for row in fitting if row.tier != "lockstep"]
-    first = min((PREFERENCE.index(row.format) for row in stored), default=None)
-    candidates = [row for row in stored if PREFERENCE.index(row.format) == first]
-    best = min(candidates, key=lambda row: row.seconds, default=None)
+    by_format = ([row for row in fitting if row.format == format] for format in PREFERENCE)
+    best = min(next(filter(None, by_format), []), key=lambda row: row.seconds, default=None)
     if lockstep is not None and (best is None or lockstep.seconds <= WORTH * best.seconds):
         return Choice("lockstep", None, lockstep.prompts, _why_lockstep(job, rows, lockstep, best))
+    assert best is not None
     return Choice(best.tier, best.format, best.prompts, _why_stored(job, rows, lockstep, best))
 
 
@@ -201,20 +200,17 @@ def _why_stored(job: Job, rows: tuple[Row, ...], lockstep: Row | None, best: Row
 
 def _why_nothing(machine: Machine, rows: tuple[Row, ...]) -> str:
     least = min(rows, key=lambda row: (len(row.short), row.needed.gpu + row.needed.host + row.needed.disk))
-    needed, places = least.needed, []
-    for name, what, need, there in (
-        ("GPU", "on the GPU", needed.gpu, machine.gpu_bytes),
-        ("host", "of memory", needed.host, machine.host_bytes),
-        ("disk", "on disk", needed.disk, machine.disk_bytes),
-    ):
-        if name in least.short:
-            places.append(f"{text_bytes(need)} {what}, where {text_bytes(there)} are free")
+    places = [
+        f"{text_bytes(need)} {what}, where {text_bytes(there)} are free"
+        for name, what, need, there in _places(least.needed, machine)
+        if name in least.short
+    ]
     return f"nothing fits: {least.label}, which comes nearest, needs {' and '.join(places)}"
 
 
 @dataclass(frozen=True)
 class Rung:
-    """How to run next. format: None in lockstep; prompts: in one forward; reason: a sentence to tell the user."""
+    """A smaller way to run. format: None in lockstep; prompts: in one forward; reason: a sentence to tell the user."""
 
     tier: str
     format: str | None
@@ -224,14 +220,22 @@ class Rung:
 
 
 def ladder(plan: Plan, tier: str, format: str | None, prompts: int) -> list[Rung]:
-    """At most 5 rungs, each with less on the device than the one before: a smaller format, the next tier (in the
-    format that was asked for), fewer prompts at once; at last the video decoded in tiles.
+    """List at most 5 rungs, each with less on the device than the one before.
 
-    Rungs that the host's memory or the disk cannot hold are left out.
+    In turn: a smaller format, the next tier (in the format that was asked for), fewer prompts at once; at last the
+    video decoded in tiles. Rungs that the host's memory or the disk cannot hold are left out.
+
+    Args:
+        plan: the plan of the run.
+        tier: the tier that was too large.
+        format: its format, None in lockstep.
+        prompts: its prompts in a forward.
     """
     rungs = [Rung(tier, format, prompts, False, "")]
     kept = format or "fp8_e4m3"
-    candidates = [(tier, smaller, f"store as {smaller}") for smaller in SMALLER.get(format, ())]
+    candidates: list[tuple[str, str | None, str]] = [
+        (tier, smaller, f"store as {smaller}") for smaller in SMALLER.get(format or "", ())
+    ]
     for lower in LOWER.get(tier, ()):
         what = "run the source along" if lower == "lockstep" else f"keep the cache in the tier {lower} as {kept}"
         candidates.append((lower, None if lower == "lockstep" else kept, what))
@@ -246,12 +250,8 @@ def ladder(plan: Plan, tier: str, format: str | None, prompts: int) -> list[Rung
 
 
 def _append(plan: Plan, rungs: list[Rung], rung: Rung) -> None:
-    """If it takes less of the device than the last, and what it takes elsewhere is there."""
+    """Append a rung if it takes less of the device than the last, and what it takes elsewhere is there."""
     before, after = (make_row(plan.job, plan.machine, r.tier, r.format, r.prompts) for r in (rungs[-1], rung))
-    device = "host" if plan.machine.gpu_bytes is None else "GPU"
-    if _on(device, after) < _on(device, before) and set(after.short) <= {device}:
+    device, name = ("host", "host") if plan.machine.gpu_bytes is None else ("GPU", "gpu")
+    if getattr(after.needed, name) < getattr(before.needed, name) and set(after.short) <= {device}:
         rungs.append(rung)
-
-
-def _on(device: str, row: Row) -> int:
-    return row.needed.gpu if device == "GPU" else row.needed.host

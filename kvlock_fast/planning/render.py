@@ -4,9 +4,9 @@ import textwrap
 from typing import Any
 
 from kvlock_fast.planning import costs
-from kvlock_fast.planning.job import Bytes, Job
+from kvlock_fast.planning.job import Job
 from kvlock_fast.planning.planner import Plan, Row
-from kvlock_fast.units import text_bytes, text_seconds
+from kvlock_fast.units import text_bytes, text_seconds, text_table
 
 WIDTH = 80
 PAYS = 1.1
@@ -20,7 +20,7 @@ NOTE = (
 
 
 def render(plan: Plan) -> str:
-    """The plan as text: what is asked, the cache by format, the tiers, the choice."""
+    """Write the plan as text: what is asked, the cache by format, the tiers, the choice."""
     parts = [_heading(plan.job), _formats(plan), _tiers(plan), _remarks(plan), _choice(plan), _wrap(NOTE)]
     return "\n\n".join(part for part in parts if part)
 
@@ -31,14 +31,14 @@ def _heading(job: Job) -> str:
     text = f" + {model.text_tokens} of text" if model.text_tokens else ""
     share = 100 * job.foreground_tokens / job.tokens
     edits = f", {job.edits} times" if job.edits > 1 else ""
-    stored = f", {job.steps_stored} stored" if job.steps_stored != job.steps_locked else ""
+    stored = f", {job.steps_stored} stored" if job.steps_stored != job.locked else ""
     branches = "guided (two branches)" if job.guided else "unguided (one branch)"
     layers = f"{model.layers}" if locked == model.layers else f"{locked} of {model.layers} locked"
     facts = [
         ("model", f"{model.name}, {_dtype(job)}, {layers} layers of {model.heads} heads x {model.head_dim}"),
         ("video", f"{job.frames} frames of {job.height}x{job.width}: {job.tokens} tokens{text}"),
         ("mask", f"{share:.3g} % foreground: {job.foreground_tokens} tokens; {job.background_tokens} background"),
-        ("steps", f"{job.num_steps}, {job.steps_locked} of them locked{stored}"),
+        ("steps", f"{job.num_steps}, {job.locked} of them locked{stored}"),
         ("edits", f"{job.prompts} prompt{'s' * (job.prompts > 1)}{edits}, {branches}"),
     ]
     if job.sparse_steps is not None:
@@ -50,55 +50,41 @@ def _heading(job: Job) -> str:
 
 def _formats(plan: Plan) -> str:
     """The cache by format; nothing where only lockstep was asked for."""
-    figures = _format_figures(plan)
+    figures, job = _format_figures(plan), plan.job
     if not figures:
         return ""
-    job = plan.job
-    lines = [_cells("cache", "codes/step", "scales/step", "all steps", "smaller than naive")]
+    rows = [["cache", "codes/step", "scales/step", "all steps", "smaller than naive"]]
     for name, f in figures.items():
         per_step, whole = f["ratio_to_naive_per_step"], f["ratio_to_naive"]
         ratio = "-" if per_step is None else f"{per_step:.3g}x"
-        ratio += "" if whole in (per_step, None) else f"; {whole:.3g}x in all"
+        ratio += "" if whole is None or whole == per_step else f"; {whole:.3g}x in all"
         sizes = (f["payload_bytes_per_step"], f["scale_bytes_per_step"], f["bytes"])
-        lines.append(_cells(name, *map(_amount, sizes), ratio))
+        rows.append([name, *map(_amount, sizes), ratio])
     naive = (job.naive_bytes_per_step, 0, job.naive_bytes_per_step * job.num_steps)
-    lines.append(_cells("naive", *map(_amount, naive), "(bf16, all tokens, all steps)"))
-    return "\n".join(lines)
-
-
-def _cells(name: str, *cells: str) -> str:
-    first, second, third, last = cells
-    return f"{name:<10}{first:>12}{second:>13}{third:>11}   {last}".rstrip()
+    rows.append(["naive", *map(_amount, naive), "(bf16, all tokens, all steps)"])
+    return text_table(rows, "<>>>")
 
 
 def _tiers(plan: Plan) -> str:
     """One line a row of the plan, below what is there; a "!" where that is less than needed."""
     machine, several = plan.machine, plan.job.prompts > 1
-    heading = "at once" if several else "fits"
-    lines = [_tier_cells("tier", "format", "GPU ", "host ", "disk ", "transfer", "compute", "forwards", heading)]
-    there = (
-        "none " if n is None else f"{text_bytes(n)} "
-        for n in (machine.gpu_bytes, machine.host_bytes, machine.disk_bytes)
-    )
-    lines.append(_tier_cells("there:", "", *there, "", "", "", ""))
+    amounts = (machine.gpu_bytes, machine.host_bytes, machine.disk_bytes)
+    rows = [
+        ["tier", "format", "GPU", "host", "disk", "transfer", "compute", "forwards", "at once" if several else "fits"],
+        ["there:", "", *("none" if n is None else text_bytes(n) for n in amounts)],
+    ]
     previous = None
     for row in plan.rows:
         chosen = (row.tier, row.format) == (plan.choice.tier, plan.choice.format)
         fits = "no" if row.short else str(row.prompts) if several else "yes"
         needed = (("GPU", row.needed.gpu), ("host", row.needed.host), ("disk", row.needed.disk))
-        amounts = (_amount(count) + ("!" if name in row.short else " ") for name, count in needed)
         times = (_time(row.transfer_seconds), _time(row.compute_seconds))
         new = row.tier != previous
-        lines += [""] * (new and previous is not None)
-        cells = (row.tier if new else "", row.format or "-", *amounts, *times, str(row.rows), fits + " <-" * chosen)
-        lines.append(_tier_cells(*cells))
+        rows += [[]] * (new and previous is not None)
+        marked = (_amount(count) + "!" * (name in row.short) for name, count in needed)
+        rows.append([row.tier * new, row.format or "-", *marked, *times, str(row.rows), fits + " <-" * chosen])
         previous = row.tier
-    return "\n".join(lines)
-
-
-def _tier_cells(tier, format, gpu, host, disk, transfer, compute, forwards, fits) -> str:
-    line = f"{tier:<9}{format:<8}{gpu:>9}{host:>9}{disk:>9}{transfer:>9}{compute:>8}{forwards:>9}  {fits}"
-    return line.rstrip()
+    return text_table(rows, "<<>>>>>>", gap=1)
 
 
 def _remarks(plan: Plan) -> str:
@@ -130,7 +116,7 @@ def _choice(plan: Plan) -> str:
 
 
 def foreground_gains(job: Job) -> dict[str, float]:
-    """How many times faster a step is that computes foreground and text only, with a stored cache and in lockstep."""
+    """Speed-up of a step that computes foreground and text only, with a stored cache and in lockstep."""
     queries = max(1, job.foreground_tokens + job.model.text_tokens)
     rows = job.rows(job.prompts, False)
     return {
@@ -140,7 +126,7 @@ def foreground_gains(job: Job) -> dict[str, float]:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """Plain values: bytes and seconds, names as strings."""
+    """Give the plan as plain values: bytes and seconds, names as strings."""
     job, model = plan.job, plan.job.model
     gains = foreground_gains(job)
     return {
@@ -150,7 +136,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "height": job.height,
         "width": job.width,
         "steps": job.num_steps,
-        "steps_locked": job.steps_locked,
+        "steps_locked": job.locked,
         "steps_stored": job.steps_stored,
         "layers": model.layers,
         "locked_layers": len(job.layout("native").shape.layers),
@@ -181,14 +167,14 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _tokens_computed(job: Job) -> dict[str, int]:
-    """Of the video, in a full step and in one of the foreground alone, and how many of these there are."""
+    """Tokens of the video in a full step and in one of the foreground alone, and how many of these there are."""
     surely, most = job.sparse_steps or (0, 0)
     per_step = {"full_step": job.tokens, "foreground_step": job.foreground_tokens}
     return {**per_step, "foreground_steps_at_least": surely, "foreground_steps_at_most": most}
 
 
 def _format_figures(plan: Plan) -> dict[str, dict[str, float | int | None]]:
-    """Of the formats that the plan has rows of; ratios are None where nothing is stored."""
+    """Figures of the formats that the plan has rows of; ratios are None where nothing is stored."""
     job, figures = plan.job, {}
     for format in dict.fromkeys(row.format for row in plan.rows if row.format):
         layout = job.layout(format)
@@ -205,7 +191,7 @@ def _format_figures(plan: Plan) -> dict[str, dict[str, float | int | None]]:
 
 
 def _row_figures(row: Row) -> dict[str, Any]:
-    needed: Bytes = row.needed
+    needed = row.needed
     return {
         "tier": row.tier,
         "format": row.format,
@@ -228,7 +214,7 @@ def _dtype(job: Job) -> str:
     return {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(job.dtype).removeprefix("torch.")]
 
 
-def _amount(count: int) -> str:
+def _amount(count: float | None) -> str:
     return text_bytes(count) if count else "-"
 
 

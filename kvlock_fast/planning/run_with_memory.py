@@ -11,14 +11,13 @@ from kvlock_fast.config import CacheConfig
 from kvlock_fast.edits import Scene
 from kvlock_fast.errors import InputError, warn
 from kvlock_fast.files import user_cache_folder
-from kvlock_fast.locking.arch import select_layers
 from kvlock_fast.locking.lock import kv_sizes
-from kvlock_fast.loop.foreground import sparse_steps
 from kvlock_fast.loop.predictor import Task
-from kvlock_fast.loop.stored_source import steps_to_store
-from kvlock_fast.planning.find_model import from_pipeline
+from kvlock_fast.planning.extent import Extent
+from kvlock_fast.planning.find_model import from_model
 from kvlock_fast.planning.machine import Machine
-from kvlock_fast.planning.planner import TIERS, Plan, Rung, ladder, plan
+from kvlock_fast.planning.plan_edit import Edits, plan_edit
+from kvlock_fast.planning.planner import Plan, Rung, ladder
 from kvlock_fast.planning.render import render
 
 Result = TypeVar("Result")
@@ -32,19 +31,25 @@ class Way:
     tiled_decoding: bool = False
 
 
-def run_with_memory(run: Callable[[Way], Result], scene: Scene, task: Task, cache: CacheConfig, pipe: Any) -> Result:
-    """`run` in the way that the planner chooses, and in smaller ones while memory runs out."""
+def run_with_memory(run: Callable[[Way], Result], scene: Scene, task: Task, cache: CacheConfig) -> Result:
+    """Call `run` in the way that the planner chooses, and in smaller ones while memory runs out.
+
+    Args:
+        run: does the edit in a way that it is given.
+        scene: the source as the model takes it.
+        task: what the edit's forwards are given.
+        cache: the config that was asked for.
+    """
     cache = _what_layers_allow(scene, cache)
-    planned = _plan(scene, task, cache, pipe)
+    planned = _plan(scene, task, cache)
     way = _first_way(planned, scene, cache)
 
     def rungs() -> list[Rung]:
-        named = scene.saved is not None
-        format = scene.saved.layout.format if named else way.cache.format
+        format = way.cache.format if scene.saved is None else scene.saved.layout.format
         prompts = way.cache.prompts_at_once or task.batch
         below = _unplanned(way, prompts) if planned is None else ladder(planned, way.cache.tier, format, prompts)
         # A cache that is there has its format, and is to be read.
-        return [rung for rung in below if not named or (rung.format == format and rung.tier != "lockstep")]
+        return [r for r in below if scene.saved is None or (r.format == format and r.tier != "lockstep")]
 
     return _downwards(way, rungs, run, scene)
 
@@ -62,42 +67,27 @@ def _what_layers_allow(scene: Scene, cache: CacheConfig) -> CacheConfig:
     return cache
 
 
-def _plan(scene: Scene, task: Task, cache: CacheConfig, pipe: Any) -> Plan | None:
+def _plan(scene: Scene, task: Task, cache: CacheConfig) -> Plan | None:
     """The plan of a call on this machine, for the tier that was asked for, or for all; None where there is none."""
     if scene.windows is not None:  # a clip in stretches is made for little memory, and not planned
         return None
     try:
-        model = from_pipeline(pipe)
+        model = from_model(scene.model)
     except InputError:
         return None
-    lock, steps, stage = scene.lock, scene.solver.num_steps, scene.stage
-    slots = steps_to_store(lock, cache, steps, stage)
-    locked = len(steps_to_store(lock, replace(cache, steps="all", step_stride=1), steps, stage))
-    tiers = TIERS if cache.tier == "auto" else tuple(dict.fromkeys(("lockstep", cache.tier)))
+    frames, height, width = scene.frames.shape[:3]
     machine = Machine.here(scene.mask.tokens.device, cache.root or user_cache_folder())
     if cache.tier == "disk":  # there may be an entry already; if not, a full disk shows when it is written
         machine = replace(machine, disk_bytes=sys.maxsize)
-    format = cache.format
-    if scene.saved is not None:
-        slots, format = scene.saved.slots, scene.saved.layout.format
-        tiers = tuple(tier for tier in tiers if tier != "lockstep")
-    return plan(
-        model,
-        *scene.frames.shape[:3],
-        len(scene.background()),
-        len(set(slots.values())),
-        steps,
-        steps_locked=max(locked, len(slots)),
-        steps_along=max(0, locked - len(slots)),
-        machine=machine,
-        formats=(format,),
-        tiers=tiers,
-        prompts=min(task.batch, cache.prompts_at_once or task.batch),
+    asked = Edits(
+        scene.lock,
+        cache,
+        scene.solver.num_steps + scene.lock.skip_steps,
+        int(scene.mask.tokens.sum()),
         guided=task.negative is not None,
-        layers=select_layers(model.layers, lock.layers),
-        variance_window=max(2, min(lock.variance_window, steps)),
-        sparse_steps=sparse_steps(lock, steps),
+        prompts=task.batch,
     )
+    return plan_edit(Extent(model, frames, height, width), asked, machine, stage=scene.stage, saved=scene.saved)
 
 
 def _first_way(planned: Plan | None, scene: Scene, cache: CacheConfig) -> Way:
@@ -110,7 +100,7 @@ def _first_way(planned: Plan | None, scene: Scene, cache: CacheConfig) -> Way:
     if planned is None:
         return Way(replace(cache, tier=smallest) if cache.tier == "auto" else cache)
     choice = planned.choice
-    asked = next((row for row in planned.rows if row.tier == cache.tier and row.fits), None)
+    asked = planned.fitting(cache.tier)
     if asked is not None:
         return Way(replace(cache, prompts_at_once=asked.prompts))
     if choice.tier is not None:

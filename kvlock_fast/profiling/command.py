@@ -27,6 +27,7 @@ from kvlock_fast.files import atomic_path, output_folder, write_text
 from kvlock_fast.loop.inputs import MOST_STEPS
 from kvlock_fast.nvtx import DOMAIN, span, switched_on
 from kvlock_fast.profiling import timeline
+from kvlock_fast.profiling.extent import extent_text
 from kvlock_fast.profiling.picture import draw
 from kvlock_fast.profiling.subjects import PipelineSubject, Subject, Wanted, make_subject
 from kvlock_fast.profiling.timeline import Timeline
@@ -159,7 +160,8 @@ def _run(subject: Subject, steps: int, progress: Progress) -> None:
                 if subject.device.type == "cuda":
                     torch.cuda.synchronize(subject.device)
         except torch.OutOfMemoryError as error:
-            raise InputError(f"{subject.extent.text}: there is too little memory on {subject.device}") from error
+            what = extent_text(subject.extent)
+            raise InputError(f"{what}: there is too little memory on {subject.device}") from error
         finally:
             capture.close()
 

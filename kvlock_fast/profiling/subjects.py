@@ -31,25 +31,43 @@ from kvlock_fast.masks import Geometry, project_mask
 from kvlock_fast.media import resize_mask, resize_video, write_video
 from kvlock_fast.media.clip import Clip
 from kvlock_fast.media.fitting import composite
+from kvlock_fast.models.base import PipelineModel
 from kvlock_fast.models.registry import family_of_transformer
 from kvlock_fast.nvtx import span
+from kvlock_fast.planning.extent import Extent
 from kvlock_fast.planning.find_model import find_model, from_pipeline
 from kvlock_fast.planning.known_models import CONFIGS
 from kvlock_fast.planning.model_size import ModelSize
-from kvlock_fast.profiling.extent import FOREGROUND, Extent, find_extent, refuse_too_large
+from kvlock_fast.profiling.extent import FOREGROUND, find_extent, refuse_too_large
 
 FAMILIES = ("wan", "cogvideox")
 """Those whose models can be made without an autoencoder and text encoders."""
 
 
-def random_model(config: Mapping[str, Any], layers: int, geometry: Geometry, device: torch.device, dtype: torch.dtype):
-    """A family's model around a random transformer of a config with its class name: no text, no autoencoder.
+def random_model(
+    config: Mapping[str, Any],
+    layers: int,
+    channels: int,
+    geometry: Geometry,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PipelineModel:
+    """Make a family's model around a random transformer: no text, no autoencoder.
 
-    geometry: of the autoencoder that is not there. Raises InputError for a family that is none of FAMILIES.
+    Args:
+        config: of the transformer, with its class name.
+        layers: depth of the transformer.
+        channels: of the latents.
+        geometry: strides of the autoencoder that is not there.
+        device: where the weights are.
+        dtype: of the weights.
+
+    Raises:
+        InputError: a family that is none of FAMILIES.
     """
     model = model_of(config["_class_name"])
     transformer = random_transformer(config, layers, device, dtype)
-    vae = SimpleNamespace(config=_vae_config(model.arch.family, config["in_channels"], geometry))
+    vae = SimpleNamespace(config=_vae_config(model.arch.family, channels, geometry))
     pipe = {"transformer": transformer, "vae": vae, "config": {}, "_execution_device": device}
     return model(SimpleNamespace(**pipe, vae_scale_factor_spatial=geometry.spatial_stride))
 
@@ -128,7 +146,7 @@ class RandomSubject:
         self.device, self.dtype = place
         self.clip = made_up_clip(extent)
         geometry, channels = extent.model.geometry, extent.model.channels
-        self.model = random_model(config, extent.model.layers, geometry, *place)
+        self.model = random_model(config, extent.model.layers, channels, geometry, *place)
         generator = torch.Generator().manual_seed(0)
         grid = [n * p for n, p in zip(geometry.token_grid(extent.frames, extent.height, extent.width),
                                       geometry.patch_size, strict=True)]  # fmt: skip
@@ -220,7 +238,7 @@ def make_subject(wanted: Wanted, steps: int, device: torch.device) -> Subject:
         extent = find_extent(find_model(name), *given)
         config = transformer_config(name, extent.model)
         if not wanted.force:
-            refuse_too_large(extent, steps, device, dtype, cache, encoders=False)
+            refuse_too_large(extent, steps, device, dtype, lock, cache, encoders=False)
         return RandomSubject(config, extent, lock, cache, (device, dtype))
     if bundled:
         extent = find_extent(find_model("demo"), *given)
@@ -229,7 +247,7 @@ def make_subject(wanted: Wanted, steps: int, device: torch.device) -> Subject:
         pipe = load_pipeline(name, device, wanted.dtype)
         extent = find_extent(replace(from_pipeline(pipe.pipe), name=f"'{name}'"), *given)
     if not wanted.force:
-        refuse_too_large(extent, steps, device, pipe.model.transformers[0].dtype, cache, encoders=True)
+        refuse_too_large(extent, steps, device, pipe.model.transformers[0].dtype, lock, cache, encoders=True)
     if bundled:
         return PipelineSubject(pipe, extent, *_demo_clip(extent), lock, cache)
     return PipelineSubject(pipe, extent, made_up_clip(extent), ("a video", "another video"), 5.0, lock, cache)

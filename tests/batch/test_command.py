@@ -196,16 +196,15 @@ FOREGROUND = LockConfig.preset("kvlock", compute="foreground", kappa=1)
                                   {"size": (48, 32), "frames_policy": "trim"},
                                   {"lock": FOREGROUND}, {"lock": FOREGROUND, "mask": "all"}])  # fmt: skip
 def test_the_planner_is_asked_what_an_edit_would_ask(model, monkeypatch, more):
-    from kvlock_fast.planning import planner, run_with_memory
+    from kvlock_fast.planning import plan_edit
 
-    asked, plan = [], planner.plan
+    asked, plan = [], plan_edit.plan
 
-    def noted(*arguments, machine, **named):
-        asked.append((arguments, named))
-        return plan(*arguments, machine=machine, **named)
+    def noted(job, machine, formats, tiers):
+        asked.append((job, formats))  # what was decided is what the edit asks for: the tiers differ
+        return plan(job, machine, formats, tiers)
 
-    monkeypatch.setattr(planner, "plan", noted)
-    monkeypatch.setattr(run_with_memory, "plan", noted)
+    monkeypatch.setattr(plan_edit, "plan", noted)
     clip = Clip(np.zeros((6, 32, 48, 3), np.uint8), np.zeros((6, 32, 48), bool), 8)
     clip.mask[:, 4:9, 4:9] = True
     if more.get("mask") == "all":  # then there is nothing that foreground-only steps could leave out
@@ -214,18 +213,14 @@ def test_the_planner_is_asked_what_an_edit_would_ask(model, monkeypatch, more):
     editor = ModelEditor("cpu")
     decision = editor.decide(setup, clip, 2)
     editor.edit(setup, clip, ["a", "b"], replace(decision, ladder=True), lambda *a: None)
-    assert len(asked) == 2
-    for mine, theirs in zip(*((list(arguments), named) for arguments, named in asked), strict=True):
-        if isinstance(mine, dict):  # what was decided is what the edit asks for
-            mine, theirs = ({k: v for k, v in one.items() if k != "tiers"} for one in (mine, theirs))
-        assert mine == theirs
+    assert len(asked) == 2 and asked[0] == asked[1]
 
 
 @pytest.mark.parametrize("tier, expected", [("auto", "lockstep"), ("resident", "resident")])
 def test_a_clip_in_stretches_is_not_planned_and_runs(model, monkeypatch, tier, expected):
-    from kvlock_fast.planning import planner
+    from kvlock_fast.planning import plan_edit
 
-    monkeypatch.setattr(planner, "plan", None)
+    monkeypatch.setattr(plan_edit, "plan", None)
     clip = Clip(np.zeros((17, 32, 48, 3), np.uint8), np.zeros((17, 32, 48), bool), 8)
     clip.mask[:, 4:9, 4:9] = True
     cache = CacheConfig(tier=tier, prompts_at_once=2)
@@ -239,13 +234,13 @@ def test_a_clip_in_stretches_is_not_planned_and_runs(model, monkeypatch, tier, e
 
 def test_a_window_is_what_has_to_fit_the_models_position_codes(model):
     from kvlock_fast.batch.check import model_size
-    from kvlock_fast.batch.fit import Extent
+    from kvlock_fast.batch.fit import fit_extent
 
     size = model_size(str(model))
     frames = 4 * size.geometry.most_tokens + 1
     with pytest.raises(InputError, match=f"{frames} frames of 32x48 are too many"):
-        Extent.of((frames, 32, 48), None, Setup("s", "m", "p"), size)
-    assert Extent.of((frames, 32, 48), None, Setup("s", "m", "p", clip_frames=17), size).frames == frames
+        fit_extent((frames, 32, 48), None, Setup("s", "m", "p"), size)
+    assert fit_extent((frames, 32, 48), None, Setup("s", "m", "p", clip_frames=17), size).frames == frames
 
 
 def test_speed_goes_to_every_edit_and_onto_its_page(folder, model, monkeypatch, capsys):

@@ -24,7 +24,7 @@ from kvlock_fast.planning.known_models import CONFIGS, MODELS
 from kvlock_fast.planning.machine import Machine
 from kvlock_fast.profiling import subjects
 from kvlock_fast.profiling.command import ProfilerSwitch, _without_notes, run_tools
-from kvlock_fast.profiling.extent import SHORT, find_extent
+from kvlock_fast.profiling.extent import SHORT, find_extent, flops
 from kvlock_fast.profiling.timeline import read_trace, table
 from tests.project.test_light_imports import loaded_by
 from tests.support.tiny import tiny_transformer, tiny_wan
@@ -460,7 +460,7 @@ def test_what_takes_hours_is_refused_and_what_fits_is_named(slow_cpu, tmp_path, 
     frames, layers = int(given.get("--frames", 81)), int(given.get("--layers", 30))
     cpu = torch.device("cpu")
     small = subjects.Wanted(config="wan-1.3b", frames=frames, size=size, layers=layers)
-    assert subjects.make_subject(small, 2, cpu).extent.flops(3) * 2 / 1e10 <= SHORT
+    assert flops(subjects.make_subject(small, 2, cpu).extent, 3) * 2 / 1e10 <= SHORT
     forced = subjects.Wanted(config="wan-1.3b", force=True)
     assert subjects.make_subject(forced, 2, cpu).extent.tokens == 32760
 

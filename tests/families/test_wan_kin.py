@@ -12,7 +12,7 @@ from kvlock_fast.models.base import PerClip
 from kvlock_fast.models.cogvideox_image import CogVideoXImageModel
 from kvlock_fast.models.skyreels import SkyReelsModel
 from kvlock_fast.models.wan import WanModel
-from kvlock_fast.planning.known_models import size_of
+from kvlock_fast.planning.any_family import transformer_size
 from tests.families.cases.cogvideox_image import CASES as COGVIDEOX_IMAGE
 from tests.families.cases.wan_kin import (
     CASES,
@@ -144,7 +144,7 @@ def test_chronoedit_edits_a_picture():
 def test_sizes_by_config_are_the_models(name):
     """What the planner counts on: parameters, and every layer that is kept."""
     pipe = BY_NAME[name].make()
-    size = size_of({**pipe.transformer.config, "_class_name": type(pipe.transformer).__name__}, pipe.vae.config)
+    size = transformer_size({**pipe.transformer.config, "_class_name": type(pipe.transformer).__name__})
     assert size.parameters == sum(p.numel() for p in pipe.transformer.parameters())
     model = kvf.KVLockPipeline.from_pipe(pipe).model
     assert size.layers == len(model.arch.attentions(pipe.transformer)) and size.geometry == model.geometry

@@ -21,9 +21,10 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.quantize import FORMATS
 from kvlock_fast.ops import quantize_kv
 from kvlock_fast.planning import costs, machine, planner
+from kvlock_fast.planning.any_family import on_meta, transformer_size
 from kvlock_fast.planning.find_model import find_model, from_config, from_pipeline
 from kvlock_fast.planning.job import DEVICE_SLOTS, Job
-from kvlock_fast.planning.known_models import MODELS, size_of
+from kvlock_fast.planning.known_models import CONFIGS, MODELS
 from kvlock_fast.planning.machine import Machine
 from kvlock_fast.planning.model_size import ModelSize
 from kvlock_fast.planning.planner import ladder, plan
@@ -64,9 +65,11 @@ VAES = {"wan": ("AutoencoderKLWan", {}), "cogvideox": ("AutoencoderKLCogVideoX",
         "ltx": ("AutoencoderKLLTXVideo", {}), "hunyuan-video": ("AutoencoderKLHunyuanVideo", {})}  # fmt: skip
 
 
-def on_meta(name: str, **changes):
-    with torch.device("meta"):
-        return getattr(diffusers, name)(**changes)
+def a_pipeline(kind: str, **parts):
+    """A pipeline of diffusers with these parts alone."""
+    wanted = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    empty = {name: None for name, value in wanted.items() if name != "self" and value.default is inspect._empty}
+    return getattr(diffusers, kind)(**{**empty, **parts})
 
 
 def parameters(module) -> int:
@@ -76,7 +79,7 @@ def parameters(module) -> int:
 @cache
 def family_vae(family: str):
     name, changes = VAES[family]
-    return on_meta(name, **changes)
+    return on_meta(name, changes)
 
 
 # Facts of models ---------------------------------------------------------------------------------------------------
@@ -85,16 +88,19 @@ def family_vae(family: str):
 @pytest.mark.parametrize("name", CLASSES)
 def test_known_models_are_what_diffusers_builds(name):
     kind, changes, pattern = CLASSES[name]
-    model, size = on_meta(kind, **changes), MODELS[name]
+    model, size = on_meta(kind, changes), MODELS[name]
     attentions = [m for n, m in model.named_modules() if re.fullmatch(pattern, n)]
     assert len(attentions) == size.layers
     assert {a.to_v.out_features for a in attentions} == {size.dim} and attentions[0].heads == size.heads
     assert size.parameters == parameters(model)
     vae = family_vae(size.family)
     assert size.vae_parameters == parameters(vae)
-    read = size_of({**model.config, "_class_name": kind}, vae.config, name)
-    same = {"text_encoder_parameters": size.text_encoder_parameters, "vae_parameters": size.vae_parameters}
-    assert replace(read, **same, dtype=size.dtype) == size
+    same = {"name": name, "text_encoder_parameters": size.text_encoder_parameters, "dtype": size.dtype}
+    assert replace(from_pipeline(a_pipeline(PIPELINES[name], transformer=model, vae=vae)), **same) == size
+    alone = transformer_size({**changes, **dict(model.config), "_class_name": kind}, name)
+    assert replace(alone, **same, vae_parameters=size.vae_parameters) == size
+    known = dict(on_meta(kind, CONFIGS[name]).config)
+    assert known.pop("_class_name") == kind and known == dict(model.config)
     assert size.text_tokens == {"cogvideox": 226, "hunyuan-video": 256}.get(size.family, 0)
 
 
@@ -285,7 +291,7 @@ def test_foreground_only_gains_are_those_published(share, stored, lockstep):
 
 def test_ratios_reach_the_targets():
     """fp8 2.4x at equal steps and 6x with 20 of 50, int4 4.2x and 10.5x; two slots on the GPU 60x below naive."""
-    made = plan(MODELS["wan-1.3b"], 81, 480, 832, 26208, 20, 50, machine=BIG)
+    made = plan(Job(MODELS["wan-1.3b"], 81, 480, 832, 26208, 20, 50), BIG)
     figures = as_json(made)["formats"]
     for format, step, whole in (("fp8_e4m3", 2.4, 6), ("int4", 4.2, 10.5)):
         assert figures[format]["ratio_to_naive_per_step"] >= step and figures[format]["ratio_to_naive"] >= whole
@@ -395,10 +401,11 @@ def test_a_larger_mask_never_needs_more(name, share, more):
     assert foreground_gains(before.job)["stored"] >= foreground_gains(after.job)["stored"]
 
 
-def planned(model: ModelSize, frames: int, share: float, on: Machine = BIG, steps: int = 50, **more):
+def planned(model: ModelSize, frames: int, share: float, on: Machine = BIG, steps: int = 50, ways=None, **more):
     tokens = prod(model.geometry.token_grid(frames, model.height, model.width))
     background = tokens - max(1, round(share * tokens))
-    return plan(model, frames, model.height, model.width, background, steps, 50, machine=on, **more)
+    job = Job(model, frames, model.height, model.width, background, steps, 50, **{"dtype": model.dtype, **more})
+    return plan(job, on, **(ways or {}))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -546,8 +553,8 @@ def test_steps_that_share_an_arena_and_steps_that_are_not_stored():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"formats": ("fp7",)}, "formats must be some of native, bf16, fp8_e4m3, int8, int4, got ('fp7',)"),
-        ({"tiers": ()}, "tiers must be some of lockstep, resident, host, disk, got ()"),
+        ({"ways": {"formats": ("fp7",)}}, "formats must be some of native, bf16, fp8_e4m3, int8, int4, got ('fp7',)"),
+        ({"ways": {"tiers": ()}}, "tiers must be some of lockstep, resident, host, disk, got ()"),
         ({"prompts": 0}, "prompts must be a whole number of at least 1, got 0"),
         ({"edits": True}, "edits must be a whole number of at least 1, got True"),
         ({"steps": 51}, "steps_locked must be a whole number from 0 to 50, got 51"),
@@ -559,7 +566,7 @@ def test_wrong_arguments_are_named(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         planned(TINY, 17, 0.2, **changes)
     with pytest.raises(ValueError, match="background_tokens must be a whole number from 0 to 320, got 321"):
-        plan(TINY, 17, 64, 64, 321, 1, 1, machine=BIG)
+        Job(TINY, 17, 64, 64, 321, 1, 1)
 
 
 # The ladder --------------------------------------------------------------------------------------------------------
