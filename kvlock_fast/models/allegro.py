@@ -11,16 +11,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import AllegroPipeline
-from diffusers.utils import is_bs4_available, is_ftfy_available
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.pipelines.allegro.pipeline_allegro import AllegroPipeline
+from diffusers.utils.import_utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.masks import Geometry
-from kvlock_fast.models.autoencoder import as_pixels, encode_mode, tiling
-from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.autoencoder import decode_each, tiling
+from kvlock_fast.models.base import MASKED_TEXT, PipelineModel
 
 ALLEGRO = ArchSpec(
     family="allegro",
@@ -34,14 +33,11 @@ DEFAULTS = inspect.signature(AllegroPipeline.__call__).parameters
 
 
 class AllegroModel(PipelineModel):
-    """What the loop needs of a diffusers `AllegroPipeline`."""
+    """A diffusers `AllegroPipeline`."""
 
     arch = ALLEGRO
-
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind."""
-        super().__init__(pipe)
-        self._rotary: dict[tuple, tuple] = {}
+    in_model_dtype = True
+    told_names = MASKED_TEXT
 
     @property
     def geometry(self) -> Geometry:
@@ -58,31 +54,18 @@ class AllegroModel(PipelineModel):
         return frames, config.sample_height * space, config.sample_width * space
 
     @property
-    def latents_dtype(self) -> torch.dtype:
-        """Of the latents between steps, in AllegroPipeline."""
-        return self.transformers[0].dtype
-
-    @property
     def _cleans(self) -> bool:
         """Whether diffusers cleans prompts: as AllegroPipeline does, where there is what it needs."""
         return DEFAULTS["clean_caption"].default and is_bs4_available() and is_ftfy_available()
 
     def facts(self, given: Given) -> dict[str, Any]:
-        """What decides, beside weights and words, what a forward of the source gives."""
         return {"clean_caption": self._cleans}
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """text [n, 1, L, C] in the transformer's dtype, mask [n, L] of its tokens."""
         length = min(DEFAULTS["max_sequence_length"].default, int(self.pipe.tokenizer.model_max_length))
-        text, mask, _, _ = self.pipe.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=length,
-            clean_caption=self._cleans, device=self.device,
-        )  # fmt: skip
-        return Conditioning(text=text.to(self.transformers[0].dtype)[:, None], mask=mask)
-
-    def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """[1, C, T, h, w] fp32, as AllegroPipeline draws it: in the model's dtype."""
-        return randn_tensor(shape, generator=generator, device=device, dtype=self.latents_dtype).float()
+        text, mask, _, _ = self.words(prompts, max_sequence_length=length, clean_caption=self._cleans)
+        return Conditioning(text=text.to(self.dtype)[:, None], mask=mask)
 
     def encode_video(self, frames: Tensor) -> Tensor:
         """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode.
@@ -95,7 +78,7 @@ class AllegroModel(PipelineModel):
         for dim, size in enumerate(filled):
             frames = frames.index_select(dim, torch.arange(size).clamp_max(frames.shape[dim] - 1))
         with tiling(vae):
-            latents = encode_mode(vae, frames, self.device) * vae.config.scaling_factor
+            latents = super().encode_video(frames)
         return latents[:, :, : sizes[0], : sizes[1], : sizes[2]].contiguous()
 
     def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
@@ -106,38 +89,24 @@ class AllegroModel(PipelineModel):
         filled = [_covered(*of) for of in zip(sizes, vae.kernel, vae.stride, strict=True)]
         more = [(size - old) // stride for size, old, stride in zip(filled, sizes, strides, strict=True)]
         latents = F.pad(latents.float() / vae.config.scaling_factor, (0, more[2], 0, more[1], 0, more[0]), "replicate")
-        videos = []
-        with tiling(vae):
-            for one in latents.to(vae.dtype).split(1):
-                video = vae.decode(one, return_dict=False)[0][:, :frames, :, : sizes[1], : sizes[2]]
-                videos.append(as_pixels(video))
-        return torch.cat(videos).permute(0, 1, 3, 4, 2)
+        videos = decode_each(vae, latents, tiled=True)  # [B, 3, H, W, F]: this autoencoder has frames before channels
+        return videos[:, :, : sizes[1], : sizes[2], :frames].permute(0, 4, 2, 3, 1)
 
-    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        """The noise [B, C, T, h, w] in the transformer's dtype, at latents [B, ...], timestep []."""
-        transformer = self.transformers[which]
-        return transformer(
-            hidden_states=latents.to(transformer.dtype),
-            encoder_hidden_states=told["text"],
-            encoder_attention_mask=told["mask"],
-            timestep=timestep.expand(len(latents)),
-            image_rotary_emb=self.rotary(latents),
-            return_dict=False,
-        )[0]
-
-    def rotary(self, latents: Tensor) -> tuple:
-        """Tables of cosines and sines along each axis, and the tokens' positions in them.
-
-        Kept for good: captured steps read them where they are.
-        """
-        frames, height, width = latents.shape[2:]
-        key = frames, height, width, latents.device
-        if key not in self._rotary:
-            stride = self.geometry.spatial_stride
-            self._rotary[key] = AllegroPipeline._prepare_rotary_positional_embeddings(
-                self.pipe, 1, height * stride, width * stride, frames, latents.device
-            )
-        return self._rotary[key]
+    def beside(self, told: Conditioning, latents: Tensor) -> dict[str, Any]:
+        """Tables of cosines and sines along each axis, and the tokens' positions in them, go along."""
+        (frames, height, width), stride = latents.shape[2:], self.geometry.spatial_stride
+        rotary = self.kept(
+            (frames, height, width, latents.device),
+            lambda: AllegroPipeline._prepare_rotary_positional_embeddings(
+                self.pipe,  # pyright: ignore[reportArgumentType]
+                1,
+                height * stride,
+                width * stride,
+                frames,
+                latents.device,
+            ),
+        )
+        return {**super().beside(told, latents), "image_rotary_emb": rotary}
 
 
 def _covered(size: int, tile: int, stride: int) -> int:

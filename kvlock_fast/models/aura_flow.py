@@ -9,12 +9,11 @@ and no mask; both branches of guidance are one forward, unconditional rows first
 import inspect
 from math import isqrt
 
-from diffusers import AuraFlowPipeline
+from diffusers.pipelines.aura_flow.pipeline_aura_flow import AuraFlowPipeline
 from torch import Tensor
 
-from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.locking.arch import ArchSpec
-from kvlock_fast.models.images import ImageModel
+from kvlock_fast.models.images import ImageModel, padded_length
 
 AURA_FLOW = ArchSpec(
     family="aura-flow",
@@ -30,15 +29,10 @@ TIMESTEPS = 1000
 
 
 class AuraFlowModel(ImageModel):
-    """What the loop needs of a diffusers `AuraFlowPipeline`."""
+    """A diffusers `AuraFlowPipeline`."""
 
     arch = AURA_FLOW
     shifted = False
-
-    @property
-    def patch(self) -> int:
-        """Latents a token, down and across."""
-        return self.config.patch_size
 
     @property
     def most_tokens(self) -> tuple[None, int, int]:
@@ -47,22 +41,9 @@ class AuraFlowModel(ImageModel):
         return None, side, side
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """[len(prompts), L, C] in the transformer's dtype."""
-        length = min(DEFAULTS["max_sequence_length"].default, int(self.pipe.tokenizer.model_max_length))
-        text, *_ = self.pipe.encode_prompt(
-            prompts, do_classifier_free_guidance=False, device=self.device, max_sequence_length=length
-        )
-        return text.to(self.latents_dtype)
+        length = padded_length(DEFAULTS["max_sequence_length"].default, self.pipe.tokenizer)
+        text, *_ = self.words(prompts, max_sequence_length=length)
+        return text.to(self.dtype)
 
-    def _latent_statistics(self) -> tuple[float, float]:
-        return 0.0, self.pipe.vae.config.scaling_factor
-
-    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        """The velocity [B, C, 1, h, w] in the transformer's dtype, at latents [B, ...], timestep []."""
-        prediction = self.transformers[which](
-            latents[:, :, 0].to(self.latents_dtype).contiguous(),
-            encoder_hidden_states=told["text"],
-            timestep=(timestep / TIMESTEPS).expand(len(latents)).to(self.latents_dtype),
-            return_dict=False,
-        )[0]
-        return prediction[:, :, None]
+    def times(self, timestep: Tensor, latents: Tensor) -> Tensor:
+        return (timestep / TIMESTEPS).expand(len(latents)).to(self.dtype)

@@ -1,7 +1,7 @@
-"""What the loop needs of a model, and what the models of all families have of their diffusers pipelines.
+"""The base of all families' models: everything that the loop needs of a diffusers pipeline, with its defaults.
 
-A family's model says how pixels become its latents (`geometry`, `encode_video`, `decode`, `draw_noise`), what its
-transformer is told (`condition`) and how it is asked (`predict`); all else has a default here.
+A family says how pixels become its latents (`geometry`, `encode_video`, `decode`, `draw_noise`), what its transformer
+is told (`condition`) and how it is asked (`predict`). Much of that is data: the class attributes of `PipelineModel`.
 Some pipelines guide by a component of their own, a "guider": `check_guider` says whether an edit can take its place.
 """
 
@@ -10,20 +10,27 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
 from kvlock_fast.locking.arch import ArchSpec
-from kvlock_fast.masks import Geometry, ProjectedMask, project_mask
+from kvlock_fast.locking.lock import TransformerLock
+from kvlock_fast.masks import Geometry, ProjectedMask, Region, project_mask
 from kvlock_fast.models.autoencoder import decode_each, encode_mode
-from kvlock_fast.models.registry import transformer_name
+from kvlock_fast.models.protocols import Config, Guider, Pipeline, Solver, Transformer, transformer_name
+from kvlock_fast.models.schedulers import shift_of
 
+TEXT = {"encoder_hidden_states": "text"}
+MASKED_TEXT = TEXT | {"encoder_attention_mask": "mask"}
+WORDS_AND_LETTERS = MASKED_TEXT | {"encoder_hidden_states_2": "letters", "encoder_attention_mask_2": "letters_mask"}
+"""Arguments of transformers, and the names of the conditioning tensors that they take."""
 PLAIN = {"guidance_rescale": 0.0, "use_original_formulation": False, "start": 0.0, "stop": 1.0}
 
 
-def check_guider(guider: Any) -> None:
+def check_guider(guider: Guider | None) -> None:
     """Raise InputError unless it is classifier-free guidance at every step: an edit's guidance takes its place."""
     name, config = type(guider).__name__, getattr(guider, "config", {})
     remedy = "set pipe.guider = ClassifierFreeGuidance(), whose scale is the call's guidance_scale"
@@ -36,23 +43,18 @@ def check_guider(guider: Any) -> None:
             )
 
 
-def is_on(guider: Any) -> bool:
-    """Whether a pipeline's guider guides: not without one, and not where it is switched off."""
-    return guider is not None and bool(guider.config.get("enabled", True))
-
-
 Made = TypeVar("Made")
 
 
 class PerClip:
-    """Keeps what was made of the latest clip, by name: made once, however many prompts go with the clip."""
+    """Keeps results for the latest clip, by name: each is computed once, however many prompts go with the clip."""
 
     def __init__(self):
         self._clip: list[weakref.ref[Tensor]] = []
-        self._made: dict[str, object] = {}
+        self._made: dict[str, Any] = {}
 
     def __call__(self, clip: tuple[Tensor, ...], name: str, make: Callable[[], Made]) -> Made:
-        """What was made of these very tensors under this name, or else what `make` gives."""
+        """The result kept under this name for these very tensors, or else what `make` returns."""
         held = [tensor() for tensor in self._clip]
         if len(held) != len(clip) or any(a is not b for a, b in zip(held, clip, strict=True)):
             self._clip, self._made = [weakref.ref(tensor) for tensor in clip], {}
@@ -62,27 +64,39 @@ class PerClip:
 
 
 class PipelineModel:
-    """What the loop needs of a diffusers pipeline, as far as families agree."""
+    """A diffusers pipeline as the loop sees it. A family overrides the data and methods where it differs."""
 
     arch: ArchSpec
-    geometry: Geometry
-    two_stages = False
-    shifts_by_size = False
+    two_stages: bool = False
+    """Whether low noise has a transformer, or a guidance scale, of its own."""
+    shifts_by_size: bool = False
     """Whether `timesteps_settings` gives a scheduler with dynamic shifting its mu."""
-    told_of_frames = False
-    """Whether what the transformer is told belongs to frames of the clip, which then cannot be cut into stretches."""
+    evenly_spaced: bool = False
+    """Whether the pipeline gives its scheduler sigmas that are evenly spaced from 1."""
+    told_of_frames: bool = False
+    """Whether the conditioning belongs to frames of the clip, which then cannot be cut into stretches."""
+    told_names: Mapping[str, str] = TEXT
+    """Conditioning by the names of the transformer's arguments; a tensor that is not there is given as None."""
+    told_scale: bool = False
+    """Whether the transformer takes the guidance scale as an input, so that there is no negative branch."""
+    has_guider: bool = False
+    """Whether the pipeline guides by a component, which may be off or missing."""
     why_not_captured: str | None = None
     """What in a forward of diffusers' own, such as a read from the device, a captured step would miss."""
-    guided_if_asked = False
+    guided_if_asked: bool = False
     """Whether a negative branch is run only where a negative prompt is given: by models that may be distilled."""
-    most_text = 512
+    most_text: int = 512
     """Text tokens that the model may be given, for planning."""
     usual_extent: tuple[int | None, int | None, int | None] = None, None, None
     """Frames, height and width of a call that gives none, where the pipeline's call has no number for it."""
-    latents_dtype: torch.dtype = torch.float32
-    """Of the latents between steps, in the family's pipeline."""
+    in_model_dtype: bool = False
+    """Whether the pipeline draws noise and keeps latents between steps in the transformer's dtype, and not in fp32."""
+    time_in_model_dtype: bool = False
+    """Whether the transformer is given the time in its own dtype."""
+    time_unit: int = 1
+    """Divides the time that the transformer is given."""
 
-    def __init__(self, pipe: Any):
+    def __init__(self, pipe: Pipeline):
         """Raises InputError for a pipeline of another kind."""
         transformers = [t for t in (pipe.transformer, getattr(pipe, "transformer_2", None)) if t is not None]
         for transformer in transformers:
@@ -90,21 +104,44 @@ class PipelineModel:
             if name not in self.arch.transformers:
                 raise InputError(f"the model is not of the family {self.arch.family}: it has a {name}")
         self.pipe = pipe
-        self.transformers: list[nn.Module] = transformers
+        self.transformers: list[Transformer] = transformers
+        self.arch = self.arch_of(transformers[0])
+        self._made = PerClip()
+        self._kept: dict[tuple[Any, ...], Any] = {}
+        self.check()
+
+    def check(self) -> None:
+        """Raise InputError for a pipeline that the family's class of transformer is there for, but not this model."""
+
+    def kept(self, key: tuple[Any, ...], make: Callable[[], Made]) -> Made:
+        """The result of `make`, kept by key for good: captured steps read tensors where they are."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     @classmethod
-    def arch_of(cls, transformer: nn.Module) -> ArchSpec:
-        """What locking must know of a transformer of the family, without its pipeline."""
+    def arch_of(cls, transformer: Transformer) -> ArchSpec:
+        """The facts that locking needs for a transformer of the family, without its pipeline."""
         return cls.arch
 
     @property
-    def config(self) -> Any:
-        """Of the (first) transformer."""
+    def config(self) -> Config:
+        """Config of the (first) transformer."""
         return self.transformers[0].config
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the (first) transformer."""
+        return self.transformers[0].dtype
+
+    @property
+    def latents_dtype(self) -> torch.dtype:
+        """Dtype of the latents between steps, in the family's pipeline."""
+        return self.dtype if self.in_model_dtype else torch.float32
+
+    @property
     def latent_channels(self) -> int:
-        """Of the latents between steps."""
+        """Channels of the latents between steps."""
         return self.config.in_channels
 
     @property
@@ -113,39 +150,52 @@ class PipelineModel:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """All whose weights a source's keys and values come from."""
+        """All modules whose weights decide a source's keys and values."""
         parts = getattr(self.pipe, "components", None) or vars(self.pipe)
         named = (
             parts.get(name) for name in sorted(parts) if name == "vae" or name.startswith(("text_enc", "image_enc"))
         )
         return [*self.transformers, *(part for part in named if isinstance(part, nn.Module))]
 
+    @property
+    def geometry(self) -> Geometry:
+        """How pixels become latents, and latents tokens."""
+        vae, patch = self.pipe.vae, self.config.patch_size
+        tokens = self.config.get("patch_size_t") or 1, patch, patch
+        return Geometry(vae.temporal_compression_ratio, vae.spatial_compression_ratio, tokens)
+
     def facts(self, given: Given) -> dict[str, Any]:
-        """What decides, beside weights and words, what a forward of the source gives."""
-        return {}
+        """Values that decide, beside weights and words, what a forward of the source gives."""
+        return {"guidance_scale": given.guidance_scale} if self.told_scale else {}
 
     def stage_at(self, timestep: float, num_train_timesteps: int) -> int:
         """0, or 1 where low noise has a stage of its own."""
         return 0
 
     def transformer_of(self, stage: int) -> int:
-        """Which of the transformers serves a stage."""
+        """Number of the transformer that serves a stage."""
         return 0
 
     def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
-        """What the family's pipeline gives to `set_timesteps` beside the number of steps: sigmas, mu. In pixels."""
-        return {}
+        """The pipeline's arguments of `set_timesteps` beside the number of steps: sigmas, mu. Extent in pixels."""
+        return {"sigmas": np.linspace(1.0, 0.0, num_steps + 1)[:-1]} if self.evenly_spaced else {}
+
+    def shifted_sigmas(self, num_steps: int, tokens: int) -> Mapping[str, Any]:
+        """Evenly spaced sigmas, from 1 to 1 / num_steps, and the shift mu for so many tokens."""
+        return {"sigmas": np.linspace(1.0, 1 / num_steps, num_steps), "mu": shift_of(self.pipe.scheduler, tokens)}
 
     def guided(self, guidance_scale: float) -> bool:
-        """Whether a negative branch is run at this scale: not by models that were distilled to do without."""
-        return guidance_scale > 1
+        """Whether a negative branch is run at this scale."""
+        guider = self.pipe.guider if self.has_guider else None
+        on = guider is not None and bool(guider.config.get("enabled", True))
+        return guidance_scale > 1 and not self.told_scale and (on or not self.has_guider)
 
     def omega0(self, guidance_scale: float) -> float:
         """The scale as the loop counts it, where 1 adds nothing to the conditional prediction."""
         return guidance_scale
 
-    def time_at(self, solver: Any, k: int) -> Tensor:
-        """What `predict` is given as the timestep of x_k [], for k = T too: the scheduler's own."""
+    def time_at(self, solver: Solver, k: int) -> Tensor:
+        """The timestep [] of x_k that `predict` is given, for k = T too: the scheduler's own."""
         return solver.timestep_at(k)
 
     def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
@@ -153,7 +203,15 @@ class PipelineModel:
         return uncond + scale * (cond - uncond)
 
     def settle(self, cond: Tensor, uncond: Tensor | None, scale: float, latents: Tensor, sigma: Tensor) -> Tensor:
-        """What the family's pipeline gives its scheduler, of a prediction or both branches', at latents of a sigma."""
+        """The output that the family's pipeline gives its scheduler, from one branch or both.
+
+        Args:
+            cond: the conditional prediction.
+            uncond: the negative branch's prediction; None where there is none.
+            scale: the guidance scale, by `omega0`.
+            latents: the latents that both were predicted at.
+            sigma: their noise level.
+        """
         return cond if uncond is None else self.combine(cond, uncond, scale)
 
     def project(self, pixels: Tensor) -> ProjectedMask:
@@ -161,45 +219,63 @@ class PipelineModel:
         return project_mask(pixels, self.geometry)
 
     def tokens_of(self, latents: Tensor) -> int:
-        """Of the video in latents [B, C, T, h, w]."""
+        """Number of the video's tokens in latents [B, C, T, h, w]."""
         return prod(-(-size // p) for size, p in zip(latents.shape[-3:], self.geometry.patch_size, strict=True))
 
-    def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """[len(prompts), L, C] in the transformer's dtype."""
-        raise NotImplementedError
-
-    def condition(self, prompts: list[str], given: Given) -> Conditioning:
-        """What the transformer is told of each of the prompts."""
-        return Conditioning(text=self.encode_prompts(prompts))
-
     def tokens_ahead(self, latents: Tensor) -> int | None:
-        """How many tokens of other frames self-attentions have in front of those of latents [..., T, h, w]."""
+        """Number of tokens of other frames that self-attentions have in front of those of latents [..., T, h, w]."""
         return None
 
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        """Embeddings [len(prompts), L, C] of the prompts, in the transformer's dtype."""
+        raise NotImplementedError
+
+    def words(self, prompts: list[str], **more: Any) -> Any:
+        """Results of the pipeline's `encode_prompt` for prompts without a negative one."""
+        return self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device, **more)
+
+    def condition(self, prompts: list[str], given: Given) -> Conditioning:
+        """Conditioning of the transformer for each of the prompts."""
+        return Conditioning(text=self.encode_prompts(prompts))
+
     def condition_source(self, prompts: list[str], given: Given) -> Conditioning:
-        """The same for the source's own pass, of which nothing is to be changed."""
+        """Conditioning for the source's own pass, in which nothing is to be changed."""
         return self.condition(prompts, given)
 
-    def may_change(self, pixels: Tensor) -> Tensor:
-        """Of a mask bool [F, H, W], what the model can change at all. Raises InputError where that is nothing."""
-        return pixels
-
     def condition_negative(self, prompt: str, prompts: list[str], given: Given) -> Conditioning:
-        """What it is told of the negative prompt beside each of the prompts."""
+        """Conditioning for the negative prompt, beside each of the prompts."""
         return self.condition([prompt], given).expand(len(prompts))
 
+    def may_change(self, pixels: Tensor) -> Tensor:
+        """The part of a mask bool [F, H, W] that the model can change. Raises InputError where there is none."""
+        return pixels
+
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """[1, C, T, h, w] fp32, as the family's pipeline draws it."""
+        """Noise [1, C, T, h, w] fp32, as the family's pipeline draws it."""
+        return self.drawn(shape, generator, device).float()
+
+    def drawn(
+        self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Noise of a shape, as diffusers draws it.
+
+        Args:
+            shape: of the noise.
+            generator: on the CPU or the device; None: torch's own.
+            device: where the noise goes.
+            dtype: in which it is drawn; None: that of the latents between steps.
+        """
         from diffusers.utils.torch_utils import randn_tensor
 
-        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return randn_tensor(shape, generator=generator, device=device, dtype=dtype or self.latents_dtype)
 
     def first_latents(self, noise: Tensor, given: Given) -> Tensor:
-        """What the family's pipeline starts from, of the noise drawn: the noise, where nothing is mixed into it."""
+        """The latents that the family's pipeline starts from, given the noise drawn."""
         return noise
 
     def last_latents(self, latents: Tensor, told: Conditioning) -> Tensor:
-        """What the family's pipeline makes of the last step's latents [B, C, T, h, w], told so of each sample."""
+        """The pipeline's result for the last step's latents [B, C, T, h, w] and the conditioning of each sample."""
         return latents
 
     def encode_video(self, frames: Tensor) -> Tensor:
@@ -219,12 +295,91 @@ class PipelineModel:
         return latents.to(self.pipe.vae.dtype) / self.pipe.vae.config.scaling_factor
 
     def own_frames(self, video: Tensor, count: int) -> Tensor:
-        """Of decoded frames [F, H, W, 3], those of a source that had so many before it was brought to the model's."""
+        """The first `count` of decoded frames [F, H, W, 3]: those of a source before it was filled up."""
         return video[:count]
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        """The prediction [B, C, T, h, w] of a transformer, at latents [B, ...], timestep [], told so of each sample.
+        """The prediction [B, C, T, h, w] of a transformer, in the dtype in which the pipeline hands it on.
 
-        In the dtype in which the family's pipeline gives it to the scheduler.
+        Args:
+            which: the transformer's number.
+            latents: [B, C, T, h, w].
+            timestep: [].
+            told: the conditioning of each sample.
+        """
+        transformer = self.transformers[which]
+        prediction = transformer(
+            hidden_states=self.entering(latents, told).to(transformer.dtype),
+            timestep=self.times(timestep, latents),
+            **self.beside(told, latents),
+            return_dict=False,
+        )[0]
+        return self.leaving(prediction, latents)
+
+    def entering(self, latents: Tensor, told: Conditioning) -> Tensor:
+        """The transformer's input for the latents [B, ...]."""
+        return latents
+
+    def leaving(self, prediction: Tensor, latents: Tensor) -> Tensor:
+        """The transformer's output as a prediction for the latents [B, ...]."""
+        return prediction
+
+    def beside(self, told: Conditioning, latents: Tensor) -> dict[str, Any]:
+        """The transformer's other inputs, by its own names."""
+        return {name: told.get(key) for name, key in self.told_names.items()}
+
+    def times(self, timestep: Tensor, latents: Tensor) -> Tensor:
+        """The timestep [] as the transformer takes it, for each sample of latents [B, ...]."""
+        timestep = timestep.expand(len(latents))
+        timestep = timestep.to(self.dtype) if self.time_in_model_dtype else timestep
+        return timestep if self.time_unit == 1 else timestep / self.time_unit
+
+
+class ForegroundModel(PipelineModel):
+    """A model that can compute some of its tokens alone."""
+
+    def predict_foreground(
+        self, lock: TransformerLock, latents: Tensor, timestep: Tensor, told: Conditioning, region: Region,
+        background: Tensor, rows: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The prediction [B, C, T, h, w] at the region's tokens, and 0 elsewhere.
+
+        Args:
+            lock: holds the background's K and V.
+            latents: [B, C, T, h, w], whole.
+            timestep: [].
+            told: the conditioning of each sample.
+            region: the tokens that are computed.
+            background: indices of the tokens that the lock holds.
+            rows: which of these lie outside the mask; None: all.
         """
         raise NotImplementedError
+
+
+class ChannelNormModel(PipelineModel):
+    """A model whose latents are normalised by the autoencoder's `latents_mean` and `latents_std`, one a channel."""
+
+    def _normalised(self, latents: Tensor) -> Tensor:
+        mean, std = self._latent_statistics(latents)
+        return (latents - mean) / std
+
+    def _denormalised(self, latents: Tensor) -> Tensor:
+        mean, std = self._latent_statistics(latents)
+        return latents.float() * std + mean
+
+    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation [1, C, 1, 1, 1] fp32, on the latents' device."""
+        config = self.pipe.vae.config
+        return by_channel(config.latents_mean, latents), by_channel(config.latents_std, latents)
+
+
+def by_channel(values: Any, latents: Tensor) -> Tensor:
+    """Numbers, one a channel, as [1, C, 1, 1, 1] fp32 on the latents' device."""
+    return torch.tensor(values, dtype=torch.float32, device=latents.device).view(1, -1, 1, 1, 1)
+
+
+def without_first_frame(pixels: Tensor, kind: str = "image-to-video") -> Tensor:
+    """A mask bool [F, H, W] without the first frame, which the model holds. Raises InputError if nothing is left."""
+    if not pixels[1:].any():
+        raise InputError(f"mask marks the first frame only, which this {kind} model takes as it is")
+    return torch.cat([torch.zeros_like(pixels[:1]), pixels[1:]])

@@ -4,12 +4,14 @@ Facts of diffusers' `ChromaPipeline`, beside those of images.py: the text is T5'
 first token has 0 in a mask over text and image, which diffusers adds to attention's scores as it is.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.locking.arch import ArchSpec
-from kvlock_fast.models.images import ATTENTION, PackedModel
+from kvlock_fast.models.images import ATTENTION, PackedModel, padded_length
 
 CHROMA = ArchSpec(
     family="chroma",
@@ -21,19 +23,18 @@ CHROMA = ArchSpec(
 
 
 class ChromaModel(PackedModel):
-    """What the loop needs of a diffusers `ChromaPipeline`."""
+    """A diffusers `ChromaPipeline`."""
 
     arch = CHROMA
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """text [n, L, C] and its mask [n, L] in the transformer's dtype."""
-        length = self.words(self.pipe.tokenizer)
-        text, _, mask, *_ = self.pipe.encode_prompt(
-            prompts, do_classifier_free_guidance=False, device=self.device, max_sequence_length=length
-        )
-        return Conditioning(text=text.to(self.latents_dtype), mask=mask.to(self.latents_dtype))
+        length = padded_length(self.most_words, self.pipe.tokenizer)
+        text, _, mask, *_ = self.words(prompts, max_sequence_length=length)
+        return Conditioning(text=text.to(self.dtype), mask=mask.to(self.dtype))
 
-    def told_beside(self, told: Conditioning, tokens: int) -> dict[str, Tensor]:
-        """The mask over text and image."""
-        mask = told["mask"]
-        return {"attention_mask": torch.cat([mask, mask.new_ones(len(mask), tokens)], dim=1)}
+    def beside(self, told: Conditioning, latents: Tensor) -> dict[str, Any]:
+        """The mask is over text and image."""
+        named, mask = super().beside(told, latents), told["mask"]
+        ones = mask.new_ones(len(mask), len(named["img_ids"]))
+        return {**named, "attention_mask": torch.cat([mask, ones], dim=1)}

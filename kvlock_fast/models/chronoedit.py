@@ -22,7 +22,7 @@ CHRONOEDIT = replace(WAN_IMAGE, family="chronoedit", transformers=("ChronoEditTr
 
 
 class ChronoEditModel(WanImageModel):
-    """What the loop needs of a diffusers `ChronoEditPipeline`."""
+    """A diffusers `ChronoEditPipeline`."""
 
     arch = CHRONOEDIT
 
@@ -32,7 +32,7 @@ class ChronoEditModel(WanImageModel):
         return replace(geometry, least_frames=1 + geometry.temporal_stride)
 
     def encode_video(self, frames: Tensor) -> Tensor:
-        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
+        """The last latent frame is encoded right behind the first one."""
         stride = self.geometry.temporal_stride
         if len(frames) == 1 + stride:
             return super().encode_video(frames)
@@ -40,7 +40,7 @@ class ChronoEditModel(WanImageModel):
         return torch.cat([super().encode_video(way), super().encode_video(ends)[:, :, 1:]], dim=2)
 
     def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
-        """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
+        """The last latent frame is decoded right behind the first one."""
         if latents.shape[2] <= 2:
             return super().decode(latents, frames, tiled)
         stride = self.geometry.temporal_stride
@@ -49,5 +49,5 @@ class ChronoEditModel(WanImageModel):
         return torch.cat([way, ends[:, 1:]], dim=1)
 
     def own_frames(self, video: Tensor, count: int) -> Tensor:
-        """Of decoded frames [F, H, W, 3], those of the source; of a single picture, what became of it."""
+        """The first `count` of decoded frames [F, H, W, 3]; for a single picture the last, what became of it."""
         return video[-1:] if count == 1 else super().own_frames(video, count)

@@ -13,9 +13,8 @@ video is seen as the source's (locking/foreground.py). The blocks are the model'
 from typing import Any
 
 import torch
-from diffusers import CogVideoXPipeline
-from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import CogVideoXPipeline
+from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.errors import InputError
@@ -23,8 +22,9 @@ from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.locking.foreground import View, processors, rotate, whole_forward
 from kvlock_fast.locking.lock import TransformerLock, attend_kept
 from kvlock_fast.masks import Geometry, Region
-from kvlock_fast.models.autoencoder import decode_each, encode_mode
-from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.autoencoder import decode_each
+from kvlock_fast.models.base import ForegroundModel
+from kvlock_fast.models.protocols import Config, Part, Transformer
 
 COGVIDEOX = ArchSpec(
     family="cogvideox",
@@ -37,30 +37,29 @@ COGVIDEOX = ArchSpec(
     blocks=("CogVideoXBlock",),
 )
 DECODED_TOGETHER = 2
-"""Latent frames, by AutoencoderKLCogVideoX: of an even number it would make four frames of the first one."""
+"""Latent frames that AutoencoderKLCogVideoX decodes at once: an even number would make four frames of the first."""
 OFS = 2.0
-"""What diffusers' pipelines give a transformer that embeds an "ofs"."""
+"""The value that diffusers' pipelines give a transformer that embeds an "ofs"."""
 
 
-class CogVideoXModel(PipelineModel):
-    """What the loop needs of a diffusers `CogVideoXPipeline`."""
+Rotary = tuple[Tensor, Tensor] | None
+"""Cosine and sine of positions; None where the patches are given theirs."""
+
+
+class CogVideoXModel(ForegroundModel):
+    """A diffusers `CogVideoXPipeline`."""
 
     arch = COGVIDEOX
+    in_model_dtype = True
 
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind."""
-        super().__init__(pipe)
-        self._check_input(self.config, pipe.vae.config.latent_channels)
-        self._rotary: dict[tuple, tuple[Tensor, Tensor]] = {}
-
-    def _check_input(self, config: Any, channels: int) -> None:
-        """Raise InputError for a transformer that takes more, or less, than this model gives it."""
-        if config.in_channels != channels or config.use_learned_positional_embeddings:
+    def check(self) -> None:
+        config = self.config
+        if config.in_channels != self.pipe.vae.config.latent_channels or config.use_learned_positional_embeddings:
             raise InputError("the model takes an image beside the text: load it by CogVideoXImageToVideoPipeline")
 
     @property
     def geometry(self) -> Geometry:
-        vae, config = self.pipe.vae.config, self.transformers[0].config
+        vae, config = self.pipe.vae.config, self.config
         spatial, patch = 2 ** (len(vae.block_out_channels) - 1), config.patch_size
         most = None
         if config.patch_size_t is not None and config.use_rotary_positional_embeddings:
@@ -77,94 +76,73 @@ class CogVideoXModel(PipelineModel):
         return config.sample_frames, config.sample_height * stride, config.sample_width * stride
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """[len(prompts), L, C] in the transformer's dtype."""
-        length = self.transformers[0].config.max_text_seq_length
-        embeds, _ = self.pipe.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=length, device=self.device
-        )
-        return embeds.to(self.transformers[0].dtype)
-
-    @property
-    def latents_dtype(self) -> torch.dtype:
-        """Of the latents between steps, in CogVideoXPipeline."""
-        return self.transformers[0].dtype
+        return self.words(prompts, max_sequence_length=self.config.max_text_seq_length)[0].to(self.dtype)
 
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """[1, C, T, h, w] fp32, as CogVideoXPipeline draws it: frame by frame, in the model's dtype."""
+        """Noise [1, C, T, h, w] fp32, drawn frame by frame."""
         batch, channels, frames, *size = shape
-        shape = (batch, frames, channels, *size)
-        noise = randn_tensor(shape, generator=generator, device=device, dtype=self.latents_dtype)
+        noise = self.drawn((batch, frames, channels, *size), generator, device)
         return noise.transpose(1, 2).float().contiguous()
 
     def encode_video(self, frames: Tensor) -> Tensor:
-        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode; the lead-in first."""
-        latents = encode_mode(self.pipe.vae, frames, self.device) * self.pipe.vae.config.scaling_factor
+        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, with the lead-in first."""
+        latents = super().encode_video(frames)
         return torch.cat([latents[:, :, :1]] * self.geometry.lead(latents.shape[2]) + [latents], dim=2)
 
     def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
-        """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
+        """Normalised latents [B, C, T, h, w], without the lead-in, to uint8 [B, F, H, W, 3] on the CPU."""
         own = (frames - 1) // self.geometry.temporal_stride + 1
         latents = latents[:, :, self.geometry.lead(own) :].float()
         return decode_each(self.pipe.vae, latents / self.pipe.vae.config.scaling_factor, tiled)
 
-    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        """The prediction [B, C, T, h, w] fp32, at latents [B, ...], timestep []."""
-        transformer = self.transformers[which]
-        rows = self._seen(latents, told).transpose(1, 2).contiguous()
-        prediction = transformer(
-            hidden_states=rows,
-            encoder_hidden_states=told["text"],
-            timestep=timestep.expand(rows.shape[0]),
-            ofs=self._ofs(rows),
-            image_rotary_emb=self.rotary(latents),
-            return_dict=False,
-        )[0]
+    def seen(self, latents: Tensor, told: Conditioning) -> Tensor:
+        """The transformer's input [B, ..., T, h, w] for the latents, in its dtype."""
+        return latents.to(self.dtype)
+
+    def entering(self, latents: Tensor, told: Conditioning) -> Tensor:
+        return self.seen(latents, told).transpose(1, 2).contiguous()
+
+    def beside(self, told: Conditioning, latents: Tensor) -> dict[str, Any]:
+        ofs = None if self.config.ofs_embed_dim is None else latents.new_full((1,), OFS, dtype=self.dtype)
+        return {**super().beside(told, latents), "ofs": ofs, "image_rotary_emb": self.rotary(latents)}
+
+    def leaving(self, prediction: Tensor, latents: Tensor) -> Tensor:
         return prediction.float().transpose(1, 2)
 
     def predict_foreground(
         self, lock: TransformerLock, latents: Tensor, timestep: Tensor, told: Conditioning, region: Region,
         background: Tensor, rows: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """The prediction of the region's tokens [B, C, T, h, w] fp32, 0 elsewhere, under a lock that has the
-        background's K and V: of the tokens `background`, of which `rows` (None: all) are outside the mask.
-        """
-        x = self._seen(latents, told)
-        with whole_forward(lock.transformer):
-            return foreground_forward(
-                lock,
-                x,
-                timestep.expand(x.shape[0]),
-                told["text"],
-                self._ofs(x),
-                self.rotary(x),
-                region.computed,
-                region.foreground,
-                background,
-                rows,
-            ).float()
+        """The prediction [B, C, T, h, w] fp32 at the region's tokens, and 0 elsewhere."""
+        transformer, words = lock.transformer, told["text"].shape[1]
+        assert isinstance(transformer, Transformer)
+        x, beside = self.seen(latents, told), self.beside(told, latents)
+        seen = background if rows is None else background.index_select(0, rows)
+        rotary = beside["image_rotary_emb"]
+        with whole_forward(transformer):
+            lock.state.view = View(words + region.foreground, rows, _positions(rotary, seen))
+            with processors(lock.attentions, PROCESSOR):
+                return _forward(
+                    transformer, x, self.times(timestep, x), told["text"], beside["ofs"],
+                    _positions(rotary, region.computed), region.computed,
+                ).float()  # fmt: skip
 
-    def _seen(self, latents: Tensor, told: Conditioning) -> Tensor:
-        """What the transformer makes its tokens of [B, ..., T, h, w], in its dtype."""
-        return latents.to(self.transformers[0].dtype)
-
-    def _ofs(self, rows: Tensor) -> Tensor | None:
-        return None if self.transformers[0].config.ofs_embed_dim is None else rows.new_full((1,), OFS)
-
-    def rotary(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosine and sine [S, D] of the tokens' positions; None where the patches are given theirs.
-
-        Kept for good: captured steps read them where they are.
-        """
-        if not self.transformers[0].config.use_rotary_positional_embeddings:
+    def rotary(self, latents: Tensor) -> Rotary:
+        """Cosine and sine [S, D] of the tokens' positions."""
+        if not self.config.use_rotary_positional_embeddings:
             return None
         frames, height, width = latents.shape[2:]
-        key = frames, height, width, latents.device
-        if key not in self._rotary:
-            stride = self.geometry.spatial_stride
-            self._rotary[key] = CogVideoXPipeline._prepare_rotary_positional_embeddings(
-                self.pipe, height * stride, width * stride, frames, latents.device
-            )
-        return self._rotary[key]
+        stride = self.geometry.spatial_stride
+        return self.kept(
+            (frames, height, width, latents.device),
+            lambda: CogVideoXPipeline._prepare_rotary_positional_embeddings(
+                self.pipe,  # pyright: ignore[reportArgumentType]
+                height * stride,
+                width * stride,
+                frames,
+                latents.device,
+            ),
+        )
 
 
 class ForegroundProcessor:
@@ -172,7 +150,7 @@ class ForegroundProcessor:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Part,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -192,48 +170,38 @@ class ForegroundProcessor:
 PROCESSOR = ForegroundProcessor()
 
 
-def foreground_forward(
-    lock: TransformerLock,
+def _forward(
+    transformer: Transformer,
     latents: Tensor,
     timestep: Tensor,
     text: Tensor,
     ofs: Tensor | None,
-    rotary: tuple[Tensor, Tensor] | None,
+    rope: Rotary,
     computed: Tensor,
-    foreground: int,
-    background: Tensor,
-    rows: Tensor | None,
 ) -> Tensor:
-    """The prediction [B, C, T, h, w] of the tokens `computed` [N]; 0 elsewhere.
-
-    latents: [B, C, T, h, w] whole, in the transformer's dtype; timestep: [B]; rotary: cosine and sine [S, D] of all
-    the video's tokens, None where the patches are given their positions; foreground: how many of the tokens have keys
-    and values of their own, from the first on; background: indices of the kept tokens, of which `rows` (None: all) are
-    seen.
-    """
-    transformer, words = lock.transformer, text.shape[1]
-    seen = background if rows is None else background.index_select(0, rows)
-    lock.state.view = View(words + foreground, rows, _positions(rotary, seen))
+    """The prediction [B, C, T, h, w] of the tokens `computed` [N], at their positions; 0 elsewhere."""
+    words = text.shape[1]
     temb = transformer.time_embedding(transformer.time_proj(timestep).to(latents.dtype))
     if ofs is not None:
         temb = temb + transformer.ofs_embedding(transformer.ofs_proj(ofs).to(latents.dtype))
     x = transformer.patch_embed(text, latents.transpose(1, 2).contiguous())
     text, tokens, x = x[:, :words], x.shape[1] - words, x.index_select(1, computed + words)
-    rope = _positions(rotary, computed)
-    with processors(lock.attentions, PROCESSOR):
-        for block in transformer.transformer_blocks:
-            x, text = block(x, text, temb, rope)
+    for block in transformer.transformer_blocks:
+        x, text = block(x, text, temb, rope)
     x = transformer.proj_out(transformer.norm_out(transformer.norm_final(x), temb=temb))
     whole = x.new_zeros(x.shape[0], tokens, x.shape[2]).index_copy_(1, computed, x)
     return _unpatchify(whole, latents.shape, transformer.config)
 
 
-def _positions(rotary: tuple[Tensor, Tensor] | None, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+def _positions(rotary: Rotary, tokens: Tensor) -> Rotary:
     """Cosine and sine of some tokens, each [1, N, 1, D]."""
-    return None if rotary is None else tuple(x.index_select(0, tokens)[None, :, None] for x in rotary)
+    if rotary is None:
+        return None
+    cos, sin = (x.index_select(0, tokens)[None, :, None] for x in rotary)
+    return cos, sin
 
 
-def _unpatchify(x: Tensor, shape: torch.Size, config: dict) -> Tensor:
+def _unpatchify(x: Tensor, shape: torch.Size, config: Config) -> Tensor:
     """Tokens [B, S, C * pt * p * p] as latents [B, C, T, h, w] of this shape (C may differ)."""
     patch = config.patch_size_t or 1, config.patch_size, config.patch_size
     t, h, w = (size // p for size, p in zip(shape[2:], patch, strict=True))

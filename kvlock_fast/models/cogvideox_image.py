@@ -7,32 +7,24 @@ of a source, but its draw is made, so that the noise of a seed is diffusers' own
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
-from kvlock_fast.models.base import PerClip
+from kvlock_fast.models.autoencoder import picture
 from kvlock_fast.models.cogvideox import COGVIDEOX, CogVideoXModel
 
 
 class CogVideoXImageModel(CogVideoXModel):
-    """What the loop needs of a diffusers `CogVideoXImageToVideoPipeline`."""
+    """A diffusers `CogVideoXImageToVideoPipeline`."""
 
     arch = replace(COGVIDEOX, family="cogvideox-i2v")
     told_of_frames = True
 
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind."""
-        super().__init__(pipe)
-        self._made = PerClip()
-
-    def _check_input(self, config: Any, channels: int) -> None:
-        if config.in_channels != 2 * channels:
+    def check(self) -> None:
+        if self.config.in_channels != 2 * self.pipe.vae.config.latent_channels:
             raise InputError("the model takes no image beside the text: load it by CogVideoXPipeline")
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
@@ -48,23 +40,23 @@ class CogVideoXImageModel(CogVideoXModel):
                 f"the model takes videos of {learned[0] * stride}x{learned[1] * stride} only, and was given one of "
                 f"{height * stride}x{width * stride}: give height and width"
             )
-        image = self._made((given.frames,), "image", lambda: self._image(given.frames[0])).unsqueeze(2)
+        image = self._made((given.frames,), "image", lambda: self._image(given.frames)).unsqueeze(2)
         image = torch.cat([image, image.new_zeros(*image.shape[:2], frames - 1, height, width)], dim=2)
         return Conditioning(text=self.encode_prompts(prompts), image=image.expand(len(prompts), -1, -1, -1, -1))
 
-    def _image(self, frame: Tensor) -> Tensor:
-        """The latent [1, C, h, w] of a frame uint8 [H, W, 3], in the transformer's dtype."""
-        vae, (height, width, _) = self.pipe.vae, frame.shape
-        pixels = self.pipe.video_processor.preprocess(Image.fromarray(frame.cpu().numpy()), height, width)
+    def _image(self, frames: Tensor) -> Tensor:
+        """The latent [1, C, h, w] of the first of frames uint8 [F, H, W, 3], in the transformer's dtype."""
+        vae, (height, width) = self.pipe.vae, frames.shape[1:3]
+        pixels = self.pipe.video_processor.preprocess(picture(frames), height, width)
         mode = vae.encode(pixels.unsqueeze(2).to(self.device, vae.dtype)).latent_dist.mode()[:, :, 0]
         scale = vae.config.scaling_factor
-        return (1 / scale if vae.config.invert_scale_latents else scale) * mode.to(self.transformers[0].dtype)
+        return (1 / scale if vae.config.invert_scale_latents else scale) * mode.to(self.dtype)
 
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """[1, C, T, h, w] fp32, as CogVideoXImageToVideoPipeline draws it: after what it draws for the image."""
+        """Noise [1, C, T, h, w] fp32, drawn after that for the image."""
         batch, channels, _, *size = shape
-        randn_tensor((batch, channels, 1, *size), generator=generator, device=device, dtype=self.pipe.vae.dtype)
+        self.drawn((batch, channels, 1, *size), generator, device, self.pipe.vae.dtype)
         return super().draw_noise(shape, generator, device)
 
-    def _seen(self, latents: Tensor, told: Conditioning) -> Tensor:
-        return torch.cat([super()._seen(latents, told), told["image"]], dim=1)
+    def seen(self, latents: Tensor, told: Conditioning) -> Tensor:
+        return torch.cat([super().seen(latents, told), told["image"]], dim=1)

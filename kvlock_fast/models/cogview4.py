@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import CogView4Pipeline
-from diffusers.pipelines.cogview4.pipeline_cogview4 import calculate_shift
+from diffusers.pipelines.cogview4.pipeline_cogview4 import CogView4Pipeline, calculate_shift
 from torch import Tensor
 
-from kvlock_fast.conditioning import Conditioning, Given
+from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.models.images import ImageModel
 
@@ -32,23 +31,13 @@ COGVIEW4 = ArchSpec(
 
 
 class CogView4Model(ImageModel):
-    """What the loop needs of a diffusers `CogView4Pipeline`."""
+    """A diffusers `CogView4Pipeline`."""
 
     arch = COGVIEW4
     shifts_by_size = True
     shifted = False
-    latents_dtype = torch.float32
+    in_model_dtype = False
     most_text = inspect.signature(CogView4Pipeline.encode_prompt).parameters["max_sequence_length"].default
-
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind."""
-        super().__init__(pipe)
-        self._sizes: dict[tuple, Tensor] = {}
-
-    @property
-    def patch(self) -> int:
-        """Latents a token, down and across."""
-        return self.config.patch_size
 
     def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
         """Evenly spaced timesteps as whole numbers, their sigmas, and the shift for so many tokens."""
@@ -63,30 +52,15 @@ class CogView4Model(ImageModel):
         )
         return {"timesteps": timesteps, "sigmas": timesteps / count, "mu": mu}
 
-    def condition(self, prompts: list[str], given: Given) -> Conditioning:
-        """text [n, L, C] in the transformer's dtype."""
-        text, _ = self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device)
-        return Conditioning(text=text.to(self.transformers[0].dtype))
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        return self.words(prompts)[0].to(self.dtype)
 
-    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        """The velocity [B, C, 1, h, w] in the transformer's dtype, at latents [B, ...], timestep []."""
-        transformer, rows = self.transformers[which], len(latents)
-        height, width = (side * self.pipe.vae_scale_factor for side in latents.shape[3:])
-        size = self._size(height, width).expand(rows, 2)
-        prediction = transformer(
-            hidden_states=latents[:, :, 0].to(transformer.dtype),
-            encoder_hidden_states=told["text"],
-            timestep=timestep.expand(rows),
-            original_size=size,
-            target_size=size,
-            crop_coords=self._size(0, 0).expand(rows, 2),
-            return_dict=False,
-        )[0]
-        return prediction[:, :, None]
+    def beside(self, told: Conditioning, latents: Tensor) -> dict[str, Any]:
+        """The image's size in pixels goes along."""
+        rows, (height, width) = len(latents), (side * self.pipe.vae_scale_factor for side in latents.shape[3:])
+        size, corner = (self._pair(*pair).expand(rows, 2) for pair in ((height, width), (0, 0)))
+        return {**super().beside(told, latents), "original_size": size, "target_size": size, "crop_coords": corner}
 
-    def _size(self, height: int, width: int) -> Tensor:
-        """[1, 2] on the device. Kept: captured steps read it where it is."""
-        key = height, width, self.device, self.transformers[0].dtype
-        if key not in self._sizes:
-            self._sizes[key] = torch.tensor([[height, width]], dtype=key[3], device=self.device)
-        return self._sizes[key]
+    def _pair(self, *numbers: int) -> Tensor:
+        key = *numbers, self.device, self.dtype
+        return self.kept(key, lambda: torch.tensor([numbers], dtype=self.dtype, device=self.device))

@@ -20,15 +20,16 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from diffusers import Cosmos2VideoToWorldPipeline, CosmosTextToWorldPipeline
+from diffusers.pipelines.cosmos.pipeline_cosmos2_video2world import Cosmos2VideoToWorldPipeline
+from diffusers.pipelines.cosmos.pipeline_cosmos_text2world import CosmosTextToWorldPipeline
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
 from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.masks import Geometry
-from kvlock_fast.models.autoencoder import decode_each, encode_mode
-from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.base import ChannelNormModel, without_first_frame
+from kvlock_fast.models.protocols import Solver
 
 COSMOS = ArchSpec(
     family="cosmos",
@@ -43,22 +44,20 @@ DEFAULTS = inspect.signature(Cosmos2VideoToWorldPipeline.__call__).parameters
 PICTURE_FRAME_RATE, PICTURE_SIGMA = DEFAULTS["fps"].default, DEFAULTS["sigma_conditioning"].default
 
 
-class CosmosModel(PipelineModel):
-    """What the loop needs of a diffusers `CosmosTextToWorldPipeline`."""
+class CosmosModel(ChannelNormModel):
+    """A diffusers `CosmosTextToWorldPipeline`."""
 
     arch = COSMOS
+    _mask_channels: int = 0
 
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind, one without its safety checker, or without torchvision."""
-        super().__init__(pipe)
-        if pipe.safety_checker is None:
+    def check(self) -> None:
+        """Raise InputError for a pipeline without its safety checker or torchvision, or shown more than text."""
+        if self.pipe.safety_checker is None:
             raise InputError("the pipeline has no safety_checker, which the licence of Cosmos asks for")
         if self.config.concat_padding_mask and find_spec("torchvision") is None:
             raise InputError("the model's transformer needs torchvision, which is not installed")
         if self.config.in_channels != self._latent_channels + self._mask_channels:
             raise InputError("the model is shown a video beside the text: use the pipeline for text alone")
-
-    _mask_channels = 0
 
     @property
     def _latent_channels(self) -> int:
@@ -66,24 +65,29 @@ class CosmosModel(PipelineModel):
 
     @property
     def geometry(self) -> Geometry:
-        vae, patch = self.pipe.vae.config, tuple(self.config.patch_size)
+        vae = self.pipe.vae.config
+        return Geometry(vae.temporal_compression_ratio, vae.spatial_compression_ratio, **self._tokens)
+
+    @property
+    def _tokens(self) -> dict[str, Any]:
+        """The token's size in latents, and the most tokens along each axis."""
+        patch = tuple(self.config.patch_size)
         most = tuple(size // p for size, p in zip(self.config.max_size, patch, strict=True))
-        return Geometry(vae.temporal_compression_ratio, vae.spatial_compression_ratio, patch, most_tokens=most)
+        return {"patch_size": patch, "most_tokens": most}
 
     def omega0(self, guidance_scale: float) -> float:
         """The pipelines' own scale is what is added beyond the conditional prediction."""
         return guidance_scale + 1 if self.guided(guidance_scale) else guidance_scale
 
     def combine(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """Both branches as the pipelines guide them; scale: by `omega0`."""
         return cond + (scale - 1) * (cond - uncond)
 
-    def time_at(self, solver: Any, k: int) -> Tensor:
+    def time_at(self, solver: Solver, k: int) -> Tensor:
         """Sigma of x_k [] fp32."""
         return solver.sigmas[k]
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
-        """What the transformer is told of each of the prompts. Raises InputError for one that the checker refuses."""
+        """Conditioning for each of the prompts. Raises InputError for one that the checker refuses."""
         checker = self.pipe.safety_checker.to(self.device)
         for prompt in prompts:
             if not checker.check_text_safety(prompt):
@@ -91,25 +95,25 @@ class CosmosModel(PipelineModel):
         return super().condition(prompts, given)
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """[len(prompts), L, C] in the text encoder's dtype."""
-        return self.pipe.encode_prompt(prompts, do_classifier_free_guidance=False, device=self.device)[0]
-
-    def encode_video(self, frames: Tensor) -> Tensor:
-        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode."""
-        latents = encode_mode(self.pipe.vae, frames, self.device)
-        mean, std = self._latent_statistics(latents)
-        return (latents - mean) / std * self._scale
+        """Embeddings [len(prompts), L, C] in the text encoder's dtype."""
+        return self.words(prompts)[0]
 
     def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
-        """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU."""
-        mean, std = self._latent_statistics(latents)
-        videos = decode_each(self.pipe.vae, latents.float() * std / self._scale + mean, tiled)
+        """Normalised latents to uint8 [B, F, H, W, 3] on the CPU, as the safety checker leaves them."""
+        videos = super().decode(latents, frames, tiled)
         checker = self.pipe.safety_checker.to(self.device)
         return torch.stack([torch.from_numpy(checker.check_video_safety(video.numpy())) for video in videos])
 
+    def _normalised(self, latents: Tensor) -> Tensor:
+        return super()._normalised(latents) * self._scale
+
+    def _denormalised(self, latents: Tensor) -> Tensor:
+        mean, std = self._latent_statistics(latents)
+        return latents.float() * std / self._scale + mean
+
     @property
     def _scale(self) -> float:
-        """Of latents that have a variance of 1, in the noise's terms."""
+        """The latents' deviation in the noise's terms."""
         return self.pipe.scheduler.config.sigma_data
 
     def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,10 +121,11 @@ class CosmosModel(PipelineModel):
         config, frames = self.pipe.vae.config, latents.shape[2]
         if config.latents_mean is None:
             return latents.new_zeros(()), latents.new_ones(())
-        return tuple(
+        mean, std = (
             torch.tensor(values).view(1, config.latent_channels, -1, 1, 1)[:, :, :frames].to(latents)
             for values in (config.latents_mean, config.latents_std)
         )
+        return mean, std
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The clean latents [B, C, T, h, w] fp32 at latents [B, ...] of sigma `timestep` []."""
@@ -130,7 +135,15 @@ class CosmosModel(PipelineModel):
         return scheduler.precondition_outputs(latents, output, timestep)
 
     def ask(self, which: int, rows: Tensor, time: Tensor, told: Conditioning, **more: Any) -> Tensor:
-        """The transformer's output [B, C, T, h, w] in its dtype, at rows [B, ...] and time [] or [B, 1, T, 1, 1]."""
+        """The transformer's output [B, C, T, h, w] in its dtype.
+
+        Args:
+            which: the transformer's number.
+            rows: its input [B, ...].
+            time: [], or [B, 1, T, 1, 1].
+            told: the conditioning of each sample.
+            more: further arguments of the transformer.
+        """
         transformer = self.transformers[which]
         stride = self.geometry.spatial_stride
         height, width = (size * stride for size in rows.shape[3:])
@@ -138,17 +151,18 @@ class CosmosModel(PipelineModel):
         return transformer(
             hidden_states=rows.to(transformer.dtype),
             timestep=time,
-            encoder_hidden_states=told["text"],
             padding_mask=rows.new_zeros(1, 1, height, width, dtype=transformer.dtype),
             return_dict=False,
+            **self.beside(told, rows),
             **more,
         )[0]
 
 
 class Cosmos2Model(CosmosModel):
-    """What the loop needs of a diffusers `Cosmos2TextToImagePipeline`."""
+    """A diffusers `Cosmos2TextToImagePipeline`."""
 
     arch = replace(COSMOS, family="cosmos2-image")
+    makes_images: bool = True
 
     @property
     def _latent_channels(self) -> int:
@@ -156,40 +170,40 @@ class Cosmos2Model(CosmosModel):
 
     @property
     def geometry(self) -> Geometry:
-        vae, patch = self.pipe.vae.config, tuple(self.config.patch_size)
-        most = tuple(size // p for size, p in zip(self.config.max_size, patch, strict=True))
+        vae = self.pipe.vae.config
         return Geometry(
-            vae.scale_factor_temporal, vae.scale_factor_spatial, patch, most_tokens=most, one_frame=self.makes_images
+            vae.scale_factor_temporal, vae.scale_factor_spatial, one_frame=self.makes_images, **self._tokens
         )
 
-    makes_images = True
-
     def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
-        """Where along the scheduler's own range: evenly spaced."""
+        """Evenly spaced places along the scheduler's own range."""
         return {"sigmas": torch.linspace(0, 1, num_steps, dtype=torch.float64)}
 
     def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.pipe.vae.config
-        return tuple(
-            torch.tensor(values).view(1, config.z_dim, 1, 1, 1).to(latents)
-            for values in (config.latents_mean, config.latents_std)
-        )
+        return ChannelNormModel._latent_statistics(self, latents)
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The clean latents [B, C, T, h, w] in the transformer's dtype at latents [B, ...] of sigma `timestep` []."""
-        time = timestep / (timestep + 1)  # of the flow that x / (1 + sigma) goes along
-        kept = 1 - time
-        output = self.ask(which, latents * kept, time, told)
-        return (kept * latents + -time * output.float()).to(output.dtype)
+        time = _flow_time(timestep)
+        output = self.ask(which, latents * (1 - time), time, told)
+        return ((1 - time) * latents + -time * output.float()).to(output.dtype)
+
+
+def _flow_time(sigma: Tensor) -> Tensor:
+    """Time of the flow that x / (1 + sigma) goes along."""
+    return sigma / (sigma + 1)
 
 
 class Cosmos25Model(Cosmos2Model):
-    """What the loop needs of a diffusers `Cosmos2_5_PredictBasePipeline`, of text alone."""
+    """A diffusers `Cosmos2_5_PredictBasePipeline`, of text alone."""
 
     arch = replace(COSMOS, family="cosmos2.5", flow=True)
     makes_images = False
     _mask_channels = 1
-    _scale = 1.0
+
+    @property
+    def _scale(self) -> float:
+        return 1.0
 
     def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
         """The scheduler's own."""
@@ -197,14 +211,13 @@ class Cosmos25Model(Cosmos2Model):
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The velocity [B, C, T, h, w] fp32 at latents [B, ...] of sigma `timestep` []."""
-        frames = latents.shape[2]
-        time = timestep.expand(len(latents), 1, frames, 1, 1)
-        mask = latents.new_zeros(len(latents), 1, *latents.shape[2:], dtype=self.transformers[which].dtype)
+        time = timestep.expand(len(latents), 1, latents.shape[2], 1, 1)
+        mask = latents.new_zeros(len(latents), 1, *latents.shape[2:], dtype=self.dtype)
         return self.ask(which, latents, time, told, condition_mask=mask).float()
 
 
 class Cosmos2VideoModel(Cosmos2Model):
-    """What the loop needs of a diffusers `Cosmos2VideoToWorldPipeline`, of a first frame."""
+    """A diffusers `Cosmos2VideoToWorldPipeline`, of a first frame."""
 
     arch = replace(COSMOS, family="cosmos2-video")
     told_of_frames = True
@@ -217,28 +230,22 @@ class Cosmos2VideoModel(Cosmos2Model):
         return super().condition(prompts, given).replace(image=image.expand(len(prompts), -1, -1, -1, -1))
 
     def may_change(self, pixels: Tensor) -> Tensor:
-        """A mask bool [F, H, W] without the first frame, which the model holds."""
-        if not pixels[1:].any():
-            raise InputError("mask marks the first frame only, which this video model takes as it is")
-        return torch.cat([torch.zeros_like(pixels[:1]), pixels[1:]])
+        return without_first_frame(pixels, "video")
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """Clean latents [B, C, T, h, w] fp32, at latents [B, ...] of sigma `timestep` [], the first frame as given."""
-        dtype, image = self.transformers[which].dtype, told["image"]
-        time = timestep / (timestep + 1)  # of the flow that x / (1 + sigma) goes along
-        kept = 1 - time
-        picture_time = torch.full_like(time, PICTURE_SIGMA)
-        picture_time = picture_time / (picture_time + 1)
+        dtype, image, time = self.dtype, told["image"], _flow_time(timestep)
+        picture_time = _flow_time(torch.full_like(time, PICTURE_SIGMA))
         first = torch.zeros_like(latents[:, :1])
         first[:, :, 0] = 1
         held = first[:, :, :, :1, :1]
         output = self.ask(
             which,
-            torch.cat([image, (latents * kept)[:, :, 1:]], dim=2),
+            torch.cat([image, (latents * (1 - time))[:, :, 1:]], dim=2),
             (held * picture_time + (1 - held) * time).to(dtype),
             told,
             fps=PICTURE_FRAME_RATE,
             condition_mask=first.to(dtype),
         )
-        clean = (kept * latents + -time * output.float()).to(dtype)
+        clean = ((1 - time) * latents + -time * output.float()).to(dtype)
         return torch.cat([image, clean[:, :, 1:].float()], dim=2)

@@ -16,16 +16,16 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers import HunyuanVideoFramepackPipeline
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_framepack import HunyuanVideoFramepackPipeline
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
 from kvlock_fast.masks import Geometry
+from kvlock_fast.models.autoencoder import picture
 from kvlock_fast.models.hunyuan_video import HUNYUAN_VIDEO, HunyuanVideoModel
-from kvlock_fast.models.hunyuan_video_i2v import HunyuanVideoI2VModel, picture
-from kvlock_fast.models.images import shift_of
+from kvlock_fast.models.hunyuan_video_i2v import HunyuanVideoI2VModel
+from kvlock_fast.models.schedulers import shift_of
 
 FRAMEPACK = replace(
     HUNYUAN_VIDEO, family="framepack", transformers=("HunyuanVideoFramepackTransformer3DModel",), ahead=True
@@ -37,17 +37,15 @@ LARGEST_SHIFT = math.log(7.0)
 
 
 class FramepackModel(HunyuanVideoI2VModel):
-    """What the loop needs of a diffusers `HunyuanVideoFramepackPipeline`, which samples backwards in time."""
+    """A diffusers `HunyuanVideoFramepackPipeline`, which samples backwards in time."""
 
     arch = FRAMEPACK
-    replaces = True
     shifts_by_size = True
     why_not_captured = "a forward of FramePack waits for the number of the text's tokens"
 
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind."""
-        super().__init__(pipe)
-        self._places: dict[tuple[int, torch.device], tuple[Tensor, ...]] = {}
+    @property
+    def replaces(self) -> bool:
+        return True
 
     def _check_image(self) -> None:
         config = self.config
@@ -72,21 +70,19 @@ class FramepackModel(HunyuanVideoI2VModel):
         """As HunyuanVideo's, and the image's latents [n, C, 1, h, w] fp32 and features [n, N, D]."""
         pipe, image = self.pipe, picture(given.frames)
         pixels = pipe.video_processor.preprocess(image, image.height, image.width)
-        features = pipe.encode_image(pixels, device=self.device).to(self.transformers[0].dtype)
+        features = pipe.encode_image(pixels, device=self.device).to(self.dtype)
         latents = self._image_latents(given.frames)
         return HunyuanVideoModel.condition(self, prompts, given).replace(
             image=latents.expand(len(prompts), -1, -1, -1, -1), features=features.expand(len(prompts), -1, -1)
         )
 
     def condition_negative(self, prompt: str, prompts: list[str], given: Given) -> Conditioning:
-        """The same of the negative prompt."""
         return self.condition([prompt], given).expand(len(prompts))
 
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """[1, C, T, h, w] fp32, drawn for the section alone."""
+        """Noise [1, C, T, h, w] fp32, drawn for the section alone."""
         rows, channels, frames, *size = shape
-        section = (rows, channels, frames - 1, *size)
-        noise = randn_tensor(section, generator=generator, device=device, dtype=torch.float32)
+        noise = self.drawn((rows, channels, frames - 1, *size), generator, device)
         return torch.cat([torch.zeros_like(noise[:, :, :1]), noise], dim=2)
 
     def first_latents(self, noise: Tensor, given: Given) -> Tensor:
@@ -94,45 +90,47 @@ class FramepackModel(HunyuanVideoI2VModel):
         return torch.cat([self._image_latents(given.frames), noise[:, :, 1:]], dim=2)
 
     def tokens_ahead(self, latents: Tensor) -> int:
-        """Of the image, and of history but for the frame next to the section."""
+        """Number of tokens of the image, and of history but for the frame next to the section."""
         height, width = latents.shape[-2:]
         count = (height // self.config.patch_size) * (width // self.config.patch_size)
         for frames, patch in zip(HISTORY[1:], (2, 4), strict=True):
             count += -(-frames // patch) * -(-height // (2 * patch)) * -(-width // (2 * patch))
         return count
 
-    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        """The velocity [B, C, T, h, w] fp32, at latents [B, ...], timestep []; 0 in the first frame."""
-        transformer = self.transformers[which]
-        rows = latents[:, :, 1:].to(transformer.dtype)
-        near, far, farther = (rows.new_zeros(*rows.shape[:2], n, *rows.shape[3:]) for n in HISTORY)
-        section, clean, at_far, at_farther = self._times(rows.shape[2], rows.device)
-        velocity = transformer(
-            hidden_states=rows,
-            timestep=timestep.expand(len(rows)),
-            encoder_hidden_states=told["text"],
-            encoder_attention_mask=told["mask"],
-            pooled_projections=told["pooled"],
-            image_embeds=told["features"],
-            indices_latents=section,
-            guidance=told["guidance"],
-            latents_clean=torch.cat([told["image"].to(rows.dtype), near], dim=2),
-            indices_latents_clean=clean,
-            latents_history_2x=far,
-            indices_latents_history_2x=at_far,
-            latents_history_4x=farther,
-            indices_latents_history_4x=at_farther,
-            return_dict=False,
-        )[0].float()
+    def entering(self, latents: Tensor, told: Conditioning) -> Tensor:
+        return latents[:, :, 1:]
+
+    def beside(self, told: Conditioning, latents: Tensor) -> dict[str, Any]:
+        """The image's features, and its latents with an empty history, each with numbers in time."""
+        rows, size = latents.shape[:2], latents.shape[3:]
+        near, far, farther = (latents.new_zeros(*rows, n, *size, dtype=self.dtype) for n in HISTORY)
+        section, clean, at_far, at_farther = self._times(latents.shape[2] - 1, latents.device)
+        return {
+            **super().beside(told, latents),
+            "image_embeds": told["features"],
+            "indices_latents": section,
+            "latents_clean": torch.cat([told["image"].to(self.dtype), near], dim=2),
+            "indices_latents_clean": clean,
+            "latents_history_2x": far,
+            "indices_latents_history_2x": at_far,
+            "latents_history_4x": farther,
+            "indices_latents_history_4x": at_farther,
+        }
+
+    def leaving(self, prediction: Tensor, latents: Tensor) -> Tensor:
+        """fp32, with 0 in the first frame."""
+        velocity = prediction.float()
         return torch.cat([torch.zeros_like(velocity[:, :, :1]), velocity], dim=2)
 
-    def _times(self, frames: int, device: torch.device) -> tuple[Tensor, ...]:
+    def _times(self, frames: int, device: torch.device) -> list[Tensor]:
         """Numbers in time of a section's frames, of the image with the history next to it, and of the history's rest.
 
-        Kept for good: they are made on the host.
+        They are made on the host.
         """
-        if (frames, device) not in self._places:
+
+        def numbers() -> list[Tensor]:
             times = torch.arange(1 + frames + sum(HISTORY), device=device)
             image, section, near, far, farther = times.split([1, frames, *HISTORY])
-            self._places[frames, device] = section, torch.cat([image, near]), far, farther
-        return self._places[frames, device]
+            return [section, torch.cat([image, near]), far, farther]
+
+        return self.kept((frames, device), numbers)

@@ -15,17 +15,19 @@ from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
+from kvlock_fast.models.autoencoder import picture
+from kvlock_fast.models.base import without_first_frame
 from kvlock_fast.models.hunyuan_video import HUNYUAN_VIDEO, TEXT_LENGTH, HunyuanVideoModel
 
 CONCAT, REPLACE = "latent_concat", "token_replace"
 IMAGE_TOKENS_EVERY = {CONCAT: 2, REPLACE: 4}
-"""Of the image's tokens among the words one is taken of so many, by the pipeline."""
+"""Stride by which the pipeline takes the image's tokens among the words."""
 NOISE_SHARE = 0.999
-"""Of the noise in what the pipeline starts from; the rest is the image."""
+"""Share of noise in the latents that the pipeline starts from; the rest is the image."""
 
 
 class HunyuanVideoI2VModel(HunyuanVideoModel):
-    """What the loop needs of a diffusers `HunyuanVideoImageToVideoPipeline`."""
+    """A diffusers `HunyuanVideoImageToVideoPipeline`."""
 
     arch = replace(HUNYUAN_VIDEO, family="hunyuan-video-i2v")
     told_of_frames = True
@@ -41,22 +43,27 @@ class HunyuanVideoI2VModel(HunyuanVideoModel):
         if config.in_channels != expected:
             raise InputError("the model takes no image beside the text: load it by HunyuanVideoPipeline")
 
+    @property
+    def time_in_model_dtype(self) -> bool:
+        """The image's latents, where they stand for a frame, keep all the pipeline's in fp32."""
+        return not self.replaces and super().time_in_model_dtype
+
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """As for text-to-video, and the image's latents [n, C, 1, h, w] or, with their mask, [n, C + 1, T, h, w]."""
         return self._told(prompts, given, picture(given.frames), IMAGE_TOKENS_EVERY[self.config.image_condition_type])
 
     def condition_negative(self, prompt: str, prompts: list[str], given: Given) -> Conditioning:
-        """The same beside words that are told a black image, with as many of its tokens as the pipeline takes then."""
+        """The words are told a black image, with as many of its tokens as the pipeline takes then."""
         black = Image.new("RGB", picture(given.frames).size, 0)
         return self._told([prompt], given, black, IMAGE_TOKENS_EVERY[CONCAT]).expand(len(prompts))
 
     def _told(self, prompts: list[str], given: Given, image: Image.Image, every: int) -> Conditioning:
         texts = []
         for prompt in prompts:  # of an image each
-            text, pooled, mask = self.pipe.encode_prompt(
+            words = self.pipe.encode_prompt(
                 image, [prompt], device=self.device, max_sequence_length=TEXT_LENGTH, image_embed_interleave=every
             )
-            texts.append(self.told_words(text, pooled, mask, given))
+            texts.append(self.told_words(words, given))
         latents = self._image_latents(given.frames)
         if not self.replaces:
             mask = torch.ones_like(latents[:, :1])
@@ -66,52 +73,40 @@ class HunyuanVideoI2VModel(HunyuanVideoModel):
         return Conditioning.cat(texts).replace(image=latents.expand(len(prompts), -1, -1, -1, -1))
 
     def _image_latents(self, frames: Tensor) -> Tensor:
-        """Of the first of frames uint8 [F, H, W, 3], [1, C, 1, h, w] fp32, as the pipeline makes them."""
+        """Latents [1, C, 1, h, w] fp32 of the first of frames uint8 [F, H, W, 3], as the pipeline makes them."""
         image, vae = picture(frames), self.pipe.vae
         pixels = self.pipe.video_processor.preprocess(image, image.height, image.width).to(self.device, vae.dtype)
         return vae.encode(pixels[:, :, None]).latent_dist.mode().float() * vae.config.scaling_factor
 
     def encode_video(self, frames: Tensor) -> Tensor:
-        """As for text-to-video; the first frame by itself, where the model holds it: with others it is encoded to
-        something else.
-        """
+        """A first frame that the model holds is encoded by itself: with others it becomes something else."""
         latents = super().encode_video(frames)
-        return torch.cat([self._image_latents(frames), latents[:, :, 1:]], dim=2) if self.replaces else latents
+        return _with_first(self._image_latents(frames), latents) if self.replaces else latents
 
     def may_change(self, pixels: Tensor) -> Tensor:
-        """A mask bool [F, H, W] without the first frame, where the model holds that."""
-        if not self.replaces:
-            return pixels
-        if not pixels[1:].any():
-            raise InputError("mask marks the first frame only, which this image-to-video model takes as it is")
-        return torch.cat([torch.zeros_like(pixels[:1]), pixels[1:]])
+        return without_first_frame(pixels) if self.replaces else pixels
 
     def first_latents(self, noise: Tensor, given: Given) -> Tensor:
         """The noise with a little of the image in it; the first frame is the image where it stays so."""
         image = self._image_latents(given.frames)
         share = torch.tensor([NOISE_SHARE], device=noise.device)
         mixed = noise * share + image.expand_as(noise) * (1 - share)
-        return torch.cat([image, mixed[:, :, 1:]], dim=2) if self.replaces else mixed
+        return _with_first(image, mixed) if self.replaces else mixed
 
     def last_latents(self, latents: Tensor, told: Conditioning) -> Tensor:
         """With the image's own in the first frame, where it is the image: steps may have rounded them."""
-        return torch.cat([told["image"].to(latents.dtype), latents[:, :, 1:]], dim=2) if self.replaces else latents
+        return _with_first(told["image"].to(latents.dtype), latents) if self.replaces else latents
 
-    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        """The velocity [B, C, T, h, w] in the transformer's dtype, at latents [B, ...], timestep []; 0 in a first
-        frame that is the image's.
-        """
-        if not self.replaces:
-            return super().predict(which, torch.cat([latents, told["image"]], dim=1), timestep, told)
-        rows = torch.cat([told["image"].to(latents.dtype), latents[:, :, 1:]], dim=2)
-        velocity = super().predict(which, rows, timestep, told)
-        return torch.cat([torch.zeros_like(velocity[:, :, :1]), velocity[:, :, 1:]], dim=2)
+    def entering(self, latents: Tensor, told: Conditioning) -> Tensor:
+        if self.replaces:
+            return _with_first(told["image"].to(latents.dtype), latents)
+        return torch.cat([latents, told["image"]], dim=1)
 
-    def as_told(self, timestep: Tensor) -> Tensor:
-        """The image's latents, where they stand for a frame, keep all the pipeline's in fp32."""
-        return timestep if self.replaces else super().as_told(timestep)
+    def leaving(self, prediction: Tensor, latents: Tensor) -> Tensor:
+        """0 in a first frame that is the image's."""
+        return _with_first(torch.zeros_like(prediction[:, :, :1]), prediction) if self.replaces else prediction
 
 
-def picture(frames: Tensor) -> Image.Image:
-    """The first of frames uint8 [F, H, W, 3]."""
-    return Image.fromarray(frames[0].cpu().numpy())
+def _with_first(first: Tensor, latents: Tensor) -> Tensor:
+    """Latents with another first frame."""
+    return torch.cat([first, latents[:, :, 1:]], dim=2)

@@ -11,11 +11,11 @@ and has them in another order.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from kvlock_fast.conditioning import MASK, Conditioning, Given
@@ -23,8 +23,9 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.locking.foreground import swapped
 from kvlock_fast.masks import Geometry
-from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.base import TEXT, PipelineModel
 from kvlock_fast.models.images import ImageModel
+from kvlock_fast.models.protocols import Part, Transformer
 
 KANDINSKY5 = ArchSpec(
     family="kandinsky-5",
@@ -33,117 +34,102 @@ KANDINSKY5 = ArchSpec(
     key=("key_norm",),
     value=("to_value",),
 )
-KANDINSKY5_IMAGE = ArchSpec(**{**vars(KANDINSKY5), "family": "kandinsky-5-image"})
 
 
 class Kandinsky5Model(PipelineModel):
-    """What the loop needs of a diffusers `Kandinsky5T2VPipeline`."""
+    """A diffusers `Kandinsky5T2VPipeline`."""
 
     arch = KANDINSKY5
+    in_model_dtype = True
+    time_in_model_dtype = True
+    told_names = TEXT | {"pooled_projections": "pooled"}
 
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind, or sparse attention."""
-        super().__init__(pipe)
+    def check(self) -> None:
         kind = self.config.attention_type
         if kind != "regular":
             raise InputError(
                 f"the transformer's attention is {kind!r}, which sees blocks of tokens that it chooses by their keys: "
                 "only 'regular' attention can be locked"
             )
-        self._positions: dict[tuple, list[Tensor]] = {}
 
     @property
     def geometry(self) -> Geometry:
-        vae, most = self.pipe.vae.config, tuple(self.transformers[0].visual_rope_embeddings.max_pos)
-        patch = tuple(self.config.patch_size)
-        return Geometry(vae.temporal_compression_ratio, vae.spatial_compression_ratio, patch, most_tokens=most)
+        vae = self.pipe.vae.config
+        return Geometry(vae.temporal_compression_ratio, vae.spatial_compression_ratio, **self._tokens)
+
+    @property
+    def _tokens(self) -> dict[str, Any]:
+        """The token's size in latents, and the most tokens along each axis."""
+        most = self.transformers[0].visual_rope_embeddings.max_pos
+        return {"patch_size": tuple(self.config.patch_size), "most_tokens": tuple(most)}
 
     @property
     def latent_channels(self) -> int:
-        """Of the latents, without those of a given frame."""
+        """Channels of the latents, without those of a given frame."""
         return self.config.in_visual_dim
-
-    @property
-    def latents_dtype(self) -> torch.dtype:
-        """Of the latents between steps, in the pipeline."""
-        return self.transformers[0].dtype
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """text [n, L, C] and pooled [n, D] in the transformer's dtype; a mask [n, L] where some texts are filled up."""
         # One by one: the text encoder is given no mask.
-        return Conditioning.cat([Conditioning("text", **self._encode(prompt)) for prompt in prompts])
-
-    def _encode(self, prompt: str) -> dict[str, Tensor]:
-        text, pooled, _ = self.pipe.encode_prompt(prompt, device=self.device, dtype=self.latents_dtype)
-        return {"text": text, "pooled": pooled}
+        each = [self.pipe.encode_prompt(prompt, device=self.device, dtype=self.dtype) for prompt in prompts]
+        return Conditioning.cat([Conditioning("text", text=text, pooled=pooled) for text, pooled, _ in each])
 
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """[1, C, T, h, w] fp32, as the pipeline draws it: channels last, in the model's dtype."""
+        """Noise [1, C, T, h, w] fp32, drawn with channels last."""
         batch, channels, *size = shape
-        noise = randn_tensor((batch, *size, channels), generator=generator, device=device, dtype=self.latents_dtype)
+        noise = self.drawn((batch, *size, channels), generator, device)
         return noise.float().permute(0, 4, 1, 2, 3).contiguous()
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The velocity [B, C, T, h, w] in the transformer's dtype, at latents [B, ...], timestep []."""
-        transformer, dtype = self.transformers[which], self.latents_dtype
-        rows = latents.permute(0, 2, 3, 4, 1).to(dtype).contiguous()
+        transformer = self.transformers[which]
+        rows = latents.permute(0, 2, 3, 4, 1).to(self.dtype).contiguous()
         if self.config.visual_cond:
             rows = torch.cat([rows, rows.new_zeros(*rows.shape[:-1], rows.shape[-1] + 1)], dim=-1)
-        *grid, words = self._places(latents, told["text"].shape[1])
+        # Numbers of the tokens in time, down and across, and of the text's.
+        grid = (n // patch for n, patch in zip(latents.shape[2:], self.config.patch_size, strict=True))
+        sizes = (*grid, told["text"].shape[1])
+        *places, words = self.kept(
+            (*sizes, latents.device), lambda: [torch.arange(size, device=latents.device) for size in sizes]
+        )
         with _masked(transformer, told):
             velocity = transformer(
                 hidden_states=rows,
-                encoder_hidden_states=told["text"],
-                pooled_projections=told["pooled"],
-                timestep=timestep.expand(len(rows)).to(dtype),
-                visual_rope_pos=grid,
+                timestep=self.times(timestep, latents),
+                visual_rope_pos=places,
                 text_rope_pos=words,
                 scale_factor=self._scale(latents),
                 sparse_params=None,
+                **self.beside(told, latents),
             ).sample
         return velocity.permute(0, 4, 1, 2, 3)
 
     def _scale(self, latents: Tensor) -> tuple[float, float, float]:
-        """What positions are divided by, at the latents' size."""
+        """Divisors of positions at the latents' size."""
         stride = self.geometry.spatial_stride
         return self.pipe._get_scale_factor(latents.shape[3] * stride, latents.shape[4] * stride)
 
-    def _places(self, latents: Tensor, words: int) -> list[Tensor]:
-        """Numbers of the tokens in time, down and across, and of the text's. Kept: captured steps read them."""
-        sizes = (*(n // patch for n, patch in zip(latents.shape[2:], self.config.patch_size, strict=True)), words)
-        key = *sizes, latents.device
-        if key not in self._positions:
-            self._positions[key] = [torch.arange(size, device=latents.device) for size in sizes]
-        return self._positions[key]
-
 
 class Kandinsky5ImageModel(Kandinsky5Model, ImageModel):
-    """What the loop needs of a diffusers `Kandinsky5T2IPipeline`."""
+    """A diffusers `Kandinsky5T2IPipeline`."""
 
-    arch = KANDINSKY5_IMAGE
-    encode_video = ImageModel.encode_video
-    decode = ImageModel.decode
+    arch = replace(KANDINSKY5, family="kandinsky-5-image")
+    shifted = False
 
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind, or sparse attention."""
-        super().__init__(pipe)
+    def check(self) -> None:
+        super().check()
         if self.config.visual_cond:
             raise InputError("the transformer takes a picture beside the text: it is made for Kandinsky5I2IPipeline")
 
     @property
     def geometry(self) -> Geometry:
-        most = tuple(self.transformers[0].visual_rope_embeddings.max_pos)
-        patch = tuple(self.config.patch_size)
-        return Geometry(1, self.pipe.vae_scale_factor_spatial, patch, most_tokens=most, one_frame=True)
-
-    def _latent_statistics(self) -> tuple[float, float]:
-        return 0.0, self.pipe.vae.config.scaling_factor
+        return Geometry(1, self.pipe.vae_scale_factor_spatial, one_frame=True, **self._tokens)
 
     def _scale(self, latents: Tensor) -> tuple[float, float, float]:
         return 1.0, 1.0, 1.0
 
 
-def _masked(transformer: nn.Module, told: Conditioning) -> AbstractContextManager[None]:
+def _masked(transformer: Transformer, told: Conditioning) -> AbstractContextManager[None]:
     """Attention to the text that leaves out what texts were filled up with, where some were."""
     if MASK not in told:
         return nullcontext()
@@ -165,7 +151,7 @@ class MaskedText:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Part,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         rotary_emb: Tensor | None = None,

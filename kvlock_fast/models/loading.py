@@ -2,22 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
 from kvlock_fast.errors import InputError, warn
 from kvlock_fast.files import refuse_special
+from kvlock_fast.models.protocols import Pipeline
 from kvlock_fast.models.registry import PIPELINES, REFUSED
 from kvlock_fast.models.schedulers import WITHOUT_NOISE
 
 
-def load_diffusers(path: str | Path, torch_dtype: torch.dtype | dict | None) -> Any:
+def load_diffusers(path: str | Path, torch_dtype: torch.dtype | dict | None) -> Pipeline:
     """A diffusers pipeline from a folder or hub id, safetensors only.
 
     Raises InputError saying what is wrong with it; for a local folder of another family, before any weight is read.
     """
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     if torch_dtype is not None and not isinstance(torch_dtype, dict):
         torch_dtype = {"default": torch_dtype, "vae": torch.float32}
@@ -29,11 +30,12 @@ def load_diffusers(path: str | Path, torch_dtype: torch.dtype | dict | None) -> 
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module) and any(p.is_meta for p in part.parameters()):
             raise InputError(f"model {str(path)!r} cannot be loaded: weights of its {name} are missing")
-    _without_noise(pipe)
-    return pipe
+    known = cast(Pipeline, pipe)  # its parts are attributes that from_pretrained adds
+    _without_noise(known)
+    return known
 
 
-def _without_noise(pipe: Any) -> None:
+def _without_noise(pipe: Pipeline) -> None:
     """Put DDIM in the place of a scheduler that adds noise at every step, as some models ship one."""
     name = type(pipe.scheduler).__name__
     if name not in WITHOUT_NOISE:

@@ -10,12 +10,9 @@ does unless told not to.
 import inspect
 
 import torch
-from diffusers import LongCatImagePipeline
-from diffusers.pipelines.longcat_image.pipeline_longcat_image import prepare_pos_ids
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.pipelines.longcat_image.pipeline_longcat_image import LongCatImagePipeline, prepare_pos_ids
 from torch import Tensor
 
-from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.models.images import ATTENTION, PackedModel
 
@@ -26,7 +23,7 @@ LEAST_SCALE = inspect.signature(LongCatImagePipeline.__call__).parameters["cfg_r
 
 
 class LongCatImageModel(PackedModel):
-    """What the loop needs of a diffusers `LongCatImagePipeline`."""
+    """A diffusers `LongCatImagePipeline`."""
 
     arch = LONGCAT_IMAGE
 
@@ -38,20 +35,17 @@ class LongCatImageModel(PackedModel):
         own, made = (torch.norm(x, dim=-1, keepdim=True) for x in (cond, guided))
         return self.unpacked(guided * (own / (made + 1e-8)).clamp(min=LEAST_SCALE, max=1.0), height, width)
 
-    def condition(self, prompts: list[str], given: Given) -> Conditioning:
-        """text [n, L, C] in the transformer's dtype."""
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
         text, _ = self.pipe.encode_prompt(prompts)
-        return Conditioning(text=text.to(self.latents_dtype))
+        return text.to(self.dtype)
 
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """[1, C, 1, h, w] fp32, as LongCatImagePipeline draws it."""
-        return randn_tensor(shape, generator=generator, device=device).to(self.latents_dtype).float()
+        """Noise [1, C, 1, h, w] fp32, drawn in fp32 and then rounded."""
+        return self.drawn(shape, generator, device, torch.float32).to(self.dtype).float()
 
     def text_positions(self, length: int) -> Tensor:
-        """[L, 3] of so many text tokens."""
         return prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=length)
 
     def image_positions(self, height: int, width: int) -> Tensor:
-        """[S, 3] of an image of so many latents."""
         first = (self.pipe.tokenizer_max_length,) * 2
         return prepare_pos_ids(modality_id=1, type="image", start=first, height=height // 2, width=width // 2)

@@ -12,76 +12,47 @@ audio_guidance_scale of guidance_scale.
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import LTX2Pipeline
-from diffusers.pipelines.ltx2.pipeline_ltx2 import get_conditioning_frame_rate
-from diffusers.utils.torch_utils import randn_tensor
+from diffusers.pipelines.ltx2.pipeline_ltx2 import LTX2Pipeline
+from diffusers.pipelines.ltx2.utils import conditioning_frame_rate
 from torch import Tensor, nn
 
 from kvlock_fast.conditioning import Conditioning, Given
-from kvlock_fast.locking.arch import ArchSpec
-from kvlock_fast.masks import Geometry, ProjectedMask, project_mask
-from kvlock_fast.models.autoencoder import decode_each, encode_mode
-from kvlock_fast.models.base import PipelineModel
-from kvlock_fast.models.images import shift_of
+from kvlock_fast.masks import ProjectedMask, project_mask
+from kvlock_fast.models.ltx import LTX, LTXModel
 
-LTX2 = ArchSpec(
-    family="ltx2",
-    transformers=("LTX2VideoTransformer3DModel",),
-    attention=r"transformer_blocks\.\d+\.attn1",
-    one_call=True,
-)
+LTX2 = replace(LTX, family="ltx2", transformers=("LTX2VideoTransformer3DModel",))
 DEFAULTS = inspect.signature(LTX2Pipeline.__call__).parameters
 FRAME_RATE = DEFAULTS["frame_rate"].default
-SEEN_FRAME_RATE = get_conditioning_frame_rate(FRAME_RATE, DEFAULTS["motion_speed"].default)
+SEEN_FRAME_RATE = conditioning_frame_rate(FRAME_RATE, DEFAULTS["motion_speed"].default)
 
 
-class LTX2Model(PipelineModel):
-    """What the loop needs of a diffusers `LTX2Pipeline`. Latents have the sound's in further frames at the end."""
+class LTX2Model(LTXModel):
+    """A diffusers `LTX2Pipeline`. Latents have the sound's in further frames at the end."""
 
     arch = LTX2
-    shifts_by_size = True
     told_of_frames = True
     most_text = DEFAULTS["max_sequence_length"].default
     usual_extent = 121, None, None
 
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind."""
-        super().__init__(pipe)
-        self._places: dict[tuple, tuple[Tensor, Tensor]] = {}
-
     @property
     def modules(self) -> list[nn.Module]:
-        """All whose weights a source's keys and values come from."""
         return [*super().modules, self.pipe.connectors]
 
-    @property
-    def geometry(self) -> Geometry:
-        vae, patch = self.pipe.vae, self.config.patch_size
-        time, space = vae.temporal_compression_ratio, vae.spatial_compression_ratio
-        return Geometry(time, space, (self.config.patch_size_t, patch, patch))
-
     def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
-        """Evenly spaced sigmas, and the shift for so many tokens."""
-        t, h, w = self.geometry.token_grid(frames, height, width)
-        return {
-            "sigmas": np.linspace(1.0, 1 / num_steps, num_steps),
-            "mu": shift_of(self.pipe.scheduler, t * h * w),
-        }
+        return self.shifted_sigmas(num_steps, prod(self.geometry.token_grid(frames, height, width)))
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """text and sound_text [n, L, C] in the transformer's dtype, for video and sound, and their mask [n, L]."""
-        length = min(DEFAULTS["max_sequence_length"].default, self.pipe.tokenizer_max_length)
-        embeds, mask, _, _ = self.pipe.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=length, device=self.device
-        )
+        length = min(self.most_text, self.pipe.tokenizer_max_length)
+        embeds, mask, _, _ = self.words(prompts, max_sequence_length=length)
         text, sound, mask = self.pipe.connectors(embeds, mask, padding_side=self.pipe.tokenizer.padding_side)
-        dtype = self.transformers[0].dtype
-        return Conditioning(text=text.to(dtype), sound_text=sound.to(dtype), mask=mask)
+        return Conditioning(text=text.to(self.dtype), sound_text=sound.to(self.dtype), mask=mask)
 
     def settle(self, cond: Tensor, uncond: Tensor | None, scale: float, latents: Tensor, sigma: Tensor) -> Tensor:
         """The velocity of the guided clean latents."""
@@ -96,53 +67,43 @@ class LTX2Model(PipelineModel):
         return mask.with_beside(self.sound_frames(*mask.latents.shape[1:]))
 
     def tokens_of(self, latents: Tensor) -> int:
-        """Of the video in latents [B, C, T, h, w]."""
+        """Number of the video's tokens in latents [B, C, T, h, w]."""
         return super().tokens_of(latents.narrow(-3, 0, self._split(*latents.shape[-3:])))
 
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """[1, C, T, h, w] fp32, as LTX2Pipeline draws it: the video's, then the sound's."""
+        """Noise [1, C, T, h, w] fp32: the video's is drawn first, then the sound's."""
         batch, channels, total, *size = shape
         frames = self._split(total, *size)
-        video, sound = (
-            randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-            for shape in ((batch, channels, frames, *size), (batch, *self._sound_shape(frames)))
-        )
+        video = self.drawn((batch, channels, frames, *size), generator, device)
+        sound = self.drawn((batch, *self._sound_shape(frames)), generator, device)
         return self._joined(video, LTX2Pipeline._pack_audio_latents(sound))
 
     def encode_video(self, frames: Tensor) -> Tensor:
-        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode; a mean sound."""
-        vae = self.pipe.vae
-        latents = LTX2Pipeline._normalize_latents(
-            encode_mode(vae, frames, self.device), vae.latents_mean, vae.latents_std, vae.config.scaling_factor
-        )
+        """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, with a mean sound."""
+        latents = super().encode_video(frames)
         return F.pad(latents, (0, 0, 0, 0, 0, self.sound_frames(*latents.shape[2:])))
 
     def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
-        """Normalised latents [B, C, T, h, w] of so many frames to uint8 [B, F, H, W, 3] on the CPU.
-
-        An autoencoder that can take noise off while it decodes is told that there is none.
-        """
-        vae = self.pipe.vae
-        latents = LTX2Pipeline._denormalize_latents(
-            latents[:, :, : self._video_frames(latents)].float(), vae.latents_mean, vae.latents_std,
-            vae.config.scaling_factor,
-        )  # fmt: skip
-        told = {"temb": latents.new_zeros(1, dtype=vae.dtype)} if vae.config.timestep_conditioning else {}
-        return decode_each(vae, latents, tiled, **told)
+        """The video of normalised latents [B, C, T, h, w], uint8 [B, F, H, W, 3] on the CPU."""
+        return super().decode(latents[:, :, : self._video_frames(latents)], frames, tiled)
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The velocity [B, C, T, h, w] fp32 of video and sound, at latents [B, ...], timestep []."""
         transformer, rows = self.transformers[which], len(latents)
         frames, (height, width) = self._video_frames(latents), latents.shape[3:]
-        patches = self.config.patch_size, self.config.patch_size_t
         timestep = timestep.expand(rows)
-        tokens = LTX2Pipeline._pack_latents(latents[:, :, :frames], *patches).to(transformer.dtype)
-        if rows > 1:  # in memory as diffusers' own: matrix products in half precision round by it
-            tokens = tokens.contiguous()
         sound = self._sound_of(latents, frames).to(transformer.dtype).contiguous()
-        video_places, sound_places = self._places_of(frames, height, width, latents.device)
+        # Positions: where tokens of video [1, 3, S, 2] and sound [1, 1, L, 2] begin and end.
+        device = latents.device
+        video_places, sound_places = self.kept(
+            (frames, height, width, device),
+            lambda: (
+                transformer.rope.prepare_video_coords(1, frames, height, width, device, fps=SEEN_FRAME_RATE),
+                transformer.audio_rope.prepare_audio_coords(1, self._sound_shape(frames)[1], device),
+            ),
+        )
         video, sound = transformer(
-            hidden_states=tokens,
+            hidden_states=self.packed(latents[:, :, :frames]).to(transformer.dtype),
             audio_hidden_states=sound,
             encoder_hidden_states=told["text"],
             audio_encoder_hidden_states=told["sound_text"],
@@ -160,9 +121,7 @@ class LTX2Model(PipelineModel):
             use_cross_timestep=DEFAULTS["use_cross_timestep"].default,
             return_dict=False,
         )
-        sizes = zip((frames, height, width), self.geometry.patch_size, strict=True)
-        video = LTX2Pipeline._unpack_latents(video.float(), *(size // patch for size, patch in sizes), *patches)
-        return self._joined(video, sound.float())
+        return self._joined(self.unpacked(video, (frames, height, width)), sound.float())
 
     def sound_frames(self, frames: int, height: int, width: int) -> int:
         """How many latent frames of this size the sound of so many fills."""
@@ -177,7 +136,7 @@ class LTX2Model(PipelineModel):
         return vae.config.latent_channels, round(seconds * rate), vae.config.mel_bins // vae.mel_compression_ratio
 
     def _split(self, total: int, height: int, width: int) -> int:
-        """How many of latent frames are the video's."""
+        """Number of the video's latent frames among all."""
         return next(n for n in range(total, 0, -1) if n + self.sound_frames(n, height, width) == total)
 
     def _video_frames(self, latents: Tensor) -> int:
@@ -195,16 +154,3 @@ class LTX2Model(PipelineModel):
         """The sound's latents [B, L, D]."""
         channels, length, bins = self._sound_shape(frames)
         return latents[:, :, frames:].flatten(1)[:, : channels * length * bins].unflatten(1, (length, -1))
-
-    def _places_of(self, frames: int, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Where tokens of video [1, 3, S, 2] and sound [1, 1, L, 2] begin and end.
-
-        Kept for good: captured steps read them where they are.
-        """
-        key = frames, height, width, device
-        if key not in self._places:
-            transformer = self.transformers[0]
-            video = transformer.rope.prepare_video_coords(1, frames, height, width, device, fps=SEEN_FRAME_RATE)
-            sound = transformer.audio_rope.prepare_audio_coords(1, self._sound_shape(frames)[1], device)
-            self._places[key] = video, sound
-        return self._places[key]

@@ -5,31 +5,26 @@ latents that are denoised, as more channels. The video is the source, for its ow
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
-from kvlock_fast.models.base import PerClip, PipelineModel
+from kvlock_fast.models.autoencoder import picture
 from kvlock_fast.models.wan import WAN, WanModel
 
 LUCY = replace(WAN, family="lucy-edit")
 
 
 class LucyModel(WanModel):
-    """What the loop needs of a diffusers `LucyEditPipeline`."""
+    """A diffusers `LucyEditPipeline`."""
 
     arch = LUCY
     told_of_frames = True
 
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind."""
-        PipelineModel.__init__(self, pipe)
-        self._made = PerClip()
-        channels, wanted = self.config.in_channels, 2 * pipe.vae.config.z_dim
+    def check(self) -> None:
+        channels, wanted = self.config.in_channels, 2 * self.latent_channels
         if channels != wanted:
             raise InputError(f"the transformer takes {channels} channels, and a video beside the latents is {wanted}")
 
@@ -40,13 +35,13 @@ class LucyModel(WanModel):
 
     def _show(self, frames: Tensor) -> Tensor:
         """The source's latents, as the pipeline makes them of pictures."""
-        pictures = [Image.fromarray(frame) for frame in frames.cpu().numpy()]
+        pictures = [picture(frames, i) for i in range(len(frames))]
         height, width = frames.shape[1:3]
         video = self.pipe.video_processor.preprocess_video(pictures, height=height, width=width)
         video = video.to(self.device, torch.float32)
         stride = self.geometry.spatial_stride
         size = (len(frames) - 1) // self.geometry.temporal_stride + 1, height // stride, width // stride
-        channels = self.pipe.vae.config.z_dim
+        channels = self.latent_channels
         noise = torch.empty(1, channels, *size, device=self.device)  # given, so that none is drawn
         return self.pipe.prepare_latents(video, 1, channels, height, width, torch.float32, self.device, None, noise)[1]
 

@@ -12,15 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import MochiPipeline
-from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+from diffusers.pipelines.mochi.pipeline_mochi import MochiPipeline, linear_quadratic_schedule
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
 from kvlock_fast.locking.arch import ArchSpec
-from kvlock_fast.masks import Geometry
-from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.base import MASKED_TEXT, ChannelNormModel, by_channel
 
 MOCHI = ArchSpec(
     family="mochi",
@@ -35,29 +33,21 @@ THRESHOLD_NOISE = 0.025
 DEFAULTS = inspect.signature(MochiPipeline.__call__).parameters
 
 
-class MochiModel(PipelineModel):
-    """What the loop needs of a diffusers `MochiPipeline`."""
+class MochiModel(ChannelNormModel):
+    """A diffusers `MochiPipeline`."""
 
     arch = MOCHI
     why_not_captured = "its attention counts the text's tokens on the host"
-
-    @property
-    def geometry(self) -> Geometry:
-        vae, patch = self.pipe.vae, self.config.patch_size
-        return Geometry(vae.temporal_compression_ratio, vae.spatial_compression_ratio, (1, patch, patch))
+    in_model_dtype = True
+    time_in_model_dtype = True
+    told_names = MASKED_TEXT
 
     @property
     def usual_extent(self) -> tuple[None, int, int]:
         """Frames, height and width, as far as MochiPipeline's call does not say."""
         return None, self.pipe.default_height, self.pipe.default_width
 
-    @property
-    def latents_dtype(self) -> torch.dtype:
-        """Of the latents between steps, in MochiPipeline."""
-        return self.transformers[0].dtype
-
     def facts(self, given: Given) -> dict[str, Any]:
-        """What decides, beside weights and words, what a forward of the source gives."""
         return {"force_zeros_for_empty_prompt": self.pipe.config.force_zeros_for_empty_prompt}
 
     def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
@@ -69,20 +59,12 @@ class MochiModel(PipelineModel):
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """text [n, L, C] in the transformer's dtype, mask bool [n, L] of its tokens."""
         length = min(DEFAULTS["max_sequence_length"].default, self.pipe.tokenizer_max_length)
-        text, mask, _, _ = self.pipe.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=length, device=self.device
-        )
-        return Conditioning(text=text.to(self.transformers[0].dtype), mask=mask)
+        text, mask, _, _ = self.words(prompts, max_sequence_length=length)
+        return Conditioning(text=text.to(self.dtype), mask=mask)
 
-    def _normalised(self, latents: Tensor) -> Tensor:
-        """The autoencoder's own latents fp32 as the model knows them."""
-        mean, std = self._latent_statistics(latents)
-        return (latents - mean) / std
-
-    def _denormalised(self, latents: Tensor) -> Tensor:
-        """Latents as the autoencoder knows them, fp32."""
-        mean, std = self._latent_statistics(latents)
-        return latents.float() * std + mean
+    def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Noise [1, C, T, h, w], drawn in fp32."""
+        return self.drawn(shape, generator, device, torch.float32)
 
     def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's latents, which are 0 and 1 where it does not say."""
@@ -90,17 +72,7 @@ class MochiModel(PipelineModel):
         mean, std = config.get("latents_mean"), config.get("latents_std")
         if mean is None or std is None:
             mean, std = (0.0,) * config.latent_channels, (1.0,) * config.latent_channels
-        both = (torch.tensor(x, dtype=torch.float32, device=latents.device).view(1, -1, 1, 1, 1) for x in (mean, std))
-        mean, std = both
-        return mean, std / config.scaling_factor
+        return by_channel(mean, latents), by_channel(std, latents) / config.scaling_factor
 
-    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        """The velocity towards the data [B, C, T, h, w] fp32, at latents [B, ...], timestep []."""
-        transformer = self.transformers[which]
-        return transformer(
-            hidden_states=latents.to(transformer.dtype),
-            encoder_hidden_states=told["text"],
-            timestep=timestep.expand(len(latents)).to(transformer.dtype),
-            encoder_attention_mask=told["mask"],
-            return_dict=False,
-        )[0].float()
+    def leaving(self, prediction: Tensor, latents: Tensor) -> Tensor:
+        return prediction.float()

@@ -7,9 +7,8 @@ not masked; its tokens have positions on the diagonal.
 import torch
 from torch import Tensor
 
-from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.locking.arch import ArchSpec
-from kvlock_fast.models.images import ATTENTION, PackedModel
+from kvlock_fast.models.images import ATTENTION, PackedModel, padded_length
 
 OVIS_IMAGE = ArchSpec(
     family="ovis-image", transformers=("OvisImageTransformer2DModel",), attention=ATTENTION, text="prefix"
@@ -17,22 +16,17 @@ OVIS_IMAGE = ArchSpec(
 
 
 class OvisImageModel(PackedModel):
-    """What the loop needs of a diffusers `OvisImagePipeline`."""
+    """A diffusers `OvisImagePipeline`."""
 
     arch = OVIS_IMAGE
     most_words = 256
 
-    def condition(self, prompts: list[str], given: Given) -> Conditioning:
-        """text [n, L, C] in the transformer's dtype."""
-        text, *_ = self.pipe.encode_prompt(
-            prompts,
-            do_classifier_free_guidance=False,
-            device=self.device,
-            max_sequence_length=self.words(self.pipe.tokenizer),
-        )
-        return Conditioning(text=text.to(self.latents_dtype))
+    def encode_prompts(self, prompts: list[str]) -> Tensor:
+        length = padded_length(self.most_words, self.pipe.tokenizer)
+        text, *_ = self.words(prompts, max_sequence_length=length)
+        return text.to(self.dtype)
 
     def text_positions(self, length: int) -> Tensor:
-        """[L, 3] of so many text tokens: 0, n, n."""
+        """Positions [L, 3] of so many text tokens: 0, n, n."""
         along = torch.arange(length)
-        return torch.stack([torch.zeros_like(along), along, along], dim=1).to(self.latents_dtype)
+        return torch.stack([torch.zeros_like(along), along, along], dim=1).to(self.dtype)

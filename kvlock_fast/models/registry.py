@@ -1,122 +1,80 @@
-"""Which families there are, by the names of their classes; nothing of diffusers is loaded until one is asked for."""
+"""The known families, by the names of their classes; nothing of diffusers is loaded until one is asked for."""
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING
 
 from kvlock_fast.errors import InputError
+from kvlock_fast.locking.arch import ArchSpec
+from kvlock_fast.models.protocols import Pipeline, Transformer, transformer_name
+
+if TYPE_CHECKING:
+    from kvlock_fast.models.base import PipelineModel
 
 
 @dataclass(frozen=True)
 class Family:
-    """name: as users read it; model: "module.Class" in this room; pipelines, transformers: diffusers' classes."""
+    """A family by the names of its classes.
+
+    name: as users read it; model: "module.Class" in this room; pipelines, transformers: diffusers' classes.
+    """
 
     name: str
     model: str
     pipelines: tuple[str, ...]
     transformers: tuple[str, ...]
 
-    def load(self) -> type:
-        """The family's model, a `PipelineModel`."""
+    def load(self) -> "type[PipelineModel]":
+        """The class of the family's models."""
         module, _, name = self.model.rpartition(".")
         return getattr(import_module(f"kvlock_fast.models.{module}"), name)
 
 
-REGISTRY: tuple[Family, ...] = (
-    Family("wan", "wan.WanModel", ("WanPipeline",), ("WanTransformer3DModel",)),
-    Family("wan-i2v", "wan_image.WanImageModel", ("WanImageToVideoPipeline",), ("WanTransformer3DModel",)),
-    Family("wan-vace", "wan_vace.WanVACEModel", ("WanVACEPipeline",), ("WanVACETransformer3DModel",)),
-    Family("skyreels-v2", "skyreels.SkyReelsModel", ("SkyReelsV2Pipeline",), ("SkyReelsV2Transformer3DModel",)),
-    Family(
-        "skyreels-v2-i2v",
-        "skyreels.SkyReelsImageModel",
-        ("SkyReelsV2ImageToVideoPipeline",),
-        ("SkyReelsV2Transformer3DModel",),
-    ),
-    Family("lucy-edit", "lucy.LucyModel", ("LucyEditPipeline",), ("WanTransformer3DModel",)),
-    Family("chronoedit", "chronoedit.ChronoEditModel", ("ChronoEditPipeline",), ("ChronoEditTransformer3DModel",)),
-    Family("cogvideox", "cogvideox.CogVideoXModel", ("CogVideoXPipeline",), ("CogVideoXTransformer3DModel",)),
-    Family("ltx", "ltx.LTXModel", ("LTXPipeline",), ("LTXVideoTransformer3DModel",)),
-    Family(
-        "cogvideox-i2v",
-        "cogvideox_image.CogVideoXImageModel",
-        ("CogVideoXImageToVideoPipeline",),
-        ("CogVideoXTransformer3DModel",),
-    ),
-    Family("ltx2", "ltx2.LTX2Model", ("LTX2Pipeline",), ("LTX2VideoTransformer3DModel",)),
-    Family("mochi", "mochi.MochiModel", ("MochiPipeline",), ("MochiTransformer3DModel",)),
-    Family("easyanimate", "easyanimate.EasyAnimateModel", ("EasyAnimatePipeline",), ("EasyAnimateTransformer3DModel",)),
-    Family("latte", "latte.LatteModel", ("LattePipeline",), ("LatteTransformer3DModel",)),
-    Family("allegro", "allegro.AllegroModel", ("AllegroPipeline",), ("AllegroTransformer3DModel",)),
-    Family(
-        "hunyuan-video",
-        "hunyuan_video.HunyuanVideoModel",
-        ("HunyuanVideoPipeline",),
-        ("HunyuanVideoTransformer3DModel",),
-    ),
-    Family(
-        "hunyuan-video-i2v",
-        "hunyuan_video_i2v.HunyuanVideoI2VModel",
-        ("HunyuanVideoImageToVideoPipeline",),
-        ("HunyuanVideoTransformer3DModel",),
-    ),
-    Family(
-        "hunyuan-video-1.5",
-        "hunyuan_video15.HunyuanVideo15Model",
-        ("HunyuanVideo15Pipeline",),
-        ("HunyuanVideo15Transformer3DModel",),
-    ),
-    Family(
-        "hunyuan-video-1.5-i2v",
-        "hunyuan_video15.HunyuanVideo15I2VModel",
-        ("HunyuanVideo15ImageToVideoPipeline",),
-        ("HunyuanVideo15Transformer3DModel",),
-    ),
-    Family("cogview4", "cogview4.CogView4Model", ("CogView4Pipeline",), ("CogView4Transformer2DModel",)),
-    Family("aura-flow", "aura_flow.AuraFlowModel", ("AuraFlowPipeline",), ("AuraFlowTransformer2DModel",)),
-    Family("sd3", "sd3.SD3Model", ("StableDiffusion3Pipeline",), ("SD3Transformer2DModel",)),
-    Family("qwen-image", "qwen_image.QwenImageModel", ("QwenImagePipeline",), ("QwenImageTransformer2DModel",)),
-    Family("flux", "flux.FluxModel", ("FluxPipeline",), ("FluxTransformer2DModel",)),
-    Family("cosmos", "cosmos.CosmosModel", ("CosmosTextToWorldPipeline",), ("CosmosTransformer3DModel",)),
-    Family("cosmos2-image", "cosmos.Cosmos2Model", ("Cosmos2TextToImagePipeline",), ("CosmosTransformer3DModel",)),
-    Family(
-        "cosmos2-video",
-        "cosmos.Cosmos2VideoModel",
-        ("Cosmos2VideoToWorldPipeline",),
-        ("CosmosTransformer3DModel",),
-    ),
-    Family("cosmos2.5", "cosmos.Cosmos25Model", ("Cosmos2_5_PredictBasePipeline",), ("CosmosTransformer3DModel",)),
-    Family("kandinsky-5", "kandinsky5.Kandinsky5Model", ("Kandinsky5T2VPipeline",), ("Kandinsky5Transformer3DModel",)),
-    Family(
-        "kandinsky-5-image",
-        "kandinsky5.Kandinsky5ImageModel",
-        ("Kandinsky5T2IPipeline",),
-        ("Kandinsky5Transformer3DModel",),
-    ),
-    Family("chroma", "chroma.ChromaModel", ("ChromaPipeline",), ("ChromaTransformer2DModel",)),
-    Family("ovis-image", "ovis_image.OvisImageModel", ("OvisImagePipeline",), ("OvisImageTransformer2DModel",)),
-    Family(
-        "longcat-image",
-        "longcat_image.LongCatImageModel",
-        ("LongCatImagePipeline",),
-        ("LongCatImageTransformer2DModel",),
-    ),
-    Family(
-        "hunyuan-image",
-        "hunyuan_image.HunyuanImageModel",
-        ("HunyuanImagePipeline",),
-        ("HunyuanImageTransformer2DModel",),
-    ),
-    Family("flux2", "flux2.Flux2Model", ("Flux2Pipeline",), ("Flux2Transformer2DModel",)),
-    Family("flux2-klein", "flux2.Flux2KleinModel", ("Flux2KleinPipeline",), ("Flux2Transformer2DModel",)),
-    Family(
-        "framepack",
-        "framepack.FramepackModel",
-        ("HunyuanVideoFramepackPipeline",),
-        ("HunyuanVideoFramepackTransformer3DModel",),
-    ),
-    Family("motif", "motif.MotifModel", ("MotifVideoPipeline",), ("MotifVideoTransformer3DModel",)),
+_TABLE = """
+wan                   wan.Wan                           Wan                        WanTransformer3D
+wan-i2v               wan_image.WanImage                WanImageToVideo            WanTransformer3D
+wan-vace              wan_vace.WanVACE                  WanVACE                    WanVACETransformer3D
+skyreels-v2           skyreels.SkyReels                 SkyReelsV2                 SkyReelsV2Transformer3D
+skyreels-v2-i2v       skyreels.SkyReelsImage            SkyReelsV2ImageToVideo     SkyReelsV2Transformer3D
+lucy-edit             lucy.Lucy                         LucyEdit                   WanTransformer3D
+chronoedit            chronoedit.ChronoEdit             ChronoEdit                 ChronoEditTransformer3D
+cogvideox             cogvideox.CogVideoX               CogVideoX                  CogVideoXTransformer3D
+ltx                   ltx.LTX                           LTX                        LTXVideoTransformer3D
+cogvideox-i2v         cogvideox_image.CogVideoXImage    CogVideoXImageToVideo      CogVideoXTransformer3D
+ltx2                  ltx2.LTX2                         LTX2                       LTX2VideoTransformer3D
+mochi                 mochi.Mochi                       Mochi                      MochiTransformer3D
+easyanimate           easyanimate.EasyAnimate           EasyAnimate                EasyAnimateTransformer3D
+latte                 latte.Latte                       Latte                      LatteTransformer3D
+allegro               allegro.Allegro                   Allegro                    AllegroTransformer3D
+hunyuan-video         hunyuan_video.HunyuanVideo        HunyuanVideo               HunyuanVideoTransformer3D
+hunyuan-video-i2v     hunyuan_video_i2v.HunyuanVideoI2V HunyuanVideoImageToVideo   HunyuanVideoTransformer3D
+hunyuan-video-1.5     hunyuan_video15.HunyuanVideo15    HunyuanVideo15             HunyuanVideo15Transformer3D
+hunyuan-video-1.5-i2v hunyuan_video15.HunyuanVideo15I2V HunyuanVideo15ImageToVideo HunyuanVideo15Transformer3D
+cogview4              cogview4.CogView4                 CogView4                   CogView4Transformer2D
+aura-flow             aura_flow.AuraFlow                AuraFlow                   AuraFlowTransformer2D
+sd3                   sd3.SD3                           StableDiffusion3           SD3Transformer2D
+qwen-image            qwen_image.QwenImage              QwenImage                  QwenImageTransformer2D
+flux                  flux.Flux                         Flux                       FluxTransformer2D
+cosmos                cosmos.Cosmos                     CosmosTextToWorld          CosmosTransformer3D
+cosmos2-image         cosmos.Cosmos2                    Cosmos2TextToImage         CosmosTransformer3D
+cosmos2-video         cosmos.Cosmos2Video               Cosmos2VideoToWorld        CosmosTransformer3D
+cosmos2.5             cosmos.Cosmos25                   Cosmos2_5_PredictBase      CosmosTransformer3D
+kandinsky-5           kandinsky5.Kandinsky5             Kandinsky5T2V              Kandinsky5Transformer3D
+kandinsky-5-image     kandinsky5.Kandinsky5Image        Kandinsky5T2I              Kandinsky5Transformer3D
+chroma                chroma.Chroma                     Chroma                     ChromaTransformer2D
+ovis-image            ovis_image.OvisImage              OvisImage                  OvisImageTransformer2D
+longcat-image         longcat_image.LongCatImage        LongCatImage               LongCatImageTransformer2D
+hunyuan-image         hunyuan_image.HunyuanImage        HunyuanImage               HunyuanImageTransformer2D
+flux2                 flux2.Flux2                       Flux2                      Flux2Transformer2D
+flux2-klein           flux2.Flux2Klein                  Flux2Klein                 Flux2Transformer2D
+framepack             framepack.Framepack               HunyuanVideoFramepack      HunyuanVideoFramepackTransformer3D
+motif                 motif.Motif                       MotifVideo                 MotifVideoTransformer3D
+"""
+REGISTRY: tuple[Family, ...] = tuple(
+    Family(name, f"{model}Model", (f"{pipeline}Pipeline",), (f"{transformer}Model",))
+    for name, model, pipeline, transformer in (row.split() for row in _TABLE.strip().split("\n"))
 )
+"""All families. The table above has names without their endings, which are alike."""
 PIECES = "it makes a clip piece by piece, so that no step has one latent of the whole source"
 MEAN_VELOCITY = "it predicts the mean velocity of a step, from which no clean latent follows"
 DRIVEN = "it is driven by videos of a pose and a face, which an edit does not have"
@@ -151,17 +109,12 @@ FAMILIES = tuple(family.name for family in REGISTRY)
 PIPELINES = tuple(name for family in REGISTRY for name in family.pipelines)
 
 
-def transformer_name(transformer: Any) -> str:
-    """Of its class, compiled or not."""
-    return type(getattr(transformer, "_orig_mod", transformer)).__name__
-
-
 def family_of_transformer(name: str) -> Family | None:
     """The first family with a transformer class of this name."""
     return next((family for family in REGISTRY if name in family.transformers), None)
 
 
-def family_of_pipeline(pipe: Any) -> Family:
+def family_of_pipeline(pipe: Pipeline) -> Family:
     """The family of a loaded pipeline: by its class, or those it is made from, else by its transformer's class.
 
     Raises InputError for a family that is not known, or cannot be followed.
@@ -184,8 +137,8 @@ def family_of_pipeline(pipe: Any) -> Family:
     return family
 
 
-def arch_of(transformer: Any, name: str | None = None) -> Any:
-    """The `ArchSpec` for a transformer: that of the family of this name, else by its class, or those it is made from.
+def arch_of(transformer: Transformer, name: str | None = None) -> ArchSpec:
+    """The `ArchSpec` for a transformer: by the family's name, else by its class, or those it is made from.
 
     Raises InputError for a family that is not known.
     """

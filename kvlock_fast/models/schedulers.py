@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.errors import InputError
+from kvlock_fast.models.protocols import Scheduler
 
 FLOW_SCHEDULERS = ("FlowMatchEulerDiscreteScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler")
 DDIM_SCHEDULERS = ("DDIMScheduler", "CogVideoXDDIMScheduler")
@@ -34,20 +35,31 @@ EXPLODING = "exploding"
 EDM = "EDMEulerScheduler"
 
 
-def prediction_of(scheduler: Any) -> str:
-    """What a scheduler takes the model's output for: one of DIFFUSION_PREDICTIONS, or FLOW, or REVERSED_FLOW, or
-    EXPLODING.
+def shift_of(scheduler: Scheduler, tokens: int) -> float:
+    """mu: the shift of a schedule by resolution, as several families' pipelines give it to their scheduler.
+
+    It lies on a straight line through two lengths of sequence, by the scheduler's config: diffusers' `calculate_shift`,
+    the SD3 paper (arXiv 2403.03206), section 5.3.2.
     """
+    config = scheduler.config
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (high - low) / (many - few)
+    return tokens * slope + (low - slope * few)
+
+
+def prediction_of(scheduler: Scheduler) -> str:
+    """The meaning of the model's output for a scheduler: DIFFUSION_PREDICTIONS, FLOW, REVERSED_FLOW or EXPLODING."""
     config = getattr(scheduler, "config", {})
     if "sigma_data" in config and type(scheduler).__name__ in (EDM, FLOW_SCHEDULERS[0]):
         return EXPLODING  # the second as Cosmos 2's pipelines configure it
     diffusion = type(scheduler).__name__ in DIFFUSION_SCHEDULERS and not config.get("use_flow_sigmas")
     if diffusion:
-        return config.get("prediction_type")
+        return config.get("prediction_type", "unknown")
     return REVERSED_FLOW if config.get("invert_sigmas") else FLOW
 
 
-def check_scheduler(scheduler: Any, flow: bool | str | None = None, shifts: bool = False) -> None:
+def check_scheduler(scheduler: Scheduler, flow: bool | str | None = None, shifts: bool = False) -> None:
     """Raise InputError unless the scheduler integrates an ODE from noise to data, without noise of its own.
 
     flow: whether the model predicts a flow's velocity, "reversed" where its sigmas count from noise to data,
@@ -95,7 +107,7 @@ def _refuse(name: str, kind: str, reason: str, known: tuple[str, ...]) -> None:
     )
 
 
-def _no_flow(scheduler: Any) -> str | None:
+def _no_flow(scheduler: Scheduler) -> str | None:
     """Why a scheduler that is not one of a diffusion does not follow a flow; None if it does."""
     name, config = type(scheduler).__name__, getattr(scheduler, "config", {})
     if name == "FlowMatchEulerDiscreteScheduler":
@@ -106,7 +118,7 @@ def _no_flow(scheduler: Any) -> str | None:
     return _strays(scheduler)
 
 
-def _strays(scheduler: Any, steps: int = 8) -> str | None:
+def _strays(scheduler: Scheduler, steps: int = 8) -> str | None:
     """Why a scheduler does not follow the flow, tried on four numbers; None if it does."""
     scheduler = copy.deepcopy(scheduler)
     clean, noise = torch.tensor([[0.5, -1.0, 2.0, 0.0], [1.0, 0.25, -0.5, -2.0]]).view(2, 1, 1, 1, 2, 2)
@@ -128,7 +140,7 @@ def _strays(scheduler: Any, steps: int = 8) -> str | None:
 
 
 def make_ready(
-    scheduler: Any, num_steps: int, device: torch.device, settings: Mapping[str, Any] = NO_SETTINGS, skip: int = 0
+    scheduler: Scheduler, num_steps: int, device: torch.device, settings: Mapping[str, Any] = NO_SETTINGS, skip: int = 0
 ) -> None:
     """Set its timesteps, at the first of them; settings: more for `set_timesteps`, such as sigmas, which then count.
 
@@ -147,7 +159,7 @@ def make_ready(
         scheduler.set_begin_index(0)
 
 
-def noise_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
+def noise_levels(scheduler: Scheduler) -> tuple[Tensor, Tensor]:
     """a and b [T + 1] fp32 of a scheduler whose timesteps are set: of each step, and of where the last one ends."""
     kind = prediction_of(scheduler)
     if kind in (FLOW, REVERSED_FLOW):
@@ -165,7 +177,7 @@ def noise_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
     return signal.float(), (ratio * signal).float()
 
 
-def ddim_levels(scheduler: Any) -> tuple[Tensor, Tensor]:
+def ddim_levels(scheduler: Scheduler) -> tuple[Tensor, Tensor]:
     """a^2 [T] fp64 on the CPU, at each step of a DDIM scheduler and after it."""
     stride = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     timesteps, kept = scheduler.timesteps.cpu(), scheduler.alphas_cumprod.double().cpu()

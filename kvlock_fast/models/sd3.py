@@ -10,11 +10,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.locking.arch import ArchSpec
-from kvlock_fast.models.images import ImageModel, shift_of
+from kvlock_fast.models.base import TEXT
+from kvlock_fast.models.images import ImageModel, padded_length
+from kvlock_fast.models.protocols import Transformer
+from kvlock_fast.models.schedulers import shift_of
 
 SD3 = ArchSpec(
     family="sd3",
@@ -30,25 +31,16 @@ TEXT_TOKENS = 256
 
 
 class SD3Model(ImageModel):
-    """What the loop needs of a diffusers `StableDiffusion3Pipeline`."""
+    """A diffusers `StableDiffusion3Pipeline`."""
 
     arch = SD3
     shifts_by_size = True
-
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind."""
-        super().__init__(pipe)
-        self.arch = self.arch_of(pipe.transformer)
+    told_names = TEXT | {"pooled_projections": "pooled"}
 
     @classmethod
-    def arch_of(cls, transformer: Any) -> ArchSpec:
+    def arch_of(cls, transformer: Transformer) -> ArchSpec:
         """Without norms keys are taken from their projection, before they are split into heads."""
         return replace(SD3, token_dim=1) if transformer.config.qk_norm is None else SD3
-
-    @property
-    def patch(self) -> int:
-        """Latents a token, down and across."""
-        return self.config.patch_size
 
     @property
     def most_tokens(self) -> tuple[None, int, int]:
@@ -64,20 +56,6 @@ class SD3Model(ImageModel):
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """text [n, L, C] of the CLIPs and T5, pooled [n, C] of the CLIPs, in the transformer's dtype."""
-        tokenizer = self.pipe.tokenizer_3
-        length = TEXT_TOKENS if tokenizer is None else min(TEXT_TOKENS, int(tokenizer.model_max_length))
-        text, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, do_classifier_free_guidance=False, device=self.device, max_sequence_length=length
-        )
-        return Conditioning(text=text.to(self.latents_dtype), pooled=pooled.to(self.latents_dtype))
-
-    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        """The velocity [B, C, 1, h, w] in the transformer's dtype, at latents [B, ...], timestep []."""
-        prediction = self.transformers[which](
-            hidden_states=latents[:, :, 0].to(self.latents_dtype),
-            timestep=timestep.expand(len(latents)),
-            encoder_hidden_states=told["text"],
-            pooled_projections=told["pooled"],
-            return_dict=False,
-        )[0]
-        return prediction[:, :, None]
+        length = padded_length(TEXT_TOKENS, self.pipe.tokenizer_3)
+        text, _, pooled, _ = self.words(prompts, prompt_2=None, prompt_3=None, max_sequence_length=length)
+        return Conditioning(text=text.to(self.dtype), pooled=pooled.to(self.dtype))

@@ -6,9 +6,9 @@ is refused: there a step has no one latent of the source.
 """
 
 from dataclasses import replace
-from typing import Any
 
 from kvlock_fast.errors import InputError
+from kvlock_fast.models.protocols import Config
 from kvlock_fast.models.wan import WAN, WanModel
 from kvlock_fast.models.wan_image import WanImageModel
 
@@ -17,28 +17,26 @@ SKYREELS_IMAGE = replace(SKYREELS, family="skyreels-v2-i2v")
 
 
 class SkyReelsModel(WanModel):
-    """What the loop needs of a diffusers `SkyReelsV2Pipeline`."""
+    """A diffusers `SkyReelsV2Pipeline`."""
 
     arch = SKYREELS
 
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind."""
-        super().__init__(pipe)
+    def check(self) -> None:
+        super().check()
         _refuse_forcing(self.config)
 
 
 class SkyReelsImageModel(WanImageModel):
-    """What the loop needs of a diffusers `SkyReelsV2ImageToVideoPipeline`."""
+    """A diffusers `SkyReelsV2ImageToVideoPipeline`."""
 
     arch = SKYREELS_IMAGE
 
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind."""
-        super().__init__(pipe)
+    def check(self) -> None:
+        super().check()
         _refuse_forcing(self.config)
 
 
-def _refuse_forcing(config: Any) -> None:
+def _refuse_forcing(config: Config) -> None:
     for name, plain in (("num_frame_per_block", 1), ("inject_sample_info", False)):
         if config.get(name, plain) != plain:
             raise InputError(

@@ -14,7 +14,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
@@ -22,71 +22,46 @@ from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.locking.foreground import View, processors, rotate, whole_forward
 from kvlock_fast.locking.lock import TransformerLock, attend_kept
 from kvlock_fast.masks import Geometry, Region
-from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.base import ChannelNormModel, ForegroundModel
+from kvlock_fast.models.protocols import Part, Transformer
 
 WAN = ArchSpec(family="wan", transformers=("WanTransformer3DModel",), attention=r"blocks\.\d+\.attn1")
 
 
-class WanModel(PipelineModel):
-    """What the loop needs of a diffusers `WanPipeline`."""
+class WanModel(ChannelNormModel, ForegroundModel):
+    """A diffusers `WanPipeline`."""
 
     arch = WAN
 
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind."""
-        super().__init__(pipe)
-        if self.config.image_dim is not None or self.config.in_channels != pipe.vae.config.z_dim:
+    def check(self) -> None:
+        if self.config.image_dim is not None or self.config.in_channels != self.latent_channels:
             raise InputError("the model takes an image beside the text: load it by WanImageToVideoPipeline")
 
     def facts(self, given: Given) -> dict[str, Any]:
-        """What decides, beside the weights, which forward serves a step."""
+        """Settings that decide which forward serves a step."""
         return {name: self.pipe.config.get(name) for name in ("boundary_ratio", "expand_timesteps")}
 
     @property
     def geometry(self) -> Geometry:
-        config = self.pipe.vae.config
-        patch = tuple(self.transformers[0].config.patch_size)
+        config, patch = self.pipe.vae.config, tuple(self.config.patch_size)
         most = min(t.config.rope_max_seq_len for t in self.transformers)
         return Geometry(config.scale_factor_temporal, config.scale_factor_spatial, patch, causal=True, most_tokens=most)
 
     @property
     def latent_channels(self) -> int:
-        """Of the latents, without those of what is shown beside them."""
+        """Channels of the latents, without those of what is shown beside them."""
         return self.pipe.vae.config.z_dim
 
     @property
     def text_length(self) -> int:
-        """Tokens a prompt is padded to: 512, as WanPipeline does, or what the tokenizer allows if that is less."""
+        """Number of tokens that a prompt is padded to: WanPipeline's 512, or what the tokenizer allows if less."""
         return min(512, int(self.pipe.tokenizer.model_max_length))
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        """[len(prompts), L, C] in the transformer's dtype."""
-        embeds, _ = self.pipe.encode_prompt(
-            prompts, do_classifier_free_guidance=False, max_sequence_length=self.text_length, device=self.device
-        )
-        return embeds.to(self.transformers[0].dtype)
-
-    def _normalised(self, latents: Tensor) -> Tensor:
-        """The autoencoder's own latents fp32 as the model knows them."""
-        mean, std = self._latent_statistics(latents)
-        return (latents - mean) / std
-
-    def _denormalised(self, latents: Tensor) -> Tensor:
-        """Latents as the autoencoder knows them, fp32."""
-        mean, std = self._latent_statistics(latents)
-        return latents.float() * std + mean
-
-    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        config = self.pipe.vae.config
-        shape = (1, config.z_dim, 1, 1, 1)
-        return tuple(
-            torch.tensor(values, dtype=torch.float32, device=latents.device).view(shape)
-            for values in (config.latents_mean, config.latents_std)
-        )
+        return self.words(prompts, max_sequence_length=self.text_length)[0].to(self.dtype)
 
     @property
     def two_stages(self) -> bool:
-        """Whether low noise has a transformer, or a guidance scale, of its own."""
         return self.pipe.config.get("boundary_ratio") is not None
 
     def stage_at(self, timestep: float, num_train_timesteps: int) -> int:
@@ -96,48 +71,26 @@ class WanModel(PipelineModel):
         return 0 if timestep >= self.pipe.config.boundary_ratio * num_train_timesteps else 1
 
     def transformer_of(self, stage: int) -> int:
-        """Which of the transformers serves a stage; a pipeline may have been loaded with one of two."""
+        """Number of the transformer that serves a stage; a pipeline may have been loaded with one of two."""
         return min(stage, len(self.transformers) - 1)
-
-    def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        """The velocity [B, C, T, h, w] in the transformer's dtype, at latents [B, ...], timestep []."""
-        transformer = self.transformers[which]
-        return transformer(
-            hidden_states=self.entering(latents, told).to(transformer.dtype),
-            timestep=self.timesteps(timestep, latents),
-            **self.beside(told),
-            return_dict=False,
-        )[0]
 
     def predict_foreground(
         self, lock: TransformerLock, latents: Tensor, timestep: Tensor, told: Conditioning, region: Region,
         background: Tensor, rows: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        """The velocity of the region's tokens [B, C, T, h, w], 0 elsewhere, under a lock that has the background's K
-        and V: of the tokens `background`, of which `rows` (None: all) are outside the mask.
-        """
         transformer = lock.transformer
+        assert isinstance(transformer, Transformer)
+        latents, beside = self.entering(latents, told).to(transformer.dtype), self.beside(told, latents)
+        timestep, computed = self.times(timestep, latents, region.computed), region.computed
         with whole_forward(transformer):
-            return foreground_forward(
-                lock,
-                self.entering(latents, told).to(transformer.dtype),
-                self.timesteps(timestep, latents, region.computed),
-                self.beside(told),
-                region.computed,
-                region.foreground,
-                background,
-                rows,
-            )
+            cos, sin = transformer.rope(latents)
+            rope = cos.index_select(1, computed), sin.index_select(1, computed)
+            seen = background if rows is None else background.index_select(0, rows)
+            lock.state.view = View(region.foreground, rows, (cos.index_select(1, seen), sin.index_select(1, seen)))
+            with processors(lock.attentions, PROCESSOR):
+                return _forward(transformer, latents, timestep, beside, computed, rope)
 
-    def entering(self, latents: Tensor, told: Conditioning) -> Tensor:
-        """What the transformer takes for the latents [B, ...]."""
-        return latents
-
-    def beside(self, told: Conditioning) -> dict[str, Tensor]:
-        """What it is given beside them and the time, by its own names."""
-        return {"encoder_hidden_states": told["text"]}
-
-    def timesteps(self, timestep: Tensor, latents: Tensor, computed: Tensor | None = None) -> Tensor:
+    def times(self, timestep: Tensor, latents: Tensor, computed: Tensor | None = None) -> Tensor:
         """A timestep a sample [B], or a token [B, N]: of all tokens, or of those that are computed."""
         rows = latents.shape[0]
         if not self.pipe.config.get("expand_timesteps"):
@@ -145,7 +98,7 @@ class WanModel(PipelineModel):
         return timestep.expand(rows, self.tokens(latents) if computed is None else len(computed))
 
     def tokens(self, latents: Tensor) -> int:
-        """Of a sample; patches that are not whole are none."""
+        """Number of a sample's tokens; patches that are not whole are none."""
         sizes = zip(latents.shape[2:], self.geometry.patch_size, strict=True)
         return prod(size // patch for size, patch in sizes)
 
@@ -158,11 +111,11 @@ class ForegroundProcessor:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Part,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        rotary_emb: tuple[Tensor, Tensor] | None = None,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        rotary_emb: tuple[Tensor, Tensor],
     ) -> Tensor:
         q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
@@ -173,27 +126,15 @@ class ForegroundProcessor:
 PROCESSOR = ForegroundProcessor()
 
 
-def foreground_forward(
-    lock: TransformerLock,
+def _forward(
+    transformer: Transformer,
     latents: Tensor,
     timestep: Tensor,
-    beside: Mapping[str, Tensor],
+    beside: Mapping[str, Tensor | None],
     computed: Tensor,
-    foreground: int,
-    background: Tensor,
-    rows: Tensor | None,
+    rope: tuple[Tensor, Tensor],
 ) -> Tensor:
-    """The velocity [B, C, T, h, w] of the tokens `computed` [N]; 0 elsewhere.
-
-    latents: [B, C, T, h, w] whole, in the transformer's dtype; timestep: [B], or [B, N]; beside: what else the
-    transformer's forward is given, by its names; foreground: how many of the tokens have keys and values of their own,
-    from the first on; background: indices of the kept tokens, of which `rows` (None: all) are seen.
-    """
-    transformer = lock.transformer
-    cos, sin = transformer.rope(latents)
-    rope = cos.index_select(1, computed), sin.index_select(1, computed)
-    seen = background if rows is None else background.index_select(0, rows)
-    lock.state.view = View(foreground, rows, (cos.index_select(1, seen), sin.index_select(1, seen)))
+    """The velocity [B, C, T, h, w] of the tokens `computed` [N], at their positions; 0 elsewhere."""
     x = transformer.patch_embedding(latents).flatten(2).transpose(1, 2)
     tokens = x.shape[1]
     x = x.index_select(1, computed)
@@ -204,8 +145,7 @@ def foreground_forward(
     )
     text = text if picture is None else torch.cat([picture, text], dim=1)
     timestep_proj = timestep_proj.unflatten(-1, (6, -1))
-    with processors(lock.attentions, PROCESSOR):
-        x = _blocks(transformer, x, text, timestep_proj, rope, _control(transformer, beside, computed))
+    x = _blocks(transformer, x, text, timestep_proj, rope, _control(transformer, beside, computed))
     table = transformer.scale_shift_table.to(temb.device)
     if per_token is None:
         shift, scale = (table + temb.unsqueeze(1)).chunk(2, dim=1)
@@ -216,8 +156,8 @@ def foreground_forward(
     return _unpatchify(whole, latents.shape, transformer.config.patch_size)
 
 
-def _control(transformer: nn.Module, beside: Mapping[str, Tensor], computed: Tensor) -> Tensor | None:
-    """What VACE is shown of the tokens `computed`."""
+def _control(transformer: Transformer, beside: Mapping[str, Tensor | None], computed: Tensor) -> Tensor | None:
+    """VACE's input for the tokens `computed`."""
     shown = beside.get("control_hidden_states")
     if shown is None:
         return None
@@ -225,7 +165,12 @@ def _control(transformer: nn.Module, beside: Mapping[str, Tensor], computed: Ten
 
 
 def _blocks(
-    transformer: nn.Module, x: Tensor, text: Tensor, temb: Tensor, rope: tuple[Tensor, Tensor], control: Tensor | None
+    transformer: Transformer,
+    x: Tensor,
+    text: Tensor,
+    temb: Tensor,
+    rope: tuple[Tensor, Tensor],
+    control: Tensor | None,
 ) -> Tensor:
     """Through all blocks; the hints of VACE's own blocks are added after those that they belong to."""
     hints: dict[int, Tensor] = {}

@@ -11,6 +11,7 @@ The picture is the source's first frame, for the source and the edit alike. So t
 TI2V-5B cannot change its first frame at all, the others hardly will.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,26 +20,23 @@ from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
-from kvlock_fast.locking.arch import ArchSpec
-from kvlock_fast.models.base import PerClip, PipelineModel
-from kvlock_fast.models.wan import WanModel
+from kvlock_fast.models.autoencoder import picture
+from kvlock_fast.models.base import without_first_frame
+from kvlock_fast.models.wan import WAN, WanModel
 
-WAN_IMAGE = ArchSpec(family="wan-i2v", transformers=("WanTransformer3DModel",), attention=r"blocks\.\d+\.attn1")
+WAN_IMAGE = replace(WAN, family="wan-i2v")
 TEXT_LENGTH = 512
 """Tokens of text behind those of a picture, as diffusers' attention counts them."""
 
 
 class WanImageModel(WanModel):
-    """What the loop needs of a diffusers `WanImageToVideoPipeline`."""
+    """A diffusers `WanImageToVideoPipeline`."""
 
     arch = WAN_IMAGE
     told_of_frames = True
 
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind, or without the parts that see the picture."""
-        PipelineModel.__init__(self, pipe)
-        self._made = PerClip()
-        channels, latent = self.config.in_channels, pipe.vae.config.z_dim
+    def check(self) -> None:
+        pipe, channels, latent = self.pipe, self.config.in_channels, self.latent_channels
         wanted = latent if self.holds_first else 2 * latent + pipe.vae.config.scale_factor_temporal
         if channels != wanted:
             raise InputError(
@@ -64,7 +62,6 @@ class WanImageModel(WanModel):
 
     @property
     def text_length(self) -> int:
-        """Tokens a prompt is padded to."""
         return TEXT_LENGTH if self.sees_picture else super().text_length
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
@@ -85,10 +82,9 @@ class WanImageModel(WanModel):
             for picture in self._pictures(given)
         ]
         last = {"last_image": pictures[1]} if self.sees_last else {}
-        channels = self.pipe.vae.config.z_dim
         noise = torch.empty(0, device=self.device)  # given, so that none is drawn
         _, shown, *_ = self.pipe.prepare_latents(
-            pictures[0], 1, channels, height, width, frames, torch.float32, self.device, None, noise, **last
+            pictures[0], 1, self.latent_channels, height, width, frames, torch.float32, self.device, None, noise, **last
         )
         return shown
 
@@ -100,8 +96,7 @@ class WanImageModel(WanModel):
 
     def _pictures(self, given: Given) -> list[Image.Image]:
         """The first frame, and the last one where the model takes it."""
-        which = (0, -1) if self.sees_last else (0,)
-        return [Image.fromarray(given.frames[i].cpu().numpy()) for i in which]
+        return [picture(given.frames, i) for i in ((0, -1) if self.sees_last else (0,))]
 
     def entering(self, latents: Tensor, told: Conditioning) -> Tensor:
         """The latents [B, ...] with what is shown: behind them, or in the place of the first frame."""
@@ -109,17 +104,17 @@ class WanImageModel(WanModel):
             return torch.cat([told["shown"], latents[:, :, 1:]], dim=2)
         return torch.cat([latents, told["shown"]], dim=1)
 
-    def beside(self, told: Conditioning) -> dict[str, Tensor]:
+    def beside(self, told: Conditioning, latents: Tensor) -> dict[str, Any]:
         """Text, and the pictures' features one below the other."""
-        named = super().beside(told)
+        named = super().beside(told, latents)
         if "features" in told:
             named["encoder_hidden_states_image"] = told["features"].flatten(0, 1)
         return named
 
-    def timesteps(self, timestep: Tensor, latents: Tensor, computed: Tensor | None = None) -> Tensor:
+    def times(self, timestep: Tensor, latents: Tensor, computed: Tensor | None = None) -> Tensor:
         """A timestep a sample, or a token, where those of the first frame are at 0."""
         if not self.holds_first:
-            return super().timesteps(timestep, latents)
+            return super().times(timestep, latents)
         tokens = self.tokens(latents)
         first = tokens // (latents.shape[2] // self.geometry.patch_size[0])
         held = torch.arange(tokens, device=latents.device) < first
@@ -127,12 +122,7 @@ class WanImageModel(WanModel):
         return torch.where(held, 0.0, timestep.float()).expand(latents.shape[0], -1)
 
     def may_change(self, pixels: Tensor) -> Tensor:
-        """A mask bool [F, H, W] without the first frame, where that is held."""
-        if not self.holds_first:
-            return pixels
-        if not pixels[1:].any():
-            raise InputError("mask marks the first frame only, which this image-to-video model takes as it is")
-        return torch.cat([torch.zeros_like(pixels[:1]), pixels[1:]])
+        return without_first_frame(pixels) if self.holds_first else pixels
 
     def last_latents(self, latents: Tensor, told: Conditioning) -> Tensor:
         """The last latents [B, C, T, h, w], the first frame as it was shown."""

@@ -9,33 +9,30 @@ source and an empty mask: its keys and values are the same whatever the mask. Th
 count through the model's own blocks first, then those of VACE.
 """
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
-from kvlock_fast.locking.arch import ArchSpec
-from kvlock_fast.models.base import PerClip, PipelineModel
-from kvlock_fast.models.wan import WanModel
+from kvlock_fast.models.base import TEXT
+from kvlock_fast.models.wan import WAN, WanModel
 
-WAN_VACE = ArchSpec(
-    family="wan-vace", transformers=("WanVACETransformer3DModel",), attention=r"(vace_)?blocks\.\d+\.attn1"
+WAN_VACE = replace(
+    WAN, family="wan-vace", transformers=("WanVACETransformer3DModel",), attention=r"(vace_)?blocks\.\d+\.attn1"
 )
 
 
 class WanVACEModel(WanModel):
-    """What the loop needs of a diffusers `WanVACEPipeline`."""
+    """A diffusers `WanVACEPipeline`."""
 
     arch = WAN_VACE
     told_of_frames = True
+    told_names = TEXT | {"control_hidden_states": "shown"}
 
-    def __init__(self, pipe: Any):
-        """Raises InputError for a pipeline of another kind."""
-        PipelineModel.__init__(self, pipe)
-        self._made = PerClip()
-        config = pipe.vae.config
+    def check(self) -> None:
+        config = self.pipe.vae.config
         channels, wanted = self.config.vace_in_channels, 2 * config.z_dim + config.scale_factor_spatial**2
         if channels != wanted:
             raise InputError(f"the transformer is shown {channels} channels, and with this autoencoder it is {wanted}")
@@ -46,7 +43,7 @@ class WanVACEModel(WanModel):
         return self._told(prompts, given, pixels, "edit")
 
     def condition_source(self, prompts: list[str], given: Given) -> Conditioning:
-        """The same where the whole source is kept."""
+        """Conditioning with the whole source kept."""
         return self._told(prompts, given, torch.zeros(given.frames.shape[:3], dtype=torch.bool), "source")
 
     def _told(self, prompts: list[str], given: Given, pixels: Tensor, name: str) -> Conditioning:
@@ -60,8 +57,4 @@ class WanVACEModel(WanModel):
         mask = pixels.to(self.device, torch.float32).expand(1, 3, -1, -1, -1)
         latents = self.pipe.prepare_video_latents(video * (1 - mask), mask, [[]], None, self.device)
         shown = torch.cat([latents, self.pipe.prepare_masks(mask, [[]])], dim=1)
-        return shown.to(self.transformers[0].dtype)
-
-    def beside(self, told: Conditioning) -> dict[str, Tensor]:
-        """Text, and what is shown."""
-        return {**super().beside(told), "control_hidden_states": told["shown"]}
+        return shown.to(self.dtype)
