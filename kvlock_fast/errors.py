@@ -7,6 +7,8 @@ The command line prints such a message as the last line on stderr and exits with
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -46,3 +48,12 @@ def warn(message: str) -> None:
 def one_line(error: BaseException, most: int = 300) -> str:
     """An error's message as one line of at most `most` characters; its kind where it says nothing."""
     return " ".join(str(error).split())[:most] or type(error).__name__
+
+
+@contextmanager
+def os_errors(what: str, kind: type[InputError] = OutputError) -> Iterator[None]:
+    """Raise an OSError as an error of the user's, in one sentence: what failed, and the system's reason."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror or error}") from error

@@ -1,4 +1,4 @@
-"""One cache entry on disk: a folder with a manifest and, in a folder of their own, shards of tensors.
+"""A cache entry on disk: a folder with a manifest and, in a folder of their own, shards of tensors.
 
 An entry is written beside the one that is there and takes its place by the rename of its manifest, so whoever opens it
 finds the old or the new one, whole, whatever else happens at the time. Nothing is locked.
@@ -8,7 +8,7 @@ import contextlib
 import os
 import shutil
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -17,12 +17,10 @@ from kvlock_fast.cache import manifest
 from kvlock_fast.cache.leases import PUBLISHED, Lease, is_entry, owned_name, sweep
 from kvlock_fast.cache.manifest import SHARD_NAME, DamagedCache, Manifest, MissingCache, ShardRecord
 from kvlock_fast.cache.shard import MappedShard, write_shard
-from kvlock_fast.errors import InputError, OutputError
+from kvlock_fast.errors import InputError, OutputError, os_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["DamagedCache", "Entry", "EntryWriter", "MissingCache"]
 
 _THREADS = min(8, os.cpu_count() or 1)
 
@@ -40,6 +38,7 @@ class EntryWriter:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
+        self._failure = f"cannot write the cache '{folder}'"
         self._shards: dict[str, ShardRecord] = {}
         self._published = False
 
@@ -49,7 +48,7 @@ class EntryWriter:
         self._temporary = self.folder / owned_name("manifest", ".json")
         self._lease: Lease | None = None
         try:
-            with _writing(self.folder):
+            with os_errors(self._failure):
                 self._lease = _lease_in_new_folder(self.folder)
                 sweep(self.folder)
                 _refuse_other_manifest(self.folder)
@@ -69,7 +68,7 @@ class EntryWriter:
             raise ValueError(f"a shard's name has letters, digits, - and _ only, and at most 64, got '{name}'")
         if name in self._shards:
             raise ValueError(f"there is a shard '{name}' already")
-        with _writing(self.folder):
+        with os_errors(self._failure):
             self._shards[name] = write_shard(_shard_path(self._data, name), tensors, self._hashing)
 
     def publish(self, meta: Mapping[str, Any]) -> None:
@@ -77,7 +76,7 @@ class EntryWriter:
         if self._published:
             raise ValueError("the entry has been published already")
         content = Manifest(meta=dict(meta), data=self._data.name, shards=self._shards).serialise()
-        with _writing(self.folder):
+        with os_errors(self._failure):
             _sync_folder(self._data)
             _write_and_sync(self._temporary, content)
             self._temporary.replace(self.folder / manifest.NAME)
@@ -144,12 +143,12 @@ class Entry:
 
     @staticmethod
     def read_meta(folder: str | os.PathLike) -> dict[str, Any]:
-        """What the writer said of an entry, without a look at its shards. Raises as `open` does."""
+        """Read what the writer said of an entry, without a look at its shards. Raises as `open` does."""
         return manifest.read(Path(folder))[0].meta
 
     @property
     def shards(self) -> tuple[str, ...]:
-        """Their names, sorted."""
+        """Names of the shards, sorted."""
         return tuple(sorted(self._shards))
 
     def tensors(self, shard: str) -> dict[str, "Tensor"]:
@@ -218,7 +217,7 @@ def _lease_of_entry(folder: Path) -> Lease | None:
     except OSError:
         return None
     if lease is None:
-        raise manifest.missing(folder)
+        raise MissingCache(folder)
     sweep(folder)
     return lease
 
@@ -244,14 +243,6 @@ def _names(folder: Path, data: Path) -> bool:
         return False
     except OSError:
         return True
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"cannot write the cache '{folder}': {error.strerror or error}") from error
 
 
 def _write_and_sync(path: Path, content: bytes) -> None:

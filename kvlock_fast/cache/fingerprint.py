@@ -7,17 +7,18 @@ for the cache to serve at all; the rest says what it contains, which may be more
 
 import json
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
 
+from kvlock_fast.cache.shard import tensor_bytes
 from kvlock_fast.errors import InputError
 
 
@@ -35,14 +36,14 @@ class Weight:
     held: Tensor | None = None
 
 
-def all_weights(module: nn.Module) -> list[Weight]:
-    """All that are in the module's state dict, in its order. Raises InputError where one is nowhere."""
+def _all_weights(module: nn.Module) -> list[Weight]:
+    """All weights of the module's state dict, in its order. Raises InputError where one is nowhere."""
     files = _in_files(module)
     return [_weight(module, name, x, files) for name, x in module.state_dict(keep_vars=True).items()]
 
 
-def computed_in(module: nn.Module) -> list[str]:
-    """The dtypes that weights are cast to for a forward (diffusers' layerwise casting)."""
+def _computed_in(module: nn.Module) -> list[str]:
+    """Dtypes that weights are cast to for a forward (diffusers' layerwise casting)."""
     hooks = (_hook(part, "layerwise_casting") for part in module.modules())
     return sorted({str(hook.compute_dtype) for hook in hooks if hook is not None})
 
@@ -62,7 +63,7 @@ def _hook(part: nn.Module, name: str) -> Any:
 
 
 def _in_files(module: nn.Module) -> dict[int, Any]:
-    """By the tensor's id, the group with whose file diffusers' group offloading has replaced it."""
+    """The group whose file replaces a tensor (diffusers' group offloading), by the tensor's id."""
     groups = (getattr(_hook(part, "group_offloading"), "group", None) for part in module.modules())
     on_disk = [group for group in groups if group is not None and group.offload_to_disk_path]
     return {id(x): group for group in on_disk if group._is_offloaded_to_disk for x in group.tensor_to_key}
@@ -80,11 +81,11 @@ def _with_accelerate(module: nn.Module, name: str) -> Tensor:
     parts = name.split(".")
     for depth in reversed(range(len(parts))):
         hook = getattr(module.get_submodule(".".join(parts[:depth])), "_hf_hook", None)
-        for kept in (getattr(one, "weights_map", None) for one in (hook, *getattr(hook, "hooks", ()))):
-            try:
-                return kept[".".join(parts[depth:])]
-            except (KeyError, TypeError):
-                continue
+        for one in (hook, *getattr(hook, "hooks", ())):
+            kept = getattr(one, "weights_map", None)
+            with suppress(KeyError):
+                if kept is not None:
+                    return kept[".".join(parts[depth:])]
     raise InputError(f"the weights of {name} are not in memory: a cache cannot tell which model they make")
 
 
@@ -109,11 +110,6 @@ def digest(*tensors: Tensor) -> str:
     return state.hexdigest()
 
 
-def tensor_bytes(tensor: Tensor) -> np.ndarray:
-    """The tensor's bytes in its logical order, without a copy where it is contiguous on the CPU."""
-    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy()
-
-
 _known: WeakKeyDictionary[nn.Module, tuple[Any, str]] = WeakKeyDictionary()
 """Fingerprints by module, with what they were made of: tens of gigabytes are not hashed twice."""
 
@@ -127,14 +123,12 @@ def fingerprint(modules: list[nn.Module]) -> str:
 
 
 def _fingerprint(module: nn.Module) -> str:
-    weights = all_weights(module)
+    weights = _all_weights(module)
     # Changes of inference tensors are not counted.
     counted = not any(tensor.is_inference() for tensor in module.state_dict(keep_vars=True).values())
     adapters = [(name, *_adapter(part)) for name, part in module.named_modules() if _adapter(part)]
-    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
-    config = {key: value for key, value in config.items() if not key.startswith("_")}
-    casts = computed_in(module)
-    facts = [type(module).__name__, config, adapters, *([casts] if casts else [])]
+    casts = _computed_in(module)
+    facts = [type(module).__name__, _config(module), adapters, *([casts] if casts else [])]
     facts = json.dumps(facts, sort_keys=True, default=str)
     now = facts, [(weight.name, weight.stamp) for weight in weights], _sampled(weights)
     if counted and module in _known and _known[module][0] == now:
@@ -146,6 +140,11 @@ def _fingerprint(module: nn.Module) -> str:
         state.update(tensor_bytes(tensor))
     _known[module] = now, state.hexdigest()
     return state.hexdigest()
+
+
+def _config(module: Any) -> dict[str, Any]:
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
 SAMPLED = 256
@@ -169,7 +168,7 @@ def _sampled(weights: list[Weight]) -> str:
             taken.setdefault(data.device, []).append(data[places])
     state = xxhash.xxh3_128()
     for device in sorted(taken, key=str):
-        state.update(torch.cat(taken[device]).cpu().numpy())
+        state.update(torch.cat(taken[device]).cpu().numpy().data)
     return state.hexdigest()
 
 
@@ -181,7 +180,7 @@ def _bytes_of(x: Tensor) -> Tensor:
 
 
 def _adapter(part: nn.Module) -> list[Any]:
-    """What of an adapter layer (peft) is no parameter: scales, and which are switched on."""
+    """The facts of an adapter layer (peft) beside its parameters: scales, and which are switched on."""
     if not isinstance(getattr(part, "scaling", None), dict):
         return []
     return [part.scaling, *(getattr(part, name, None) for name in ("active_adapters", "disable_adapters"))]
@@ -193,7 +192,7 @@ def key_of(facts: dict[str, Any]) -> str:
 
 
 def first_difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
-    """What is another in a cache's facts than in an edit's, in words; None if the cache can serve it."""
+    """The first fact of a cache that differs from an edit's, in words; None if the cache can serve it."""
     for name, words in SOURCE_FACTS.items():
         mine, theirs = have.get(name), want[name]
         if mine == theirs:

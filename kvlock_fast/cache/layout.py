@@ -1,4 +1,4 @@
-"""Where one step's keys and values lie: every tensor of every locked layer in one block of bytes, the step's arena.
+"""Layout of one step's keys and values: every tensor of every locked layer in one block of bytes, the step's arena.
 
 One block a step makes copies bulk, addresses fixed and sizes arithmetic: what the planner says is what is allocated.
 """
@@ -14,11 +14,11 @@ from kvlock_fast.kernels.packed import packed_layout
 from kvlock_fast.kernels.quantize import QuantizedKV
 
 ALIGNMENT = 256
-"""Bytes: what CUDA's allocator aligns to, and more than any vector load or bulk copy asks for."""
+"""Bytes that CUDA's allocator aligns to, more than any vector load or bulk copy asks for."""
 
 NARROW, LONG = 64, 4096
-"""Channels a head, and tokens: from where on 128 tokens share a scale of fp8. In short sequences 128 tokens are a large
-part of the picture, and their scales few bytes.
+"""The most channels a head, and the fewest tokens, for 128 tokens to share a scale of fp8. In short sequences 128 tokens
+are a large part of the picture, and their scales few bytes.
 """
 
 Key = tuple[int, str]
@@ -27,7 +27,7 @@ Key = tuple[int, str]
 
 @dataclass(frozen=True)
 class KVShape:
-    """What is kept of a step: of which layers (by number), how many tokens, heads and channels a head."""
+    """Extent of what is kept of a step: layers (by number), tokens, heads and channels a head."""
 
     layers: tuple[int, ...]
     tokens: int
@@ -52,7 +52,7 @@ class Part:
 
     @property
     def name(self) -> str:
-        """As files name it: 12.k.codes."""
+        """The name in files: 12.k.codes."""
         return f"{self.key[0]}.{self.key[1]}.{self.role}"
 
     @property
@@ -78,13 +78,13 @@ class StepLayout:
 
     @classmethod
     def usual(cls, shape: KVShape, format: str, dtype: torch.dtype) -> "StepLayout":
-        """As new caches are: in long sequences of narrow heads 128 tokens share a scale, which would be 6 % of them."""
+        """Layout of new caches. In long sequences of narrow heads 128 tokens share a scale, else 6 % of the bytes."""
         shares = format == "fp8_e4m3" and shape.dim <= NARROW and shape.tokens >= LONG
         return cls(shape, format, dtype, 128 if shares else 1)
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """In the order of their addresses."""
+        """Tensors in the order of their addresses."""
         parts, offset = [], 0
         for layer in self.shape.layers:
             for kind in ("k", "v"):
@@ -101,7 +101,7 @@ class StepLayout:
 
     @property
     def nbytes(self) -> int:
-        """Of the whole arena, alignment included."""
+        """Bytes of the whole arena, alignment included."""
         if not self.parts:
             return 0
         last = self.parts[-1]
@@ -109,16 +109,16 @@ class StepLayout:
 
     @property
     def payload_bytes(self) -> int:
-        """Of the codes."""
+        """Bytes of the codes."""
         return sum(part.nbytes for part in self.parts if part.role == "codes")
 
     @property
     def scale_bytes(self) -> int:
-        """Of the scales and minima."""
+        """Bytes of the scales and minima."""
         return sum(part.nbytes for part in self.parts if part.role != "codes")
 
     def new_arena(self, device: torch.device | str) -> Tensor:
-        """uint8 [nbytes], what it holds is undefined."""
+        """Allocate uint8 [nbytes], not initialised."""
         with torch.inference_mode(False):  # it may be written to after the mode that it was made in
             return torch.empty(self.nbytes, dtype=torch.uint8, device=device)
 
@@ -136,7 +136,8 @@ class StepLayout:
         for part in self.parts:
             held.setdefault(part.key, {})[part.role] = tensors[part.name]
         shape = torch.Size(self.shape.tensor)
-        more = {"tokens_per_scale": self.tokens_per_scale}
+        scales = self.tokens_per_scale
         return {
-            key: QuantizedKV(self.format, key[1], shape, self.dtype, **parts, **more) for key, parts in held.items()
+            key: QuantizedKV(self.format, key[1], shape, self.dtype, tokens_per_scale=scales, **parts)
+            for key, parts in held.items()
         }

@@ -1,4 +1,4 @@
-"""What lies in an entry's folder beside the entry itself: whose it is, who reads it, and what may go.
+"""Files in an entry's folder beside the entry itself: whose they are, who reads, and what may go.
 
     manifest.json                   the entry
     data-<owner>-<hex>/             its shards, or those of an entry being written, or of one that is superseded
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from kvlock_fast import owner
 from kvlock_fast.cache import manifest
-from kvlock_fast.errors import InputError, OutputError
+from kvlock_fast.errors import InputError, os_errors
 
 _OWNED = re.compile(rf"([a-z]+)-({owner.TOKEN})-[0-9a-f]{{16}}(?:\.json)?")
 
@@ -45,7 +45,8 @@ def kind_of(name: str) -> str | None:
 
 def owner_lives(path: Path) -> bool:
     """Whether the process that the owned name at `path` names may still run."""
-    return owner.lives(_OWNED.fullmatch(path.name)[2], path)
+    match = _OWNED.fullmatch(path.name)
+    return match is not None and owner.lives(match[2], path)
 
 
 PUBLISHED = "published"
@@ -57,11 +58,11 @@ TAG_TEXT = f"{TAG_OF_0_1}# The program made this folder, and all that is in it.\
 
 _MARK = re.compile(r"damaged-([0-9a-f]{32})\.txt")
 _EVICTION_SECONDS = 30
-"""After so long a wait for another process to finish an eviction, which takes milliseconds, it is given up."""
+"""The longest wait for another process to finish an eviction, which takes milliseconds."""
 
 
 class Lease:
-    """Keeps an entry from being evicted until it is released, or this process ends."""
+    """A mark that keeps an entry from being evicted until it is released, or this process ends."""
 
     def __init__(self, folder: Path):
         """Raises FileNotFoundError if the folder is gone, other OSErrors, InputError after too long a wait."""
@@ -109,8 +110,8 @@ def sweep(folder: Path) -> None:
         for path in set(idle) - set(data):
             _remove(path)
         current = manifest.digest_of(_current(folder))
-        for mark in marks:
-            if _MARK.fullmatch(mark.name)[1] != current:
+        for digest, mark in marks.items():
+            if digest != current:
                 mark.unlink(missing_ok=True)
 
 
@@ -162,30 +163,24 @@ def remove_entry(folder: Path) -> int | None:
 
     Raises OutputError if it cannot be removed.
     """
-    try:
-        return _remove_entry(folder)
-    except OSError as error:
-        raise OutputError(f"cannot remove the cache '{folder}': {error.strerror or error}") from error
-
-
-def _remove_entry(folder: Path) -> int | None:
     freed = 0
-    with contextlib.suppress(FileNotFoundError), _claim(folder) as unused:
-        if not unused:
-            return None
-        freed = disk_bytes(folder)
-        (folder / manifest.NAME).unlink(missing_ok=True)
-        for path in owned(folder, "data"):
-            with contextlib.suppress(FileNotFoundError):
-                _to_trash(path)
-        # A lease may have come since: who took it waits, or finds no manifest.
-        dead = [path for path in owned(folder, "manifest", "lease") if not owner_lives(path)]
-        for path in [*_marks(folder), *dead]:
-            path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):
-        for path in owned(folder, "trash"):
-            _remove(path)
-        folder.rmdir()
+    with os_errors(f"cannot remove the cache '{folder}'"):
+        with contextlib.suppress(FileNotFoundError), _claim(folder) as unused:
+            if not unused:
+                return None
+            freed = disk_bytes(folder)
+            (folder / manifest.NAME).unlink(missing_ok=True)
+            for path in owned(folder, "data"):
+                with contextlib.suppress(FileNotFoundError):
+                    _to_trash(path)
+            # A lease may have come since: who took it waits, or finds no manifest.
+            dead = [path for path in owned(folder, "manifest", "lease") if not owner_lives(path)]
+            for path in [*_marks(folder).values(), *dead]:
+                path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for path in owned(folder, "trash"):
+                _remove(path)
+            folder.rmdir()
     return freed
 
 
@@ -218,7 +213,7 @@ def _remove(path: Path) -> None:
 
 
 def set_aside(folder: Path, digest: str, reason: str) -> None:
-    """Say of the manifest with this digest that it is damaged. A later one is not concerned, whoever writes it."""
+    """Mark the manifest with this digest as damaged. A later one is not concerned, whoever writes it."""
     with contextlib.suppress(OSError):
         (folder / f"damaged-{digest}.txt").write_text(reason)
 
@@ -227,25 +222,24 @@ def why_aside(folder: Path) -> str | None:
     """Why the entry is set aside; None if it is not."""
     with contextlib.suppress(OSError):
         if marks := _marks(folder):
-            current = manifest.digest_of(_current(folder))
-            for mark in marks:
-                if _MARK.fullmatch(mark.name)[1] == current:
-                    return mark.read_text(errors="replace")
+            mark = marks.get(manifest.digest_of(_current(folder)))
+            return None if mark is None else mark.read_text(errors="replace")
     return None
 
 
-def _marks(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if _MARK.fullmatch(path.name)]
+def _marks(folder: Path) -> dict[str, Path]:
+    """The marks of damaged manifests, by the manifest's digest."""
+    return {match[1]: path for path in folder.iterdir() if (match := _MARK.fullmatch(path.name))}
 
 
 def disk_bytes(folder: Path) -> int:
-    """The lengths of all files of an entry's folder that are the cache's."""
-    paths = [folder / manifest.NAME, *_marks(folder), *owned(folder, "data", "manifest", "trash")]
+    """Total length of all files of an entry's folder that are the cache's."""
+    paths = [folder / manifest.NAME, *_marks(folder).values(), *owned(folder, "data", "manifest", "trash")]
     return sum(map(_length, paths))
 
 
 def _length(path: Path) -> int:
-    """Of a file, or of all files in a folder; 0 for what has just gone."""
+    """Bytes of a file, or of all files in a folder; 0 for what has just gone."""
     with contextlib.suppress(FileNotFoundError):
         if path.is_dir():
             return sum(_length(item) for item in path.iterdir())

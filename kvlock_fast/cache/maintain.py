@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kvlock_fast.cache import leases, manifest
-from kvlock_fast.cache.entry import DamagedCache, Entry, MissingCache
+from kvlock_fast.cache.entry import Entry
+from kvlock_fast.cache.manifest import DamagedCache, MissingCache
 from kvlock_fast.cache.root import Slot, slot_of
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import check_json, write_json
@@ -74,12 +75,15 @@ def find_entries(folder: Path) -> list[Path]:
 
 def problem(entry: Path) -> str | None:
     """What is wrong with an entry; None if every byte of it is as it was written, or it is still being written."""
+    fault = _fault(entry)
+    return None if fault is None or (isinstance(fault, MissingCache) and _in_use(entry)) else str(fault)
+
+
+def _fault(entry: Path) -> InputError | None:
     try:
         Entry.open(entry).close()
-    except MissingCache as error:
-        return None if _in_use(entry) else str(error)
     except InputError as error:
-        return str(error)
+        return error
     return None
 
 
@@ -90,7 +94,7 @@ def _in_use(entry: Path) -> bool:
 
 
 def _slots(entries: list[Path]) -> list[Slot]:
-    """Of those that were not evicted meanwhile."""
+    """Slots of the entries that were not evicted meanwhile."""
     slots = []
     for entry in entries:
         with contextlib.suppress(FileNotFoundError):
@@ -99,7 +103,7 @@ def _slots(entries: list[Path]) -> list[Slot]:
 
 
 def _sweep(entry: Path) -> int:
-    """The bytes freed."""
+    """Remove litter; the bytes freed."""
     freed = 0
     with contextlib.suppress(FileNotFoundError):
         freed = leases.disk_bytes(entry)
@@ -131,11 +135,12 @@ def _remove(entries: list[Path], limit: int | None, everything: bool) -> list[di
     """Damaged entries, then the least recently used ones until the rest takes `limit` bytes or less."""
     removed, intact = [], []
     for slot in _slots(entries):
-        what = "--all" if everything else _damage(slot.folder)
-        if what is None:
-            intact.append(slot)
-        else:
+        fault = None if everything else _fault(slot.folder)
+        if everything or isinstance(fault, DamagedCache):
+            what = "--all" if everything else str(fault)
             removed.append({"entry": str(slot.folder), "reason": what, "bytes": leases.remove_entry(slot.folder)})
+        else:  # whole, being written, or unreadable
+            intact.append(slot)
     excess = sum(slot.nbytes for slot in intact) - (limit if limit is not None else sys.maxsize)
     for slot in sorted(intact, key=lambda slot: slot.used):
         if excess > 0:
@@ -143,17 +148,6 @@ def _remove(entries: list[Path], limit: int | None, everything: bool) -> list[di
             removed.append({"entry": str(slot.folder), "reason": "least recently used", "bytes": freed})
             excess -= freed or 0
     return removed
-
-
-def _damage(entry: Path) -> str | None:
-    """What is damaged; None for an entry that is whole, is being written or cannot be read."""
-    try:
-        Entry.open(entry).close()
-    except DamagedCache as error:
-        return str(error)
-    except InputError:
-        return None
-    return None
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""The manifest of a cache entry: what it is of, which files it has, and what was written to them.
+"""Manifests of cache entries: what an entry is of, which files it has, and what was written to them.
 
 It is JSON in one canonical form with a checksum over itself, so that no bit of it can change unseen, and it takes its
 place by a rename: the entry is what its manifest says.
@@ -8,18 +8,18 @@ import json
 import re
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, os_errors
 from kvlock_fast.files import refuse_special
 
 NAME = "manifest.json"
 SCHEMA = 1
 MOST_BYTES = 64 * 2**20
-"""Of a manifest: about a hundred times what 50 steps of a large model take."""
+"""The most bytes of a manifest: about a hundred times what 50 steps of a large model take."""
 
 DTYPES = {
     "F64": ("float64", 8),
@@ -41,15 +41,14 @@ SHARD_NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_-]{0,63}")
 
 
 class MissingCache(InputError):
-    """There is no cache entry in a folder."""
+    """A folder without a cache entry."""
 
-
-def missing(folder: Path) -> MissingCache:
-    return MissingCache(f"no cache in '{folder}': it has no {NAME}")
+    def __init__(self, folder: Path):
+        super().__init__(f"no cache in '{folder}': it has no {NAME}")
 
 
 class DamagedCache(InputError):
-    """A cache entry is not what was written. manifest: the digest of the manifest it was opened by, if there is one."""
+    """A cache entry that is not what was written. manifest: the digest of the manifest it was opened by, if any."""
 
     def __init__(self, path: Path, what: str, manifest: str | None = None):
         super().__init__(f"cache file '{path}' is damaged: {what}")
@@ -63,7 +62,7 @@ class _Record(BaseModel):
 class TensorRecord(_Record):
     """A tensor as it was written."""
 
-    dtype: Literal[tuple(DTYPES)]
+    dtype: Annotated[str, Field(pattern=rf"\A({'|'.join(DTYPES)})\z")]
     shape: list[Annotated[int, Field(ge=0)]]
     xxh3_128: Annotated[str, Field(pattern=r"\A[0-9a-f]{32}\z")]
 
@@ -77,16 +76,16 @@ ShardRecord = dict[str, TensorRecord]
 
 
 class Manifest(_Record):
-    """meta: whatever the writer says of the entry. data: the folder with the shards' files."""
+    """An entry's description. meta: whatever the writer says of it; data: the folder with the shards' files."""
 
     meta: dict[str, Any]
     data: Annotated[str, Field(pattern=r"\Adata-[0-9a-f.]+-[0-9a-f]+\z")]
     shards: dict[Annotated[str, Field(pattern=rf"\A{SHARD_NAME.pattern}\z")], ShardRecord]
 
     def serialise(self) -> bytes:
-        """Raises ValueError if meta is not JSON or the whole is too long."""
+        """Return the file's bytes. Raises ValueError if meta is not JSON or the whole is too long."""
         content = {"schema": SCHEMA, **self.model_dump()}
-        data = _canonical({**content, "checksum": _digest(_canonical(content))})
+        data = _canonical({**content, "checksum": digest_of(_canonical(content))})
         if len(data) > MOST_BYTES:
             raise ValueError(f"the manifest would take {len(data)} bytes, more than {MOST_BYTES}")
         return data
@@ -102,12 +101,11 @@ def read_bytes(folder: Path) -> bytes:
 def read(folder: Path) -> tuple[Manifest, str]:
     """The manifest and its digest. Raises MissingCache, DamagedCache, or InputError if it cannot be read."""
     path = folder / NAME
-    try:
-        data = read_bytes(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        raise missing(folder) from None
-    except OSError as error:
-        raise InputError(f"cannot read '{path}': {error.strerror or error}") from error
+    with os_errors(f"cannot read '{path}'", InputError):
+        try:
+            data = read_bytes(folder)
+        except (FileNotFoundError, NotADirectoryError):
+            raise MissingCache(folder) from None
     digest = digest_of(data)
     try:
         return _parse(data), digest
@@ -116,8 +114,8 @@ def read(folder: Path) -> tuple[Manifest, str]:
 
 
 def digest_of(data: bytes) -> str:
-    """Which manifest it is: no two have the same, as each names a data folder of its own."""
-    return _digest(data)
+    """xxh3-128 of a manifest's bytes, as hex: no two have the same, as each names a data folder of its own."""
+    return xxhash.xxh3_128_hexdigest(data)
 
 
 class _Fault(Exception):
@@ -130,7 +128,7 @@ def _parse(data: bytes) -> Manifest:
     try:
         content = json.loads(data)
         checksum = content.pop("checksum")
-        intact = _canonical({**content, "checksum": checksum}) == data and checksum == _digest(_canonical(content))
+        intact = _canonical({**content, "checksum": checksum}) == data and checksum == digest_of(_canonical(content))
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
         intact = False
     if not intact:
@@ -146,7 +144,3 @@ def _parse(data: bytes) -> Manifest:
 
 def _canonical(content: dict[str, Any]) -> bytes:
     return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _digest(data: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(data)

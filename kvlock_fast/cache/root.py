@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvlock_fast.cache import leases, manifest
-from kvlock_fast.cache.entry import DamagedCache, Entry, EntryWriter, MissingCache
-from kvlock_fast.errors import InputError, OutputError, warn
+from kvlock_fast.cache.entry import Entry, EntryWriter
+from kvlock_fast.cache.manifest import DamagedCache, MissingCache
+from kvlock_fast.errors import InputError, OutputError, os_errors, warn
 
 _KEY = re.compile(r"[0-9a-z][0-9a-z-]{0,127}")
 
 
 @dataclass(frozen=True)
 class Slot:
-    """What `CacheRoot.slots` tells of an entry's folder. used: when it was last found, in seconds since 1970."""
+    """An entry's folder as `CacheRoot.slots` finds it. used: when it was last found, in seconds since 1970."""
 
     folder: Path
     nbytes: int
@@ -33,12 +34,10 @@ class CacheRoot:
 
     def __init__(self, path: str | os.PathLike, quota_bytes: int | None = None):
         self.path, self.quota_bytes = Path(path), quota_bytes
-        try:
+        with os_errors(f"cannot use the cache '{self.path}'"):
             self.path.mkdir(parents=True, exist_ok=True)
             ours = not any(self.path.iterdir())  # else it is a folder of the user's, in which we have entries
             self.sweep()
-        except OSError as error:
-            raise OutputError(f"cannot use the cache '{self.path}': {error.strerror or error}") from error
         if ours:
             with contextlib.suppress(OSError):
                 (self.path / leases.TAG).write_text(leases.TAG_TEXT)
@@ -78,12 +77,12 @@ class CacheRoot:
         return entry
 
     def set_aside(self, entry: Entry, reason: str) -> None:
-        """With a warning, for an entry that was found whole but is not what its key says."""
+        """Set aside, with a warning, an entry that was found whole but is not what its key says."""
         leases.set_aside(entry.folder, entry.digest, reason)
         warn(f"the cache '{entry.folder}' is set aside: {reason}")
 
     def writer(self, key: str) -> EntryWriter:
-        """To write the entry of a key; what is there already stays until the new one is published."""
+        """Make the writer of a key's entry; what is there already stays until the new one is published."""
         return EntryWriter(self._folder(key))
 
     def make_room(self, nbytes: int) -> None:
@@ -127,7 +126,7 @@ class CacheRoot:
 
 
 def slot_of(folder: Path) -> Slot:
-    """Raises FileNotFoundError if the folder is gone."""
+    """Look at an entry's folder. Raises FileNotFoundError if it is gone."""
     used = 0.0
     with contextlib.suppress(FileNotFoundError):
         used = (folder / manifest.NAME).stat().st_mtime

@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlock_fast.cache.entry import DamagedCache, Entry, EntryWriter
+from kvlock_fast.cache.entry import Entry, EntryWriter
 from kvlock_fast.cache.layout import KVShape, StepLayout
+from kvlock_fast.cache.manifest import DamagedCache
 from kvlock_fast.cache.store import Packed, shard_name
 from kvlock_fast.kernels.quantize import FORMATS, TOKENS_PER_SCALE
 
 SOURCE_SHARD = "source"
 K_STAGE = "normed"
-"""Keys are kept after their norm and before RoPE: what bench.cache found the better of the two."""
+"""The stage that keys are kept at: after their norm and before RoPE, which bench.cache found the better of the two."""
 
 
 @dataclass(frozen=True)
 class SavedSource:
-    """An open entry that holds a source. Raises DamagedCache on making if it does not hold what it says."""
+    """An open entry that holds a source. Making one raises DamagedCache if it does not hold what it says."""
 
     entry: Entry
     folder: Path

@@ -1,4 +1,4 @@
-"""One safetensors file: written and hashed in one pass, mapped into memory and compared with what was written.
+"""A shard is one safetensors file: written and hashed in one pass, mapped into memory and compared with what was written.
 
 The header follows from the tensors' names, dtypes and shapes, so the manifest's record of these says every byte of it;
 the tensors' own bytes are hashed. Nothing of a file is left uncovered.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PAGE = 4096
-"""Bytes: the header is filled up to this, so that the data begin on a page."""
+"""Bytes that the header is filled up to a multiple of, so that the data begin on a page."""
 
 _NO_DIGEST = "0" * 32
 _NAMES = {torch_name: name for name, (torch_name, _) in DTYPES.items()}
@@ -50,7 +50,7 @@ def write_shard(path: Path, tensors: Mapping[str, "Tensor"], pool: ThreadPoolExe
     with path.open("xb") as file:
         file.write(header)
         for name in offsets:
-            data = _raw(tensors[name])
+            data = tensor_bytes(tensors[name])
             digest = pool.submit(xxhash.xxh3_128_hexdigest, data)
             file.write(data)
             records[name] = records[name].model_copy(update={"xxh3_128": digest.result()})
@@ -68,17 +68,18 @@ def _record(name: str, tensor: "Tensor") -> TensorRecord:
     return TensorRecord(dtype=_NAMES[dtype], shape=list(tensor.shape), xxh3_128=_NO_DIGEST)
 
 
-def _raw(tensor: "Tensor") -> memoryview:
+def tensor_bytes(tensor: "Tensor") -> memoryview:
+    """The tensor's bytes in its logical order, without a copy where it is contiguous on the CPU."""
     import torch
 
-    return memoryview(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+    return tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
 class MappedShard:
-    """A shard's file in memory. It stays readable when others remove the file; to write into it changes no file."""
+    """A shard's file mapped into memory. It stays readable when others remove the file; writes to it change no file."""
 
     def __init__(self, path: Path, tensors: ShardRecord):
-        """Raises DamagedCache unless the file has the length it was written with; FileNotFoundError, OSError."""
+        """Map the file. Raises DamagedCache unless it has the length that was written; FileNotFoundError, OSError."""
         self.path, self._records = path, tensors
         self._header, self._offsets = shard_layout(tensors)
         expected = len(self._header) + sum(record.nbytes for record in tensors.values())
@@ -90,7 +91,7 @@ class MappedShard:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def verify(self) -> None:
-        """Raises DamagedCache unless every byte is as it was written."""
+        """Raise DamagedCache unless every byte is as it was written."""
         data = memoryview(self._map)
         if data[: len(self._header)] != self._header:
             raise DamagedCache(self.path, "its header is not what was written")

@@ -1,4 +1,4 @@
-"""The tiers: where the arenas of the stored steps wait between the source's pass and the edits.
+"""The cache's tiers, places where the arenas of the stored steps wait between the source's pass and the edits.
 
     resident   on the device, one arena a step
     host       in host memory (pinned where there is CUDA), two slots on the device
@@ -9,10 +9,10 @@ way while the current one is read: on CUDA by a stream of their own, so that nei
 a copy that came in time. Slots have fixed addresses.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from contextlib import contextmanager
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -28,21 +28,24 @@ Packed = dict[Key, QuantizedKV]
 def page_lock(arena: Tensor) -> None:
     """Let the GPU copy to and from this host memory by itself.
 
-    Not `pin_memory`: torch's allocator rounds pinned blocks up to a power of two. Raises
-    OutOfMemoryError where the system refuses so much.
+    Not `pin_memory`: torch's allocator rounds pinned blocks up to a power of two. Raises OutOfMemoryError where the
+    system refuses so much.
     """
     if not arena.numel():
         return
     try:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(arena.data_ptr(), arena.nbytes, 0))
+        cudart = torch.cuda.cudart()
+        assert cudart is not None
+        torch.cuda.check_error(cudart.cudaHostRegister(arena.data_ptr(), arena.nbytes, 0))
     except RuntimeError as error:
         raise torch.OutOfMemoryError(f"{arena.nbytes} bytes cannot be page-locked: {error}") from error
 
 
 def page_unlock(arena: Tensor) -> None:
-    """The end of `page_lock`, before the memory is given back."""
-    if arena.numel():
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(arena.data_ptr()))
+    """Undo `page_lock`, before the memory is given back."""
+    cudart = torch.cuda.cudart()
+    if arena.numel() and cudart is not None:
+        torch.cuda.check_error(cudart.cudaHostUnregister(arena.data_ptr()))
 
 
 def shard_name(step: int) -> str:
@@ -51,10 +54,10 @@ def shard_name(step: int) -> str:
 
 
 class ResidentStore:
-    """Everything on the device."""
+    """A store that is wholly on the device."""
 
     def __init__(self, layout: StepLayout, steps: tuple[int, ...], device: torch.device):
-        """Takes the memory of all steps at once: if there is too little, that shows before any work is done."""
+        """Take the memory of all steps at once: if there is too little, that shows before any work is done."""
         self.layout, self.steps, self.device = layout, steps, device
         self._arenas = {step: layout.new_arena(device) for step in steps}
         self._slot: Tensor | None = None
@@ -66,14 +69,14 @@ class ResidentStore:
 
     @contextmanager
     def write(self, step: int) -> Iterator[Packed]:
-        """Where to put the keys and values of a step."""
+        """Give the place for the keys and values of a step."""
         yield self.layout.packed(self._arenas[step])
 
     def written(self) -> None:
-        """All steps have been written."""
+        """Say that all steps have been written."""
 
     def fixed_slots(self) -> list[Tensor]:
-        """From now on every step is read at one address, for graphs: a copy on the device each."""
+        """Read every step at one address from now on, for graphs: a copy on the device each."""
         if self._slot is None:
             self._slot = self.layout.new_arena(self.device)
         return [self._slot]
@@ -84,7 +87,7 @@ class ResidentStore:
 
     @contextmanager
     def read(self, step: int) -> Iterator[Packed]:
-        """The keys and values of a step, while the context is open."""
+        """Give the keys and values of a step, while the context is open."""
         if self._slot is None:
             yield self.layout.packed(self._arenas[step])
             return
@@ -96,27 +99,35 @@ class ResidentStore:
         self._slot = None
 
 
-class SlottedStore:
-    """Two slots on the device that take turns; where the bytes wait is for `_save` and `_load` to know.
+class _Slot:
+    """An arena on the device, with the work on it.
 
-    Both run in one worker thread, in the order they were asked for, on the copies' stream where there is one.
+    holds: the step whose bytes it has or gets; pending: a copy that was asked for. A copy waits for the kernels that
+    used the slot last; kernels wait for the copy that filled it.
+    """
+
+    def __init__(self, layout: StepLayout, arena: Tensor, on: ModuleType):
+        self.arena, self.view = arena, layout.packed(arena)
+        self.used, self.copied = on.Event(), on.Event()
+        self.pending: Future[None] | None = None
+        self.holds: int | None = None
+        self.used.record(on.current_stream(arena.device))  # its memory may be that of tensors whose kernels still run
+
+
+class SlottedStore:
+    """Two slots on the device that take turns; `_save` and `_load` of a subclass know where the bytes wait.
+
+    Both run in one worker thread, in the order they were asked for, on a stream of their own. On the CPU streams and
+    events do nothing.
     """
 
     def __init__(self, layout: StepLayout, steps: tuple[int, ...], device: torch.device):
         self.layout, self.steps, self.device = layout, steps, device
-        cuda = device.type == "cuda"
-        self._slots = [layout.new_arena(device) for _ in range(2)]
-        self._views = [layout.packed(slot) for slot in self._slots]
-        self._stream = torch.cuda.Stream(device) if cuda else None
-        # A copy waits for the kernels that used its slot last; kernels wait for the copy that filled it.
-        self._used = [torch.cuda.Event() if cuda else None for _ in range(2)]
-        self._copied = [torch.cuda.Event() if cuda else None for _ in range(2)]
-        self._pending: list[Future | None] = [None, None]
-        self._holds: list[int | None] = [None, None]
+        self._on = torch.get_device_module(device)
+        self._stream = self._on.Stream(device)
+        self._slots = [_Slot(layout, layout.new_arena(device), self._on) for _ in range(2)]
         self._turn = 0
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvlock-cache")
-        for i in range(2):  # the slots' memory may be that of tensors whose kernels still run
-            self._release(i)
 
     def _save(self, step: int, slot: Tensor) -> None:
         raise NotImplementedError
@@ -125,92 +136,82 @@ class SlottedStore:
         raise NotImplementedError
 
     def fixed_slots(self) -> list[Tensor]:
-        """Where steps are read, for graphs."""
-        return list(self._slots)
+        """Addresses where steps are read, for graphs."""
+        return [slot.arena for slot in self._slots]
 
     def use_slots(self, slots: list[Tensor]) -> None:
         """Read at these addresses instead of those of `fixed_slots`, as many and as large."""
-        for i in range(2):
-            self._wait(i)
-        self._slots, self._views = list(slots), [self.layout.packed(slot) for slot in slots]
-        self._holds = [None, None]
-        for i in range(2):  # what used the slots before may still run
-            self._release(i)
+        self.written()
+        self._slots = [_Slot(self.layout, arena, self._on) for arena in slots]
 
     @contextmanager
     def write(self, step: int) -> Iterator[Packed]:
-        """Where to put the keys and values of a step; they are saved while the next step is made."""
-        i, self._turn = self._turn, 1 - self._turn
-        self._wait(i)
-        yield self._views[i]
-        self._release(i)
-        self._holds[i] = None
-        self._pending[i] = self._worker.submit(self._copy, self._save, step, i)
+        """Give the place for the keys and values of a step; they are saved while the next step is made."""
+        slot, self._turn = self._slots[self._turn], 1 - self._turn
+        self._wait(slot)
+        yield slot.view
+        self._release(slot)
+        slot.holds = None
+        slot.pending = self._worker.submit(self._copy, self._save, step, slot)
 
     def written(self) -> None:
-        """All steps have been written; raises what went wrong on the way."""
-        for i in range(2):
-            self._wait(i)
+        """Say that all steps have been written; raises what went wrong on the way."""
+        for slot in self._slots:
+            self._wait(slot)
 
     @contextmanager
     def read(self, step: int) -> Iterator[Packed]:
-        """The keys and values of a step, while the context is open; the next stored step is read ahead."""
-        i = self._holds.index(step) if step in self._holds else 1 - self._turn
-        self._fetch(step, i)
-        self._turn = i
-        later = [s for s in self.steps if s > step]
-        if later:
-            self._fetch(later[0], 1 - i)
-        self._wait(i)
+        """Give the keys and values of a step, while the context is open; the next stored step is read ahead."""
+        self._turn = next((i for i, slot in enumerate(self._slots) if slot.holds == step), 1 - self._turn)
+        slot, other = self._slots[self._turn], self._slots[1 - self._turn]
+        self._fetch(step, slot)
+        later = next((number for number in self.steps if number > step), None)
+        if later is not None:
+            self._fetch(later, other)
+        self._wait(slot)
         try:
-            yield self._views[i]
+            yield slot.view
         finally:
-            self._release(i)
+            self._release(slot)
 
     def close(self) -> None:
         self._worker.shutdown(wait=True, cancel_futures=True)
-        if self._stream is not None:
+        if self.device.type == "cuda":
             self._stream.synchronize()
-        self._slots, self._views, self._pending, self._holds = [], [], [None, None], [None, None]
+        self._slots = []
 
-    def _fetch(self, step: int, i: int) -> None:
-        """Have `step` brought into slot i, unless it is there or on its way."""
-        if self._holds[i] == step:
-            return
-        self._holds[i] = step
-        self._pending[i] = self._worker.submit(self._copy, self._load, step, i)
+    def _fetch(self, step: int, slot: _Slot) -> None:
+        """Have `step` brought into a slot, unless it is there or on its way."""
+        if slot.holds != step:
+            slot.holds = step
+            slot.pending = self._worker.submit(self._copy, self._load, step, slot)
 
-    def _wait(self, i: int) -> None:
-        """Until what was asked of slot i has been handed to the device; kernels launched from here on see it."""
-        pending, self._pending[i] = self._pending[i], None
+    def _wait(self, slot: _Slot) -> None:
+        """Until what was asked of a slot has been handed to the device; kernels launched from here on see it."""
+        pending, slot.pending = slot.pending, None
         if pending is None:
             return
         try:
             with span("transfer wait"):
                 pending.result()
         except BaseException:
-            self._holds[i] = None
+            slot.holds = None
             raise
-        if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._copied[i])
+        self._on.current_stream(self.device).wait_event(slot.copied)
 
-    def _release(self, i: int) -> None:
-        """The kernels launched so far are the last that use slot i as it is."""
-        if self._stream is not None:
-            self._used[i].record(torch.cuda.current_stream(self.device))
+    def _release(self, slot: _Slot) -> None:
+        """The kernels launched so far are the last that use the slot as it is."""
+        slot.used.record(self._on.current_stream(self.device))
 
-    def _copy(self, work: Any, step: int, i: int) -> None:
-        on_stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
-        with torch.inference_mode(), on_stream, span("transfers"):
-            if self._stream is not None:
-                self._stream.wait_event(self._used[i])
-            work(step, self._slots[i])
-            if self._stream is not None:
-                self._copied[i].record(self._stream)
+    def _copy(self, work: Callable[[int, Tensor], None], step: int, slot: _Slot) -> None:
+        with torch.inference_mode(), self._on.stream(self._stream), span("transfers"):
+            self._stream.wait_event(slot.used)
+            work(step, slot.arena)
+            slot.copied.record(self._stream)
 
 
 class HostStore(SlottedStore):
-    """One arena a step in host memory."""
+    """A store with one arena a step in host memory."""
 
     def __init__(self, layout: StepLayout, steps: tuple[int, ...], device: torch.device):
         super().__init__(layout, steps, device)
@@ -218,7 +219,7 @@ class HostStore(SlottedStore):
         try:
             for step in steps:
                 arena = layout.new_arena("cpu")
-                if self._stream is not None:
+                if device.type == "cuda":
                     page_lock(arena)
                 self._arenas[step] = arena
         except BaseException as error:
@@ -230,7 +231,7 @@ class HostStore(SlottedStore):
     @property
     def nbytes(self) -> int:
         """Bytes allocated for the cache, wherever they are."""
-        return sum(arena.nbytes for arena in (*self._arenas.values(), *self._slots))
+        return sum(arena.nbytes for arena in (*self._arenas.values(), *self.fixed_slots()))
 
     def _save(self, step: int, slot: Tensor) -> None:
         self._arenas[step].copy_(slot, non_blocking=True)
@@ -240,14 +241,14 @@ class HostStore(SlottedStore):
 
     def close(self) -> None:
         super().close()
-        if self._stream is not None:
+        if self.device.type == "cuda":
             for arena in self._arenas.values():
                 page_unlock(arena)
         self._arenas.clear()
 
 
 class DiskStore(SlottedStore):
-    """One safetensors shard a step: written by an `EntryWriter`, read from an `Entry` once `opened` has given it."""
+    """A store with one safetensors shard a step, written by an `EntryWriter`, read from the `Entry` of `opened`."""
 
     def __init__(
         self, layout: StepLayout, steps: tuple[int, ...], device: torch.device, writer: EntryWriter | None = None
@@ -256,15 +257,16 @@ class DiskStore(SlottedStore):
         self.writer = writer
         self.entry: Entry | None = None
         # Page-locked memory between file and device; without a device of its own a slot is as good.
-        self._staging = self._unloaded = None
-        if self._stream is not None:
-            self._staging, self._unloaded = layout.new_arena("cpu"), torch.cuda.Event()
+        self._staging: Tensor | None = None
+        self._unloaded = self._on.Event()
+        if device.type == "cuda":
+            self._staging = layout.new_arena("cpu")
             page_lock(self._staging)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for the cache, on disk and in memory."""
-        memory = [*self._slots, *([] if self._staging is None else [self._staging])]
+        memory = [*self.fixed_slots(), *([] if self._staging is None else [self._staging])]
         return sum(arena.nbytes for arena in memory) + (0 if self.entry is None else self.entry.nbytes)
 
     def opened(self, entry: Entry, owned: bool) -> "DiskStore":
@@ -273,6 +275,7 @@ class DiskStore(SlottedStore):
         return self
 
     def _save(self, step: int, slot: Tensor) -> None:
+        assert self.writer is not None
         if self._staging is not None:
             self._staging.copy_(slot, non_blocking=True)
             self._stream.synchronize()
@@ -280,14 +283,13 @@ class DiskStore(SlottedStore):
         self.writer.add_shard(shard_name(step), self.layout.tensors(slot))
 
     def _load(self, step: int, slot: Tensor) -> None:
-        target = slot
-        if self._staging is not None:
-            self._unloaded.synchronize()  # the copy out of it that came before
-            target = self._staging
+        assert self.entry is not None
+        target = slot if self._staging is None else self._staging
+        self._unloaded.synchronize()  # the copy out of the staging memory that came before
         held = self.entry.tensors(shard_name(step))
         for part in self.layout.parts:
             part.view(target).copy_(held[part.name])
-        if self._staging is not None:
+        if target is not slot:
             slot.copy_(target, non_blocking=True)
             self._unloaded.record(self._stream)
 

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 
 from kvlock_fast.cache import entry as entry_module
 from kvlock_fast.cache import leases, manifest
-from kvlock_fast.cache.entry import DamagedCache, Entry, EntryWriter, MissingCache
+from kvlock_fast.cache.entry import Entry, EntryWriter
 from kvlock_fast.cache.leases import owned_name, owner_lives
-from kvlock_fast.cache.manifest import DTYPES
+from kvlock_fast.cache.manifest import DTYPES, DamagedCache, MissingCache
 from kvlock_fast.cache.root import CacheRoot
 from kvlock_fast.cli import main
 from kvlock_fast.errors import InputError, InputWarning, OutputError
@@ -86,7 +86,7 @@ def rewrite(folder: Path, **changes) -> None:
     """Change the manifest as one who knows its checksum can."""
     content = json.loads((folder / "manifest.json").read_text()) | changes
     del content["checksum"]
-    content["checksum"] = manifest._digest(manifest._canonical(content))
+    content["checksum"] = manifest.digest_of(manifest._canonical(content))
     (folder / "manifest.json").write_bytes(manifest._canonical(content))
 
 
