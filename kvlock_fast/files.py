@@ -1,7 +1,5 @@
 """Outputs that appear under their final name only when they are whole."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json
@@ -34,18 +32,14 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     _refuse_what_is_no_file(final)
     # Short and of its own, so that a long final name still fits the file system's limit.
     temporary = final.with_name(f"{_temporary_name()}{final.suffix}")
+    with _writing(final):
+        _create(temporary)
     try:
-        # Not tempfile: its 0600 mode would stay on the finished file, where the user's umask should decide.
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    except OSError as error:
-        raise _refusal(final, error) from error
-    try:
-        yield temporary
-        _fsync(temporary)
-        temporary.replace(final)
-        _fsync(final.parent)
-    except OSError as error:
-        raise _refusal(final, error) from error
+        with _writing(final):
+            yield temporary
+            fsync(temporary)
+            temporary.replace(final)
+            fsync(final.parent)
     finally:
         # Nothing is left to remove after the move; after a failure this is the clean-up, KeyboardInterrupt included.
         with contextlib.suppress(OSError):  # what the failure says is worth more
@@ -53,11 +47,22 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
 
 TEMPORARY = re.compile(rf"\.kvlock-(?:({owner.TOKEN})-)?[0-9a-f]{{12}}(\..+)?")
-"""Names of what is being written: by whom, where it says so."""
+"""A regular expression of names of temporary files, with the owner's token where there is one."""
 
 
 def _temporary_name() -> str:
     return f".kvlock-{owner.token()}-{secrets.token_hex(6)}"
+
+
+def _create(path: Path) -> None:
+    # Not tempfile: its 0600 mode would stay on the finished file, where the user's umask should decide.
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+
+
+def _try_file_in(folder: Path) -> None:
+    probe = folder / _temporary_name()
+    _create(probe)
+    probe.unlink()
 
 
 def is_abandoned(path: Path) -> bool:
@@ -80,22 +85,15 @@ def check_writable(path: str | os.PathLike) -> None:
     """Raise OutputError unless a file can be put at `path`; leaves nothing behind and touches no earlier file."""
     final = Path(path)
     _refuse_what_is_no_file(final)
-    probe = final.with_name(_temporary_name())
-    try:
-        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        probe.unlink()
-    except OSError as error:
-        raise _refusal(final, error) from error
+    with _writing(final):
+        _try_file_in(final.parent)
 
 
 def check_writable_folder(path: str | os.PathLike) -> None:
     """Raise OutputError unless a folder is, or can be made, at `path` and takes files; makes none."""
     folder = Path(path)
-    try:
+    with _writing(folder):  # or its name is too long
         there, file = folder.is_dir(), folder.exists() and not folder.is_dir()
-    # A name that is too long.
-    except OSError as error:
-        raise _refusal(folder, error) from error
     if file:
         raise OutputError(f"cannot write the folder '{folder}': a file has this name")
     check_writable(folder / _temporary_name() if there else folder)
@@ -128,24 +126,23 @@ def new_folder_content(path: str | os.PathLike, replaced: str, ours: Callable[[P
     # Inside a folder that exists: it may be the root of a file system.
     temporary = folder / name if folder.is_dir() else folder.with_name(name)
     try:
-        temporary.mkdir()
-        yield temporary
-        for file in temporary.iterdir():
-            _fsync(file)
-        if not folder.is_dir():
-            temporary.replace(folder)
-            _fsync(folder.parent)
-            return
-        check_replaced(folder, replaced, ours)  # again: something may have come meanwhile
-        fresh = {file.name for file in temporary.iterdir()}
-        for file in fresh:
-            (temporary / file).replace(folder / file)
-        for older in folder.glob(replaced):
-            if older.name not in fresh and ours(older):
-                older.unlink()
-        _fsync(folder)
-    except OSError as error:
-        raise _refusal(folder, error) from error
+        with _writing(folder):
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.iterdir():
+                fsync(file)
+            if not folder.is_dir():
+                temporary.replace(folder)
+                fsync(folder.parent)
+                return
+            check_replaced(folder, replaced, ours)  # again: something may have come meanwhile
+            fresh = {file.name for file in temporary.iterdir()}
+            for file in fresh:
+                (temporary / file).replace(folder / file)
+            for older in folder.glob(replaced):
+                if older.name not in fresh and ours(older):
+                    older.unlink()
+            fsync(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -167,18 +164,14 @@ def output_folder(path: str | os.PathLike) -> Path:
     Files already in it stay. Raises OutputError naming the folder.
     """
     folder = Path(path)
-    probe = folder / _temporary_name()
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        probe.unlink()
-    except OSError as error:
-        raise _refusal(folder, error) from error
+        _try_file_in(folder)
     return folder
 
 
 def user_cache_folder() -> Path:
-    """Where automatic caches are kept: $KVLOCK_FAST_CACHE, or kvlock_fast in the user's cache folder."""
+    """Folder of automatic caches: $KVLOCK_FAST_CACHE, or kvlock_fast in the user's cache folder."""
     named = os.environ.get("KVLOCK_FAST_CACHE")
     if named:
         return Path(named)
@@ -204,15 +197,12 @@ def _refuse_what_is_no_file(path: Path) -> None:
     parents = Path(os.path.normpath(path.absolute())).parents
     if any(Path(folder) in parents for folder in ("/dev", "/proc", "/sys")) and Path("/dev/shm") not in parents:
         raise OutputError(f"cannot write '{path}': it is not a regular file")
-    try:
+    with _writing(path):  # or its name is too long
         if path.is_dir():
             raise OutputError(f"cannot write '{path}': a folder has this name")
         # A device or a pipe, which the finished file would replace for good.
         if path.exists() and not path.is_file():
             raise OutputError(f"cannot write '{path}': it is not a regular file")
-    # A name that is too long.
-    except OSError as error:
-        raise _refusal(path, error) from error
 
 
 LOST = frozenset(
@@ -220,7 +210,15 @@ LOST = frozenset(
     for name in ("ENOSPC", "EDQUOT", "EROFS", "EIO", "ENODEV", "ENXIO", "ESTALE", "ENOTCONN")
     if hasattr(errno, name)
 )
-"""Errors of a disk, not of a name: the next file meets them too."""
+"""Numbers of errors of a disk, not of a name: the next file meets them too."""
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _refusal(path, error) from error
 
 
 def _refusal(path: Path, error: OSError) -> OutputError:
@@ -231,7 +229,8 @@ def _refusal(path: Path, error: OSError) -> OutputError:
     return OutputError(f"cannot write '{path}': {error.strerror or error}")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:

@@ -41,7 +41,7 @@ def span(name: str, number: int | None = None) -> AbstractContextManager[Any]:
 
     if torch.compiler.is_compiling():  # what is traced here would run, or break the graph, in every forward
         return _OFF
-    return _Span(name if number is None else f"{name} {number}")
+    return _range(name if number is None else f"{name} {number}")
 
 
 def enable(on: bool = True) -> None:
@@ -51,7 +51,7 @@ def enable(on: bool = True) -> None:
 
 
 def enabled() -> bool:
-    """Whether ranges are on."""
+    """Say whether ranges are on."""
     return _on
 
 
@@ -71,23 +71,15 @@ def colour(name: str) -> int:
     return COLOURS.get(name.partition(" ")[0], 0x999999)
 
 
-class _Span:
-    __slots__ = ("_record", "name")
-
-    def __init__(self, name: str):
-        self.name = name
-
-    def __enter__(self) -> None:
-        profiler, domain = _libraries()
-        self._record = profiler.record_function(self.name) if profiler._is_profiler_enabled else None
-        if self._record is not None:
-            self._record.__enter__()
-        domain.push_range(_attributes(self.name))
-
-    def __exit__(self, *error: object) -> None:
-        _libraries()[1].pop_range()
-        if self._record is not None:
-            self._record.__exit__(*error)
+@contextmanager
+def _range(name: str) -> Iterator[None]:
+    profiler, domain = _libraries()
+    with profiler.record_function(name) if profiler._is_profiler_enabled else _OFF:
+        domain.push_range(_attributes(name))
+        try:
+            yield
+        finally:
+            domain.pop_range()
 
 
 @lru_cache(maxsize=1)

@@ -1,7 +1,5 @@
 """A batch checked before anything is computed: files, masks, output places, and the planner's word."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

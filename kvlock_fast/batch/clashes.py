@@ -1,7 +1,5 @@
 """Results that would replace an input, or each other: every output of a manifest against all its files."""
 
-from __future__ import annotations
-
 import os
 import unicodedata
 from collections.abc import Callable, Sequence

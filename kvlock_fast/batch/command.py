@@ -1,7 +1,5 @@
 """What `kvlock-fast batch` does: read, check, run, index, say what failed."""
 
-from __future__ import annotations
-
 import json
 import signal
 import sqlite3

@@ -1,7 +1,5 @@
 """Engines, which run passes on workers: the interface, and the one that uses this process."""
 
-from __future__ import annotations
-
 import queue
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass

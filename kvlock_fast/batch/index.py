@@ -1,7 +1,5 @@
 """The result index: a page to look at, JSON lines and a table for programs, all from the ledger."""
 
-from __future__ import annotations
-
 import base64
 import json
 import time

@@ -4,8 +4,6 @@ A path without a scheme is local, and `file://` is the same. Everything else (`m
 fsspec, whose packages for a scheme are the user's to install.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import shutil

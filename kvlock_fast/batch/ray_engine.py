@@ -4,8 +4,6 @@ The driver has the ledger and writes the results, so nothing is committed twice;
 dies takes its passes back to the queue, and another one is asked for.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import socket

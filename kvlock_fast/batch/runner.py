@@ -1,7 +1,5 @@
 """The batch itself: passes to workers, results to files, every change to the ledger."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

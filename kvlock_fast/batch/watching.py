@@ -1,7 +1,5 @@
 """What a batch shows while it runs: lines for people, a file for Prometheus."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time

@@ -4,8 +4,6 @@ Several passes may be in a worker at once, each in a thread of its caller's: whi
 clip is read and the last one's results are measured and encoded.
 """
 
-from __future__ import annotations
-
 import io
 import tempfile
 import threading

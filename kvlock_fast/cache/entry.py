@@ -18,6 +18,7 @@ from kvlock_fast.cache.leases import PUBLISHED, Lease, is_entry, owned_name, swe
 from kvlock_fast.cache.manifest import SHARD_NAME, DamagedCache, Manifest, MissingCache, ShardRecord
 from kvlock_fast.cache.shard import MappedShard, write_shard
 from kvlock_fast.errors import InputError, OutputError, os_errors
+from kvlock_fast.files import fsync
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,8 @@ class EntryWriter:
             with os_errors(self._failure):
                 self._lease = _lease_in_new_folder(self.folder)
                 sweep(self.folder)
-                _refuse_other_manifest(self.folder)
+                if (self.folder / manifest.NAME).exists() and not is_entry(self.folder):
+                    raise OutputError(f"{self._failure}: its {manifest.NAME} is not a cache's, or is damaged")
                 self._data.mkdir()
         except BaseException:
             self._clean_up()
@@ -77,12 +79,13 @@ class EntryWriter:
             raise ValueError("the entry has been published already")
         content = Manifest(meta=dict(meta), data=self._data.name, shards=self._shards).serialise()
         with os_errors(self._failure):
-            _sync_folder(self._data)
-            _write_and_sync(self._temporary, content)
+            fsync(self._data)
+            self._temporary.write_bytes(content)
+            fsync(self._temporary)
             self._temporary.replace(self.folder / manifest.NAME)
             self._published = True
-            _sync_folder(self.folder)
-            _sync_folder(self.folder.parent)
+            fsync(self.folder)
+            fsync(self.folder.parent)
         sweep(self.folder)
 
     def __exit__(self, *_: object) -> None:
@@ -134,7 +137,6 @@ class Entry:
         lease = _lease_of_entry(folder)
         try:
             content, digest, shards = _map(folder)
-            _verify(shards, digest)
         except BaseException:
             if lease is not None:
                 lease.release()
@@ -172,13 +174,15 @@ def _map(folder: Path) -> tuple[Manifest, str, dict[str, MappedShard]]:
     """The manifest, its digest, and the shards that it names, of one and the same entry."""
     while True:
         content, digest = manifest.read(folder)
-        data = folder / content.data
-        path = data
+        path = data = folder / content.data
         try:
             shards = {}
             for name, records in content.shards.items():
                 path = _shard_path(data, name)
                 shards[name] = MappedShard(path, records)
+            # Several at once: hashing and the disk's reads run without the interpreter's lock.
+            with ThreadPoolExecutor(max(1, min(_THREADS, len(shards)))) as pool:
+                list(pool.map(MappedShard.verify, shards.values()))
             return content, digest, shards
         except DamagedCache as error:
             error.manifest = digest
@@ -189,16 +193,6 @@ def _map(folder: Path) -> tuple[Manifest, str, dict[str, MappedShard]]:
                 raise DamagedCache(path, "it is missing", digest) from None
         except OSError as error:
             raise InputError(f"cannot read '{path}': {error.strerror or error}") from error
-
-
-def _verify(shards: dict[str, MappedShard], digest: str) -> None:
-    """Several at once: hashing and the disk's reads run without the interpreter's lock."""
-    try:
-        with ThreadPoolExecutor(max(1, min(_THREADS, len(shards)))) as pool:
-            list(pool.map(MappedShard.verify, shards.values()))
-    except DamagedCache as error:
-        error.manifest = digest
-        raise
 
 
 def _shard_path(data: Path, name: str) -> Path:
@@ -230,11 +224,6 @@ def _lease_in_new_folder(folder: Path) -> Lease:
             return Lease(folder)
 
 
-def _refuse_other_manifest(folder: Path) -> None:
-    if (folder / manifest.NAME).exists() and not is_entry(folder):
-        raise OutputError(f"cannot write the cache '{folder}': its {manifest.NAME} is not a cache's, or is damaged")
-
-
 def _names(folder: Path, data: Path) -> bool:
     """Whether the folder's manifest, even if damaged, names this data folder, as far as can be seen."""
     try:
@@ -243,20 +232,3 @@ def _names(folder: Path, data: Path) -> bool:
         return False
     except OSError:
         return True
-
-
-def _write_and_sync(path: Path, content: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    # Windows does not open folders; there a rename is as durable as it gets.
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

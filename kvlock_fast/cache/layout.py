@@ -17,8 +17,8 @@ ALIGNMENT = 256
 """Bytes that CUDA's allocator aligns to, more than any vector load or bulk copy asks for."""
 
 NARROW, LONG = 64, 4096
-"""The most channels a head, and the fewest tokens, for 128 tokens to share a scale of fp8. In short sequences 128 tokens
-are a large part of the picture, and their scales few bytes.
+"""The most channels a head, and the fewest tokens, for 128 tokens to share a scale of fp8. In a short sequence 128
+tokens are a large part of the picture, and their scales few bytes.
 """
 
 Key = tuple[int, str]

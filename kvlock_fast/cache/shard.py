@@ -1,4 +1,4 @@
-"""A shard is one safetensors file: written and hashed in one pass, mapped into memory and compared with what was written.
+"""A shard, one safetensors file: written and hashed in one pass, mapped into memory, compared with what was written.
 
 The header follows from the tensors' names, dtypes and shapes, so the manifest's record of these says every byte of it;
 the tensors' own bytes are hashed. Nothing of a file is left uncovered.

@@ -65,7 +65,7 @@ def write_demo_files(folder: Path, clip: Clip, result: EditResult, settings: Edi
     write_video(folder / "mask.mp4", as_pictures(clip.mask), clip.fps)
     write_video(folder / "edited.mp4", result.videos[0], clip.fps)
     write_page(folder / "report.html", clip, result, settings, command)
-    write_sheet(folder / "sheet.png", result.source, result.mask, result.videos[0])
+    write_sheet(folder / "sheet.png", result.source, result.mask, result.videos)
     files = {"source": "source.mp4", "mask": "mask.mp4", "outputs": ["edited.mp4"]}
     write_text(folder / "trace.json", trace_json(result, settings, command, files))
     return sorted(folder / name for name in

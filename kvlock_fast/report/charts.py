@@ -3,8 +3,6 @@
 No drawing here, so the page's own colours serve light and dark alike.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -51,8 +49,8 @@ def _chart(trace: dict[str, Any], key: str, title: str, note: str, reference: fl
             lines.setdefault(record["sample"], []).append((record["step"], value))
     values = [value for line in lines.values() for _, value in line]
     # The reference line belongs in view, but not at the price of flattening the curve.
-    near = reference is not None and (not values or reference <= 3 * max(values))
-    ticks = axis_ticks(values + ([reference] if near else []))
+    near = reference if reference is not None and (not values or reference <= 3 * max(values)) else None
+    ticks = axis_ticks(values + ([] if near is None else [near]))
 
     def x(step: float) -> float:
         return LEFT + (WIDTH - LEFT - RIGHT) * (step + 0.5) / steps
@@ -75,9 +73,9 @@ def _chart(trace: dict[str, Any], key: str, title: str, note: str, reference: fl
             for sample, line in sorted(lines.items())
         ],
         "rows": [{"y": round(y(t), 1), "label": f"{t:g}"} for t in ticks],
-        "columns": [{"x": round(x(k), 1), "label": k} for k in _step_labels(steps)],
+        "columns": [{"x": round(x(k), 1), "label": k} for k in range(0, steps, max(1, math.ceil(steps / 6)))],
         "warmup": round(x(warmup - 0.5) - LEFT, 1) if warmup else 0,
-        "reference": {"y": round(y(reference), 1), "label": f"τ = {reference:g}"} if near else None,
+        "reference": None if near is None else {"y": round(y(near), 1), "label": f"τ = {near:g}"},
     }
 
 
@@ -91,8 +89,3 @@ def axis_ticks(values: list[float]) -> list[float]:
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
-
-
-def _step_labels(steps: int) -> list[int]:
-    stride = max(1, math.ceil(steps / 6))
-    return list(range(0, steps, stride))

@@ -1,6 +1,4 @@
-"""A contact sheet of an edit: one picture for those who want one."""
-
-from __future__ import annotations
+"""A contact sheet of an edit, which is one picture."""
 
 import os
 from collections.abc import Sequence
@@ -18,18 +16,23 @@ def write_sheet(
     path: str | os.PathLike,
     source: np.ndarray,
     mask: np.ndarray,
-    edited: np.ndarray | Sequence[np.ndarray],
+    edits: Sequence[np.ndarray],
     *,
     columns: int = 6,
 ) -> None:
     """Write a PNG: a row each for source, mask, every edit and its difference from the source, some frames across.
 
-    source: uint8 `[F, H, W, 3]`; mask: bool `[F, H, W]`; edited: one uint8 `[F, H, W, 3]` or several. Raises
-    OutputError if the path cannot be written.
+    Args:
+        path: the file.
+        source: uint8 `[F, H, W, 3]`.
+        mask: bool `[F, H, W]`.
+        edits: uint8 `[F, H, W, 3]` each.
+        columns: the most frames across.
+
+    Raises OutputError if the path cannot be written.
     """
     from PIL import Image, ImageDraw
 
-    edits = [edited] if isinstance(edited, np.ndarray) and edited.ndim == 4 else list(edited)
     index = np.linspace(0, len(source) - 1, min(columns, len(source))).round().astype(int)
     names, rows = _rows(source[index], mask[index], [edit[index] for edit in edits])
     rows = [legible(at_most(row, LARGEST)) for row in rows]

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from kvlock_fast.media import resize_video
+
+if TYPE_CHECKING:
+    from PIL.ImageFont import FreeTypeFont
 
 LEGIBLE = 256
 """Videos whose longer side is smaller than this are enlarged, or nobody would see anything."""
@@ -17,7 +20,7 @@ LEGIBLE = 256
 OUTLINE = np.array([255, 64, 129], dtype=np.uint8)
 
 SCALES = (32, 64, 128, 255)
-"""Where the scale of a difference map may end, in levels."""
+"""Ends that the scale of a difference map may have, in levels."""
 
 
 def outline(source: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -28,12 +31,11 @@ def outline(source: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def border(mask: np.ndarray) -> np.ndarray:
-    """The pixels of a bool `[F, H, W]` that have a neighbour outside of it."""
-    inner = mask.copy()
-    for axis in (1, 2):
-        for step in (-1, 1):
-            inner &= _shifted(mask, axis, step)
-    return mask & ~inner
+    """The pixels of a bool `[F, H, W]` that have a neighbour outside of it; beyond the picture counts as inside."""
+    from scipy import ndimage
+
+    cross = ndimage.generate_binary_structure(2, 1)[None]
+    return mask & np.logical_not(ndimage.binary_erosion(mask, cross, border_value=1))
 
 
 def as_pictures(mask: np.ndarray) -> np.ndarray:
@@ -65,14 +67,14 @@ def difference(source: np.ndarray, edited: np.ndarray) -> np.ndarray:
 
 
 def difference_scale(maps: Sequence[np.ndarray], background: np.ndarray | None = None) -> int:
-    """Where a scale for `difference` maps should end: the least of SCALES that covers 98 % of the pixels.
+    """End of a scale for `difference` maps: the least of SCALES that covers 98 % of the pixels.
 
-    background: bool `[F, H, W]`, the pixels that count (all by default, or where there are none): what was to stay is
-    what one looks for, and the edit itself would outshine it.
+    background: bool `[F, H, W]`, the pixels that count (all by default, or where there are none), as the edit itself
+    would outshine them.
     """
     if background is None or not background.any():
         background = np.ones_like(maps[0], dtype=bool)
-    counts = sum(np.bincount(one[background], minlength=256) for one in maps)
+    counts = np.sum([np.bincount(one[background], minlength=256) for one in maps], axis=0)
     level = int(np.searchsorted(np.cumsum(counts), 0.98 * counts.sum()))
     return next(scale for scale in SCALES if scale >= level)
 
@@ -89,18 +91,9 @@ def heat_colours() -> np.ndarray:
     return (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8)
 
 
-def typeface(size: int) -> Any:
-    """matplotlib's own DejaVu Sans: Pillow alone has no scalable font on every build."""
+def typeface(size: int) -> FreeTypeFont:
+    """Load matplotlib's own DejaVu Sans: Pillow alone has no scalable font on every build."""
     import matplotlib
     from PIL import ImageFont
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)
-
-
-def _shifted(mask: np.ndarray, axis: int, step: int) -> np.ndarray:
-    """The mask moved by one pixel; beyond the picture's edge counts as inside, so the edge itself is no border."""
-    moved = np.roll(mask, step, axis)
-    edge = [slice(None)] * 3
-    edge[axis] = 0 if step == 1 else -1
-    moved[tuple(edge)] = True
-    return moved

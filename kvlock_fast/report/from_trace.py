@@ -3,8 +3,6 @@
 A trace may come from anywhere, so what is read back from its file is checked.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass
@@ -28,7 +26,7 @@ _VALUES = ("variance", "alpha", "omega", "s_star", "seconds")
 
 
 def read_trace(path: Path) -> dict[str, Any]:
-    """What `edit --trace` and `demo` write: prompts, steps, warmup_steps, records; settings, metrics, files, command.
+    """Read a trace of `edit` or `demo`: prompts, steps, warmup_steps, records; settings, metrics, files, command.
 
     The last four may be missing, then they are empty. Raises InputError naming the file and what is wrong with it.
     """
@@ -47,7 +45,7 @@ def read_trace(path: Path) -> dict[str, Any]:
 
 
 class _Wrong(Exception):
-    """What is wrong with a trace, in words."""
+    """A fault of a trace, in words."""
 
 
 def _refuse_constant(name: str) -> float:
@@ -118,7 +116,7 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What is left of an edit, all of one size and length: uint8 [F, H, W, 3], bool [F, H, W], None where missing."""
+    """Videos of an edit, all of one size and length: uint8 [F, H, W, 3], bool [F, H, W], None where missing."""
 
     source: np.ndarray | None
     mask: np.ndarray | None
@@ -129,19 +127,30 @@ class Pictures:
 def remake_report(
     trace_path: Path, output: Path, sheet: Path | None, source: str | None, mask: str | None, edited: list[str]
 ) -> None:
-    """Write the page, and the sheet if one is wanted, with the files given or else those that the trace names.
+    """Write the page about an edit again; the figures are those of the trace.
 
-    The figures are those of the trace. Warns where a file that the trace names is no longer there. Raises InputError
-    for a trace or a file that cannot be read or does not fit, and for a sheet without all three kinds of video.
+    Args:
+        trace_path: the trace.
+        output: the page.
+        sheet: a contact sheet, if one is wanted.
+        source, mask, edited: files to take instead of those that the trace names.
+
+    Warns where a file that the trace names is no longer there. Raises InputError for a trace or a file that cannot be
+    read or does not fit, and for a sheet without all three kinds of video.
     """
     trace = read_trace(trace_path)
-    found = _Files(trace_path, trace)
-    wanted_edits = edited or found.listed("outputs")
-    if len(edited) not in (0, len(trace["prompts"])):
-        raise InputError(
-            f"--edited names {len(edited)} videos, but '{trace_path}' is of {len(trace['prompts'])} prompts"
-        )
-    pictures = _read(trace, source or found.one("source"), mask or found.one("mask"), wanted_edits)
+    names, count = trace["files"], len(trace["prompts"])
+    if not edited and isinstance(names.get("outputs"), list):
+        found = [_found(trace_path.parent, name, "outputs") for name in names["outputs"]]
+        listed = [path for path in found if path is not None]
+        wanted = listed if len(listed) == len(found) else []
+    else:
+        wanted = edited
+    if len(edited) not in (0, count):
+        raise InputError(f"--edited names {len(edited)} videos, but '{trace_path}' is of {count} prompts")
+    source = source or _found(trace_path.parent, names.get("source"), "source")
+    mask = mask or _found(trace_path.parent, names.get("mask"), "mask")
+    pictures = _read(trace, source, mask, wanted)
     if sheet is not None:
         if pictures.source is None or pictures.mask is None or not pictures.edits:
             raise InputError(f"--sheet '{sheet}' needs the source, the mask and the edit: give those that are missing")
@@ -154,36 +163,19 @@ def remake_report(
         trace=trace,
         settings=trace["settings"],
         command=trace["command"],
-        metrics=trace["metrics"] or None,
+        metrics=trace["metrics"],
         fps=pictures.fps,
     )
 
 
-class _Files:
-    """The files that a trace names: as they were typed, or beside the trace."""
-
-    def __init__(self, trace_path: Path, trace: dict[str, Any]):
-        self.folder, self.names = trace_path.parent, trace["files"]
-
-    def one(self, kind: str) -> str | None:
-        """The path, or box, of that kind; None (with a warning) where it is not there."""
-        return self._found(kind, self.names.get(kind))
-
-    def listed(self, kind: str) -> list[str]:
-        """All the paths of a kind, or none where one is not there."""
-        names = self.names.get(kind)
-        paths = [self._found(kind, name) for name in names] if isinstance(names, list) else []
-        return [] if None in paths else paths
-
-    def _found(self, kind: str, name: Any) -> str | None:
-        if not isinstance(name, str) or not name or is_box(name):
-            return name if isinstance(name, str) and name else None
-        for path in (Path(name), self.folder / name):
-            if path.exists():
-                return str(path)
-        message = f"'{name}' of the trace ({kind}) is not there any more: the page goes without it"
-        warn(message)
+def _found(folder: Path, name: Any, kind: str) -> str | None:
+    """A box, or the path of a file that a trace names, as it was typed or beside the trace; None, with a warning."""
+    if not isinstance(name, str) or not name:
         return None
+    found = name if is_box(name) else next((str(p) for p in (Path(name), folder / name) if p.exists()), None)
+    if found is None:
+        warn(f"'{name}' of the trace ({kind}) is not there any more: the page goes without it")
+    return found
 
 
 def _read(trace: dict[str, Any], source: str | None, mask: str | None, edited: list[str]) -> Pictures:
@@ -191,7 +183,9 @@ def _read(trace: dict[str, Any], source: str | None, mask: str | None, edited: l
     for path, edit in zip(edited, edits, strict=True):
         if edit.frames.shape != edits[0].frames.shape:
             raise InputError(f"'{path}' has another size or length than '{edited[0]}'")
-    count = len(edits[0].frames) if edits else _max_frames(trace)
+    count = trace["files"].get("max_frames")
+    count = count if isinstance(count, int) and count > 0 else None
+    count = len(edits[0].frames) if edits else count
     rates = [edit.fps for edit in edits]
     video = marked = None
     if source is not None and mask is not None:
@@ -209,12 +203,7 @@ def _read(trace: dict[str, Any], source: str | None, mask: str | None, edited: l
     return Pictures(video, marked, [edit.frames for edit in edits], rates[0] if rates else Fraction(16))
 
 
-def _max_frames(trace: dict[str, Any]) -> int | None:
-    count = trace["files"].get("max_frames")
-    return count if isinstance(count, int) and count > 0 else None
-
-
 def _shape(trace: dict[str, Any]) -> MaskShape:
-    """How the mask was shaped; InputError where the trace says nonsense."""
+    """Shape of the mask; InputError where the trace says nonsense."""
     given = {name: trace["settings"].get(f"mask_{name}") for name in ("threshold", "invert", "grow", "feather")}
     return MaskShape(**{name: value for name, value in given.items() if value is not None})

@@ -1,9 +1,8 @@
-"""What came out, for people: one self-contained page."""
+"""The report about an edit: one self-contained page."""
 
 from __future__ import annotations
 
 import base64
-import io
 import math
 import os
 import tempfile
@@ -44,37 +43,42 @@ def write_report(
     *,
     source: np.ndarray | None,
     mask: np.ndarray | None,
-    edited: np.ndarray | Sequence[np.ndarray],
+    edited: Sequence[np.ndarray],
     trace: dict[str, Any],
     settings: dict[str, Any],
     command: str,
-    metrics: Metrics | Sequence[Metrics] | None = None,
+    metrics: Sequence[Metrics] = (),
     fps: Fraction | float = 16,
 ) -> None:
     """Write one HTML file that needs nothing else: videos (images where they have one frame), differences, figures,
     plots, settings, command.
 
     Args:
+        path: the file.
         source: uint8 `[F, H, W, 3]`; None leaves out what needs it.
         mask: bool `[F, H, W]`, True on the part that was to be edited; or None.
-        edited: one uint8 `[F, H, W, 3]`, or one per prompt in the order of `trace["prompts"]`; or none.
+        edited: uint8 `[F, H, W, 3]`, one per prompt in the order of `trace["prompts"]`; or none.
         trace: prompts, steps, warmup_steps and the records per step and sample, as in trace.json.
         settings: shown as a table; dictionaries within it become headings.
-        metrics: what `metrics.measure_edit` returns, one per edit (or the one); None measures here what it can.
+        command: shown at the end.
+        metrics: results of `metrics.measure_edit`, one per edit; with none, they are measured here if they can be.
+        fps: frames a second of all videos.
 
     Raises OutputError if the path cannot be written.
     """
-    edits = [edited] if isinstance(edited, np.ndarray) and edited.ndim == 4 else list(edited)
-    count = max(len(edits), len(trace.get("prompts", [])), 1)
-    still = any(len(edit) == 1 for edit in edits)
+    prompts = trace.get("prompts", [])
+    count = max(len(edited), len(prompts), 1)
+    still = any(len(edit) == 1 for edit in edited)
+    if not metrics and source is not None and mask is not None:
+        metrics = [measure_edit(source, mask, edit) for edit in edited]
     page = template(Path(__file__).with_name("page.html.jinja")).render(
         version=__version__,
-        prompts=_prompts(trace, count),
-        clips=_clips(source, mask, edits, fps),
+        prompts=[*prompts, *[""] * (count - len(prompts))],
+        clips=_clips(source, mask, edited, fps),
         heat=", ".join("rgb({}, {}, {})".format(*colour) for colour in heat_colours()[::15].tolist()),
-        figures=[_figures(one, still) for one in _measured(source, mask, edits, metrics)],
+        figures=[_figures(one, still) for one in metrics],
         charts=charts.schedule_charts(trace, settings),
-        facts=_facts(source if source is not None else next(iter(edits), None), mask, trace, fps),
+        facts=_facts(source if source is not None else next(iter(edited), None), mask, trace, fps),
         settings=_rows(settings),
         command=command,
     )
@@ -82,9 +86,9 @@ def write_report(
 
 
 def _clips(
-    source: np.ndarray | None, mask: np.ndarray | None, edits: list[np.ndarray], fps: Fraction | float
+    source: np.ndarray | None, mask: np.ndarray | None, edits: Sequence[np.ndarray], fps: Fraction | float
 ) -> list[dict[str, Any]]:
-    """What can be played: source, mask, each edit and its difference from the source."""
+    """Videos to play: source, mask, each edit and its difference from the source."""
     clips = [] if source is None else [_clip("Source", source, fps)]
     if mask is not None:
         clips.append(_clip("Mask", as_pictures(mask) if source is None else outline(source, mask), fps))
@@ -98,49 +102,26 @@ def _clips(
     return clips
 
 
-def _measured(
-    source: np.ndarray | None,
-    mask: np.ndarray | None,
-    edits: list[np.ndarray],
-    given: Metrics | Sequence[Metrics] | None,
-) -> list[Metrics]:
-    """The figures of each edit: those given, and measured ones where none are."""
-    if given:
-        return [given] if isinstance(given, dict) else list(given)
-    if source is None or mask is None:
-        return []
-    return [measure_edit(source, mask, edit) for edit in edits]
-
-
-def _prompts(trace: dict[str, Any], count: int) -> list[str]:
-    prompts = list(trace.get("prompts", []))[:count]
-    return prompts + [""] * (count - len(prompts))
-
-
 def _clip(name: str, frames: np.ndarray, fps: Fraction | float) -> dict[str, Any]:
     """A name, a size and the mp4 as a data URI; even sizes, because browsers do not all decode 4:4:4.
 
     still: whether it is a PNG, of one frame.
     """
-    shown = legible(at_most(frames, LARGEST))
-    if len(shown) == 1:
-        return {"name": name, "uri": _png(shown[0]), "height": shown.shape[1], "width": shown.shape[2], "still": True}
-    shown = np.pad(shown, [(0, 0), (0, shown.shape[1] % 2), (0, shown.shape[2] % 2), (0, 0)], mode="edge")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "clip.mp4"
-        write_video(file, shown, fps, quality=18)
-        data = base64.b64encode(file.read_bytes()).decode()
-    size = {"height": shown.shape[1], "width": shown.shape[2]}
-    return {"name": name, "uri": f"data:video/mp4;base64,{data}", **size, "still": False}
-
-
-def _png(picture: np.ndarray) -> str:
-    """uint8 [H, W, 3] as a data URI."""
     from PIL import Image
 
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture)).save(file, format="PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    shown = legible(at_most(frames, LARGEST))
+    still = len(shown) == 1
+    if not still:
+        shown = np.pad(shown, [(0, 0), (0, shown.shape[1] % 2), (0, shown.shape[2] % 2), (0, 0)], mode="edge")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / ("clip.png" if still else "clip.mp4")
+        if still:
+            Image.fromarray(np.ascontiguousarray(shown[0])).save(file)
+        else:
+            write_video(file, shown, fps, quality=18)
+        data = base64.b64encode(file.read_bytes()).decode()
+    uri = f"data:{'image/png' if still else 'video/mp4'};base64,{data}"
+    return {"name": name, "uri": uri, "height": shown.shape[1], "width": shown.shape[2], "still": still}
 
 
 def _figures(values: Metrics, still: bool = False) -> list[dict[str, Any]]:
@@ -169,8 +150,8 @@ def _figures(values: Metrics, still: bool = False) -> list[dict[str, Any]]:
             ("SSIM", number(f"{region}_ssim", 4), of_ssim),
             *([] if still else [("Flicker", number(f"{region}_flicker", 2), calm)]),
         ]
-        named = [(f"{region.capitalize()} {label}", value, note) for label, value, note in tiles]
-        groups.append([dict(zip(("label", "value", "note"), tile, strict=True)) for tile in named])
+        title = region.capitalize()
+        groups.append([{"label": f"{title} {label}", "value": value, "note": note} for label, value, note in tiles])
     return groups
 
 
@@ -211,10 +192,12 @@ def _text(value: Any) -> str:
     return ", ".join(_text(v) for v in value) if isinstance(value, (list, tuple)) else str(value)
 
 
-def template(path: Path, **options: bool) -> jinja2.Template:
-    """Load a template whose values are escaped, and must all be given; options: of the jinja2 environment."""
+def template(path: Path, trim_blocks: bool = False) -> jinja2.Template:
+    """Load a template whose values are escaped, and must all be given."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(path.parent)
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, **options)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=trim_blocks
+    )
     return environment.get_template(path.name)

@@ -1,7 +1,5 @@
 """A mask as the model sees it: its tokens over the video, beside the pixels that were marked."""
 
-from __future__ import annotations
-
 import math
 import os
 from dataclasses import dataclass
@@ -49,7 +47,7 @@ class TokenView:
         }
 
     def latent_of(self, frame: int) -> int:
-        """The latent frame that a pixel frame is in."""
+        """Number of the latent frame that a pixel frame is in."""
         stride = self.geometry.temporal_stride
         return -(-frame // stride) if self.geometry.causal else frame // stride
 
@@ -60,15 +58,14 @@ class TokenView:
 
 
 def geometry_of(model: str) -> Geometry:
-    """How a model cuts videos into tokens, by its config files alone.
+    """Geometry of a model's tokens, from its config files alone.
 
     model: a known name, a config file, a folder, or a hub id, of which only the configs are fetched. Raises InputError
     naming it if there is no such model, or of no known family.
     """
     from kvlock_fast.planning.find_model import find_model
-    from kvlock_fast.planning.known_models import MODELS
 
-    if model in MODELS or Path(model).exists():
+    if is_local(model):
         return find_model(model).geometry
     from huggingface_hub import snapshot_download
 
@@ -82,7 +79,7 @@ def geometry_of(model: str) -> Geometry:
 
 
 def is_local(model: str) -> bool:
-    """Whether a model's configs are at hand without asking the hub."""
+    """Say whether a model's configs are at hand without asking the hub."""
     from kvlock_fast.planning.known_models import MODELS
 
     return model in MODELS or Path(model).exists()
@@ -93,8 +90,14 @@ def view_tokens(
 ) -> TokenView:
     """Bring a clip to the model's size and length and project its mask, as an edit does.
 
-    video: uint8 [F, H, W, 3]; mask: bool [F, H, W]; size: (height, width) to work at, None for the video's. Raises
-    InputError and warns as the pipeline does.
+    Args:
+        video: uint8 [F, H, W, 3].
+        mask: bool [F, H, W].
+        geometry: the model's.
+        size: (height, width) to work at; None for the video's.
+        policy: what is done with frames that do not fit.
+
+    Raises InputError and warns as the pipeline does.
     """
     from kvlock_fast.loop.inputs import fit_to_model
     from kvlock_fast.masks import project_mask
@@ -115,20 +118,26 @@ def draw_tokens(view: TokenView) -> np.ndarray:
 
     height, width = view.video.shape[1:3]
     factor = max(1, math.ceil(LEGIBLE / max(height, width)))
-    cell = [n * factor for n in view.geometry.size_multiple()]
+    down, across = (n * factor for n in view.geometry.size_multiple())
     caption, total = 26, view.tokens[0].size
-    shape = (height * factor, width * factor)
-    result = np.empty((len(view.video), *(side + side % 2 for side in (shape[0] + caption, shape[1])), 3), np.uint8)
+    high, wide = height * factor, width * factor
+    tall, broad = (side + side % 2 for side in (high + caption, wide))
+    result = np.empty((len(view.video), tall, broad, 3), np.uint8)
     words = typeface(14)
     for i, (picture, marked) in enumerate(zip(view.video, view.mask, strict=True)):
         latent = view.latent_of(i)
         tokens = view.tokens_over(i)
-        canvas = _tinted(_enlarged(picture, factor), _enlarged(tokens, 1, cell, shape), cell)
-        canvas[border(_enlarged(marked, factor)[None])[0]] = OUTLINE
-        page = Image.new("RGB", (result.shape[2], result.shape[1]), "#16181d")
+        shown = _enlarged(picture, factor, factor).astype(np.float32)
+        foreground = _enlarged(tokens, down, across)[:high, :wide, None]
+        shown = np.where(foreground, 0.55 * shown + 0.45 * _TINT, 0.6 * shown)
+        for lines in (shown[::down], shown[:, ::across]):
+            lines[:] = 0.7 * lines + 0.3 * 200
+        canvas = np.rint(shown).astype(np.uint8)
+        canvas[border(_enlarged(marked, factor, factor)[None])[0]] = OUTLINE
+        page = Image.new("RGB", (broad, tall), "#16181d")
         page.paste(Image.fromarray(canvas))
         text = f"frame {i}, latent {latent}: {int(tokens.sum())} of {total} tokens may change ({tokens.mean():.1%})"
-        ImageDraw.Draw(page).text((8, shape[0] + 4), text, fill="#c9ced8", font=words)
+        ImageDraw.Draw(page).text((8, high + 4), text, fill="#c9ced8", font=words)
         result[i] = np.asarray(page)
     return result
 
@@ -138,20 +147,5 @@ def write_preview(path: str | os.PathLike, view: TokenView, fps: Fraction | floa
     write_video(path, draw_tokens(view), fps)
 
 
-def _enlarged(
-    picture: np.ndarray, factor: int, cell: list[int] | None = None, shape: tuple[int, int] | None = None
-) -> np.ndarray:
-    """Every pixel `factor` times as large, or as large as `cell` and cut to `shape`."""
-    down, across = cell or (factor, factor)
-    large = picture.repeat(down, axis=0).repeat(across, axis=1)
-    return large if shape is None else large[: shape[0], : shape[1]]
-
-
-def _tinted(picture: np.ndarray, foreground: np.ndarray, cell: list[int]) -> np.ndarray:
-    """The picture dimmed, its foreground tokens in colour, and the lines between tokens: uint8 [H, W, 3]."""
-    shown = picture.astype(np.float32)
-    shown = np.where(foreground[..., None], 0.55 * shown + 0.45 * _TINT, 0.6 * shown)
-    for axis, step in enumerate(cell):
-        lines = (slice(None), slice(0, None, step)) if axis else (slice(0, None, step),)
-        shown[lines] = 0.7 * shown[lines] + 0.3 * 200
-    return np.rint(shown).astype(np.uint8)
+def _enlarged(picture: np.ndarray, down: int, across: int) -> np.ndarray:
+    return picture.repeat(down, axis=0).repeat(across, axis=1)

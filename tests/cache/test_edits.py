@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_the_edit_in_lockstep(tmp_path, monkeypatch, when):
 
     pipe = tiny_wan()
     expected = call(pipe).latents
-    monkeypatch.setattr(entry, "write_shard" if when == "a shard" else "_write_and_sync", no_space)
+    monkeypatch.setattr(entry, "write_shard" if when == "a shard" else "fsync", no_space)
     with pytest.warns(InputWarning, match=r"cannot write the cache '.*': No space left on device; the source is run"):
         out = call(pipe, cache=CacheConfig(tier="disk", root=str(tmp_path / "root")))
     assert torch.equal(out.latents, expected)

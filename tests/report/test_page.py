@@ -74,7 +74,7 @@ def clip(frames=5, height=32, width=48):
 def write(path, **changes):
     source, mask, edited = clip()
     arguments = {
-        "source": source, "mask": mask, "edited": edited, "trace": trace(),
+        "source": source, "mask": mask, "edited": [edited], "trace": trace(),
         "settings": {"seed": 7, "lock": {"tau": 0.01, "layers": [0, 1]}}, "command": "kvlock-fast edit",
     }  # fmt: skip
     write_report(path, **{**arguments, **changes})
@@ -138,7 +138,7 @@ def test_several_edits(tmp_path):
 
 
 def test_given_metrics_are_shown(tmp_path):
-    page = write(tmp_path / "r.html", metrics={"background_psnr": 31.26, "background_ssim": 0.98765})
+    page = write(tmp_path / "r.html", metrics=[{"background_psnr": 31.26, "background_ssim": 0.98765}])
     text = " ".join(page.text)
     assert "31.3" in text and "0.9877" in text
     assert "∞" in " ".join(write(tmp_path / "r.html", metrics=[{"background_psnr": None, "background_ssim": 1}]).text)
@@ -147,7 +147,7 @@ def test_given_metrics_are_shown(tmp_path):
 @pytest.mark.parametrize("case", ["one frame", "odd", "all foreground", "no records", "no steps dynamic", "calm"])
 def test_odd_cases(tmp_path, case):
     source, mask, edited = clip(1 if case == "one frame" else 3, 33, 301) if case in ("one frame", "odd") else clip()
-    changes = {"source": source, "mask": mask, "edited": edited}
+    changes = {"source": source, "mask": mask, "edited": [edited]}
     if case == "all foreground":
         changes["mask"] = np.ones_like(mask)
     if case == "no records":
@@ -167,7 +167,7 @@ def test_odd_cases(tmp_path, case):
 
 def test_browsers_can_decode_it(tmp_path):
     source, mask, edited = clip(2, 301, 303)
-    videos(write(tmp_path / "r.html", source=source, mask=mask, edited=edited), tmp_path)
+    videos(write(tmp_path / "r.html", source=source, mask=mask, edited=[edited]), tmp_path)
     for i in range(4):
         with av.open(str(tmp_path / f"{i}.mp4")) as container:
             assert container.streams.video[0].codec_context.pix_fmt == "yuv420p"
@@ -175,7 +175,7 @@ def test_browsers_can_decode_it(tmp_path):
 
 def test_the_sheet(tmp_path):
     source, mask, edited = clip(9)
-    contact_sheet.write_sheet(tmp_path / "s.png", source, mask, edited, columns=4)
+    contact_sheet.write_sheet(tmp_path / "s.png", source, mask, [edited], columns=4)
     picture = Image.open(tmp_path / "s.png")
     # Four rows of four frames of 288x192, enlarged by nearest pixel, so the source's first frame is in it exactly.
     assert picture.width > 4 * 288 and picture.height > 4 * 192
@@ -222,7 +222,7 @@ def test_a_page_of_what_there_is(tmp_path):
     """Without a source there is nothing to compare with; without any video the plots are left."""
     page = write(tmp_path / "r.html", source=None)
     assert [video["aria-label"] for video in page.all("video")] == ["Mask", "Edit"]
-    page = write(tmp_path / "r.html", source=None, mask=None, edited=[], metrics={"background_ssim": 0.5})
+    page = write(tmp_path / "r.html", source=None, mask=None, edited=[], metrics=[{"background_ssim": 0.5}])
     assert not page.all("video") and not page.all("script") and len(page.all("polyline")) == 4
     assert "0.5000" in " ".join(page.text)
     page = write(tmp_path / "r.html", mask=None)
@@ -231,9 +231,9 @@ def test_a_page_of_what_there_is(tmp_path):
 
 def test_large_videos_are_shown_smaller(tmp_path):
     source = noise(2, 40, 1400)
-    page = write(tmp_path / "r.html", source=source, mask=np.ones(source.shape[:3], bool), edited=source)
+    page = write(tmp_path / "r.html", source=source, mask=np.ones(source.shape[:3], bool), edited=[source])
     assert {video["width"] for video in page.all("video")} == {str(LARGEST)}
-    contact_sheet.write_sheet(tmp_path / "s.png", source, np.ones(source.shape[:3], bool), source)
+    contact_sheet.write_sheet(tmp_path / "s.png", source, np.ones(source.shape[:3], bool), [source])
     assert Image.open(tmp_path / "s.png").width < 3 * contact_sheet.LARGEST
 
 
@@ -255,7 +255,7 @@ def test_unwritable(tmp_path, place):
         write(tmp_path / place)
     source, mask, edited = clip()
     with pytest.raises(OutputError, match=place):
-        contact_sheet.write_sheet(tmp_path / place, source, mask, edited)
+        contact_sheet.write_sheet(tmp_path / place, source, mask, [edited])
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 
 
