@@ -1,6 +1,6 @@
 """What a transformer is told beside the latents and the time: texts, and whatever else its family gives it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ class Given:
     guidance_scale: float
 
 
-class Conditioning(Mapping[str, Tensor]):
+class Conditioning(dict[str, Tensor]):
     """Tensors by name, all of `rows` samples along their first dimension."""
 
     def __init__(self, unmasked: str | None = None, /, **tensors: Tensor):
@@ -40,17 +40,9 @@ class Conditioning(Mapping[str, Tensor]):
         counts = {len(x) for x in tensors.values()}
         if len(counts) != 1:
             raise ValueError(f"conditioning must be of one number of samples, got {sorted(counts)}")
-        self._tensors, self._unmasked = tensors, unmasked
+        super().__init__(tensors)
+        self._unmasked = unmasked
         self.rows = counts.pop()
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
 
     def part(self, first: int, end: int) -> "Conditioning":
         """Of samples from `first` to before `end`, as views."""
@@ -62,7 +54,7 @@ class Conditioning(Mapping[str, Tensor]):
 
     def replace(self, **tensors: Tensor) -> "Conditioning":
         """With some of the tensors replaced, or more of them."""
-        return self._like({**self._tensors, **tensors})
+        return self._like({**self, **tensors})
 
     def _like(self, tensors: Mapping[str, Tensor]) -> "Conditioning":
         return Conditioning(self._unmasked, **tensors)

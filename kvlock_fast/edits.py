@@ -17,13 +17,14 @@ from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError, OutputError, warn
 from kvlock_fast.files import user_cache_folder
 from kvlock_fast.locking.arch import select_layers
-from kvlock_fast.loop.denoise import Part, denoise
+from kvlock_fast.loop.denoise import denoise
+from kvlock_fast.loop.forwards import Part, Predictor
 from kvlock_fast.loop.graph import CapturedLoops
-from kvlock_fast.loop.predictor import Predictor, Task
 from kvlock_fast.loop.schedule import can_lock, compares_with_source
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath, StoredSource, invert, renoise, shift_latents
 from kvlock_fast.loop.stored_source import Source, SourceMaker, check_saved, read_saved, saved_path, source_facts
+from kvlock_fast.loop.task import Task
 from kvlock_fast.loop.trace import Recorder
 from kvlock_fast.loop.windows import Stretch, Windows, blend, stretches
 from kvlock_fast.masks import ProjectedMask
@@ -203,10 +204,7 @@ def edit_prompts(task: Task, scene: Scene, cache: CacheConfig, recorder: Recorde
             recorder.cache = _facts(cache.tier, [part.stored for part in parts if part.stored is not None])
             _warn_of_source_runs(scene, parts[0].stored)
             done = _StepCounter(progress, task, cache, scene.solver.num_steps)
-            edits = [
-                denoise(some, predict, path, parts, scene.solver, recorder, done, scene.loops)
-                for some in _batches(task, cache)
-            ]
+            edits = [denoise(some, predict, path, parts, recorder, done, scene.loops) for some in _batches(task, cache)]
         finally:
             for part in parts:
                 if part.stored is not None:
@@ -303,7 +301,7 @@ def _own_prediction(predict: Predictor, text: Conditioning, parts: list[Stretch]
     """The source's own prediction [1, ...] at x_k, nothing locked."""
     with span("forward source"):
         said = [predict(k, part.of(latents), text) for part in parts]
-    return said[0] if len(parts) == 1 else blend(said, parts, latents.shape[2])
+    return said[0] if len(parts) == 1 else blend(said, parts)
 
 
 def _guided_prediction(

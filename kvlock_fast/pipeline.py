@@ -20,12 +20,11 @@ from kvlock_fast.locking.arch import select_layers
 from kvlock_fast.locking.compatibility import COMPILE, compiled_blocks
 from kvlock_fast.locking.fast_path import check_processors
 from kvlock_fast.locking.turns import one_at_a_time
-from kvlock_fast.loop.denoise import why_not_captured
-from kvlock_fast.loop.graph import GRAPH, CapturedLoops, choose_capture
+from kvlock_fast.loop.graph import GRAPH, CapturedLoops, choose_capture, why_not_captured
 from kvlock_fast.loop.inputs import check_numbers, check_texts, fit_to_model
 from kvlock_fast.loop.parallel import CAPTURED, check_tokens, check_transformers
-from kvlock_fast.loop.predictor import Task
 from kvlock_fast.loop.solver import Solver
+from kvlock_fast.loop.task import Task
 from kvlock_fast.loop.trace import Recorder, Trace
 from kvlock_fast.loop.windows import Windows, asked_for
 from kvlock_fast.masks import ProjectedMask

@@ -19,8 +19,8 @@ from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.edits import Scene, edit_prompts
 from kvlock_fast.loop.graph import CapturedLoops, CudaCapture
-from kvlock_fast.loop.predictor import Task
 from kvlock_fast.loop.solver import Solver
+from kvlock_fast.loop.task import Task
 from kvlock_fast.loop.trace import Recorder
 from kvlock_fast.masks import project_mask
 from kvlock_fast.planning.find_model import find_model

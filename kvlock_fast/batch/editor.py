@@ -53,7 +53,7 @@ def enter_uncaptured(reading: Reading) -> None:
 
 
 def _why_not_captured(setup: Setup) -> tuple[str, str] | None:
-    """The field that prevents it, and why; as `denoise.why_not_captured`, which knows the model too."""
+    """The field that prevents it, and why; as `graph.why_not_captured`, which knows the model too."""
     from kvlock_fast.loop.schedule import compares_with_source
 
     if setup.clip_frames is not None:

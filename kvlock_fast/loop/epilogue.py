@@ -15,7 +15,6 @@ from kvlock_fast.kernels.epilogue import step_epilogue
 from kvlock_fast.kernels.epilogue_state import Schedule, StepState, new_step_state
 from kvlock_fast.kernels.guidance import cfg_projection_reference, guided_prediction_reference
 from kvlock_fast.loop.foreground import mix_seam, seam_weights
-from kvlock_fast.loop.predictor import Task
 from kvlock_fast.loop.schedule import (
     Controller,
     VarianceWindow,
@@ -25,6 +24,7 @@ from kvlock_fast.loop.schedule import (
 )  # fmt: skip
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath
+from kvlock_fast.loop.task import Task
 
 ALPHA = 1
 """The column of a trace."""
@@ -59,7 +59,7 @@ class DeviceStepper:
     def __init__(self, task: Task, solver: Solver, source: SourcePath, omega0: list[float]):
         """omega0: the guidance scale of each step."""
         lock, steps = task.lock, solver.num_steps
-        self.solver, self.lock = solver, lock
+        self.solver, self.lock, self.source = solver, lock, source
         self.foreground = task.mask.token_latents.contiguous()
         self.path = source.path if lock.keeps_background else None
         self.seam = seam_weights(task.mask, lock)
@@ -89,15 +89,13 @@ class DeviceStepper:
         """[B] fp32, of the step after that, where alpha lags."""
         return self.state.alpha if self.state.later_alpha is None else self.state.later_alpha
 
-    def advance(
-        self, k: int, source: Tensor | None, source_latent: Tensor, cond: Tensor | None, uncond: Tensor | None
-    ) -> None:
+    def advance(self, k: int, source: Tensor | None, cond: Tensor | None, uncond: Tensor | None) -> None:
         """Take step k by the predictions of the source [1, ...] (where tau follows it) and of both branches [B, ...].
 
         cond is None in the steps whose prediction is taken as 0.
         """
         if self.source_window is not None and source is not None:
-            variance = self.source_window.push(self.solver.predict_clean(k, source, source_latent))
+            variance = self.source_window.push(self.solver.predict_clean(k, source, self.source.at(k)))
             if variance is not None:
                 self.tau.copy_(variance.clamp_min(LEAST_VARIANCE))
         cond = torch.zeros_like(self.latents) if cond is None else _by_rows(cond)
@@ -139,10 +137,8 @@ class SchedulerStepper:
         self._trace: list[Tensor] = []
         self._taken = 0
 
-    def advance(
-        self, k: int, source: Tensor | None, source_latent: Tensor, cond: Tensor | None, uncond: Tensor | None
-    ) -> None:
-        """As DeviceStepper's."""
+    def advance(self, k: int, source: Tensor | None, cond: Tensor | None, uncond: Tensor | None) -> None:
+        """Take step k, as `DeviceStepper.advance` does."""
         task, controller, solver = self.task, self.controller, self.solver
         omega = controller.omega(k, self.omega0[k], task.guided(self.omega0[k]))
         if cond is None:
@@ -152,7 +148,7 @@ class SchedulerStepper:
             at = self.latents, solver.sigmas[k]
             prediction, s_star = guide(task, cond, uncond, omega, self.omega0[k], *at)
             clean = solver.predict_clean(k, prediction, self.latents)
-            source_clean = None if source is None else solver.predict_clean(k, source, source_latent)
+            source_clean = None if source is None else solver.predict_clean(k, source, self.source.at(k))
             variance = controller.observe(clean, source_clean)
         latents = solver.step(k, prediction, self.latents)
         self.latents = self._as_diffusers(keep_background(task, latents, self.source.at(k + 1)))

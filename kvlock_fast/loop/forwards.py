@@ -1,11 +1,13 @@
-"""The transformer's forwards under the lock: who shares a batch, and where the source's K and V come from.
+"""The transformer's forwards under the lock: one at a time (`Predictor`), and those of a denoising step (`Forwards`).
 
-A step asks of the whole clip or of one stretch of it, and of some samples for their foreground alone.
+A step has two verbs. `source_kv` finds the source's keys and values: a pass before has stored them, a forward of the
+source makes them now, or the source's row rides in the edit's own batch. `edit` runs the edit's branches, whose
+background is blended with them, and in foreground-only steps computes the foreground's tokens alone.
 """
 
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,247 +15,346 @@ from torch import Tensor
 
 from kvlock_fast.cache.store import Packed
 from kvlock_fast.conditioning import Conditioning
-from kvlock_fast.locking.lock import KeptKV, Mode, blend_weight
+from kvlock_fast.config import LockConfig
+from kvlock_fast.locking.lock import KeptKV, Mode, TransformerLock, blend_weight
+from kvlock_fast.locking.parallel import shard_of
 from kvlock_fast.loop.foreground import edit_region
-from kvlock_fast.loop.predictor import Predictor, Task
+from kvlock_fast.loop.ranges import layer_ranges
 from kvlock_fast.loop.schedule import can_lock, compares_with_source
+from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath, StoredSource
+from kvlock_fast.loop.task import Task, Texts
+from kvlock_fast.loop.trace import Recorder
+from kvlock_fast.loop.windows import Stretch
 from kvlock_fast.masks import Region
 from kvlock_fast.nvtx import span
 
 
+class Predictor:
+    """The model's transformers, with the lock attached while the context is open."""
+
+    def __init__(
+        self,
+        model: Any,
+        solver: Solver,
+        lock: LockConfig,
+        background: Tensor,
+        recorder: Recorder,
+        processors: str = "auto",
+    ):
+        """Look up what every step needs; attach nothing yet.
+
+        Args:
+            model: the family's model (models/base.py).
+            solver: the scheduler's steps.
+            lock: the lock's settings.
+            background: indices [N] of the tokens whose K and V are kept apart from the batch.
+            recorder: counts the forwards.
+            processors: the attention processors of locked layers, as `KVLockPipeline` has them.
+        """
+        self.model, self.solver, self.lock, self.recorder = model, solver, lock, recorder
+        self.processors = processors
+        self.background = background
+        self.locks: list[TransformerLock] = []
+        self.times: list[Tensor] = [model.time_at(solver, k) for k in range(solver.num_steps + 1)]
+        self._exit = ExitStack()
+        self._stages = [model.stage_at(t, solver.num_train_timesteps) for t in solver.timesteps.tolist()]
+        self._stages.append(self._stages[-1])
+        self._serving = [model.transformer_of(stage) for stage in self._stages]
+        self._tokens: dict[torch.Size, tuple[int, int | None]] = {}
+
+    def __enter__(self) -> "Predictor":
+        with ExitStack() as attached:  # what is attached comes off again if one of two transformers is refused
+            for transformer in self.model.transformers if self.lock.locks else ():
+                arch, layers = self.model.arch, self.lock.layers
+                lock = TransformerLock(transformer, arch, layers, self.background, self.processors)
+                attached.callback(lock.detach)
+                self.locks.append(lock)
+            for transformer in self.model.transformers:
+                attached.enter_context(layer_ranges(transformer, self.model.arch))
+            self._exit = attached.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
+
+    def use_background(self, background: Tensor) -> None:
+        """Keep and blend these tokens from now on."""
+        if background is self.background:
+            return
+        self.background = background
+        for lock in self.locks:
+            lock.use_background(background)
+
+    def kept_tokens(self, background: Tensor, latents: Tensor) -> int:
+        """How many of the background's tokens of latents [..., T, H, W] this process keeps."""
+        shard = shard_of(self.locks[0].transformer)
+        return len(background if shard is None else shard.indices(background, self.model.tokens_of(latents)))
+
+    def stage(self, k: int) -> int:
+        """0, or 1 in the low-noise steps of a model that has two stages; for k = T too."""
+        return self._stages[k]
+
+    def __call__(
+        self,
+        k: int,
+        latents: Tensor,
+        text: Conditioning,
+        mode: Mode = Mode.OFF,
+        weight: Tensor | None = None,
+        kept: KeptKV | None = None,
+        timestep: Tensor | None = None,
+    ) -> Tensor:
+        """Predict at latents [rows, C, T, H, W], told `text` of each row.
+
+        Args:
+            k: the step, which decides the transformer.
+            latents: the rows of the batch.
+            text: what the model is told of each.
+            mode: what the lock does to keys and values in this forward.
+            weight: the blend's weight [rows, S] fp32, where the mode blends.
+            kept: the source's keys and values, or where they are kept.
+            timestep: [], None for the solver's own.
+
+        Returns:
+            The prediction [rows, C, T, H, W], in the model's dtype.
+        """
+        which, at = self._serving[k], self.times[k] if timestep is None else timestep
+        self.recorder.forwards += latents.shape[0]
+        if not self.locks:
+            return self.model.predict(which, latents, at, text)
+        if latents.shape not in self._tokens:
+            self._tokens[latents.shape] = self.model.tokens_of(latents), self.model.tokens_ahead(latents)
+        tokens, ahead = self._tokens[latents.shape]
+        with self.locks[which].forward(mode, weight, kept, tokens, ahead=ahead):
+            return self.model.predict(which, latents, at, text)
+
+    def foreground(
+        self, k: int, latents: Tensor, text: Conditioning, region: Region, kept: KeptKV, rows: Tensor | None,
+        timestep: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Predict for the region's tokens, 0 elsewhere; rows: which of the tokens kept are background."""
+        self.recorder.forwards += latents.shape[0]
+        lock = self.locks[self._serving[k]]
+        with lock.forward(Mode.FOREGROUND, kept=kept):
+            return self.model.predict_foreground(lock, latents, timestep, text, region, self.background, rows)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of the clip, the source's path in it, and its keys and values for the steps that they cover.
+
+    background: indices [N] of the tokens that are kept of the source.
+    """
+
+    stretch: Stretch
+    path: SourcePath
+    stored: StoredSource | None
+    background: Tensor
+
+
+@dataclass(frozen=True)
+class SourceKV:
+    """The source at a step, as the edit's forwards need it.
+
+    prediction: its own [1, C, n, h, w], where it was made; kept: its background's K and V by layer, None where nothing
+    is locked; row: its latent [1, C, n, h, w], where they come from a row of its own in the edit's batch instead.
+    """
+
+    prediction: Tensor | None = None
+    kept: KeptKV | None = None
+    row: Tensor | None = None
+
+
+Velocities = tuple[Tensor | None, Tensor, Tensor | None]
+"""Predictions of the source [1, C, n, h, w] (None where nobody asks), and of the edit's conditional and unconditional
+branch [B, C, n, h, w] (None without guidance).
+"""
+Branches = tuple[Tensor, Tensor | None]
+"""The two of the edit."""
+
+
 class Forwards:
-    """The predictions of a step: of the source, where it is run along, and of the edit's branches."""
+    """The forwards of a step, of the whole clip or of one stretch. Whatever changes from step to step stays at one
+    address, so that a step can be captured.
+    """
 
-    def __init__(self, task: Task, predict: Predictor, timestep: Tensor | None = None):
-        """timestep: where each step's timestep is read from [], None for the solver's table."""
-        self.task, self.predict, self.timestep = task, predict, timestep
-        batching = task.lock.guidance_batching
+    def __init__(self, task: Task, predict: Predictor, part: Part, timestep: Tensor):
+        """timestep: where each step's is read from []."""
+        lock, self.predict, self.timestep = task.lock, predict, timestep
+        self.stretch, self.path, self.stored, self.background = part.stretch, part.path, part.stored, part.background
+        self.mask, self.mix, self.batch = part.stretch.mask, lock.foreground_mix, task.batch
         told = [x for x in (task.source_prompt, task.negative, task.prompt) if x is not None]
-        together = (task.lock.locks or predict.model.arch.one_call) and Conditioning.fit(told)
-        self.batched = batching == "batched" or (batching == "auto" and together)
+        together = (lock.locks or predict.model.arch.one_call) and Conditioning.fit(told)
+        self.batched = lock.guidance_batching == "batched" or (lock.guidance_batching == "auto" and together)
+        self.texts = Texts.of(task, self.batched)
+        self.branches = 1 if task.negative is None else 2
+        steps = predict.solver.num_steps
+        self.zero_init_steps, self.compares = lock.zero_init_steps, compares_with_source(lock)
+        self.locks = [k >= lock.zero_init_steps and can_lock(lock, steps, k) for k in range(steps)]
+        self.source_latent = part.path.at(0).clone()
+        self.tokens, self.everything = part.stretch.mask.tokens, part.stretch.mask.tokens.shape[1]
+        # Of the step whose inputs are in place:
+        self.way = "zero"
+        self.saturated: tuple[int, ...] = ()
+        self.kept: Packed | None = None
+        self.region: Region | None = None
+        self.rows: Tensor | None = None
+        if lock.compute == "foreground":
+            self.region = edit_region(self.mask, lock)
+            outside = ~self.tokens[0].index_select(0, self.background)
+            self.rows = None if outside.all() else outside.nonzero()[:, 0]
 
-    def run_along(
-        self, k: int, latents: Tensor, source_latent: Tensor, alpha: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The source [1, ...] with the edit: predictions of source, conditional and unconditional branch [B, ...]."""
-        task = self.task
-        if not self.batched:  # a forward for the source, which keeps its K and V, and one for each branch
-            source, kept = self.of_source(k, source_latent)
-            return source, *self._branches(k, latents, self._locked(Mode.STORED), alpha, kept)
-        branches = 1 if task.negative is None else 2
-        rows = torch.cat([source_latent, *[latents.float()] * branches])
-        texts = Conditioning.cat([task.source_prompt, self._texts()])
-        weight = self._weight(alpha.repeat(branches))
-        with span("forward all"):
-            out = self._predict(k, rows, texts, self._locked(Mode.IN_BATCH), weight)
-        return out[:1], *self._split(out[1:])
+    @contextmanager
+    def inputs(self, k: int, saturated: tuple[int, ...]) -> Iterator[Hashable]:
+        """Put step k's inputs in place while the context is open; yields its kind, which decides the kernels.
 
-    def of_source(self, k: int, source_latent: Tensor) -> tuple[Tensor, KeptKV]:
-        """The source's prediction [1, ...], and its background's K and V of this step."""
+        saturated: the samples whose alpha is 1, for which the foreground is enough.
+        """
+        self.source_latent.copy_(self.path.path[k])
+        self.way, self.saturated, self.kept = self._way(k), saturated, None
+        kind = self.way, self.predict.stage(k), saturated
+        if self.way == "stored":
+            assert self.stored is not None
+            with self.stored.store.read(self.stored.slots[k]) as self.kept:
+                yield *kind, next(iter(self.kept.values())).codes.data_ptr()
+        else:
+            yield kind
+
+    def _way(self, k: int) -> str:
+        """Where step k has the source from."""
+        locks, stored = self.locks[k], self.stored
+        if k < self.zero_init_steps:
+            return "zero"
+        if not (locks or self.compares) or (
+            self._is_untouched and len(self.saturated) == self.batch and not self.compares
+        ):
+            return "unlocked"
+        if stored is None or not stored.covers(k, locks, self.compares):
+            return "along"
+        return "stored" if locks else "compared"
+
+    @property
+    def computed(self) -> list[int]:
+        """Tokens that are computed of each sample, in the step whose inputs are there."""
+        whole = 0 if self.way == "zero" else self.everything
+        alone = whole if self.region is None else len(self.region.computed)
+        return [alone if i in self.saturated else whole for i in range(self.batch)]
+
+    def source_kv(self, k: int, source_latent: Tensor) -> SourceKV:
+        """Find the source's keys and values at its latent of step k [1, C, n, h, w], or have its forward make them."""
+        self.predict.use_background(self.background)
+        if self.way == "unlocked":
+            return SourceKV()
+        if self.way != "along":
+            assert self.stored is not None
+            return SourceKV(self.stored.predictions.get(k), self.kept)
+        if self.batched and not self.saturated:
+            return SourceKV(row=source_latent)
         kept: KeptKV = {}
         with span("forward source"):
-            locked = self._locked(Mode.CAPTURE)
-            return self._predict(k, source_latent, self.task.source_prompt, locked, kept=kept), kept
+            prediction = self._predict(k, source_latent, self.texts.source, self._locked(Mode.CAPTURE), kept=kept)
+        return SourceKV(prediction, kept)
 
-    def of_foreground(
-        self, k: int, latents: Tensor, kept: KeptKV, region: Region, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The region's tokens alone, in front of the source's background: both branches [B, ...], 0 elsewhere."""
-        task, branches = self.task, 1 if self.task.negative is None else 2
+    def edit(self, k: int, latents: Tensor, alpha: Tensor, kv: SourceKV) -> Velocities:
+        """Predict at latents [B, C, n, h, w], the background's K and V blended with the source's by alpha [B]."""
+        if kv.row is not None:
+            with span("forward all"):
+                rows = torch.cat([kv.row, *[latents.float()] * self.branches])
+                weight = self._weight(alpha.repeat(self.branches))
+                out = self._predict(k, rows, self.texts.all, self._locked(Mode.IN_BATCH), weight)
+            return out[:1], *self._split(out[1:])
+        if self.saturated:
+            return kv.prediction, *self._partly(k, latents, alpha, kv.kept)
+        return kv.prediction, *self._whole(k, latents, alpha, kv.kept, self.texts)
+
+    def _whole(self, k: int, latents: Tensor, alpha: Tensor, kept: KeptKV | None, texts: Texts) -> Branches:
+        """Both branches of every token, in one forward or one after the other; kept None: nothing is locked."""
+        mode = Mode.OFF if kept is None else self._locked(Mode.STORED)
+        weight = None if kept is None else self._weight(alpha)
+        if texts.both is not None:
+            weight = None if weight is None else weight.repeat(self.branches, 1)
+            with span("forward edit"):
+                rows = torch.cat([latents.float()] * self.branches)
+                return self._split(self._predict(k, rows, texts.both, mode, weight, kept))
+        with span("forward edit"):
+            cond = self._predict(k, latents, texts.prompt, mode, weight, kept)
+        if texts.negative is None:
+            return cond, None
+        with span("forward edit"):
+            return cond, self._predict(k, latents, texts.negative, mode, weight, kept)
+
+    def _partly(self, k: int, latents: Tensor, alpha: Tensor, kept: KeptKV | None) -> Branches:
+        """Both branches, of the saturated samples' foreground alone and of the others whole."""
+        some = self.saturated
+        others = tuple(i for i in range(self.batch) if i not in some)
+        if not others:
+            return self._sparse(k, latents, kept, self.texts)
+        # By slices, as an index made here would be a copy from the host.
+        taken, rest = (torch.cat([latents[i : i + 1] for i in part]) for part in (some, others))
+        alphas = torch.cat([alpha[i : i + 1] for i in others])
+        sparse = self._sparse(k, taken, kept, self.texts.samples(some))
+        whole = self._whole(k, rest, alphas, kept, self.texts.samples(others))
+        at = {sample: place for place, sample in enumerate(some + others)}
+
+        def in_order(parts: list[Tensor]) -> Tensor:
+            rows = torch.cat(parts)
+            return torch.cat([rows[at[i] : at[i] + 1] for i in range(self.batch)])
+
+        (cond, uncond), (other_cond, other_uncond) = sparse, whole
+        if uncond is None or other_uncond is None:
+            return in_order([cond, other_cond]), None
+        return in_order([cond, other_cond]), in_order([uncond, other_uncond])
+
+    def _sparse(self, k: int, latents: Tensor, kept: KeptKV | None, texts: Texts) -> Branches:
+        """Both branches of the region's tokens, in front of the source's background; 0 elsewhere."""
+        if self._is_untouched:
+            nothing = torch.zeros_like(latents)
+            return nothing, None if texts.negative is None else nothing
+        region, rows = self.region, self.rows
+        assert region is not None and kept is not None
 
         def predict(latents: Tensor, text: Conditioning) -> Tensor:
             with span("forward foreground"):
                 return self.predict.foreground(k, latents, text, region, kept, rows, self.timestep)
 
-        if not self.batched:
-            return predict(latents, task.prompt), None if branches == 1 else predict(latents, task.negative)
-        return self._split(predict(torch.cat([latents.float()] * branches), self._texts()))
-
-    def from_kept(self, k: int, latents: Tensor, kept: KeptKV, alpha: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The edit alone, locked to K and V that were kept: conditional and unconditional [B, ...]."""
-        return self._branches(k, latents, self._locked(Mode.STORED), alpha, kept)
-
-    def unlocked(self, k: int, latents: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The edit alone, nothing locked: conditional and unconditional [B, ...]."""
-        return self._branches(k, latents, Mode.OFF)
-
-    def _predict(self, k: int, *args: Any, **kwargs: Any) -> Tensor:
-        return self.predict(k, *args, **kwargs, timestep=self.timestep)
-
-    def _locked(self, mode: Mode) -> Mode:
-        return mode if self.predict.locks else Mode.OFF
-
-    def _branches(
-        self, k: int, latents: Tensor, mode: Mode, alpha: Tensor | None = None, kept: KeptKV | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Both branches, in one forward or one after the other."""
-        task, branches = self.task, 1 if self.task.negative is None else 2
-        if self.batched:
-            weight = None if alpha is None else self._weight(alpha.repeat(branches))
-            rows = torch.cat([latents.float()] * branches)
-            with span("forward edit"):
-                return self._split(self._predict(k, rows, self._texts(), mode, weight, kept))
-        weight = None if alpha is None else self._weight(alpha)
-        with span("forward edit"):
-            cond = self._predict(k, latents, task.prompt, mode, weight, kept)
-        if branches == 1:
-            return cond, None
-        with span("forward edit"):
-            return cond, self._predict(k, latents, task.negative, mode, weight, kept)
-
-    def _weight(self, alpha: Tensor) -> Tensor:
-        """[rows, S] fp32, of alpha [rows]."""
-        return blend_weight(alpha, self.task.mask.tokens, self.task.lock.foreground_mix)
-
-    def _texts(self) -> Conditioning:
-        """Of all branches in one batch: unconditional rows first, as diffusers has them."""
-        task = self.task
-        return task.prompt if task.negative is None else Conditioning.cat([task.negative, task.prompt])
-
-    def _split(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        *uncond, cond = out.split(self.task.batch)
-        return cond, uncond[0] if uncond else None
-
-
-TEXTS = ("prompt", "negative", "source_prompt")
-"""What a task tells the model."""
-Velocities = tuple[Tensor | None, Tensor, Tensor | None]
-"""Of the source (None where nobody asks), conditional, unconditional (None without guidance)."""
-
-
-class StepForwards:
-    """The forwards of a step. All that changes from step to step is at addresses that do not."""
-
-    def __init__(
-        self,
-        task: Task,
-        predict: Predictor,
-        source: SourcePath,
-        stored: StoredSource | None,
-        background: Tensor,
-        timestep: Tensor,
-    ):
-        """task, source, stored: of the stretch; background: indices [N] of the tokens kept of it; timestep: where each
-        step's is read from.
-        """
-        self.task, self.predict, self.source, self.stored = task, predict, source, stored
-        self.background, self.timestep = background, timestep
-        self.source_latent = source.at(0).clone()
-        self.kept: Packed | None = None
-        self.saturated: tuple[int, ...] = ()
-        self.idle = False
-        self.region, self.rows = None, None
-        if task.lock.compute == "foreground":
-            self.region = edit_region(task.mask, task.lock)
-            outside = ~task.mask.tokens[0].index_select(0, background)
-            self.rows = None if outside.all() else outside.nonzero()[:, 0]
-
-    @contextmanager
-    def inputs(self, k: int, saturated: tuple[int, ...]) -> Iterator[Hashable]:
-        """Step k's inputs, in place while the context is open; the kind of step it is, by which kernels it takes.
-
-        saturated: the samples that the foreground does for.
-        """
-        self.source_latent.copy_(self.source.at(k))
-        at, self.saturated = self.predict.stage(k), saturated
-        self.idle = k < self.task.lock.zero_init_steps
-        if self.idle:
-            yield "zero", at
-        elif not (self.locks(k) or self._compares):
-            yield "unlocked", at
-        elif self.stored is None or not self.stored.covers(k, self.locks(k), self._compares):
-            yield "along", at, saturated
-        elif not self.locks(k):
-            yield "compared", at
-        else:
-            with self.stored.store.read(self.stored.slots[k]) as self.kept:
-                yield "kept", at, saturated, next(iter(self.kept.values())).codes.data_ptr()
-
-    def tokens(self) -> list[int]:
-        """Computed of each sample, in the step whose inputs are there."""
-        everything = 0 if self.idle else self.task.mask.tokens.shape[1]
-        return [len(self.region.computed) if i in self.saturated else everything for i in range(self.task.batch)]
-
-    def locks(self, k: int) -> bool:
-        """Whether alpha can exceed 0 at this step."""
-        return can_lock(self.task.lock, self.predict.solver.num_steps, k)
+        if texts.both is not None:
+            return self._split(predict(torch.cat([latents.float()] * self.branches), texts.both))
+        return predict(latents, texts.prompt), None if texts.negative is None else predict(latents, texts.negative)
 
     @property
     def _is_untouched(self) -> bool:
         """Whether there is nothing that the foreground alone would compute."""
         return self.region is not None and not len(self.region.computed)
 
-    @property
-    def _compares(self) -> bool:
-        return compares_with_source(self.task.lock)
+    def _predict(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.predict(*args, **kwargs, timestep=self.timestep)
 
-    def velocities(self, k: int, latents: Tensor, alpha: Tensor) -> Velocities:
-        """At latents [B, C, n, h, w] with alpha [B]."""
-        locks, stored = self.locks(k), self.stored
-        if self._is_untouched and len(self.saturated) == self.task.batch and not self._compares:
-            return None, *self._sparse(k, self.saturated, latents, {})
-        self.predict.use_background(self.background)
-        forwards = self._of(tuple(range(self.task.batch)))
-        if not (locks or self._compares):
-            return None, *forwards.unlocked(k, latents)
-        if stored is None or not stored.covers(k, locks, self._compares):
-            if not self.saturated:
-                return forwards.run_along(k, latents, self.source_latent, alpha)
-            source, kept = forwards.of_source(k, self.source_latent)
-            return source, *self._partly(k, latents, alpha, kept)
-        if not locks:
-            return stored.predictions[k], *forwards.unlocked(k, latents)
-        if self.saturated:
-            return stored.predictions.get(k), *self._partly(k, latents, alpha, self.kept)
-        return stored.predictions.get(k), *forwards.from_kept(k, latents, self.kept, alpha)
+    def _locked(self, mode: Mode) -> Mode:
+        return mode if self.predict.locks else Mode.OFF
 
-    def _of(self, samples: tuple[int, ...]) -> Forwards:
-        """Of some of the samples; made anew in each step, so that a captured one reads the texts where they are."""
-        return Forwards(self.task.of(samples), self.predict, self.timestep)
+    def _weight(self, alpha: Tensor) -> Tensor:
+        """The blend's weight [rows, S] fp32, of alpha [rows]."""
+        return blend_weight(alpha, self.tokens, self.mix)
 
-    def _partly(self, k: int, latents: Tensor, alpha: Tensor, kept: KeptKV) -> tuple[Tensor, Tensor | None]:
-        """Both branches, of the saturated samples' foreground alone and of the others whole."""
-        some = self.saturated
-        others = tuple(i for i in range(self.task.batch) if i not in some)
-        if not others:
-            return self._sparse(k, some, latents, kept)
-        # By slices, as an index made here would be a copy from the host.
-        taken, rest = (torch.cat([latents[i : i + 1] for i in part]) for part in (some, others))
-        alphas = torch.cat([alpha[i : i + 1] for i in others])
-        sparse = self._sparse(k, some, taken, kept)
-        whole = self._of(others).from_kept(k, rest, kept, alphas)
-        at = {sample: place for place, sample in enumerate(some + others)}
-        return tuple(
-            None if a is None else torch.cat([torch.cat([a, b])[at[i] : at[i] + 1] for i in range(self.task.batch)])
-            for a, b in zip(sparse, whole, strict=True)
-        )
-
-    def _sparse(self, k: int, samples: tuple[int, ...], latents: Tensor, kept: KeptKV) -> tuple[Tensor, Tensor | None]:
-        if self._is_untouched:
-            nothing = torch.zeros_like(latents)
-            return nothing, None if self.task.negative is None else nothing
-        return self._of(samples).of_foreground(k, latents, kept, self.region, self.rows)
+    def _split(self, out: Tensor) -> Branches:
+        """Conditional and unconditional rows of a batch of both."""
+        *uncond, cond = out.chunk(self.branches)
+        return cond, uncond[0] if uncond else None
 
     def tensors(self) -> dict[str, Tensor]:
         """All that a captured step reads of this, by name; the mask as a copy."""
-        task = self.task
         named = {
-            "tokens": task.mask.tokens.clone(), "background": self.background, "source latent": self.source_latent,
+            "tokens": self.tokens.clone(), "background": self.background, "source latent": self.source_latent,
             "timestep": self.timestep, "computed": self.region and self.region.computed, "rows": self.rows,
+            **self.texts.tensors(),
         }  # fmt: skip
-        for field in TEXTS:
-            named |= {f"{field}.{name}": x for name, x in (getattr(task, field) or {}).items()}
         return {name: x for name, x in named.items() if x is not None}
 
     def use(self, tensors: dict[str, Tensor]) -> None:
         """Read these instead."""
-        told = ((field, getattr(self.task, field)) for field in TEXTS)
-        texts = {
-            field: x.replace(**{name: tensors[f"{field}.{name}"] for name in x}) for field, x in told if x is not None
-        }
-        self.task = replace(self.task, mask=replace(self.task.mask, tokens=tensors["tokens"]), **texts)
-        self.background, self.rows = tensors["background"], tensors.get("rows")
+        self.texts = self.texts.use(tensors)
+        self.tokens, self.background, self.rows = tensors["tokens"], tensors["background"], tensors.get("rows")
         self.source_latent, self.timestep = tensors["source latent"], tensors["timestep"]
         if self.region is not None:
             self.region = replace(self.region, computed=tensors["computed"])

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvlock_fast.config import LockConfig
 from kvlock_fast.errors import InputError, warn
+from kvlock_fast.loop.epilogue import DeviceStepper, stepper_kind
+from kvlock_fast.loop.forwards import Forwards, Predictor
+from kvlock_fast.loop.schedule import compares_with_source
+from kvlock_fast.loop.solver import Solver
+from kvlock_fast.loop.task import Task
 
 GRAPH = ("off", "auto", "on")
 MOST_GRAPHS = 8
@@ -98,6 +104,45 @@ class CapturedLoops:
     def clear(self) -> None:
         """Give the memory back."""
         self.loops.clear()
+
+
+def hold(
+    loops: CapturedLoops, task: Task, predict: Predictor, forwards: Forwards, stepper: DeviceStepper
+) -> StepGraphs:
+    """Put all that a captured step reads and writes where it stays: in the memory of an earlier run like this one."""
+    stored, steps = forwards.stored, range(predict.solver.num_steps)
+    slots = [] if stored is None else stored.store.fixed_slots()
+    constants = (
+        task.lock,
+        task.guidance,
+        tuple(predict.stage(k) for k in steps),
+        tuple(launch_facts(transformer) for transformer in predict.model.transformers),
+        tuple(lock.fast is not None for lock in predict.locks),
+        None if stored is None else stored.store.layout,
+        forwards.region and forwards.region.foreground,
+    )
+    held = loops.take(constants, {**forwards.tensors(), **stepper.tensors()}, slots)
+    if stored is not None and held.slots is not slots:
+        stored.store.use_slots(held.slots)
+    forwards.use(held.tensors)
+    stepper.use(held.tensors)
+    return held.graphs
+
+
+def why_not_captured(model: Any, lock: LockConfig, solver: Solver) -> str | None:
+    """Name what in an edit a replay of its steps would miss; None if nothing."""
+    if lock.method != "lock":
+        return f"the method {lock.method!r} has a loop of its own"
+    if stepper_kind(lock, solver) is not DeviceStepper:
+        return "it takes the scheduler's own steps"
+    if compares_with_source(lock):
+        return "tau='auto' counts the source's predictions on the host"
+    if model.why_not_captured is not None:
+        return model.why_not_captured
+    parts = (part for transformer in model.transformers for part in transformer.modules())
+    if any(hasattr(part, "_hf_hook") or "forward" in vars(part) for part in parts):
+        return "forwards of the model were replaced, as by offloading: its weights may move between steps"
+    return None
 
 
 class CudaCapture:

@@ -22,7 +22,7 @@ from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError, OutputError
 from kvlock_fast.locking.lock import Mode, kv_sizes
-from kvlock_fast.loop.predictor import Predictor
+from kvlock_fast.loop.forwards import Predictor
 from kvlock_fast.loop.schedule import can_lock, compares_with_source, first_dynamic_step
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath, StoredSource, renoise

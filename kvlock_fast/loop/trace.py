@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,15 +83,17 @@ class Clock:
         self.device = device
         self.cuda = device.type == "cuda"
         self.marks: list[Any] = []
+        self.now: Callable[[], Any] = self._event if self.cuda else time.perf_counter
 
     def mark(self) -> None:
-        if not self.cuda:
-            self.marks.append(time.perf_counter())
-            return
+        """Set a mark."""
+        self.marks.append(self.now())
+
+    def _event(self) -> torch.cuda.Event:
         with torch.cuda.device(self.device):
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-        self.marks.append(event)
+        return event
 
     def wait(self) -> None:
         """Until the device has done what it was given."""
@@ -106,13 +108,22 @@ class Clock:
 
 
 class Run:
-    """One run of the loop, over some of the prompts."""
+    """One run of the loop, over some of the prompts.
+
+    clock: has a mark at the start and after each step; tokens: computed of each sample, step by step; steps: the run's
+    figures [steps, B, 5], once it has ended; waited: seconds for alpha.
+    """
 
     def __init__(self, device: torch.device):
         self.clock = Clock(device)
-        self.steps: Tensor | None = None
+        self.steps = torch.empty(0)
         self.tokens: list[list[int]] = []
         self.waited = 0.0
+
+    def mark(self, tokens: list[int]) -> None:
+        """Count a step that has been given to the device, and the tokens it computes of each sample."""
+        self.tokens.append(tokens)
+        self.clock.mark()
 
 
 @dataclass
@@ -142,18 +153,12 @@ class Recorder:
         self.runs.clear()
         self.forwards = 0
 
-    def begin(self) -> None:
-        """A run's first step begins now."""
-        self.runs.append(Run(self.device))
-        self.runs[-1].clock.mark()
-
-    def mark(self) -> None:
-        """A step has been given to the device."""
-        self.runs[-1].clock.mark()
-
-    def computed(self, tokens: list[int]) -> None:
-        """Of each sample, in this step."""
-        self.runs[-1].tokens.append(tokens)
+    def begin(self) -> Run:
+        """Start the clock of a run, whose first step begins now."""
+        run = Run(self.device)
+        run.clock.mark()
+        self.runs.append(run)
+        return run
 
     def end(self, steps: Tensor, waited: float = 0.0) -> None:
         """The run's figures, [steps, B, 5]: variance, alpha, omega, s* and whether the latents hold NaN or inf.

@@ -5,6 +5,7 @@ where stretches overlap, predictions are mixed by weights that fall towards thei
 2302.08113). Guidance, the solver's step and the variance are those of the whole clip.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,9 +127,9 @@ def _cut(mask: ProjectedMask, place: slice) -> ProjectedMask:
     return replace(mask, latents=mask.latents[:, place], tokens=tokens, token_latents=mask.token_latents[:, place])
 
 
-def blend(parts: list[Tensor], of: list[Stretch], total: int) -> Tensor:
-    """What the stretches say [B, C, n, h, w], as one of the whole clip [B, C, total, h, w] in fp32; fixed order."""
-    first = parts[0]
+def blend(parts: Sequence[Tensor], of: Sequence[Stretch]) -> Tensor:
+    """Mix the stretches' predictions [B, C, n, h, w] into the whole clip's [B, C, T, h, w] fp32, in fixed order."""
+    first, total = parts[0], max(stretch.frames.stop for stretch in of)
     whole = torch.zeros(*first.shape[:2], total, *first.shape[3:], dtype=torch.float32, device=first.device)
     for part, stretch in zip(parts, of, strict=True):
         whole[:, :, stretch.frames] += stretch.weights[:, None, None] * part

@@ -53,15 +53,14 @@ def edit_with(job: Job, mixer: Callable[[int], Mixer]) -> Tensor:
     branches = [task.prompt] if task.negative is None else [task.negative, task.prompt]
     texts = Conditioning.cat([task.source_prompt, *branches])
     tokens = [task.mask.tokens.shape[1]] * task.batch
-    job.recorder.begin()
+    run = job.recorder.begin()
     for k in range(solver.num_steps):
         rows = torch.cat([job.path.at(k), *[stepper.latents.float()] * len(branches)])
         with span("step", k), swapped(attentions, [Processor(mixer(k))] * len(attentions)):
             said = predict(k, rows, texts)
         source, *uncond, cond = said.split([1, *[task.batch] * len(branches)])
-        stepper.advance(k, source, job.path.at(k), cond, uncond[0] if uncond else None)
-        job.recorder.computed(tokens)
-        job.recorder.mark()
+        stepper.advance(k, source, cond, uncond[0] if uncond else None)
+        run.mark(tokens)
         job.done(k)
     job.recorder.end(stepper.trace())
     return stepper.latents

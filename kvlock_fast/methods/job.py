@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.config import LockConfig
-from kvlock_fast.loop.predictor import Predictor, Task
+from kvlock_fast.loop.forwards import Predictor
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath
+from kvlock_fast.loop.task import Task
 from kvlock_fast.loop.trace import Recorder
 
 
@@ -44,10 +45,8 @@ class Job:
     def record(self, k: int, latents: Tensor, rows: list[Tensor]) -> None:
         """Step k has ended with these latents [B, ...]: mark it, and add what the trace says of it to `rows`."""
         batch = self.task.batch
-        tokens = self.task.mask.tokens.shape[1]
-        self.recorder.computed([tokens] * batch)
         ones = torch.ones(batch, device=latents.device)
         bad = (~latents.isfinite()).flatten(1).any(1).float()
         rows.append(torch.stack([ones * float("nan"), 0 * ones, self.scale(k) * ones, ones, bad], dim=-1))
-        self.recorder.mark()
+        self.recorder.runs[-1].mark([self.task.mask.tokens.shape[1]] * batch)
         self.done(k)

@@ -12,7 +12,7 @@ from kvlock_fast.edits import Scene
 from kvlock_fast.errors import InputError, warn
 from kvlock_fast.files import user_cache_folder
 from kvlock_fast.locking.lock import kv_sizes
-from kvlock_fast.loop.predictor import Task
+from kvlock_fast.loop.task import Task
 from kvlock_fast.planning.extent import Extent
 from kvlock_fast.planning.find_model import from_model
 from kvlock_fast.planning.machine import Machine

@@ -24,8 +24,8 @@ from kvlock_fast.edit import load_pipeline
 from kvlock_fast.edits import Scene, edit_prompts
 from kvlock_fast.errors import InputError
 from kvlock_fast.locking.arch import ArchSpec
-from kvlock_fast.loop.predictor import Task
 from kvlock_fast.loop.solver import Solver
+from kvlock_fast.loop.task import Task
 from kvlock_fast.loop.trace import Recorder
 from kvlock_fast.masks import Geometry, project_mask
 from kvlock_fast.media import resize_mask, resize_video, write_video

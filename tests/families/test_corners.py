@@ -21,7 +21,7 @@ import kvlock_fast as kvf
 from kvlock_fast import media
 from kvlock_fast.errors import InputWarning
 from kvlock_fast.locking.arch import place_by_place
-from kvlock_fast.loop.denoise import why_not_captured
+from kvlock_fast.loop.graph import why_not_captured
 from kvlock_fast.loop.windows import Windows
 from kvlock_fast.masks import Geometry, project_mask
 from kvlock_fast.models import wrap_pipeline

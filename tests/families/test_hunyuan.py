@@ -10,8 +10,7 @@ from kvlock_fast.config import LockConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.locking.arch import around_video, without_text
 from kvlock_fast.locking.lock import Mode
-from kvlock_fast.loop.denoise import why_not_captured
-from kvlock_fast.loop.graph import choose_capture
+from kvlock_fast.loop.graph import choose_capture, why_not_captured
 from kvlock_fast.models import wrap_pipeline
 from tests.families.cases.framepack import CASES as FRAMEPACK
 from tests.families.cases.framepack import tiny_framepack

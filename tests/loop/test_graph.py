@@ -18,7 +18,7 @@ import kvlock_fast as kvf
 from kvlock_fast import pipeline
 from kvlock_fast.config import CacheConfig
 from kvlock_fast.errors import InputWarning
-from kvlock_fast.loop import denoise
+from kvlock_fast.loop import epilogue
 from kvlock_fast.loop.foreground import Saturation
 from kvlock_fast.loop.graph import MOST_GRAPHS, MOST_LOOPS, CapturedLoops, StepGraphs
 from tests.families.cases.cosmos import cosmos25
@@ -132,13 +132,13 @@ def test_two_transformers_are_two_kinds(captured):
 
 def test_the_recorder_sees_a_step_that_cannot_be_replayed(captured, monkeypatch):
     """One that takes a number of the host's along."""
-    advance = denoise.DeviceStepper.advance
+    advance = epilogue.DeviceStepper.advance
 
-    def counting(self, k, source, source_latent, cond, uncond):
-        advance(self, k, source, source_latent, cond * (1 + k / 10), uncond)
+    def counting(self, k, source, cond, uncond):
+        advance(self, k, source, cond * (1 + k / 10), uncond)
 
     pipe = tiny_wan()
-    monkeypatch.setattr(denoise.DeviceStepper, "advance", counting)
+    monkeypatch.setattr(epilogue.DeviceStepper, "advance", counting)
     wrong = call(pipe, steps=6, graph="on").latents
     monkeypatch.setattr(pipeline, "choose_capture", lambda *_: None)
     assert not torch.equal(wrong, call(pipe, steps=6).latents)

@@ -21,8 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvlock_fast.errors import InputError, InputWarning
-from kvlock_fast.loop.denoise import why_not_captured
-from kvlock_fast.loop.graph import choose_capture
+from kvlock_fast.loop.graph import choose_capture, why_not_captured
 from kvlock_fast.loop.solver import Solver, solver_table
 from kvlock_fast.loop.source import invert, renoise
 from kvlock_fast.models import wrap_pipeline

@@ -43,11 +43,12 @@ def guarded(monkeypatch):
     begin, end = trace.Recorder.begin, trace.Recorder.end
 
     def begin_guarded(self):
-        begin(self)
+        run = begin(self)
         guards.append((NoHostReads(), pytest.MonkeyPatch()))
         for name in ("tolist", "cpu", "numpy", "__array__"):
             guards[-1][1].setattr(torch.Tensor, name, refuse)
         guards[-1][0].__enter__()
+        return run
 
     def end_guarded(self, steps, waited=0.0):
         mode, patch = guards.pop()

@@ -48,9 +48,9 @@ def test_blending_is_a_weighted_mean(total, window, overlap, seed):
     mask = project_mask(torch.ones(total, 2, 3, dtype=torch.bool), Geometry(1, 1, (1, 1, 1)))
     found = stretches(mask, Windows(window, overlap), Geometry(1, 1, (1, 1, 1)))
     whole = torch.randn(2, 3, total, 2, 3, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(blend([part.of(whole) for part in found], found, total), whole, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(blend([part.of(whole) for part in found], found), whole, rtol=1e-5, atol=1e-6)
     said = [torch.randn(2, 3, *part.mask.latents.shape[1:]) for part in found]
-    mixed = blend(said, found, total)
+    mixed = blend(said, found)
     for t in range(total):
         here = [(part, x) for part, x in zip(found, said, strict=True) if part.frames.start <= t < part.frames.stop]
         weights = [part.weights[t - part.frames.start].item() for part, _ in here]
