@@ -1,101 +1,79 @@
 """What the user asked for: frozen dataclasses, checked when made, and the presets as one table of values."""
 
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from os import PathLike
 from typing import Any
 
-from kvlock_fast.checks import choice, number, whole
+from kvlock_fast.parameters import LOCK, MEMORY, SHARE, SPEED, check, documented, parameter
 from kvlock_fast.presets import PRESETS, NeighbourOptions
 from kvlock_fast.renamed import FIELDS, refuse_cache_steps, renamed
 
-Layers = tuple[int, ...] | None
 TIERS = ("lockstep", "resident", "host", "disk")
 FORMATS = ("native", "bf16", "fp8_e4m3", "int8", "int4")
 
+_lock, _speed, _memory = (partial(parameter, panel=panel) for panel in (LOCK, SPEED, MEMORY))
+
 
 @renamed(window="variance_window")
+@documented
 @dataclass(frozen=True)
 class LockConfig(NeighbourOptions):
     """When and where to lock, and how to guide. The defaults are the preset "kvlock".
 
-    alpha: "dynamic" (the schedule by variance) or a fixed number in [0, 1] for every step; 0 never locks.
-    omega: the guidance scale, "dynamic" (it follows the variance) or "constant" (as given).
-    s_star: calibrate guidance by the projection s*; off means s* = 1.
-    s_star_region: "all" or "foreground", the elements s* is computed over; None: what `compute` needs, else "all".
-    tau: the variance at which locking saturates, where 1 is about that of the normalised latents themselves; or "auto":
-    what the source's own trajectory shows at each step. Above 0.1 it belongs with background_latents "source".
-    b: the largest factor on the guidance scale. variance_window: W, predictions the variance looks back on.
-    kappa: how many last steps are scheduled dynamically. warmup_alpha: alpha before them.
-    alpha_floor, omega_floor: least alpha, least guidance scale while scheduled dynamically (0: the paper's letter).
-    detection: "foreground" or "global", the elements the variance is averaged over.
-    layers: which self-attention layers are locked, by index; None for all.
-    background_latents: "model" (locked by K/V alone) or "source" (set to the source path's after each step).
-    source_path: "renoise" (source plus the edit's own noise) or "invert" (the ODE integrated from the source up).
-    inversion_solver: "euler" or "heun", for source_path="invert".
-    zero_init_steps: first steps whose prediction is taken as 0 (CFG-Zero*).
-    guidance_batching: "separate" (a forward per branch), "batched" (one), or "auto".
-    compute: "full", or "foreground": steps in which a sample's alpha is 1 are computed for its foreground tokens only
-    (exact for them, as nothing they see depends on the background's hidden states); the background's latents are then
-    the source path's in every step.
-    alpha_snap: from here on a dynamic alpha counts as 1. alpha_lag: 1, or 2 to have alpha follow the variance of the
-    step before the last: a step's kind is then known before the step before it has ended.
-    halo: tokens around the mask, within each frame, whose latents the model makes too, their K and V locked. seam: how
-    their latents are taken, "cut" (as the model made them) or "blend" (mixed with the source's, less with distance).
-
-    By keyword only, what other methods need: see `NeighbourOptions`.
+    Parameters of other methods than KV-Lock are keyword-only. `compute="foreground"` is exact for the foreground, as
+    nothing it sees depends on the background's hidden states; the background's latents are then the source path's in
+    every step. A tau above 0.1 belongs with background_latents "source".
     """
 
-    alpha: float | str = "dynamic"
-    omega: str = "dynamic"
-    s_star: bool = True
-    s_star_region: str | None = None
-    tau: float | str = 1.0
-    b: float = 1.0
-    variance_window: int = 10
-    kappa: int = 20
-    warmup_alpha: float = 1.0
-    alpha_floor: float = 0.0
-    omega_floor: float = 1.0
-    detection: str = "foreground"
-    layers: Layers = None
-    background_latents: str = "source"
-    source_path: str = "renoise"
-    inversion_solver: str = "euler"
-    zero_init_steps: int = 0
-    guidance_batching: str = "auto"
-    compute: str = "full"
-    alpha_snap: float = 1.0
-    alpha_lag: int = 1
-    halo: int = 0
-    seam: str = "cut"
+    alpha: float | str = _lock(
+        "dynamic", "Share of the source's K and V in the background; 0 never locks", word="dynamic", **SHARE
+    )
+    omega: str = _lock(
+        "dynamic", "Guidance scale: it follows the variance, or stays as given", choices=("dynamic", "constant")
+    )
+    s_star: bool = _lock(True, "Calibrate guidance by the projection s*; off means s* = 1")
+    s_star_region: str | None = _lock(
+        None, "Elements that s* is computed over", choices=("all", "foreground"), unset="what compute needs, else all"
+    )
+    tau: float | str = _lock(
+        1.0, "Variance at which locking saturates; auto takes it from the source's trajectory", word="auto", above=0
+    )
+    b: float = _lock(1.0, "Largest factor on the guidance scale", above=0)
+    variance_window: int = _lock(10, "Predictions that the variance looks back on (W)", low=2)
+    kappa: int = _lock(20, "Last steps, in which alpha and omega follow the variance", low=0)
+    warmup_alpha: float = _lock(1.0, "Alpha before the last kappa steps; 0 stores nothing for them", **SHARE)
+    alpha_floor: float = _lock(0.0, "Least alpha while it is dynamic", **SHARE)
+    omega_floor: float = _lock(1.0, "Least guidance scale while it is dynamic", low=0)
+    detection: str = _lock(
+        "foreground", "Elements that the variance is averaged over", choices=("foreground", "global")
+    )
+    layers: tuple[int, ...] | None = _lock(None, "Self-attention layers to lock", shown="0-11,15", unset="all")
+    background_latents: str = _lock(
+        "source", "Background latents: the model's, or the source's after each step", choices=("model", "source")
+    )
+    source_path: str = _lock(
+        "renoise", "Source latents: the source with noise added, or its inverted ODE", choices=("renoise", "invert")
+    )
+    inversion_solver: str = _lock("euler", "Solver of the inverted ODE", choices=("euler", "heun"))
+    zero_init_steps: int = _lock(0, "First steps whose prediction is taken as 0 (CFG-Zero*)", low=0)
+    guidance_batching: str = _speed(
+        "auto", "Run the branches of guidance apart or as one batch", choices=("auto", "separate", "batched")
+    )
+    compute: str = _speed(
+        "full", "Tokens to compute in steps with alpha = 1: all, or the foreground's", choices=("full", "foreground")
+    )
+    alpha_snap: float = _speed(1.0, "Dynamic alpha from which on it counts as 1", above=0, high=1)
+    alpha_lag: int = _speed(
+        1, "Steps back whose variance sets alpha; 2 tells sooner what the next step computes", low=1, high=2
+    )
+    halo: int = _lock(0, "Tokens around the mask, in each frame, whose latents are edited too (K and V locked)", low=0)
+    seam: str = _lock(
+        "cut", "Latents of the halo: the edit's, or blended with the source's by distance", choices=("cut", "blend")
+    )
 
     def __post_init__(self):
-        choice(self, "omega", "dynamic", "constant")
-        choice(self, "s_star_region", None, "all", "foreground")
-        choice(self, "detection", "foreground", "global")
-        choice(self, "background_latents", "model", "source")
-        choice(self, "source_path", "renoise", "invert")
-        choice(self, "inversion_solver", "euler", "heun")
-        choice(self, "guidance_batching", "auto", "separate", "batched")
-        choice(self, "compute", "full", "foreground")
-        choice(self, "seam", "cut", "blend")
-        if not isinstance(self.s_star, bool):
-            raise ValueError(f"s_star must be True or False, got {self.s_star!r}")
-        if self.alpha != "dynamic":
-            number(self, "alpha", 0, 1, or_word="dynamic")
-        if self.tau != "auto":
-            number(self, "tau", 0, None, open_low=True, or_word="auto")
-        number(self, "b", 0, None, open_low=True)
-        number(self, "warmup_alpha", 0, 1)
-        number(self, "alpha_floor", 0, 1)
-        number(self, "omega_floor", 0, None)
-        whole(self, "variance_window", 2)
-        whole(self, "kappa", 0)
-        whole(self, "zero_init_steps", 0)
-        number(self, "alpha_snap", 0, 1, open_low=True)
-        whole(self, "alpha_lag", 1)
-        whole(self, "halo", 0)
-        self._check_neighbours()
+        check(self)
         self._check_layers()
         self._check_compute()
         self._check_neighbours_together()
@@ -110,8 +88,6 @@ class LockConfig(NeighbourOptions):
         object.__setattr__(self, "layers", tuple(sorted(self.layers)))
 
     def _check_compute(self):
-        if self.alpha_lag > 2:
-            raise ValueError(f"alpha_lag must be 1 or 2, got {self.alpha_lag}")
         if self.halo and not self.keeps_background:
             raise ValueError(f"halo {self.halo} needs background_latents 'source' or compute 'foreground'")
         if self.compute == "full":
@@ -174,44 +150,48 @@ class LockConfig(NeighbourOptions):
         return asdict(self) | {"s_star_region": self.projection_region}
 
 
+@documented
 @dataclass(frozen=True)
 class CacheConfig:
     """Where the source's keys and values come from.
 
-    tier: "lockstep" (the source is run along with the edit, nothing stored), "resident" (a pass of the source first,
-    its K and V kept on the device), "host" (kept in host memory), "disk" (kept in `root`, or found there), or "auto"
-    (what serves the call best: see `kvlock-fast plan`).
-    format: how they are packed: native (the model's dtype), bf16, fp8_e4m3, int8, int4.
-    step_stride: of so many steps in a row one is stored, and stands for the others.
-    steps: "all" locked steps are stored, or the "dynamic" ones (the last kappa) while the source is run along in the
-    warm-up.
-    path: the folder of a cache made by `KVLockPipeline.invert`: the source is not run. root: the folder of automatic
-    caches (None: the user's cache folder). quota: the most bytes kept in it, None for no limit.
-    prompts_at_once: the most prompts in one batch, None for all of them.
+    The tiers: "lockstep" runs the source along with the edit and stores nothing; the others run the source first and
+    keep its K and V on the device ("resident"), in host memory ("host") or in `root` ("disk", where they may be found
+    too). "auto" is what serves the call best: see `kvlock-fast plan`.
     """
 
-    tier: str = "auto"
-    format: str = "fp8_e4m3"
-    step_stride: int = 1
-    steps: str = "all"
-    path: str | None = None
-    root: str | None = None
-    quota: int | None = None
-    prompts_at_once: int | None = None
+    tier: str = _memory(
+        "auto", "Where the source's K and V are kept; lockstep: nowhere", name="cache_tier", choices=("auto", *TIERS)
+    )
+    format: str = _memory(
+        "fp8_e4m3", "Number format of the source's K and V; native is lossless", name="cache_format", choices=FORMATS
+    )
+    step_stride: int = _memory(
+        1, "Store only every Nth step, which stands for the steps after it", name="cache_stride", low=1
+    )
+    steps: str = _memory(
+        "all", "Store all locked steps, or the last kappa only", name="cache_steps", choices=("all", "dynamic")
+    )
+    path: str | None = _memory(
+        None, "Cache made by invert: the source is not run again", name="cache", what="a folder", manifest=False
+    )
+    root: str | None = _memory(
+        None, "Folder of automatic caches", name="cache_root", what="a folder", unset="the user's", manifest=False
+    )
+    quota: int | None = _memory(
+        None,
+        "Most bytes that automatic caches take",
+        name="cache_quota",
+        low=0,
+        unit="bytes",
+        shown="200GB",
+        manifest=False,
+    )
+    prompts_at_once: int | None = _memory(None, "Most prompts in one batch", low=1, unset="all")
 
     def __post_init__(self):
-        choice(self, "tier", "auto", *TIERS)
-        choice(self, "format", *FORMATS)
         refuse_cache_steps("steps", self.steps)
-        choice(self, "steps", "all", "dynamic")
-        whole(self, "step_stride", 1)
-        for name in ("path", "root"):
-            value = getattr(self, name)
-            if value is not None and not (isinstance(value, (str, PathLike)) and str(value)):
-                raise ValueError(f"{name} must be a folder, got {value!r}")
-        for name, low in (("quota", 0), ("prompts_at_once", 1)):
-            if getattr(self, name) is not None:
-                whole(self, name, low)
+        check(self)
         if self.path is not None and self.tier == "lockstep":
             raise ValueError(f"tier must not be lockstep for the cache {str(self.path)!r}: it would not be read")
         for name in ("format", "step_stride", "steps", "root", "quota") if self.path is not None else ():

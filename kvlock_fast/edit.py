@@ -5,70 +5,32 @@ No file of an edit is read or written here; edit_files.py does that.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError, warn
-from kvlock_fast.media import (
-    MaskShape,
-    resize_mask,
-    resize_video,
-)
+from kvlock_fast.media import resize_mask, resize_video
 from kvlock_fast.media.clip import Clip
 from kvlock_fast.media.fitting import composite
 from kvlock_fast.media.metrics import measure_edit
 from kvlock_fast.nvtx import span
+from kvlock_fast.settings import EditSettings
 
 Progress = Callable[[str, int, int], None]
 
-FEATHER = 8
-"""Pixels over which a composite mixes, where nothing else was asked for."""
-
-
-@dataclass(frozen=True)
-class EditSettings:
-    """How to edit.
-
-    size: (height, width) to work at, None for the source's; seed: None for that of the cache, where it knows none;
-    feather: pixels over which a composite mixes, None for the soft edge of the mask, or 8 where it has none.
-    """
-
-    source_prompt: str
-    prompts: list[str]
-    negative_prompt: str | None = None
-    steps: int = 50
-    guidance: float = 5.0
-    guidance_2: float | None = None
-    seed: int | None = 0
-    size: tuple[int, int] | None = None
-    frames_policy: str = "pad"
-    lock: LockConfig = field(default_factory=LockConfig)
-    composite: bool = False
-    feather: int | None = None
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    graph: str = "off"
-    compile: str = "off"
-    processors: str = "auto"
-    mask_shape: MaskShape = field(default_factory=MaskShape)
-    clip_frames: int | None = None
-    clip_overlap: int | None = None
-
-    @property
-    def composite_feather(self) -> int:
-        """Pixels outside the mask over which a composite mixes."""
-        if self.feather is not None:
-            return self.feather
-        return self.mask_shape.feather or FEATHER
-
-
 @dataclass(frozen=True)
 class EditResult:
-    """videos: one uint8 [F, h, w, 3] a prompt; source, mask: the clip at the videos' size; trace and metrics as plain
-    values.
+    """What an edit made.
+
+    Args:
+        videos: One uint8 [F, h, w, 3] per prompt.
+        source: The clip's video at that size.
+        mask: The clip's mask at that size.
+        trace: Record of every step, as plain values.
+        metrics: Quality of each video, as plain values.
     """
 
     videos: list[np.ndarray]

@@ -3,12 +3,12 @@
 import json
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvlock_fast.edit import EditResult, EditSettings, find_device, load_pipeline, run_edit, working_size
+from kvlock_fast.edit import EditResult, find_device, load_pipeline, run_edit, working_size
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.files import check_writable, write_json, write_text
 from kvlock_fast.masks import Geometry
@@ -18,47 +18,35 @@ from kvlock_fast.nvtx import span
 from kvlock_fast.progress import progress_bar
 from kvlock_fast.report.contact_sheet import write_sheet
 from kvlock_fast.report.token_preview import geometry_of, is_local, view_tokens, write_preview
+from kvlock_fast.settings import EditFiles, EditSettings
 from kvlock_fast.version import __version__
 
 
-@dataclass(frozen=True)
-class EditFiles:
-    """The files of one edit. trace, report, sheet and mask_preview are optional; json: a file for the figures, "-" for
-    stdout, or None; audio: whether the source's sound is kept.
+def edit_files(files: EditFiles, settings: EditSettings, command: str, quiet: bool) -> None:
+    """Edit as `kvlock-fast edit` does. Outputs are checked before any work is done, and appear whole.
+
+    Args:
+        files: Paths of inputs and outputs.
+        settings: How to edit.
+        command: Command line, for the page and the trace.
+        quiet: Whether progress is not shown.
     """
-
-    source: str
-    mask: str
-    output: Path
-    trace: Path | None = None
-    report: Path | None = None
-    json: str | None = None
-    max_frames: int | None = None
-    sheet: Path | None = None
-    mask_preview: Path | None = None
-    audio: bool = True
-
-
-def edit_files(
-    files: EditFiles, settings: EditSettings, model: str, device: str, dtype: str, command: str, quiet: bool
-) -> None:
-    """Edit as `kvlock-fast edit` does. Outputs are checked before any work is done, and appear whole."""
     check_texts(settings)
     _check_stretches(settings)
     outputs = output_names(str(files.output), len(settings.prompts))
-    _check_outputs(outputs, files, model, settings.cache.path)
-    find_device(device)
-    clip = read_clip(files.source, files.mask, files.max_frames, settings.mask_shape, files.audio)
+    _check_outputs(outputs, files, settings.model, settings.cache.path)
+    find_device(settings.device)
+    clip = read_clip(files.source, files.mask, settings.max_frames, settings.mask_shape, settings.audio)
     for path in [*outputs, *([] if files.mask_preview is None else [files.mask_preview])]:
         check_video_output(path, len(clip.video))
-    settings = replace(settings, size=working_size(model, clip.video, settings.size))
+    settings = replace(settings, size=working_size(settings.model, clip.video, settings.size))
     with progress_bar(quiet) as progress:
         show_mask = partial(preview_mask, files.mask_preview, clip, settings)
-        configs_first = files.mask_preview is not None and is_local(model)
+        configs_first = files.mask_preview is not None and is_local(settings.model)
         if configs_first:
-            show_mask(geometry_of(model))
+            show_mask(geometry_of(settings.model))
         progress("load", 0, 1)
-        pipe = load_pipeline(model, device, dtype)
+        pipe = load_pipeline(settings.model, settings.device, settings.dtype)
         progress("load", 1, 1)
         if not configs_first:
             show_mask(pipe.model.geometry)
@@ -90,7 +78,7 @@ def _write_about(
 ) -> None:
     """What is said about an edit beside the videos: trace, page, sheet."""
     if files.trace is not None:
-        inputs = {"source": files.source, "mask": files.mask, "max_frames": files.max_frames}
+        inputs = {"source": files.source, "mask": files.mask, "max_frames": settings.max_frames}
         made = {**inputs, "outputs": [str(path) for path in outputs]}
         write_text(files.trace, trace_json(result, settings, command, made))
     if files.report is not None:
@@ -172,7 +160,8 @@ def write_page(path: Path, clip: Clip, result: EditResult, settings: EditSetting
 
 def settings_table(settings: EditSettings) -> dict[str, Any]:
     """Every setting by name, the mask's, the lock's and the cache's beside the rest."""
-    table = {name: value for name, value in vars(settings).items() if name not in ("lock", "cache", "mask_shape")}
+    elsewhere = ("lock", "cache", "mask_shape", "model", "dtype", "device", "max_frames", "audio")
+    table = {name: value for name, value in vars(settings).items() if name not in elsewhere}
     table["feather"] = settings.composite_feather
     cache = {f"cache_{name}": value for name, value in settings.cache.as_dict().items() if value is not None}
     return {**table, **settings.mask_shape.as_dict(), **settings.lock.as_dict(), **cache}

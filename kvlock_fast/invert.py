@@ -8,25 +8,17 @@ from typing import Any
 
 from kvlock_fast.cache.manifest import NAME, DamagedCache
 from kvlock_fast.config import CacheConfig
-from kvlock_fast.edit import EditSettings, find_device, load_pipeline, working_size
+from kvlock_fast.edit import find_device, load_pipeline, working_size
 from kvlock_fast.edit_files import check_texts, preview_mask
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import check_json, check_writable, output_folder, write_json
 from kvlock_fast.media import check_video_output
 from kvlock_fast.media.clip import Clip, read_clip, refuse_same
 from kvlock_fast.progress import progress_bar
-from kvlock_fast.units import parse_bytes, text_bytes
+from kvlock_fast.settings import EditFiles, EditSettings
+from kvlock_fast.units import text_bytes
 
 Progress = Callable[[str, int, int], None]
-
-
-def cache_config(quota: str | None = None, **values: Any) -> CacheConfig:
-    """Of what was typed; InputError naming what is wrong."""
-    limit = None if quota is None else parse_bytes(quota, "--cache-quota")
-    try:
-        return CacheConfig(quota=limit, **values)
-    except ValueError as error:
-        raise InputError(f"cache {error}") from error
 
 
 @dataclass(frozen=True)
@@ -77,9 +69,20 @@ class CacheNotes:
 
 
 def run_invert(
-    pipe: Any, clip: Clip, output: Path, settings: EditSettings, max_frames: int | None, progress: Progress | None
+    pipe: Any, clip: Clip, output: Path, settings: EditSettings, progress: Progress | None
 ) -> dict[str, Any]:
-    """Run a source into a cache; the figures of it."""
+    """Run a source into a cache.
+
+    Args:
+        pipe: The loaded `KVLockPipeline`.
+        clip: The source and its mask.
+        output: Folder of the cache.
+        settings: How edits will be made from it.
+        progress: Called with a stage, steps done and steps in all.
+
+    Returns:
+        Figures of the cache as plain values: bytes, steps stored, seconds, ...
+    """
     import torch
 
     start = time.perf_counter()
@@ -98,7 +101,7 @@ def run_invert(
         lock=settings.lock,
         cache=settings.cache,
         processors=settings.processors,
-        notes={"seed": settings.seed, "num_inference_steps": settings.steps, "max_frames": max_frames},
+        notes={"seed": settings.seed, "num_inference_steps": settings.steps, "max_frames": settings.max_frames},
         progress=progress,
     )
     seconds = time.perf_counter() - start
@@ -115,40 +118,29 @@ def run_invert(
     }
 
 
-def invert_files(
-    source: str,
-    mask: str,
-    output: Path,
-    settings: EditSettings,
-    model: str,
-    max_frames: int | None,
-    device: str,
-    dtype: str,
-    json_file: str | None,
-    quiet: bool,
-    mask_preview: Path | None = None,
-) -> None:
-    """Run a source once and keep its K and V, as `kvlock-fast invert` does."""
+def invert_files(files: EditFiles, settings: EditSettings, quiet: bool) -> None:
+    """Run a source once and keep its K and V in the folder `files.output`, as `kvlock-fast invert` does."""
     check_texts(settings)
-    folder = Path(output)
-    _check_cache_folder(folder, model, json_file)
-    check_json(json_file)
-    if mask_preview is not None:
-        check_video_output(mask_preview)
-        refuse_same([("--source", source), ("--mask", mask), ("--json", json_file), ("--mask-preview", mask_preview)])
-    find_device(device)
-    clip = read_clip(source, mask, max_frames, settings.mask_shape, audio=False)
-    if mask_preview is not None:
-        check_video_output(mask_preview, len(clip.video))
-    settings = replace(settings, size=working_size(model, clip.video, settings.size))
+    folder, preview = files.output, files.mask_preview
+    _check_cache_folder(folder, settings.model, files.json)
+    check_json(files.json)
+    if preview is not None:
+        check_video_output(preview)
+        named = [("--source", files.source), ("--mask", files.mask), ("--json", files.json)]
+        refuse_same([*named, ("--mask-preview", preview)])
+    find_device(settings.device)
+    clip = read_clip(files.source, files.mask, settings.max_frames, settings.mask_shape, audio=False)
+    if preview is not None:
+        check_video_output(preview, len(clip.video))
+    settings = replace(settings, size=working_size(settings.model, clip.video, settings.size))
     with progress_bar(quiet) as progress:
         progress("load", 0, 1)
-        pipe = load_pipeline(model, device, dtype)
+        pipe = load_pipeline(settings.model, settings.device, settings.dtype)
         progress("load", 1, 1)
-        preview_mask(mask_preview, clip, settings, pipe.model.geometry)
-        made = run_invert(pipe, clip, folder, settings, max_frames, progress)
-    write_json(json_file, made)
-    if json_file != "-":
+        preview_mask(preview, clip, settings, pipe.model.geometry)
+        made = run_invert(pipe, clip, folder, settings, progress)
+    write_json(files.json, made)
+    if files.json != "-":
         print(
             f"{folder}: {made['steps_stored']} steps of {made['background_tokens']} background tokens in "
             f"{made['format']}, {text_bytes(made['bytes'])}; edit it with: kvlock-fast edit --cache {folder} ..."

@@ -17,10 +17,10 @@ from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.edits import Scene, edit_prompts
 from kvlock_fast.errors import InputError, warn
 from kvlock_fast.locking.arch import select_layers
-from kvlock_fast.locking.compatibility import COMPILE, compiled_blocks
+from kvlock_fast.locking.compatibility import compiled_blocks
 from kvlock_fast.locking.fast_path import check_processors
 from kvlock_fast.locking.turns import one_at_a_time
-from kvlock_fast.loop.graph import GRAPH, CapturedLoops, choose_capture, why_not_captured
+from kvlock_fast.loop.graph import CapturedLoops, choose_capture, why_not_captured
 from kvlock_fast.loop.inputs import check_numbers, check_texts, fit_to_model
 from kvlock_fast.loop.parallel import CAPTURED, check_tokens, check_transformers
 from kvlock_fast.loop.solver import Solver
@@ -33,6 +33,7 @@ from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.schedulers import check_scheduler
 from kvlock_fast.planning.run_with_memory import Way, run_with_memory
 from kvlock_fast.renamed import renamed
+from kvlock_fast.settings import COMPILE, GRAPH
 
 Progress = Callable[[str, int, int], None]
 

@@ -1,62 +1,39 @@
 """The presets as one table of values, and the values that other methods than KV-Lock need."""
 
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
-from kvlock_fast.checks import choice, number, whole
+from kvlock_fast.parameters import OTHERS, SHARE, documented, parameter
 
+_other = partial(parameter, panel=OTHERS)
 METHODS = ("lock", "flowedit", "tokenflow", "fatezero")
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class NeighbourOptions:
-    """Values of `LockConfig` that come from elsewhere than KV-Lock.
+    """Values of `LockConfig` that come from elsewhere than KV-Lock. The methods are in `kvlock_fast/methods/`."""
 
-    method: "lock" (the loop of this project), or another method's own, one file each in `kvlock_fast/methods/`.
-    family: the only family of models that the edit is for, by name; None for any.
-    skip_steps: first steps that are left out: the edit begins on the source's path, as noisy as it is there.
-    source_guidance: the guidance scale at the source's inversion, and of FlowEdit's source (None: its own prompt alone
-    at an inversion, and the edit's scale in FlowEdit).
-    lock_share: the share of the steps, from the first on, that lock at all.
-    foreground_mix: alpha's part on the foreground: its keys and values take foreground_mix * alpha of the source's.
-    latents_shift: how far the foreground of the starting latents goes towards the statistics of fresh noise.
-    noise_samples: fresh noises that a step of FlowEdit averages over. free_steps: its last steps, which sample by the
-    edit's prompt alone.
-    inject_share: the share of the steps, from the first on, in which TokenFlow takes the source's queries and keys, and
-    FateZero its attention maps.
-    keyframe_stride: TokenFlow's latent frames a keyframe.
-    """
-
-    method: str = "lock"
-    family: str | None = None
-    skip_steps: int = 0
-    source_guidance: float | None = None
-    lock_share: float = 1.0
-    foreground_mix: float = 0.0
-    latents_shift: float = 0.0
-    noise_samples: int = 1
-    free_steps: int = 0
-    inject_share: float = 0.0
-    keyframe_stride: int = 2
+    method: str = _other("lock", "KV-Lock, or another method", choices=METHODS)
+    family: str | None = _other(None, "Only family of models that the edit is for", what="a name", unset="any")
+    skip_steps: int = _other(0, "First steps to leave out: the edit begins on the source's path", low=0)
+    source_guidance: float | None = _other(
+        None, "Guidance scale of the source's own runs", low=0, unset="none to invert; FlowEdit: --guidance"
+    )
+    lock_share: float = _other(1.0, "Share of the steps, from the first on, that lock", **SHARE)
+    foreground_mix: float = _other(0.0, "Part of alpha that the foreground's K and V take", **SHARE)
+    latents_shift: float = _other(0.0, "How far the starting foreground moves to the statistics of noise", **SHARE)
+    noise_samples: int = _other(1, "FlowEdit: noises that a step averages over", low=1)
+    free_steps: int = _other(0, "FlowEdit: last steps that sample by the prompt alone", low=0)
+    inject_share: float = _other(0.0, "TokenFlow, FateZero: share of the steps that inject attention", **SHARE)
+    keyframe_stride: int = _other(2, "TokenFlow: latent frames per keyframe", low=1)
 
     @property
     def neighbour_values(self) -> dict[str, Any]:
         """Those of these values that are not off."""
         named = ((f.name, getattr(self, f.name), f.default) for f in fields(NeighbourOptions))
         return {name: value for name, value, default in named if value != default}
-
-    def _check_neighbours(self) -> None:
-        choice(self, "method", *METHODS)
-        if self.family is not None and not (isinstance(self.family, str) and self.family):
-            raise ValueError(f"family must be a name, got {self.family!r}")
-        for name in ("skip_steps", "free_steps"):
-            whole(self, name, 0)
-        for name in ("noise_samples", "keyframe_stride"):
-            whole(self, name, 1)
-        for name in ("lock_share", "foreground_mix", "latents_shift", "inject_share"):
-            number(self, name, 0, 1)
-        if self.source_guidance is not None:
-            number(self, "source_guidance", 0, None)
 
     def _check_neighbours_together(self) -> None:
         """What does not go together, once every value is right by itself."""

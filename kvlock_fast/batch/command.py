@@ -13,7 +13,7 @@ from typing import Any
 
 from kvlock_fast.batch.check import Checker, check_files, model_size
 from kvlock_fast.batch.clashes import enter_clashes
-from kvlock_fast.batch.editor import ModelEditor, Speed, check_speed, enter_uncaptured
+from kvlock_fast.batch.editor import ModelEditor, enter_uncaptured
 from kvlock_fast.batch.engine import Engine, LocalEngine
 from kvlock_fast.batch.fields import JobFields
 from kvlock_fast.batch.index import IndexWatcher, write_index
@@ -29,6 +29,7 @@ from kvlock_fast.errors import InputError, InputWarning, OutputError
 from kvlock_fast.files import check_writable, output_folder, user_cache_folder, write_json
 from kvlock_fast.planning.machine import Machine
 from kvlock_fast.progress import progress_bar
+from kvlock_fast.settings import Speed
 
 MOST_SHOWN = 50
 """Rows of the table of failures; the ledger has all."""
@@ -159,7 +160,6 @@ def _check_settings(settings: BatchSettings) -> None:
                           ("--cpus-per-worker", settings.cpus_per_worker)):  # fmt: skip
         if value is not None and settings.engine != "ray":
             raise InputError(f"{option} is for --engine ray only, got '{value}'")
-    check_speed(settings.speed)
     if settings.speed.graph == "on":
         _refuse_no_graphs(settings)
     if settings.output.exists() and not settings.output.is_dir():

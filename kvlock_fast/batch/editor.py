@@ -14,33 +14,10 @@ from kvlock_fast.edit import call_pipeline, load_pipeline, working_size
 from kvlock_fast.errors import InputError
 from kvlock_fast.media.clip import Clip
 from kvlock_fast.progress import Report
+from kvlock_fast.settings import Speed
 
 if TYPE_CHECKING:
     from kvlock_fast.pipeline import KVLockPipeline
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Settings of how fast every edit of a batch is, beside what is asked for: CUDA graphs, torch.compile, attention.
-
-    graph, compile, processors: as `EditSettings` has them.
-    """
-
-    graph: str = "off"
-    compile: str = "off"
-    processors: str = "auto"
-
-
-def check_speed(speed: Speed) -> None:
-    """Raise InputError for a word that is none of --graph, --compile or --processors."""
-    from kvlock_fast.locking.compatibility import COMPILE
-    from kvlock_fast.locking.fast_path import PROCESSORS
-    from kvlock_fast.loop.graph import GRAPH
-
-    words = ("--graph", speed.graph, GRAPH), ("--compile", speed.compile, COMPILE)
-    for option, value, known in (*words, ("--processors", speed.processors, PROCESSORS)):
-        if value not in known:
-            raise InputError(f"{option} must be one of {', '.join(known)}, got '{value}'")
 
 
 def enter_uncaptured(reading: Reading) -> None:

@@ -4,118 +4,79 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Optional
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from kvlock_fast.config import FORMATS, PRESETS, TIERS, CacheConfig, LockConfig
+from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError
-from kvlock_fast.media import MaskShape, check_box, is_box
-from kvlock_fast.media.masks import MOST_FEATHER, MOST_GROW
-from kvlock_fast.presets import METHODS
+from kvlock_fast.media import check_box, is_box
+from kvlock_fast.parameters import Declared, declared
 from kvlock_fast.renamed import CACHE_STEPS, FIELDS
+from kvlock_fast.settings import MOST_TEXT, Finish, Inputs, MaskShape, Preset, RunConfig
 
 SIZE = r"^[1-9][0-9]{0,4}[xX][1-9][0-9]{0,4}$"
-MOST_SEED = 2**63 - 1
-MOST_STEPS = 10_000
-MOST_TEXT = 20_000
 MOST_ID = 128
 
 Text = Annotated[str, Field(min_length=1, max_length=MOST_TEXT)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-LayerList = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 
 
-class JobFields(BaseModel):
+class OwnFields(BaseModel):
     """A job: a line of the manifest. What is not given is taken from the defaults."""
 
     model_config = ConfigDict(extra="forbid", strict=True, title="kvlock-fast batch: a job")
 
     id: Annotated[str, Field(min_length=1, max_length=MOST_ID, description="Its name; each job has another.")]
-    source: Annotated[Text, Field(description="The video: a file or a folder of images, or a URL.")]
-    mask: Annotated[
-        Text,
-        Field(
-            description="Where it may change: a file, a folder, a URL, or box:x,y,w,h, "
-            "which moves as box:0=x,y,w,h;24=x,y,w,h."
-        ),
-    ]
-    source_prompt: Annotated[str, Field(max_length=MOST_TEXT, description="What the source shows.")]
     prompt: Annotated[
         Text | Annotated[list[Text], Field(min_length=1, max_length=10_000)],
         Field(description="What the edit shall show; a list makes a job of each: ID-1, ID-2, ..."),
     ]
-    negative_prompt: Annotated[str, Field(max_length=MOST_TEXT)] | None = None
-    output: Annotated[Text, Field(description="A file name below the output folder; else ID.mp4.")] | None = None
-    audio: Annotated[bool, Field(description="Whether the source's sound is kept.")] = True
-    mask_threshold: Annotated[float, Field(ge=0, lt=1, description="Marked is what is brighter than this share.")] = 0.5
-    mask_invert: Annotated[bool, Field(description="What is marked stays, the rest may change.")] = False
-    mask_grow: Annotated[int, Field(ge=-MOST_GROW, le=MOST_GROW, description="Pixels; a negative number shrinks.")] = 0
-    mask_feather: Annotated[int, Field(ge=0, le=MOST_FEATHER, description="Pixels of a soft edge around it.")] = 0
-    model: Annotated[Text, Field(description="A folder, a hub id, or demo.")] = "demo"
-    steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 50
-    guidance: NotNegative = 5.0
-    guidance_2: NotNegative | None = None
-    seed: Annotated[int, Field(ge=0, le=MOST_SEED)] = 0
-    size: Annotated[str, Field(pattern=SIZE, description="HEIGHTxWIDTH; else the source's.")] | None = None
-    max_frames: Annotated[int, Field(ge=1)] | None = None
-    frames_policy: Literal["pad", "trim", "error"] = "pad"
-    clip_frames: Annotated[int, Field(ge=2, description="The most frames at once; else all.")] | None = None
-    clip_overlap: Annotated[int, Field(ge=1, description="Frames that stretches share; else a quarter.")] | None = None
-    composite: bool = False
-    feather: (
-        Annotated[int, Field(ge=0, le=MOST_FEATHER, description="Of composite; else mask_feather, or 8.")] | None
-    ) = None
-    preset: Literal[tuple(PRESETS)] = "kvlock"
-    alpha: Share | Literal["dynamic"] | None = None
-    omega: Literal["dynamic", "constant"] | None = None
-    s_star: bool | None = None
-    s_star_region: Literal["all", "foreground"] | None = None
-    tau: Positive | Literal["auto"] | None = None
-    b: Positive | None = None
-    variance_window: Annotated[int, Field(ge=2, description="W: predictions the variance looks back on.")] | None = None
-    kappa: Annotated[int, Field(ge=0)] | None = None
-    warmup_alpha: Share | None = None
-    alpha_floor: Share | None = None
-    omega_floor: NotNegative | None = None
-    detection: Literal["foreground", "global"] | None = None
-    layers: LayerList | None = None
-    background_latents: Literal["model", "source"] | None = None
-    source_path: Literal["renoise", "invert"] | None = None
-    inversion_solver: Literal["euler", "heun"] | None = None
-    zero_init_steps: Annotated[int, Field(ge=0)] | None = None
-    guidance_batching: Literal["auto", "separate", "batched"] | None = None
-    compute: Literal["full", "foreground"] | None = None
-    alpha_snap: Annotated[float, Field(gt=0, le=1)] | None = None
-    alpha_lag: Annotated[int, Field(ge=1, le=2)] | None = None
-    halo: Annotated[int, Field(ge=0)] | None = None
-    seam: Literal["cut", "blend"] | None = None
-    method: Literal[METHODS] | None = None
-    family: Annotated[str, Field(min_length=1, description="The only family of models it is for.")] | None = None
-    skip_steps: Annotated[int, Field(ge=0)] | None = None
-    source_guidance: NotNegative | None = None
-    lock_share: Share | None = None
-    foreground_mix: Share | None = None
-    latents_shift: Share | None = None
-    noise_samples: Annotated[int, Field(ge=1)] | None = None
-    free_steps: Annotated[int, Field(ge=0)] | None = None
-    inject_share: Share | None = None
-    keyframe_stride: Annotated[int, Field(ge=1)] | None = None
-    cache_tier: Literal[("auto", *TIERS)] = "auto"
-    cache_format: Literal[FORMATS] = "fp8_e4m3"
-    cache_stride: Annotated[int, Field(ge=1)] = 1
-    cache_steps: Literal["all", "dynamic"] = "all"
-    prompts_at_once: Annotated[int, Field(ge=1)] | None = None
+    output: Annotated[Text | None, Field(description="A file name below the output folder; else ID.mp4.")] = None
 
+
+def _type_of(one: Declared) -> Any:
+    """The type of a field, without None, as pydantic has it: choices, bounds, or a word beside a number."""
+    about = one.about
+    if about.choices:
+        return Literal[tuple(about.choices)]
+    if bool in one.types:
+        return bool
+    if tuple[int, int] in one.types:
+        return Annotated[str, Field(pattern=SIZE)]
+    if str in one.types and not one.is_number:
+        return Annotated[str, Field(min_length=1 if about.what else about.low, max_length=about.high)]
+    if not one.is_number:
+        return Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+    bounds: dict[str, Any] = {"ge": about.low, "gt": about.above, "le": about.high, "lt": about.below}
+    kind: Any = int
+    if float in one.types:
+        kind, bounds["allow_inf_nan"] = float, None if about.high or about.below else False
+    number = Annotated[kind, Field(**{name: bound for name, bound in bounds.items() if bound is not None})]
+    return number | Literal[about.word] if about.word else number
+
+
+def _field_of(one: Declared, by_preset: bool) -> tuple[Any, Any]:
+    """Type and default of a field; by_preset: what is not given is the preset's."""
+    about = Field(description=f"{one.text}.")
+    if one.required:
+        return Annotated[_type_of(one), about], ...
+    default = None if by_preset else one.default
+    kind = _type_of(one)
+    return (Annotated[Optional[kind], about] if default is None else Annotated[kind, about]), default  # noqa: UP045
+
+
+_GROUPS = (Inputs, RunConfig, Finish, MaskShape, CacheConfig, Preset, LockConfig)
+_FIELDS: dict[str, Any] = {
+    one.name: _field_of(one, group is LockConfig) for group in _GROUPS for one in declared(group) if one.about.manifest
+}
+JobFields: type[OwnFields] = create_model("JobFields", __base__=OwnFields, __doc__=OwnFields.__doc__, **_FIELDS)
 
 NAMES = tuple(JobFields.model_fields)
 LOCK_NAMES = tuple(f.name for f in fields(LockConfig))
-MASK_NAMES = tuple(MaskShape().as_dict())
 OWN_TO_A_JOB = ("id", "output", "prompt")
 """What no default can give."""
 TEXTS = frozenset({"id", "source", "mask", "source_prompt", "negative_prompt", "output", "model", "size"})
+"""Fields whose value is never read as JSON."""
 
 Problem = tuple[str, str]
 """A field, and a sentence about it."""
@@ -208,20 +169,10 @@ def lock_of(values: dict[str, Any]) -> LockConfig:
     return LockConfig.preset(values["preset"], **changes)
 
 
-def shape_of(values: dict[str, Any]) -> MaskShape:
-    """The mask's shape of checked fields."""
-    return MaskShape(**{name.removeprefix("mask_"): values[name] for name in MASK_NAMES})
-
-
-def cache_of(values: dict[str, Any]) -> CacheConfig:
-    """The cache of checked fields."""
-    return CacheConfig(
-        tier=values["cache_tier"],
-        format=values["cache_format"],
-        step_stride=values["cache_stride"],
-        steps=values["cache_steps"],
-        prompts_at_once=values["prompts_at_once"],
-    )
+def made_of(kind: type[Any], values: dict[str, Any], **more: Any) -> Any:
+    """A dataclass of parameters from checked fields. more: its values that no field has."""
+    given = {one.attribute: values[one.name] for one in declared(kind) if one.name in values and one.about.manifest}
+    return kind(**{**given, **more})
 
 
 def no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -12,40 +12,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from kvlock_fast.config import CacheConfig, LockConfig
-from kvlock_fast.edit import EditSettings
-from kvlock_fast.media import MaskShape
+from kvlock_fast.settings import EditSettings, Finish, Inputs, MaskShape, RunConfig
 
 if TYPE_CHECKING:
     from kvlock_fast.loop.windows import Windows
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What a job shares with the others of its group: all that decides what the model computes, but the prompt.
-
-    source, mask: as the manifest has them (paths relative to it, or URLs); dtype: of the weights; size: (height,
-    width), None for the source's; clip_frames, clip_overlap: frames at once, and shared by neighbours, None for all
-    frames and for a quarter. Setups that are equal can share a pass of the source.
-    """
-
-    source: str
-    mask: str
-    source_prompt: str
-    model: str = "demo"
-    dtype: str = "auto"
-    negative_prompt: str | None = None
-    steps: int = 50
-    guidance: float = 5.0
-    guidance_2: float | None = None
-    seed: int = 0
-    size: tuple[int, int] | None = None
-    max_frames: int | None = None
-    frames_policy: str = "pad"
-    lock: LockConfig = field(default_factory=LockConfig)
-    cache: CacheConfig = field(default_factory=CacheConfig)
-    mask_shape: MaskShape = field(default_factory=MaskShape)
-    clip_frames: int | None = None
-    clip_overlap: int | None = None
+class Setup(RunConfig, Inputs):
+    """What a job shares with the others of its group. Setups that are equal can share a pass of the source."""
 
     def windows(self) -> Windows | None:
         """How a long clip is cut; None where it is not. Raises InputError where it cannot be."""
@@ -55,34 +30,8 @@ class Setup:
 
     def edit_settings(self, prompts: list[str]) -> EditSettings:
         """As `edit` takes them."""
-        return EditSettings(
-            self.source_prompt,
-            prompts,
-            negative_prompt=self.negative_prompt,
-            steps=self.steps,
-            guidance=self.guidance,
-            guidance_2=self.guidance_2,
-            seed=self.seed,
-            size=self.size,
-            frames_policy=self.frames_policy,
-            lock=self.lock,
-            cache=self.cache,
-            mask_shape=self.mask_shape,
-            clip_frames=self.clip_frames,
-            clip_overlap=self.clip_overlap,
-        )
-
-
-@dataclass(frozen=True)
-class Finish:
-    """What is done with a job's frames once the model has made them, so that jobs of one pass may differ in it.
-
-    composite, feather: as of `EditSettings`; audio: whether the source's sound is kept.
-    """
-
-    composite: bool = False
-    feather: int | None = None
-    audio: bool = True
+        values = {f.name: getattr(self, f.name) for f in fields(RunConfig)}
+        return EditSettings(**values, prompts=prompts)
 
 
 @dataclass(frozen=True)
@@ -100,8 +49,7 @@ class Job:
 
     def edit_settings(self) -> EditSettings:
         """As `edit` takes them."""
-        finish = self.finish
-        return replace(self.setup.edit_settings([self.prompt]), composite=finish.composite, feather=finish.feather)
+        return replace(self.setup.edit_settings([self.prompt]), **vars(self.finish))
 
     def spec(self) -> str:
         """All of the job as JSON, the same text for the same job."""

@@ -15,18 +15,19 @@ from kvlock_fast.batch.fields import (
     OWN_TO_A_JOB,
     TEXTS,
     JobFields,
-    cache_of,
     lock_of,
+    made_of,
     no_constant,
     no_doubles,
     problems_of,
-    shape_of,
     short,
 )
-from kvlock_fast.batch.jobs import Finish, Job, Setup
+from kvlock_fast.batch.jobs import Job, Setup
 from kvlock_fast.batch.places import id_problem, numbered, output_problem
+from kvlock_fast.config import CacheConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import refuse_special
+from kvlock_fast.settings import Finish, MaskShape
 
 MOST_LINE = 1 << 22
 
@@ -105,7 +106,7 @@ def _jobs(line: int, values: dict[str, Any], dtype: str, reading: Reading) -> li
     if why is not None:
         reading.wrong(line, *why)
         return []
-    finish = Finish(**{name: values[name] for name in ("composite", "feather", "audio")})
+    finish = made_of(Finish, values)
     id, output = values["id"], values["output"] or f"{values['id']}.mp4"
     if isinstance(values["prompt"], str):
         return [Job(id, values["prompt"], output, setup, finish, line)]
@@ -129,16 +130,15 @@ def _window_problem(setup: Setup) -> tuple[str, str] | None:
 
 
 def _setup(values: dict[str, Any], dtype: str) -> Setup:
-    same = ("source", "mask", "source_prompt", "model", "negative_prompt", "steps", "guidance", "guidance_2", "seed",
-            "max_frames", "frames_policy", "clip_frames", "clip_overlap")  # fmt: skip
     height, _, width = (values["size"] or "").lower().partition("x")
-    return Setup(
-        **{name: values[name] for name in same},
+    return made_of(
+        Setup,
+        values,
         dtype=dtype,
         size=(int(height), int(width)) if height else None,
         lock=lock_of(values),
-        cache=cache_of(values),
-        mask_shape=shape_of(values),
+        cache=made_of(CacheConfig, values),
+        mask_shape=made_of(MaskShape, values),
     )
 
 
@@ -238,6 +238,12 @@ def typed(name: str, value: str) -> Any:
         return json.loads(value, parse_constant=lambda word: word)
     except ValueError:
         return value
+
+
+def check_flags(flags: dict[str, Any]) -> None:
+    """Raise InputError naming the option whose value no job could have."""
+    for name, sentence in problems_of(flags, partial=True):
+        raise InputError(f"--{name.replace('_', '-')}: {sentence}")
 
 
 def _check(data: dict[str, Any], where: str) -> None:

@@ -8,7 +8,7 @@ import typer
 from kvlock_fast.cli.app import app
 from kvlock_fast.cli.options import JsonFile, option
 
-cache_app = typer.Typer(help="List, verify or prune stored caches of sources.", rich_markup_mode=None)
+cache_app = typer.Typer(help="List, verify or prune stored caches of sources.", rich_markup_mode="rich")
 app.add_typer(cache_app, name="cache")
 CacheFolder = Annotated[Path, typer.Argument(metavar="DIR", help="One cache, or a folder of several.")]
 

@@ -1,27 +1,27 @@
-"""`kvlock-fast demo`: its options."""
+"""`kvlock-fast demo`."""
 
 from pathlib import Path
 from typing import Annotated
 
 from kvlock_fast.cli.app import app
-from kvlock_fast.cli.options import MOST_SEED, Device, JsonFile, Preset, Quiet, command_line, lock_config, option
+from kvlock_fast.cli.options import Given, Quiet, command_line, option, takes
+from kvlock_fast.settings import EditSettings
 
 
 @app.command()
+@takes("preset", "seed", "device", "json")
 def demo(
-    output: Annotated[Path, option("The folder for the results; files in it stay.")] = Path("out/demo"),
-    world: Annotated[int | None, option("Instead of an edit, write so many clips of the demo's world.")] = None,
-    steps: Annotated[int | None, option("Denoising steps; a quick default if not given.", min=1)] = None,
-    preset: Preset = "kvlock",
-    seed: Annotated[int, option("Of the noise, or of the world.", min=0, max=MOST_SEED)] = 0,
-    device: Device = "auto",
-    json_file: JsonFile = None,
+    given: Given,
+    output: Annotated[Path, option("The folder for the results; files in it stay")] = Path("out/demo"),
+    world: Annotated[int | None, option("Instead of an edit, write N clips of the demo's world", metavar="N")] = None,
+    steps: Annotated[int | None, option("Denoising steps (default: a quick few)", min=1)] = None,
     quiet: Quiet = False,
 ) -> None:
     """Edit a procedurally made clip with the bundled model; writes videos, a report, a sheet and a trace."""
     from kvlock_fast.demo.command import run_demo, write_clips
 
+    settings = given.make(EditSettings, source_prompt="", prompts=[])
     if world is not None:
-        write_clips(world, output, seed)
+        write_clips(world, output, settings.seed or 0)
     else:
-        run_demo(output, steps, lock_config(preset), seed, device, command_line(), json_file, quiet)
+        run_demo(output, steps, given.lock(), settings.seed or 0, settings.device, command_line(), given["json"], quiet)

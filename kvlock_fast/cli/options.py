@@ -1,75 +1,163 @@
-"""Options that several commands take, and how what was typed becomes a value."""
+"""Options made from declared parameters, and how what was typed becomes a value."""
 
+import inspect
 import shlex
 import sys
-from enum import StrEnum
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
-from kvlock_fast.config import LockConfig
+from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError
+from kvlock_fast.parameters import OUTPUT, PANELS, DataclassInstance, Declared, declared
+from kvlock_fast.settings import EditFiles, EditSettings, MaskShape, Preset
+from kvlock_fast.units import parse_bytes
+
+_RANGED = {one.name for kind in (EditSettings, MaskShape) for one in declared(kind)}
+D = TypeVar("D", bound=DataclassInstance)
+
+ALL = {
+    one.name: one
+    for kind in (EditFiles, EditSettings, MaskShape, Preset, LockConfig, CacheConfig)
+    for one in declared(kind)
+}
+"""Every declared parameter by its name on the command line."""
 
 
-class FramesPolicy(StrEnum):
-    pad = "pad"
-    trim = "trim"
-    error = "error"
+def option(text: str, *names: str, panel: str | None = None, **more: Any) -> Any:
+    """An option that belongs to one command alone."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
 
 
-MOST_SEED = 2**63 - 1
-
-FORMATS = "How the source's K and V are packed: native, bf16, fp8_e4m3, int8, int4."
-STRIDE = "Of so many steps in a row one is stored, and stands for the others."
-STEPS = "'all' locked steps are stored, or those that are 'dynamic' (the last kappa)."
-JsonFile = Annotated[str | None, typer.Option("--json", help="Write the figures as JSON; - for stdout.")]
+JsonFile = Annotated[str | None, option(ALL["json"].text, "--json", panel=OUTPUT)]
+Quiet = Annotated[bool, option("Show no progress", "--quiet", "-q", panel=OUTPUT)]
 
 
-def option(text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, **more)
+@dataclass(frozen=True)
+class Given:
+    """The options of a command that are made from declared parameters, as typed; None where one was not given."""
+
+    typed: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.typed[name]
+
+    def values(self, kind: type[DataclassInstance]) -> dict[str, Any]:
+        """Values for the fields of a dataclass, by the fields' names: only what was given."""
+        found = ((one, self.typed.get(one.name)) for one in declared(kind))
+        return {one.attribute: parsed(one, value) for one, value in found if value is not None}
+
+    def make(self, kind: type[D], **more: Any) -> D:
+        """A dataclass from what was given. more: further values, which count more."""
+        return kind(**{**self.values(kind), **more})
+
+    def named(self, **names: str) -> dict[str, Any]:
+        """Options as typed, by other names: only what was given."""
+        return {other: self[name] for other, name in names.items() if self[name] is not None}
+
+    def lock(self) -> LockConfig:
+        """The preset with the values that were given. Raises InputError naming the bad one."""
+        values = self.values(LockConfig)
+        try:
+            return LockConfig.preset(self.make(Preset).preset, **values)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
+    def cache(self) -> CacheConfig:
+        """Raises InputError naming the bad value."""
+        values = self.values(CacheConfig)
+        try:
+            return CacheConfig(**values)
+        except ValueError as error:
+            raise InputError(f"cache {error}") from error
+
+    def settings(self, **more: Any) -> EditSettings:
+        """How to edit. more: further values, which count more."""
+        nested = {"lock": self.lock(), "cache": self.cache(), "mask_shape": self.make(MaskShape)}
+        return self.make(EditSettings, **nested, **more)
 
 
-# What several commands take.
-Quiet = Annotated[bool, option("No progress.", "--quiet", "-q")]
-Device = Annotated[str, option("cuda, cpu, ... or auto.")]
-Dtype = Annotated[str, option("bf16, fp16, fp32, or auto (bf16 on a GPU).")]
-Kappa = Annotated[int | None, option("How many last steps follow the variance.")]
-Preset = Annotated[str, option("The lock's preset.")]
-Model = Annotated[str, option("A folder, a hub id, or demo (the bundled model).")]
-Source = Annotated[str, option("The video: a file, a folder of images, or an image.")]
-ModelFrames = Annotated[int | None, option("Frames of the video; else the model's usual number.")]
-ModelSize = Annotated[str | None, option("HEIGHTxWIDTH; else the model's usual size.")]
-Steps = Annotated[int, option("Denoising steps.")]
-CacheSteps = Annotated[str, option(STEPS)]
-CacheFormat = Annotated[str, option(FORMATS)]
-InversionSolver = Annotated[str | None, option("'euler' or 'heun'.")]
-SourcePath = Annotated[str | None, option("'renoise' or 'invert'.")]
-Alpha = Annotated[str | None, option("'dynamic' or a fixed ratio of the source's K and V, 0 to 1.")]
-Processors = Annotated[
-    str, option("Locked attention: 'generic', 'fast' by one kernel, or 'auto': fast on a GPU where the model has it.")
-]
+C = TypeVar("C", bound=Callable[..., Any])
 
-Policy = Annotated[FramesPolicy, option("For a frame count the model cannot take.")]
-MaxFrames = Annotated[int | None, option("Use only the first so many frames.", min=1)]
-Size = Annotated[str | None, option("Work at HEIGHTxWIDTH; else the source's size (demo: small).")]
-Mask = Annotated[
-    str,
-    option(
-        "Where it may change: video, image, folder, .npy, .npz, or box:x,y,w,h, which moves as "
-        "'box:0=x,y,w,h;24=x,y,w,h' (at frame 0, at frame 24, straight in between)."
-    ),
-]
 
-_GROW = "Grow it by so many pixels of the source in every direction; a negative number shrinks it."
-_SOFT = "A soft edge around it: so many more pixels that may change, over which --composite fades to the source."
-MaskThreshold = Annotated[float, option("Marked is what is brighter than this share, 0 to 1.")]
-MaskInvert = Annotated[bool, option("What is marked stays, the rest may change.", "--mask-invert")]
-MaskGrow = Annotated[int, option(_GROW, min=-1024, max=1024)]
-MaskFeather = Annotated[int, option(_SOFT, min=0, max=256)]
-MaskPreview = Annotated[
-    Path | None, option("Write a video of what the model sees of the mask: its tokens. Before any step is run.")
-]
+def takes(*names: str, optional: Iterable[str] = (), also: Mapping[str, str] | None = None) -> Callable[[C], C]:
+    """Decorate a command: it gets the options of declared parameters, and `given` holds what was typed.
+
+    Args:
+        names: Names of the parameters, in `ALL`.
+        optional: Names among them that need not be given.
+        also: Other spellings of an option, by its name.
+    """
+
+    def decorate(function: C) -> C:
+        own = [p for name, p in inspect.signature(function).parameters.items() if name != "given"]
+        made = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if ALL[name].required and name not in optional else None,
+                annotation=_annotation(ALL[name], name in optional, (also or {}).get(name)),
+            )
+            for name in names
+        ]
+
+        @wraps(function)
+        def command(**values: Any) -> Any:
+            return function(Given({name: values.pop(name) for name in names}), **values)
+
+        places = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + made
+        places.sort(key=lambda p: (_panel(p), p.default is not inspect.Parameter.empty))
+        command.__signature__ = inspect.Signature(places)  # pyright: ignore[reportAttributeAccessIssue]
+        command.__annotations__ = {p.name: p.annotation for p in places}
+        return command  # pyright: ignore[reportReturnType]
+
+    return decorate
+
+
+def _panel(place: inspect.Parameter) -> int:
+    """Where the panel of an option stands; those of one command alone come first."""
+    panel = getattr(place.annotation.__metadata__[0], "rich_help_panel", None)
+    return PANELS.index(panel) if panel in PANELS else -1
+
+
+def _annotation(one: Declared, optional: bool, also: str | None) -> Any:
+    """The type of a generated option as typer reads it. Every default is None: what was not given is not passed on."""
+    kind: Any = str
+    names = [one.option] if also is None else [also, one.option]
+    more: dict[str, Any] = {"metavar": one.values}
+    if bool in one.types:
+        kind = bool
+        names += [f"--no-{one.option[2:]}"] if one.default else []
+        names = ["/".join(names)]
+    elif list[str] in one.types:
+        kind = list[str]
+    elif Path in one.types:
+        kind = Path
+    elif one.is_number and not one.about.word and not one.about.shown:
+        kind = float if float in one.types else int
+    if one.about.choices:
+        more["autocompletion"] = lambda incomplete: [word for word in one.about.choices if word.startswith(incomplete)]
+    info = option(one.text, *names, panel=one.about.panel, show_default=False, **more)
+    return Annotated[kind if one.required and not optional else kind | None, info]
+
+
+def parsed(one: Declared, value: Any) -> Any:
+    """The value of an option as its field has it. Raises InputError naming the option."""
+    if tuple[int, int] in one.types:
+        return parse_size(value)
+    if tuple[int, ...] in one.types:
+        return parse_layers(value)
+    if one.about.unit == "bytes":
+        return parse_bytes(value, one.option)
+    if one.types == (int,) and one.name in _RANGED and not one.about.sentence and one.problem(value):
+        low, high = one.about.low, one.about.high
+        bounds = f"{low}<=x" + ("" if high is None else f"<={high}")
+        raise typer.BadParameter(f"{value} is not in the range {bounds}", param_hint=f"'{one.option}'")
+    return number_or(one.about.word, value, one.option) if one.about.word else value
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
@@ -82,10 +170,8 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return int(height), int(width)
 
 
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
+def parse_layers(text: str) -> tuple[int, ...]:
     """Layers as 0,1,5-9."""
-    if text is None:
-        return None
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -107,9 +193,9 @@ def _short(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:80]}..."
 
 
-def number_or(word: str, text: str | None, option: str) -> float | str | None:
+def number_or(word: str, text: str, option: str) -> float | str:
     """A number, or the one word that is allowed instead."""
-    if text is None or text == word:
+    if text == word:
         return text
     try:
         return float(text)
@@ -118,12 +204,5 @@ def number_or(word: str, text: str | None, option: str) -> float | str | None:
 
 
 def command_line() -> str:
+    """The command as it was typed."""
     return shlex.join(["kvlock-fast", *sys.argv[1:]])
-
-
-def lock_config(preset: str, **overrides: Any) -> LockConfig:
-    """The preset with the values changed that were given (not None); InputError naming the bad one."""
-    try:
-        return LockConfig.preset(preset, **{name: value for name, value in overrides.items() if value is not None})
-    except ValueError as error:
-        raise InputError(str(error)) from error

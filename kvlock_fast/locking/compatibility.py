@@ -12,8 +12,6 @@ from torch import nn
 
 from kvlock_fast.errors import InputError
 
-COMPILE = ("off", "regional")
-
 
 @contextmanager
 def compiled_blocks(transformers: Sequence[nn.Module], wish: str, names: tuple[str, ...] = ()) -> Iterator[None]:

@@ -22,8 +22,8 @@ from kvlock_fast.kernels.launch import KERNEL_DTYPES
 from kvlock_fast.locking.compatibility import device_of
 from kvlock_fast.locking.foreground import swapped
 from kvlock_fast.locking.qk_norms import norm_kind, why_no_norms
+from kvlock_fast.settings import PROCESSORS
 
-PROCESSORS = ("auto", "generic", "fast")
 FAST = {
     "transformer_wan.WanAttnProcessor": "WanFastProcessor",
     "transformer_wan_animate.WanAttnProcessor": "WanFastProcessor",

@@ -22,7 +22,6 @@ from kvlock_fast.loop.schedule import compares_with_source
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.task import Task
 
-GRAPH = ("off", "auto", "on")
 MOST_GRAPHS = 8
 """Kinds of steps in a run that are captured: warm-up and locked, two stages, two slots. Others run as they are."""
 MOST_LOOPS = 2

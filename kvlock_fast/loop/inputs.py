@@ -10,8 +10,7 @@ from torch import Tensor
 from kvlock_fast.errors import InputError, warn
 from kvlock_fast.masks import Geometry
 from kvlock_fast.media import fit_frames, resize_mask, resize_video
-
-MOST_STEPS = 10_000
+from kvlock_fast.settings import MOST_STEPS
 
 
 def check_texts(prompts: Any, source_prompt: Any, negative_prompt: Any) -> list[str]:

@@ -9,8 +9,9 @@ import numpy as np
 from kvlock_fast.errors import InputError
 from kvlock_fast.media.audio import Audio
 from kvlock_fast.media.fitting import fit_mask
-from kvlock_fast.media.masks import MaskShape, box_mask, grow_mask, is_box, read_mask
+from kvlock_fast.media.masks import box_mask, grow_mask, is_box, read_mask
 from kvlock_fast.media.video_in import read_video
+from kvlock_fast.settings import MaskShape
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ import math
 import os
 import re
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -72,41 +70,6 @@ def _keyframes(spec: str) -> dict[int, tuple[int, int, int, int]]:
             raise InputError(f"the mask '{spec}' gives the box at frame {frame} twice")
         keys[frame] = tuple(int(number) for number in match.groups()[1:])
     return keys
-
-
-MOST_GROW, MOST_FEATHER = 1024, 256
-"""The farthest a mask is grown or shrunk, and softened, in pixels."""
-
-
-@dataclass(frozen=True)
-class MaskShape:
-    """How a mask becomes the part of the video that may change. Lengths in pixels of the video.
-
-    threshold: above this share of the full range a pixel is marked (pictures and arrays of numbers); invert: what is
-    marked stays, the rest may change; grow: by so many pixels in every direction, negative shrinks; feather: a soft
-    edge around that: so many more pixels that may change, over which a composite passes from the edit to the source.
-    They apply in this order. Raises InputError for a value out of range.
-    """
-
-    threshold: float = 0.5
-    invert: bool = False
-    grow: int = 0
-    feather: int = 0
-
-    def __post_init__(self):
-        number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
-        if not number or not 0 <= self.threshold < 1:
-            raise InputError(f"the mask threshold must be at least 0 and below 1, not {self.threshold}")
-        if not isinstance(self.invert, bool):
-            raise InputError(f"mask_invert must be true or false, got {self.invert!r}")
-        for name, least, most in (("grow", -MOST_GROW, MOST_GROW), ("feather", 0, MOST_FEATHER)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-                raise InputError(f"mask_{name} must be a whole number from {least} to {most}, got {value!r}")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, named as the command line names them."""
-        return {f"mask_{name}": value for name, value in vars(self).items()}
 
 
 def grow_mask(mask: np.ndarray, radius: int) -> np.ndarray:

@@ -10,7 +10,6 @@ import torch
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.quantize import FORMATS
-from kvlock_fast.loop.inputs import MOST_STEPS
 from kvlock_fast.media import fit_mask, read_mask
 from kvlock_fast.planning.extent import Extent, find_extent
 from kvlock_fast.planning.find_model import find_model
@@ -18,6 +17,7 @@ from kvlock_fast.planning.machine import Machine
 from kvlock_fast.planning.plan_edit import Edits, plan_edit
 from kvlock_fast.planning.planner import Plan
 from kvlock_fast.renamed import CACHE_STEPS
+from kvlock_fast.settings import MOST_STEPS
 from kvlock_fast.units import parse_bytes
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -24,13 +24,13 @@ from kvlock_fast.config import FORMATS, TIERS, LockConfig
 from kvlock_fast.edit import find_device
 from kvlock_fast.errors import InputError, warn
 from kvlock_fast.files import atomic_path, output_folder, write_text
-from kvlock_fast.loop.inputs import MOST_STEPS
 from kvlock_fast.nvtx import DOMAIN, span, switched_on
 from kvlock_fast.profiling import timeline
 from kvlock_fast.profiling.extent import extent_text
 from kvlock_fast.profiling.picture import draw
 from kvlock_fast.profiling.subjects import PipelineSubject, Subject, Wanted, make_subject
 from kvlock_fast.profiling.timeline import Timeline
+from kvlock_fast.settings import MOST_STEPS
 from kvlock_fast.version import __version__
 
 Progress = Callable[[str, int, int], None]

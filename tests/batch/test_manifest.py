@@ -14,11 +14,10 @@ from kvlock_fast.batch.editor import enter_uncaptured
 from kvlock_fast.batch.fields import JobFields
 from kvlock_fast.batch.jobs import Job
 from kvlock_fast.batch.manifest import read_manifest
-from kvlock_fast.cli import main, options
+from kvlock_fast.cli import main
 from kvlock_fast.config import PRESETS, LockConfig
 from kvlock_fast.edit import EditSettings
 from kvlock_fast.errors import InputError
-from kvlock_fast.loop import inputs
 from kvlock_fast.loop.windows import Windows
 from kvlock_fast.media import MaskShape
 from tests.support.batch_parts import job, write_clips, write_manifest
@@ -335,16 +334,12 @@ def test_the_schema_knows_every_field_and_is_printed(capsys):
     assert schema["additionalProperties"] is False
     assert set(schema["properties"]) == set(JobFields.model_fields) >= {"id", "tau", "layers", "output", "cache_tier"}
     assert set(schema["required"]) == {"id", "source", "mask", "source_prompt", "prompt"}
-    assert set(fields.LOCK_NAMES) | set(fields.MASK_NAMES) <= set(JobFields.model_fields)
+    assert set(fields.LOCK_NAMES) | set(MaskShape().as_dict()) <= set(JobFields.model_fields)
 
 
-ELSEWHERE = {"lock", "cache", "mask_shape", "prompts", "graph", "compile", "processors"}
+ELSEWHERE = {"lock", "cache", "mask_shape", "prompts", "graph", "compile", "processors", "dtype", "device"}
 
 
 def test_a_job_can_say_all_that_an_edit_can():
     said = {f.name for f in dataclass_fields(EditSettings)} - ELSEWHERE
     assert said <= set(JobFields.model_fields)
-
-
-def test_limits_are_those_of_edit():
-    assert (fields.MOST_SEED, fields.MOST_STEPS) == (options.MOST_SEED, inputs.MOST_STEPS)

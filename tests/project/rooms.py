@@ -15,8 +15,8 @@ ORDER = [
     group.split()
     for group in (
         "kernels",
-        "errors version renamed owner units checks files progress nvtx",
-        "config presets masks conditioning ops",
+        "errors version renamed owner units parameters files progress nvtx",
+        "config presets settings masks conditioning ops",
         "media",
         "locking",
         "models cache",
