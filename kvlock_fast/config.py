@@ -5,7 +5,7 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
-from kvlock_fast.parameters import LOCK, MEMORY, SHARE, SPEED, check, documented, parameter
+from kvlock_fast.parameters import LOCK, MEMORY, SPEED, check, documented, parameter
 from kvlock_fast.presets import PRESETS, NeighbourOptions
 from kvlock_fast.renamed import FIELDS, refuse_cache_steps, renamed
 
@@ -27,50 +27,44 @@ class LockConfig(NeighbourOptions):
     """
 
     alpha: float | str = _lock(
-        "dynamic", "Share of the source's K and V in the background; 0 never locks", word="dynamic", **SHARE
+        "dynamic", "dynamic|0..1", "Share of the source's K and V in the background; 0 never locks"
     )
-    omega: str = _lock(
-        "dynamic", "Guidance scale: it follows the variance, or stays as given", choices=("dynamic", "constant")
-    )
-    s_star: bool = _lock(True, "Calibrate guidance by the projection s*; off means s* = 1")
+    omega: str = _lock("dynamic", "dynamic|constant", "Guidance scale: it follows the variance, or stays as given")
+    s_star: bool = _lock(True, "", "Calibrate guidance by the projection s*; off means s* = 1")
     s_star_region: str | None = _lock(
-        None, "Elements that s* is computed over", choices=("all", "foreground"), unset="what compute needs, else all"
+        None, "all|foreground", "Elements that s* is computed over", unset="as compute needs"
     )
     tau: float | str = _lock(
-        1.0, "Variance at which locking saturates; auto takes it from the source's trajectory", word="auto", above=0
+        1.0, "auto|>0", "Variance at which locking saturates; auto takes it from the source's trajectory"
     )
-    b: float = _lock(1.0, "Largest factor on the guidance scale", above=0)
-    variance_window: int = _lock(10, "Predictions that the variance looks back on (W)", low=2)
-    kappa: int = _lock(20, "Last steps, in which alpha and omega follow the variance", low=0)
-    warmup_alpha: float = _lock(1.0, "Alpha before the last kappa steps; 0 stores nothing for them", **SHARE)
-    alpha_floor: float = _lock(0.0, "Least alpha while it is dynamic", **SHARE)
-    omega_floor: float = _lock(1.0, "Least guidance scale while it is dynamic", low=0)
-    detection: str = _lock(
-        "foreground", "Elements that the variance is averaged over", choices=("foreground", "global")
-    )
-    layers: tuple[int, ...] | None = _lock(None, "Self-attention layers to lock", shown="0-11,15", unset="all")
+    b: float = _lock(1.0, ">0", "Largest factor on the guidance scale")
+    variance_window: int = _lock(10, ">=2", "Predictions that the variance looks back on (W)")
+    kappa: int = _lock(20, ">=0", "Last steps, in which alpha and omega follow the variance")
+    warmup_alpha: float = _lock(1.0, "0..1", "Alpha before the last kappa steps; 0 stores nothing for them")
+    alpha_floor: float = _lock(0.0, "0..1", "Least alpha while it is dynamic")
+    omega_floor: float = _lock(1.0, ">=0", "Least guidance scale while it is dynamic")
+    detection: str = _lock("foreground", "foreground|global", "Elements that the variance is averaged over")
+    layers: tuple[int, ...] | None = _lock(None, "0-11,15", "Self-attention layers to lock", unset="all")
     background_latents: str = _lock(
-        "source", "Background latents: the model's, or the source's after each step", choices=("model", "source")
+        "source", "model|source", "Background latents: the model's, or the source's after each step"
     )
     source_path: str = _lock(
-        "renoise", "Source latents: the source with noise added, or its inverted ODE", choices=("renoise", "invert")
+        "renoise", "renoise|invert", "Source latents: the source with noise added, or its inverted ODE"
     )
-    inversion_solver: str = _lock("euler", "Solver of the inverted ODE", choices=("euler", "heun"))
-    zero_init_steps: int = _lock(0, "First steps whose prediction is taken as 0 (CFG-Zero*)", low=0)
+    inversion_solver: str = _lock("euler", "euler|heun", "Solver of the inverted ODE")
+    zero_init_steps: int = _lock(0, ">=0", "First steps whose prediction is taken as 0 (CFG-Zero*)")
     guidance_batching: str = _speed(
-        "auto", "Run the branches of guidance apart or as one batch", choices=("auto", "separate", "batched")
+        "auto", "auto|separate|batched", "Run the branches of guidance apart or as one batch"
     )
     compute: str = _speed(
-        "full", "Tokens to compute in steps with alpha = 1: all, or the foreground's", choices=("full", "foreground")
+        "full", "full|foreground", "Tokens to compute in steps with alpha = 1: all, or the foreground's"
     )
-    alpha_snap: float = _speed(1.0, "Dynamic alpha from which on it counts as 1", above=0, high=1)
+    alpha_snap: float = _speed(1.0, ">0..1", "Dynamic alpha from which on it counts as 1")
     alpha_lag: int = _speed(
-        1, "Steps back whose variance sets alpha; 2 tells sooner what the next step computes", low=1, high=2
+        1, "1..2", "Steps back whose variance sets alpha; 2 tells sooner what the next step computes"
     )
-    halo: int = _lock(0, "Tokens around the mask, in each frame, whose latents are edited too (K and V locked)", low=0)
-    seam: str = _lock(
-        "cut", "Latents of the halo: the edit's, or blended with the source's by distance", choices=("cut", "blend")
-    )
+    halo: int = _lock(0, ">=0", "Tokens around the mask, in each frame, whose latents are edited too (K and V locked)")
+    seam: str = _lock("cut", "cut|blend", "Latents of the halo: the edit's, or blended with the source's by distance")
 
     def __post_init__(self):
         check(self)
@@ -161,33 +155,30 @@ class CacheConfig:
     """
 
     tier: str = _memory(
-        "auto", "Where the source's K and V are kept; lockstep: nowhere", name="cache_tier", choices=("auto", *TIERS)
+        "auto", "auto|lockstep|resident|host|disk", "Where the source's K and V are kept", name="cache_tier"
     )
     format: str = _memory(
-        "fp8_e4m3", "Number format of the source's K and V; native is lossless", name="cache_format", choices=FORMATS
+        "fp8_e4m3", "|".join(FORMATS), "Number format of the source's K and V; native is lossless", name="cache_format"
     )
     step_stride: int = _memory(
-        1, "Store only every Nth step, which stands for the steps after it", name="cache_stride", low=1
+        1, ">=1", "Store only every Nth step, which stands for the steps after it", name="cache_stride"
     )
-    steps: str = _memory(
-        "all", "Store all locked steps, or the last kappa only", name="cache_steps", choices=("all", "dynamic")
-    )
+    steps: str = _memory("all", "all|dynamic", "Store all locked steps, or the last kappa only", name="cache_steps")
     path: str | None = _memory(
-        None, "Cache made by invert: the source is not run again", name="cache", what="a folder", manifest=False
+        None, "PATH", "Cache made by invert: the source is not run again", name="cache", what="a folder", manifest=False
     )
     root: str | None = _memory(
-        None, "Folder of automatic caches", name="cache_root", what="a folder", unset="the user's", manifest=False
-    )
-    quota: int | None = _memory(
         None,
-        "Most bytes that automatic caches take",
-        name="cache_quota",
-        low=0,
-        unit="bytes",
-        shown="200GB",
+        "PATH",
+        "Folder of automatic caches (default: the user's)",
+        name="cache_root",
+        what="a folder",
         manifest=False,
     )
-    prompts_at_once: int | None = _memory(None, "Most prompts in one batch", low=1, unset="all")
+    quota: int | None = _memory(
+        None, "200GB", "Most bytes that automatic caches take", name="cache_quota", low=0, manifest=False
+    )
+    prompts_at_once: int | None = _memory(None, ">=1", "Most prompts in one batch", unset="all")
 
     def __post_init__(self):
         refuse_cache_steps("steps", self.steps)

@@ -17,9 +17,11 @@ from kvlock_fast.media.clip import Clip
 from kvlock_fast.media.fitting import composite
 from kvlock_fast.media.metrics import measure_edit
 from kvlock_fast.nvtx import span
+from kvlock_fast.progress import Report
 from kvlock_fast.settings import EditSettings
 
 Progress = Callable[[str, int, int], None]
+
 
 @dataclass(frozen=True)
 class EditResult:
@@ -98,13 +100,13 @@ def _quieten_libraries() -> None:
         library.disable_progress_bar()
 
 
-def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress | None = None) -> EditResult:
+def run_edit(pipe: Any, clip: Clip, settings: EditSettings, progress: Report | None = None) -> EditResult:
     """Edit a clip in memory."""
     out = call_pipeline(pipe, clip, settings, progress)
     return finish_edit(clip, out.frames, out.trace.as_dict(), settings)
 
 
-def call_pipeline(pipe: Any, clip: Clip, settings: EditSettings, progress: Progress | None = None, **more: Any) -> Any:
+def call_pipeline(pipe: Any, clip: Clip, settings: EditSettings, progress: Report | None = None, **more: Any) -> Any:
     """The part of an edit that the model does: its `EditOutput`. more: further arguments of the pipeline."""
     import torch
 

@@ -1,7 +1,6 @@
 """One source from files to a cache: what `kvlock-fast invert` does, and what an edit takes over from such a cache."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,9 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.files import check_json, check_writable, output_folder, write_json
 from kvlock_fast.media import check_video_output
 from kvlock_fast.media.clip import Clip, read_clip, refuse_same
-from kvlock_fast.progress import progress_bar
+from kvlock_fast.progress import Report, progress_bar
 from kvlock_fast.settings import EditFiles, EditSettings
 from kvlock_fast.units import text_bytes
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -68,9 +65,7 @@ class CacheNotes:
         return size[1], size[2]
 
 
-def run_invert(
-    pipe: Any, clip: Clip, output: Path, settings: EditSettings, progress: Progress | None
-) -> dict[str, Any]:
+def run_invert(pipe: Any, clip: Clip, output: Path, settings: EditSettings, progress: Report | None) -> dict[str, Any]:
     """Run a source into a cache.
 
     Args:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from kvlock_fast.parameters import OTHERS, SHARE, documented, parameter
+from kvlock_fast.parameters import OTHERS, documented, parameter
 
 _other = partial(parameter, panel=OTHERS)
 METHODS = ("lock", "flowedit", "tokenflow", "fatezero")
@@ -15,19 +15,19 @@ METHODS = ("lock", "flowedit", "tokenflow", "fatezero")
 class NeighbourOptions:
     """Values of `LockConfig` that come from elsewhere than KV-Lock. The methods are in `kvlock_fast/methods/`."""
 
-    method: str = _other("lock", "KV-Lock, or another method", choices=METHODS)
-    family: str | None = _other(None, "Only family of models that the edit is for", what="a name", unset="any")
-    skip_steps: int = _other(0, "First steps to leave out: the edit begins on the source's path", low=0)
+    method: str = _other("lock", "|".join(METHODS), "KV-Lock, or another method")
+    family: str | None = _other(None, "TEXT", "Only family of models that the edit is for", what="a name", unset="any")
+    skip_steps: int = _other(0, ">=0", "First steps to leave out: the edit begins on the source's path")
     source_guidance: float | None = _other(
-        None, "Guidance scale of the source's own runs", low=0, unset="none to invert; FlowEdit: --guidance"
+        None, ">=0", "Guidance scale of the source's own runs", unset="none to invert; FlowEdit: --guidance"
     )
-    lock_share: float = _other(1.0, "Share of the steps, from the first on, that lock", **SHARE)
-    foreground_mix: float = _other(0.0, "Part of alpha that the foreground's K and V take", **SHARE)
-    latents_shift: float = _other(0.0, "How far the starting foreground moves to the statistics of noise", **SHARE)
-    noise_samples: int = _other(1, "FlowEdit: noises that a step averages over", low=1)
-    free_steps: int = _other(0, "FlowEdit: last steps that sample by the prompt alone", low=0)
-    inject_share: float = _other(0.0, "TokenFlow, FateZero: share of the steps that inject attention", **SHARE)
-    keyframe_stride: int = _other(2, "TokenFlow: latent frames per keyframe", low=1)
+    lock_share: float = _other(1.0, "0..1", "Share of the steps, from the first on, that lock")
+    foreground_mix: float = _other(0.0, "0..1", "Part of alpha that the foreground's K and V take")
+    latents_shift: float = _other(0.0, "0..1", "How far the starting foreground moves to the statistics of noise")
+    noise_samples: int = _other(1, ">=1", "FlowEdit: noises that a step averages over")
+    free_steps: int = _other(0, ">=0", "FlowEdit: last steps that sample by the prompt alone")
+    inject_share: float = _other(0.0, "0..1", "TokenFlow, FateZero: share of the steps that inject attention")
+    keyframe_stride: int = _other(2, ">=1", "TokenFlow: latent frames per keyframe")
 
     @property
     def neighbour_values(self) -> dict[str, Any]:

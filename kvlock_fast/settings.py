@@ -10,23 +10,32 @@ from typing import Any
 
 from kvlock_fast.config import PRESETS, CacheConfig, LockConfig
 from kvlock_fast.errors import InputError
-from kvlock_fast.parameters import EDIT, MASK, MEMORY, MODEL, OUTPUT, SPEED, check, described, documented, parameter
+from kvlock_fast.parameters import (
+    EDIT,
+    MASK,
+    MEMORY,
+    MODEL,
+    OUTPUT,
+    SPEED,
+    check,
+    declared,
+    described,
+    documented,
+    parameter,
+)
 
 MOST_STEPS = 10_000
 MOST_TEXT = 20_000
 FEATHER = 8
 """Pixels over which a composite mixes, where nothing else was asked for."""
-GRAPH = ("off", "auto", "on")
-COMPILE = ("off", "regional")
-PROCESSORS = ("auto", "generic", "fast")
-FRAMES_POLICIES = ("pad", "trim", "error")
-_NUMBER = "must be a number of at least 0, got {value!r}"
-DTYPES = ("fp32", "bf16", "fp16", "auto")
+_NOT_ONE = "{name} {value!r} is not one of {words}"
+_NUMBER = "{name} must be a number of at least {low}, got {value!r}"
+_LEAST = "{name} must be at least {low}, got {value!r}"
 
 _edit, _mask, _model, _memory, _speed, _output = (
     partial(parameter, panel=panel) for panel in (EDIT, MASK, MODEL, MEMORY, SPEED, OUTPUT)
 )
-_text = partial(described, panel=EDIT, low=1, high=MOST_TEXT)
+_text = partial(described, values="TEXT", panel=EDIT)
 
 
 @dataclass(frozen=True)
@@ -43,32 +52,11 @@ class MaskShape(Checked):
     """How a mask becomes the part of the video that may change; its steps apply in this order."""
 
     threshold: float = _mask(
-        0.5,
-        "Brightness, as a share of the full range, above which a pixel is marked",
-        name="mask_threshold",
-        low=0,
-        below=1,
-        sentence="the mask threshold must be at least 0 and below 1, not {value}",
+        0.5, "0..<1", "Share of full brightness above which a pixel is marked", name="mask_threshold"
     )
-    invert: bool = _mask(False, "Keep what is marked and change the rest", name="mask_invert", said="mask_invert")
-    grow: int = _mask(
-        0,
-        "How far to grow the mask; negative shrinks it",
-        name="mask_grow",
-        said="mask_grow",
-        low=-1024,
-        high=1024,
-        unit="pixels",
-    )
-    feather: int = _mask(
-        0,
-        "Width of a soft edge that may change too",
-        name="mask_feather",
-        said="mask_feather",
-        low=0,
-        high=256,
-        unit="pixels",
-    )
+    invert: bool = _mask(False, "", "Keep what is marked and change the rest", name="mask_invert")
+    grow: int = _mask(0, "-1024..1024 pixels", "How far to grow the mask; negative shrinks it", name="mask_grow")
+    feather: int = _mask(0, "0..256 pixels", "Width of a soft edge that may change too", name="mask_feather")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, named as the command line names them."""
@@ -79,11 +67,12 @@ class MaskShape(Checked):
 class Inputs:
     """The clip: paths, relative to a manifest or not, or URLs."""
 
-    source: str = field(metadata=_text("The video: a file, a folder of images, or an image"))
+    source: str = field(metadata=_text("The video: a file, a folder of images, or an image", low=1))
     mask: str = field(
         metadata=_text(
             "Where it may change: video, image, folder, .npy, .npz, or box:x,y,w,h, which moves as "
-            "'box:0=x,y,w,h;24=x,y,w,h' (at frame 0, at frame 24, straight in between)"
+            "'box:0=x,y,w,h;24=x,y,w,h' (at frame 0, at frame 24, straight in between)",
+            low=1,
         )
     )
 
@@ -93,7 +82,7 @@ class Preset:
     """The preset of a lock, which gives all its values that are not given one by one."""
 
     preset: str = _edit(
-        "kvlock", f"Values for all parameters of the lock: {', '.join(PRESETS)}", choices=tuple(PRESETS), shown="NAME"
+        "kvlock", "NAME", f"Values for all parameters of the lock: {', '.join(PRESETS)}", words=tuple(PRESETS)
     )
 
 
@@ -102,61 +91,45 @@ class Preset:
 class RunConfig(Checked):
     """Everything that decides what the model computes, but the clip and the prompts."""
 
-    source_prompt: str = field(metadata=described("What the source shows", EDIT, high=MOST_TEXT))
+    source_prompt: str = field(metadata=_text("What the source shows"))
     _: KW_ONLY
-    model: str = _edit("demo", "A folder, a hub id, or demo (the bundled model)", low=1, high=MOST_TEXT)
+    model: str = _edit("demo", "TEXT", "A folder, a hub id, or demo (the bundled model)", low=1)
     dtype: str = _model(
         "auto",
-        "Precision of the weights; auto is bf16 on a GPU, else fp32",
-        choices=DTYPES,
+        "fp32|bf16|fp16|auto",
+        "Precision of the weights; auto is bf16 on a GPU",
         manifest=False,
-        sentence=f"dtype {{value!r}} is not one of {', '.join(DTYPES)}",
+        sentence=_NOT_ONE,
     )
-    negative_prompt: str | None = _edit(None, "What guidance leads away from", high=MOST_TEXT)
-    steps: int = _edit(
-        50,
-        "Denoising steps",
-        low=1,
-        high=MOST_STEPS,
-        sentence=f"num_inference_steps must be a whole number from 1 to {MOST_STEPS}, got {{value!r}}",
-    )
+    negative_prompt: str | None = _edit(None, "TEXT", "What guidance leads away from")
+    steps: int = _edit(50, f"1..{MOST_STEPS}", "Denoising steps", said="num_inference_steps")
     guidance: float = _edit(
-        5.0, "Guidance scale (omega0); at most 1 turns guidance off", low=0, sentence=f"guidance_scale {_NUMBER}"
+        5.0, ">=0", "Guidance scale; at most 1 turns guidance off", said="guidance_scale", sentence=_NUMBER
     )
     guidance_2: float | None = _model(
         None,
-        "Guidance scale of a second, low-noise transformer",
-        low=0,
+        ">=0",
+        "Guidance scale of a second transformer",
+        said="guidance_scale_2",
+        sentence=_NUMBER,
         unset="--guidance",
-        sentence=f"guidance_scale_2 {_NUMBER}",
     )
-    seed: int | None = _edit(0, "Seed of the noise", low=0, high=2**63 - 1)
+    seed: int | None = _edit(0, ">=0", "Seed of the noise", high=2**63 - 1)
     size: tuple[int, int] | None = _edit(
-        None, "Size to work at", shown="HEIGHTxWIDTH", unset="the source's; with demo a small one"
+        None, "HEIGHTxWIDTH", "Size to work at", unset="the source's; with demo a small one"
     )
-    max_frames: int | None = _model(None, "Use only the first N frames of the source", low=1, unset="all")
+    max_frames: int | None = _model(None, ">=1", "Use only the first N frames of the source", unset="all")
     frames_policy: str = _model(
-        "pad",
-        "What to do with a frame count the model cannot take; pad repeats the last frame, and cuts it off again",
-        choices=FRAMES_POLICIES,
-        sentence="frames_policy {value!r} is not one of 'pad', 'trim', 'error'",
+        "pad", "pad|trim|error", "What to do where the model cannot take the number of frames", sentence=_NOT_ONE
     )
     lock: LockConfig = field(default_factory=LockConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     mask_shape: MaskShape = field(default_factory=MaskShape)
     clip_frames: int | None = _memory(
-        None,
-        "Most frames at once; a longer clip is cut into overlapping stretches",
-        low=2,
-        unset="all",
-        sentence="clip_frames must be at least 2, got {value!r}",
+        None, ">=2", "Most frames at once; longer clips are cut into overlapping parts", unset="all", sentence=_LEAST
     )
     clip_overlap: int | None = _memory(
-        None,
-        "Frames that neighbouring stretches share and blend",
-        low=1,
-        unset="a quarter",
-        sentence="clip_overlap must be at least 1, got {value!r}",
+        None, ">=1", "Frames that neighbouring parts share and blend", unset="a quarter", sentence=_LEAST
     )
 
 
@@ -165,16 +138,14 @@ class RunConfig(Checked):
 class Speed(Checked):
     """What changes how fast an edit is, and not what is asked for."""
 
-    graph: str = _speed(
-        "off", "Capture the steps in CUDA graphs; auto does where it can", choices=GRAPH, manifest=False
-    )
-    compile: str = _speed("off", "torch.compile of the transformer's blocks", choices=COMPILE, manifest=False)
+    graph: str = _speed("off", "off|auto|on", "Capture the steps in CUDA graphs; auto does where it can")
+    compile: str = _speed("off", "off|regional", "torch.compile of the transformer's blocks")
     processors: str = _speed(
-        "auto",
-        "Locked attention; fast is one kernel, which auto takes on a GPU where the model has it",
-        choices=PROCESSORS,
-        manifest=False,
+        "auto", "auto|generic|fast", "Attention of locked layers; fast is one kernel, for a GPU and some models"
     )
+
+
+GRAPH, COMPILE, PROCESSORS = (one.words for one in declared(Speed))
 
 
 @documented
@@ -182,23 +153,18 @@ class Speed(Checked):
 class Finish(Checked):
     """What is done with an edit's frames once the model has made them, so that jobs of one pass may differ in it."""
 
-    composite: bool = _output(False, "Paste the source's background back, at its size")
+    composite: bool = _output(False, "", "Paste the source's background back, at its size")
     feather: int | None = _output(
-        None,
-        "How far outside the mask --composite mixes",
-        low=0,
-        high=256,
-        unit="pixels",
-        unset="--mask-feather, or else 8",
+        None, "0..256 pixels", "How far outside the mask --composite mixes", unset="--mask-feather, or else 8"
     )
-    audio: bool = _output(True, "Keep the source's sound")
+    audio: bool = _output(True, "", "Keep the source's sound")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Where an edit is computed."""
 
-    device: str = _model("auto", "cuda, cpu, mps or xpu; auto is cuda where there is a GPU", manifest=False)
+    device: str = _model("auto", "TEXT", "cuda, cpu, mps or xpu; auto is cuda where there is a GPU")
 
 
 @documented
@@ -218,6 +184,10 @@ class EditSettings(Place, Finish, Speed, RunConfig):
         return self.mask_shape.feather or FEATHER
 
 
+JOB = (Inputs, RunConfig, Finish, MaskShape, CacheConfig, Preset, LockConfig)
+"""Parameters that a line of a manifest may give."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EditFiles(Inputs):
     """The files of one edit."""
@@ -226,11 +196,60 @@ class EditFiles(Inputs):
         metadata=described(
             "The edit: .mp4, .m4v, .mov, .webm, .gif, .mkv (lossless), or a folder, which has no suffix (PNG, "
             "lossless); NAME-1, NAME-2, ... for several prompts",
+            "PATH",
             EDIT,
         )
     )
-    mask_preview: Path | None = parameter(None, "Write a video of the mask's tokens, before the first step", MASK)
-    trace: Path | None = parameter(None, "Write what happened at each step, as JSON", OUTPUT)
-    report: Path | None = parameter(None, "Write an HTML page about the edit", OUTPUT)
-    sheet: Path | None = parameter(None, "Write one picture of the edit, PNG", OUTPUT)
-    json: str | None = parameter(None, "Write the figures as JSON; - for stdout", OUTPUT, shown="PATH")
+    mask_preview: Path | None = parameter(
+        None, "PATH", "Write a video of the mask's tokens, before the first step", MASK
+    )
+    trace: Path | None = parameter(None, "PATH", "Write what happened at each step, as JSON", OUTPUT)
+    report: Path | None = parameter(None, "PATH", "Write an HTML page about the edit", OUTPUT)
+    sheet: Path | None = parameter(None, "PATH", "Write one picture of the edit, PNG", OUTPUT)
+    json: str | None = parameter(None, "PATH", "Write the figures as JSON; - for stdout", OUTPUT)
+
+
+JOBS, MACHINES = "Jobs", "Machines"
+
+
+@documented
+@dataclass(frozen=True)
+class BatchSettings(Place):
+    """How a batch is run.
+
+    Args:
+        manifest: The jobs.
+        flags: Fields for jobs that lack them, above those of the file `defaults`.
+        speed: How every edit is run.
+        command: Command line, for the pages.
+        quiet: Whether progress is not shown.
+    """
+
+    manifest: Path
+    output: Path = field(metadata=described("The folder for results, ledger and index; files in it stay", "PATH", JOBS))
+    defaults: Path | None = parameter(None, "PATH", "A .yaml or .toml file of fields for jobs that lack them", JOBS)
+    flags: dict[str, Any] = field(default_factory=dict)
+    settings: tuple[str, ...] = parameter(
+        (), "NAME=VALUE", "Any field for jobs that lack it; can be given several times", JOBS, name="set"
+    )
+    results: str | None = parameter(
+        None, "TEXT", "Write videos elsewhere: a folder or URL, like s3://bucket/run", OUTPUT, unset="--output"
+    )
+    dtype: str = parameter(
+        "auto", "fp32|bf16|fp16|auto", "Precision of the weights; auto is bf16 on a GPU, else fp32", MODEL
+    )
+    speed: Speed = field(default_factory=Speed)
+    edits_per_pass: int = parameter(8, "1..1000", "Most jobs that share a pass of their source", JOBS)
+    reports: bool = parameter(True, "", "Write a page about each job", OUTPUT)
+    retry_failed: bool = parameter(False, "", "Also run what failed before", JOBS)
+    overwrite: bool = parameter(False, "", "Replace files that no batch in this folder made", JOBS)
+    engine: str = parameter("local", "local|ray", "What runs the jobs", MACHINES)
+    address: str | None = parameter(
+        None, "TEXT", "Ray cluster: auto, or ray://HOST:PORT", MACHINES, unset="one is started"
+    )
+    workers: int | None = parameter(None, ">=1", "Number of Ray actors", MACHINES, unset="as many as fit")
+    cpus_per_worker: int | None = parameter(None, ">=1", "CPU cores of an actor, without a GPU", MACHINES)
+    metrics_file: Path | None = parameter(None, "PATH", "Keep figures there in the text format of Prometheus", OUTPUT)
+    json_file: str | None = parameter(None, "PATH", "Write the figures as JSON; - for stdout", OUTPUT, name="json")
+    command: str = "kvlock-fast batch"
+    quiet: bool = False

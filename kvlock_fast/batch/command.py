@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,43 +29,10 @@ from kvlock_fast.errors import InputError, InputWarning, OutputError
 from kvlock_fast.files import check_writable, output_folder, user_cache_folder, write_json
 from kvlock_fast.planning.machine import Machine
 from kvlock_fast.progress import progress_bar
-from kvlock_fast.settings import Speed
+from kvlock_fast.settings import BatchSettings
 
 MOST_SHOWN = 50
 """Rows of the table of failures; the ledger has all."""
-
-
-@dataclass(frozen=True)
-class BatchSettings:
-    """How a batch is run.
-
-    output: the folder of ledger and index; results: where videos and reports go, a folder or URL (None: the output);
-    flags, settings: fields for jobs that lack them, above those of the file `defaults`; edits_per_pass: the most jobs
-    that share a pass of their source; speed: of every edit; engine: "local" or "ray",
-    with address, workers and cpus_per_worker for ray.
-    """
-
-    manifest: Path
-    output: Path
-    defaults: Path | None = None
-    flags: dict[str, Any] = field(default_factory=dict)
-    settings: tuple[str, ...] = ()
-    results: str | None = None
-    device: str = "auto"
-    dtype: str = "auto"
-    speed: Speed = field(default_factory=Speed)
-    edits_per_pass: int = 8
-    reports: bool = True
-    retry_failed: bool = False
-    overwrite: bool = False
-    engine: str = "local"
-    address: str | None = None
-    workers: int | None = None
-    cpus_per_worker: int | None = None
-    metrics_file: Path | None = None
-    json_file: str | None = None
-    command: str = "kvlock-fast batch"
-    quiet: bool = False
 
 
 def print_schema() -> None:

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.config import LockConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.media import check_box, is_box
-from kvlock_fast.parameters import Declared, declared
+from kvlock_fast.parameters import Parameter, declared
 from kvlock_fast.renamed import CACHE_STEPS, FIELDS
-from kvlock_fast.settings import MOST_TEXT, Finish, Inputs, MaskShape, Preset, RunConfig
+from kvlock_fast.settings import JOB, MOST_TEXT
 
 SIZE = r"^[1-9][0-9]{0,4}[xX][1-9][0-9]{0,4}$"
 MOST_ID = 128
@@ -34,28 +34,27 @@ class OwnFields(BaseModel):
     output: Annotated[Text | None, Field(description="A file name below the output folder; else ID.mp4.")] = None
 
 
-def _type_of(one: Declared) -> Any:
+def _type_of(one: Parameter) -> Any:
     """The type of a field, without None, as pydantic has it: choices, bounds, or a word beside a number."""
-    about = one.about
-    if about.choices:
-        return Literal[tuple(about.choices)]
+    if one.words and not one.is_number:
+        return Literal[one.words]
     if bool in one.types:
         return bool
     if tuple[int, int] in one.types:
         return Annotated[str, Field(pattern=SIZE)]
     if str in one.types and not one.is_number:
-        return Annotated[str, Field(min_length=1 if about.what else about.low, max_length=about.high)]
+        return Annotated[str, Field(min_length=1 if one.what else one.low, max_length=MOST_TEXT)]
     if not one.is_number:
         return Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    bounds: dict[str, Any] = {"ge": about.low, "gt": about.above, "le": about.high, "lt": about.below}
+    bounds: dict[str, Any] = {"ge": one.low, "gt": one.above, "le": one.high, "lt": one.below}
     kind: Any = int
     if float in one.types:
-        kind, bounds["allow_inf_nan"] = float, None if about.high or about.below else False
+        kind, bounds["allow_inf_nan"] = float, None if one.high or one.below else False
     number = Annotated[kind, Field(**{name: bound for name, bound in bounds.items() if bound is not None})]
-    return number | Literal[about.word] if about.word else number
+    return number | Literal[one.words] if one.words else number
 
 
-def _field_of(one: Declared, by_preset: bool) -> tuple[Any, Any]:
+def _field_of(one: Parameter, by_preset: bool) -> tuple[Any, Any]:
     """Type and default of a field; by_preset: what is not given is the preset's."""
     about = Field(description=f"{one.text}.")
     if one.required:
@@ -65,10 +64,8 @@ def _field_of(one: Declared, by_preset: bool) -> tuple[Any, Any]:
     return (Annotated[Optional[kind], about] if default is None else Annotated[kind, about]), default  # noqa: UP045
 
 
-_GROUPS = (Inputs, RunConfig, Finish, MaskShape, CacheConfig, Preset, LockConfig)
-_FIELDS: dict[str, Any] = {
-    one.name: _field_of(one, group is LockConfig) for group in _GROUPS for one in declared(group) if one.about.manifest
-}
+_OF_THE_LOCK = declared(LockConfig)
+_FIELDS: dict[str, Any] = {one.name: _field_of(one, one in _OF_THE_LOCK) for one in declared(*JOB) if one.manifest}
 JobFields: type[OwnFields] = create_model("JobFields", __base__=OwnFields, __doc__=OwnFields.__doc__, **_FIELDS)
 
 NAMES = tuple(JobFields.model_fields)
@@ -171,7 +168,7 @@ def lock_of(values: dict[str, Any]) -> LockConfig:
 
 def made_of(kind: type[Any], values: dict[str, Any], **more: Any) -> Any:
     """A dataclass of parameters from checked fields. more: its values that no field has."""
-    given = {one.attribute: values[one.name] for one in declared(kind) if one.name in values and one.about.manifest}
+    given = {one.attribute: values[one.name] for one in declared(kind) if one.name in values and one.manifest}
     return kind(**{**given, **more})
 
 

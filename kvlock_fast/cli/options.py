@@ -3,7 +3,7 @@
 import inspect
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -13,18 +13,14 @@ import typer
 
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError
-from kvlock_fast.parameters import OUTPUT, PANELS, DataclassInstance, Declared, declared
+from kvlock_fast.parameters import OUTPUT, PANELS, DataclassInstance, Parameter, declared
 from kvlock_fast.settings import EditFiles, EditSettings, MaskShape, Preset
 from kvlock_fast.units import parse_bytes
 
-_RANGED = {one.name for kind in (EditSettings, MaskShape) for one in declared(kind)}
+_OWN_SENTENCES = {one.name for one in declared(LockConfig, CacheConfig)}
 D = TypeVar("D", bound=DataclassInstance)
 
-ALL = {
-    one.name: one
-    for kind in (EditFiles, EditSettings, MaskShape, Preset, LockConfig, CacheConfig)
-    for one in declared(kind)
-}
+ALL = {one.name: one for one in declared(EditFiles, EditSettings, MaskShape, Preset, LockConfig, CacheConfig)}
 """Every declared parameter by its name on the command line."""
 
 
@@ -84,32 +80,32 @@ class Given:
 C = TypeVar("C", bound=Callable[..., Any])
 
 
-def takes(*names: str, optional: Iterable[str] = (), also: Mapping[str, str] | None = None) -> Callable[[C], C]:
+def takes(
+    *wanted: str | Parameter, optional: Sequence[str] = (), also: Mapping[str, str] | None = None
+) -> Callable[[C], C]:
     """Decorate a command: it gets the options of declared parameters, and `given` holds what was typed.
 
     Args:
-        names: Names of the parameters, in `ALL`.
+        wanted: The parameters, or their names in `ALL`.
         optional: Names among them that need not be given.
         also: Other spellings of an option, by its name.
     """
+    made = [ALL[one] if isinstance(one, str) else one for one in wanted]
+    more = also or {}
 
     def decorate(function: C) -> C:
         own = [p for name, p in inspect.signature(function).parameters.items() if name != "given"]
-        made = [
-            inspect.Parameter(
-                name,
-                inspect.Parameter.KEYWORD_ONLY,
-                default=inspect.Parameter.empty if ALL[name].required and name not in optional else None,
-                annotation=_annotation(ALL[name], name in optional, (also or {}).get(name)),
-            )
-            for name in names
-        ]
+        places = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        for one in made:
+            required = one.required and one.name not in optional
+            kind = _annotation(one, required, more.get(one.name))
+            default = inspect.Parameter.empty if required else None
+            places.append(inspect.Parameter(one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind))
 
         @wraps(function)
         def command(**values: Any) -> Any:
-            return function(Given({name: values.pop(name) for name in names}), **values)
+            return function(Given({one.name: values.pop(one.name) for one in made}), **values)
 
-        places = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + made
         places.sort(key=lambda p: (_panel(p), p.default is not inspect.Parameter.empty))
         command.__signature__ = inspect.Signature(places)  # pyright: ignore[reportAttributeAccessIssue]
         command.__annotations__ = {p.name: p.annotation for p in places}
@@ -124,7 +120,7 @@ def _panel(place: inspect.Parameter) -> int:
     return PANELS.index(panel) if panel in PANELS else -1
 
 
-def _annotation(one: Declared, optional: bool, also: str | None) -> Any:
+def _annotation(one: Parameter, required: bool, also: str | None) -> Any:
     """The type of a generated option as typer reads it. Every default is None: what was not given is not passed on."""
     kind: Any = str
     names = [one.option] if also is None else [also, one.option]
@@ -133,31 +129,31 @@ def _annotation(one: Declared, optional: bool, also: str | None) -> Any:
         kind = bool
         names += [f"--no-{one.option[2:]}"] if one.default else []
         names = ["/".join(names)]
-    elif list[str] in one.types:
+    elif list[str] in one.types or tuple[str, ...] in one.types:
         kind = list[str]
     elif Path in one.types:
         kind = Path
-    elif one.is_number and not one.about.word and not one.about.shown:
+    elif one.is_number and not one.words and not one.values.endswith("GB"):
         kind = float if float in one.types else int
-    if one.about.choices:
-        more["autocompletion"] = lambda incomplete: [word for word in one.about.choices if word.startswith(incomplete)]
-    info = option(one.text, *names, panel=one.about.panel, show_default=False, **more)
-    return Annotated[kind if one.required and not optional else kind | None, info]
+    if one.words:
+        more["autocompletion"] = lambda incomplete: [word for word in one.words if word.startswith(incomplete)]
+    info = option(one.text, *names, panel=one.panel, show_default=False, **more)
+    return Annotated[kind if required else kind | None, info]
 
 
-def parsed(one: Declared, value: Any) -> Any:
+def parsed(one: Parameter, value: Any) -> Any:
     """The value of an option as its field has it. Raises InputError naming the option."""
     if tuple[int, int] in one.types:
         return parse_size(value)
     if tuple[int, ...] in one.types:
         return parse_layers(value)
-    if one.about.unit == "bytes":
+    if one.values.endswith("GB"):
         return parse_bytes(value, one.option)
-    if one.types == (int,) and one.name in _RANGED and not one.about.sentence and one.problem(value):
-        low, high = one.about.low, one.about.high
+    if one.types == (int,) and one.name not in _OWN_SENTENCES and not one.sentence and one.problem(value):
+        low, high = one.low, one.high
         bounds = f"{low}<=x" + ("" if high is None else f"<={high}")
         raise typer.BadParameter(f"{value} is not in the range {bounds}", param_hint=f"'{one.option}'")
-    return number_or(one.about.word, value, one.option) if one.about.word else value
+    return number_or(one.words[0], value, one.option) if one.words and one.is_number else value
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

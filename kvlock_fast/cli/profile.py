@@ -29,9 +29,7 @@ def profile(
         str | None, option("Size of the video (default: the model's usual)", panel=RUN, metavar="HEIGHTxWIDTH")
     ] = None,
     steps: Annotated[int, option("Denoising steps", panel=RUN)] = 4,
-    layers: Annotated[
-        int | None, option("Layers to run, from the first on (default: all)", panel=RUN)
-    ] = None,
+    layers: Annotated[int | None, option("Layers to run, from the first on (default: all)", panel=RUN)] = None,
     cache_tier: Annotated[
         str, option("Where the source's K and V are", panel=MEMORY, metavar="|".join(TIERS))
     ] = "lockstep",
