@@ -52,7 +52,11 @@ class MaskShape(Checked):
     """How a mask becomes the part of the video that may change; its steps apply in this order."""
 
     threshold: float = _mask(
-        0.5, "0..<1", "Share of full brightness above which a pixel is marked", name="mask_threshold"
+        0.5,
+        "0..<1",
+        "Share of full brightness above which a pixel is marked",
+        name="mask_threshold",
+        sentence="the mask threshold must be at least 0 and below 1, not {value}",
     )
     invert: bool = _mask(False, "", "Keep what is marked and change the rest", name="mask_invert")
     grow: int = _mask(0, "-1024..1024 pixels", "How far to grow the mask; negative shrinks it", name="mask_grow")

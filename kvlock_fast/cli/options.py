@@ -149,7 +149,13 @@ def parsed(one: Parameter, value: Any) -> Any:
         return parse_layers(value)
     if one.values.endswith("GB"):
         return parse_bytes(value, one.option)
-    if one.types == (int,) and one.name not in _OWN_SENTENCES and not one.sentence and one.problem(value):
+    if (
+        one.types == (int,)
+        and one.name not in _OWN_SENTENCES
+        and not one.said
+        and not one.sentence
+        and one.problem(value)
+    ):
         low, high = one.low, one.high
         bounds = f"{low}<=x" + ("" if high is None else f"<={high}")
         raise typer.BadParameter(f"{value} is not in the range {bounds}", param_hint=f"'{one.option}'")
