@@ -19,12 +19,13 @@ from typing import Any
 
 from kvlock_fast.errors import InputError
 from kvlock_fast.tools.compiler_process import SHARED_MEMORY, Row, compiled_row, keys, prepare
+from kvlock_fast.units import text_table
 
 ARCHITECTURES = tuple(SHARED_MEMORY)
 
 
 def parse_architectures(text: str) -> list[int]:
-    """ "sm_80,sm_90" as [80, 90]. Raises InputError for one that nothing ships for."""
+    """Read "sm_80,sm_90" as [80, 90]. Raises InputError for one that nothing ships for."""
     found = []
     for name in (part.strip() for part in text.split(",")):
         number = name.removeprefix("sm_").removesuffix("a")
@@ -37,13 +38,13 @@ def parse_architectures(text: str) -> list[int]:
 
 
 def kernel_modules() -> list[str]:
-    """The kernel files that ship kernels, by name."""
+    """Names of the kernel files that ship kernels."""
     folder = Path(__file__).parents[1] / "kernels"
     return sorted(path.stem for path in folder.glob("*.py") if "\ndef launch_shipped(" in path.read_text())
 
 
 def parse_modules(names: Iterable[str]) -> list[str]:
-    """The kernel files of these names, or all, as modules to import. Raises InputError for one that ships no kernel."""
+    """Turn names of kernel files (none: all) into modules. Raises InputError for one that ships no kernel."""
     known = kernel_modules()
     for name in names:
         if name not in known:
@@ -53,7 +54,7 @@ def parse_modules(names: Iterable[str]) -> list[str]:
 
 @contextmanager
 def compiler_processes(count: int | None = None) -> Iterator[ProcessPoolExecutor]:
-    """Processes for `compile_kernels`; by default one for each CPU. Raises InputError without Triton."""
+    """Start processes for `compile_kernels`, by default one for each CPU. Raises InputError without Triton."""
     try:
         import triton  # noqa: F401
     except ImportError:
@@ -71,9 +72,13 @@ def compile_kernels(
     modules: Iterable[str],
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> Iterator[Row]:
-    """A row for every kernel variant that the modules ship for each architecture, in order, each once.
+    """Compile every kernel variant that the modules ship for each architecture, in order, each once.
 
-    `report` is told how many are done, of how many.
+    Args:
+        pool: processes of `compiler_processes`.
+        architectures: numbers like 90.
+        modules: kernel files, as modules to import.
+        report: called with how many are done, of how many.
     """
     tasks = list(product(architectures, modules))
     listings = [pool.submit(keys, *task) for task in tasks]
@@ -97,7 +102,7 @@ def compile_kernels(
 
 
 def _result(future: Future, arch: int, module: str) -> Any:
-    """What the process returned, or a row that says that it died."""
+    """The process's answer, or a row that says that it died."""
     try:
         return future.result()
     except BrokenProcessPool:
@@ -105,26 +110,25 @@ def _result(future: Future, arch: int, module: str) -> Any:
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """The row as plain values."""
+    """Give a row as plain values."""
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(row).items()}
 
 
 def table(rows: Iterable[Row]) -> str:
-    """A line for each kernel and architecture: its variants, and the most that one of them takes."""
+    """Write a line for each kernel and architecture: its variants, and the most that one of them takes."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.arch, row.kernel), []).append(row)
-    lines = [("arch", "kernel", "variants", "registers", "spills", "shared memory", "matrix instructions", "problems")]
+    lines = [["arch", "kernel", "variants", "registers", "spills", "shared memory", "matrix instructions", "problems"]]
     for (arch, kernel), group in groups.items():
         most = (str(max(getattr(row, name) for row in group)) for name in ("registers", "spills", "shared_memory"))
         mma = ", ".join(sorted({row.mma for row in group} - {""})) or "-"
-        lines.append((arch, kernel, str(len(group)), *most, mma, str(sum(bool(row.problems) for row in group))))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+        lines.append([arch, kernel, str(len(group)), *most, mma, str(sum(bool(row.problems) for row in group))])
+    return text_table(lines)
 
 
 def compiler_versions() -> dict[str, str]:
-    """Of Triton, and of its assemblers."""
+    """Versions of Triton and of its assemblers."""
     import triton
     from triton.backends.nvidia.compiler import get_ptxas
 

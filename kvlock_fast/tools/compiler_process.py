@@ -43,7 +43,7 @@ class Row:
 
 
 class _OfflineDriver:
-    """What Triton asks a GPU's driver for, as far as compiling needs it."""
+    """Stand-in for a GPU's driver, with what Triton asks it for in order to compile."""
 
     def __init__(self, arch: int):
         self.arch = arch
@@ -60,8 +60,14 @@ class _OfflineDriver:
         return 0
 
 
+def _use_offline_driver(arch: int) -> None:
+    from triton.runtime import driver
+
+    driver.set_active(_OfflineDriver(arch))  # pyright: ignore[reportArgumentType]  # the rest is for launches
+
+
 def prepare() -> None:
-    """At the start of a process, before Triton is imported. The parent alone answers to Ctrl-C."""
+    """Prepare a process before Triton is imported. The parent alone answers to Ctrl-C."""
     os.environ.pop("TRITON_INTERPRET", None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -82,7 +88,7 @@ class _Variant:
 
     @property
     def name(self) -> str:
-        """The dtypes, constants and options that tell it from the kernel's other variants."""
+        """Dtypes, constants and options that distinguish it from the kernel's other variants."""
         names = self.launch.kernel.arg_names
         dtypes = dict.fromkeys(found[1] for found in map(_TENSOR.match, self.signature.values()) if found)
         meta = {names[i]: value for (i,), value in self.constants.items() if names[i].isupper()}
@@ -93,22 +99,21 @@ class _Variant:
 
 @cache
 def _variants(arch: int, module: str) -> dict[str, _Variant]:
-    """What the module ships, each once, by a key that is the same in every process."""
+    """Variants that the module ships, each once, by a key that is the same in every process."""
     from triton import knobs
-    from triton.runtime import driver
 
     from kvlock_fast.kernels.launch import recorded_launches
 
     found = {}
 
-    def note(*, key: Any, fn: Any, compile: dict, **_: Any) -> bool:
+    def note(*, key: str, fn: Any, compile: Any, **_: Any) -> bool:
         name = f"{fn.module}.{fn.name}{key}"
         found.setdefault(name, _Variant(launch, compile["signature"], compile["constants"]))
         return True  # and Triton does not compile
 
     with recorded_launches(dry_run_for=arch) as launches:
         import_module(module).launch_shipped(arch)
-    driver.set_active(_OfflineDriver(arch))
+    _use_offline_driver(arch)
     knobs.runtime.jit_cache_hook = note
     try:
         for launch in launches:  # what another module's launches have compiled already is noted here too
@@ -121,7 +126,7 @@ def _variants(arch: int, module: str) -> dict[str, _Variant]:
 
 
 def keys(arch: int, module: str) -> list[str] | Row:
-    """The variants that `compiled_row` takes, or a row with the reason why there are none."""
+    """List the variants that `compiled_row` takes, or give a row with the reason why there are none."""
     try:
         return list(_variants(arch, module))
     except Exception as error:
@@ -130,11 +135,9 @@ def keys(arch: int, module: str) -> list[str] | Row:
 
 def compiled_row(arch: int, module: str, key: str) -> Row:
     """Compile one variant and read the result."""
-    from triton.runtime import driver
-
     variant = _variants(arch, module)[key]
     kernel = variant.launch.kernel.__name__
-    driver.set_active(_OfflineDriver(arch))
+    _use_offline_driver(arch)
     try:
         compiled, log = _compile(variant)
     except Exception as error:
@@ -158,7 +161,7 @@ def compiled_row(arch: int, module: str, key: str) -> Row:
 
 
 def _compile(variant: _Variant) -> tuple[Any, str]:
-    """The compiled kernel, and what the assembler said of it, which is kept beside it in Triton's cache."""
+    """The compiled kernel, and its assembler's log, which is kept beside it in Triton's cache."""
     from triton import knobs
     from triton.runtime.cache import get_cache_manager
 
@@ -172,11 +175,12 @@ def _compile(variant: _Variant) -> tuple[Any, str]:
             compiled = variant.compile()
     if said.getvalue():
         kept.put(said.getvalue(), LOG, binary=False)
-    return compiled, Path(kept.get_file(LOG)).read_text()
+    log = kept.get_file(LOG)
+    return compiled, "" if log is None else Path(log).read_text()
 
 
 def _problems(row: Row, arch: int, found: set[str]) -> list[str]:
-    """What must not ship."""
+    """Reasons why a kernel must not ship."""
     problems = []
     if row.spills:
         problems.append(f"{row.spills} bytes of registers spill")
@@ -191,7 +195,7 @@ def _problems(row: Row, arch: int, found: set[str]) -> list[str]:
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost error in a line: what compilers wrap around it only points into a source."""
+    """The innermost error in a line: compilers wrap others around it, which only point into a source."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^\t")]

@@ -1,12 +1,11 @@
 """What is installed, what will be used, what is missing and what that costs. Never fails for a missing part.
 
-`capabilities` says what this installation can do, as plain values.
+`capabilities` lists what this installation can do, as plain values.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ BACKENDS = {"flash_attn": "flash-attn", "sageattention": "sageattention", "xform
 
 
 def installed_version(distribution: str) -> str | None:
-    """Its version, or None where it is not installed; imports nothing."""
+    """Version of a distribution, or None where it is not installed; imports nothing."""
     try:
         return version(distribution)
     except PackageNotFoundError:
@@ -26,8 +25,11 @@ def installed_version(distribution: str) -> str | None:
 
 
 def capabilities() -> dict[str, Any]:
-    """versions, device, families, backends, formats, tiers, presets: names and versions as strings, lists of names;
-    transformers: the family by the name of the class.
+    """List what this installation can do.
+
+    Returns:
+        versions, device, families, backends, formats, tiers, presets: names and versions as strings, lists of names;
+        transformers: the family by the name of the class.
     """
     import torch
 
@@ -36,19 +38,14 @@ def capabilities() -> dict[str, Any]:
     from kvlock_fast.models.registry import FAMILIES, REGISTRY
 
     packages = ("torch", "triton", "diffusers", "transformers", "numpy", "av")
-    cuda = torch.cuda.is_available()
     triton = ["triton"] if installed_version("triton") else []
+    found = [name for name, distribution in BACKENDS.items() if installed_version(distribution)]
     return {
         "versions": {"kvlock_fast": __version__, **{name: installed_version(name) for name in packages}},
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "families": list(FAMILIES),
         "transformers": {name: family.name for family in reversed(REGISTRY) for name in family.transformers},
-        "backends": [
-            "reference",
-            *triton,
-            "sdpa",
-            *(name for name, dist in BACKENDS.items() if installed_version(dist)),
-        ],
+        "backends": ["reference", *triton, "sdpa", *found],
         "formats": list(FORMATS),
         "tiers": list(TIERS),
         "presets": list(PRESETS),
@@ -76,15 +73,19 @@ _GIB = 1024**3
 
 
 def report() -> dict[str, Any]:
-    """The state of this installation as plain values.
+    """Describe the state of this installation as plain values.
 
-    `python`, `kvlock_fast`, `platform`: strings. `parts`: per name `version` (None: missing), `error` (why it cannot
-    be imported although it is there, or None), `cost` (of being missing). `device`: name, kind, capability, memory in
-    bytes. `memory`: of this machine, in bytes or None. `demo_model`: its folder or None. `will_use`: device and
-    attention.
+    Returns:
+        `python`, `kvlock_fast`, `platform`: strings. `parts`: per name `version` (None: missing), `error` (why it
+        cannot be imported although it is there, or None), `cost` (of being missing). `device`: name, kind, capability,
+        memory in bytes. `memory`: of this machine, in bytes or None. `demo_model`: its folder or None. `will_use`:
+        device and attention.
     """
+    from kvlock_fast.models.bundled import model_path
+
     parts = {name: _part(*entry) for name, entry in _PARTS.items()}
-    device = _device()
+    device, torch = _device(), parts["torch"]
+    works = torch["version"] is not None and not torch["error"]
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
@@ -92,49 +93,35 @@ def report() -> dict[str, Any]:
         "parts": parts,
         "device": device,
         "memory": _memory(),
-        "demo_model": _demo_model(),
-        "will_use": {"device": device["kind"], "attention": _attention(parts, device)},
+        "demo_model": str(model_path()) if (model_path() / "model_index.json").is_file() else None,
+        "will_use": {
+            "device": device["kind"],
+            "attention": "torch's scaled_dot_product_attention" if works else "nothing",
+        },
     }
 
 
 def render(facts: dict[str, Any]) -> str:
-    """The facts of `report` as lines for a terminal."""
-    device, memory = facts["device"], facts["memory"]
-    lines = [
-        _line("kvlock_fast", facts["kvlock_fast"]),
-        _line("python", f"{facts['python']} on {facts['platform']}"),
-        _line("memory", f"{memory / _GIB:.1f} GiB" if memory else "unknown"),
-        _line("device", _device_text(device)),
-        "",
+    """Write the facts of `report` as lines for a terminal."""
+    memory, use = facts["memory"], facts["will_use"]
+    rows = [
+        ("kvlock_fast", facts["kvlock_fast"]),
+        ("python", f"{facts['python']} on {facts['platform']}"),
+        ("memory", f"{memory / _GIB:.1f} GiB" if memory else "unknown"),
+        ("device", _device_text(facts["device"])),
+        (),
     ]
     for name, part in facts["parts"].items():
-        if part["version"] is None:
-            lines.append(_line(name, f"missing: {part['cost']}"))
-        elif part["error"]:
-            lines.append(_line(name, f"{part['version']}, but broken ({part['error']}): {part['cost']}"))
-        else:
-            lines.append(_line(name, part["version"]))
-    model = facts["demo_model"]
-    use = facts["will_use"]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            _line("demo model", model or "missing: --model demo and `kvlock-fast demo` cannot run"),
-            _line("will use", f"{use['device']}, attention by {use['attention']}"),
-        ]
-    )
-
-
-def _line(name: str, text: str) -> str:
-    return f"{name:<15}{text}"
+        text = part["version"] or f"missing: {part['cost']}"
+        rows.append((name, f"{text}, but broken ({part['error']}): {part['cost']}" if part["error"] else text))
+    missing = "missing: --model demo and `kvlock-fast demo` cannot run"
+    rows += [(), ("demo model", facts["demo_model"] or missing)]
+    rows.append(("will use", f"{use['device']}, attention by {use['attention']}"))
+    return "\n".join(f"{row[0]:<15}{row[1]}" if row else "" for row in rows)
 
 
 def _part(distribution: str, module: str, cost: str) -> dict[str, str | None]:
-    try:
-        found = version(distribution)
-    except PackageNotFoundError:
-        found = None
+    found = installed_version(distribution)
     # Some builds of flash-attn 3 come as a bare module without a distribution of that name.
     if found is None and _importable(module):
         found = "present"
@@ -149,12 +136,16 @@ def _importable(module: str) -> bool:
 
 
 def _broken(module: str) -> str | None:
-    """Why a module that is there cannot be imported. Whatever a foreign package raises is the answer, not our fault."""
+    """The error of importing a module that is there, None where it can be imported."""
     try:
         importlib.import_module(module)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0][:120]
+    except Exception as error:  # whatever a foreign package raises is the answer
+        return _short(error)
     return None
+
+
+def _short(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:120]
 
 
 def _device() -> dict[str, Any]:
@@ -174,7 +165,7 @@ def _device() -> dict[str, Any]:
             "cuda_build": torch.version.cuda,
         }
     except Exception as error:
-        return {**none, "error": f"{type(error).__name__}: {error}".splitlines()[0][:120]}
+        return {**none, "error": _short(error)}
 
 
 def _device_text(device: dict[str, Any]) -> str:
@@ -189,19 +180,7 @@ def _device_text(device: dict[str, Any]) -> str:
 
 def _memory() -> int | None:
     try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError, OSError):
+        import psutil
+    except ImportError:
         return None
-
-
-def _demo_model() -> str | None:
-    """The bundled model's folder, if it is there."""
-    from kvlock_fast.models.bundled import model_path
-
-    return str(model_path()) if (model_path() / "model_index.json").is_file() else None
-
-
-def _attention(parts: dict[str, dict[str, str | None]], device: dict[str, Any]) -> str:
-    if parts["torch"]["version"] is None or parts["torch"]["error"]:
-        return "nothing"
-    return "torch's scaled_dot_product_attention"
+    return psutil.virtual_memory().total
