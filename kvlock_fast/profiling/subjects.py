@@ -16,6 +16,9 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import init_empty_weights
+from diffusers.models.modeling_utils import get_parameter_dtype
+from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor, nn
 
 from kvlock_fast.conditioning import Conditioning
@@ -27,86 +30,80 @@ from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.task import Task
 from kvlock_fast.loop.trace import Recorder
-from kvlock_fast.masks import Geometry, project_mask
+from kvlock_fast.masks import project_mask
 from kvlock_fast.media import resize_mask, resize_video, write_video
 from kvlock_fast.media.clip import Clip
 from kvlock_fast.media.fitting import composite
 from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.bundled import model_path
 from kvlock_fast.models.registry import family_of_transformer
 from kvlock_fast.nvtx import span
+from kvlock_fast.pipeline import KVLockPipeline
+from kvlock_fast.planning.command import DTYPES
 from kvlock_fast.planning.extent import Extent
-from kvlock_fast.planning.find_model import find_model, from_pipeline
+from kvlock_fast.planning.find_model import find_model, from_model
 from kvlock_fast.planning.known_models import CONFIGS
 from kvlock_fast.planning.model_size import ModelSize
 from kvlock_fast.profiling.extent import FOREGROUND, find_extent, refuse_too_large
 
 FAMILIES = ("wan", "cogvideox")
-"""Those whose models can be made without an autoencoder and text encoders."""
+"""Families whose models can be made without an autoencoder and text encoders."""
+Config = Mapping[str, Any]
+Progress = Callable[[str, int, int], None]
 
 
-def random_model(
-    config: Mapping[str, Any],
-    layers: int,
-    channels: int,
-    geometry: Geometry,
-    device: torch.device,
-    dtype: torch.dtype,
-) -> PipelineModel:
-    """Make a family's model around a random transformer: no text, no autoencoder.
+def random_model(config: Config, extent: Extent, device: torch.device, dtype: torch.dtype) -> PipelineModel:
+    """Make a family's model around a random transformer, without text encoder and autoencoder.
 
     Args:
         config: of the transformer, with its class name.
-        layers: depth of the transformer.
-        channels: of the latents.
-        geometry: strides of the autoencoder that is not there.
+        extent: the clip and the sizes of the model, with its depth.
         device: where the weights are.
         dtype: of the weights.
 
     Raises:
         InputError: a family that is none of FAMILIES.
     """
-    model = model_of(config["_class_name"])
-    transformer = random_transformer(config, layers, device, dtype)
-    vae = SimpleNamespace(config=_vae_config(model.arch.family, channels, geometry))
-    pipe = {"transformer": transformer, "vae": vae, "config": {}, "_execution_device": device}
-    return model(SimpleNamespace(**pipe, vae_scale_factor_spatial=geometry.spatial_stride))
+    model, size = model_of(config["_class_name"]), extent.model
+    time, space = size.geometry.temporal_stride, size.geometry.spatial_stride
+    vae = SimpleNamespace(
+        z_dim=size.channels, scale_factor_temporal=time, scale_factor_spatial=space, latent_channels=size.channels,
+        temporal_compression_ratio=time, block_out_channels=[1] * space.bit_length(),
+    )  # fmt: skip
+    transformer = random_transformer(config, size.layers, device, dtype)
+    pipe = {"transformer": transformer, "vae": SimpleNamespace(config=vae), "config": {}, "_execution_device": device}
+    return model(SimpleNamespace(**pipe, vae_scale_factor_spatial=space))
 
 
-def model_of(transformer: str) -> type:
-    """The family's model for a transformer's class name. Raises InputError for one of no family of FAMILIES."""
+def model_of(transformer: str) -> type[PipelineModel]:
+    """Find the family's model of a transformer's class name. Raises InputError for one of no family of FAMILIES."""
     family = family_of_transformer(transformer)
     if family is None or family.name not in FAMILIES:
         raise InputError(f"there is no random model for a {transformer}; of these families: {', '.join(FAMILIES)}")
     return family.load()
 
 
-def _vae_config(family: str, channels: int, geometry: Geometry) -> Any:
-    """What the family's model reads of its autoencoder."""
-    time, space = geometry.temporal_stride, geometry.spatial_stride
-    if family == "wan":
-        return SimpleNamespace(z_dim=channels, scale_factor_temporal=time, scale_factor_spatial=space)
-    halvings = range(space.bit_length())
-    return SimpleNamespace(
-        latent_channels=channels, temporal_compression_ratio=time, block_out_channels=[1 for _ in halvings]
-    )
-
-
 def usual_scheduler(family: str) -> Any:
-    """As the family's checkpoints have it."""
+    """Make the scheduler that the family's checkpoints have."""
     if family == "wan":
-        return diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        )
-    return diffusers.CogVideoXDDIMScheduler(
+        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    return CogVideoXDDIMScheduler(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
     )
 
 
-def random_transformer(config: Mapping[str, Any], layers: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """With normal weights, norms of 1 and no bias; what diffusers keeps in fp32 is in fp32."""
+def random_transformer(config: Config, layers: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Make a transformer with normal weights, norms of 1 and no bias; what diffusers keeps in fp32 is in fp32.
+
+    Args:
+        config: of the transformer, with its class name.
+        layers: its depth.
+        device: where the weights are.
+        dtype: of the other weights.
+    """
     kind = getattr(diffusers, config["_class_name"])
     with init_empty_weights(include_buffers=False):
-        transformer = kind.from_config({**config, "num_layers": layers})
+        transformer: nn.Module = kind.from_config({**config, "num_layers": layers})
     generator = torch.Generator(device).manual_seed(0)
     kept = set(kind._keep_in_fp32_modules or ())
     for name, module in transformer.named_modules():
@@ -123,38 +120,38 @@ def _filled(x: Tensor, name: str, generator: torch.Generator) -> Tensor:
     return x.fill_(1.0) if x.ndim == 1 else x.normal_(0.0, 0.02, generator=generator)
 
 
-def cut_depth(transformer: nn.Module, arch: ArchSpec, layers: int) -> None:
-    """Keep the first layers only."""
-    first, _ = arch.attentions(transformer)[0]
-    blocks = first.partition(".")[0]
+def cut_depth(transformer: Any, arch: ArchSpec, layers: int) -> None:
+    """Keep the first layers of a diffusers transformer only."""
+    blocks = arch.attentions(transformer)[0][0].partition(".")[0]
     if layers < len(getattr(transformer, blocks)):
         setattr(transformer, blocks, getattr(transformer, blocks)[:layers])
         transformer.register_to_config(num_layers=layers)
-
-
-Progress = Callable[[str, int, int], None]
 
 
 class RandomSubject:
     """The denoising steps of a model with random weights: no text, no autoencoder."""
 
     def __init__(
-        self, config: dict[str, Any], extent: Extent, lock: LockConfig, cache: CacheConfig, place: tuple[Any, Any]
+        self,
+        config: Config,
+        extent: Extent,
+        lock: LockConfig,
+        cache: CacheConfig,
+        device: torch.device,
+        dtype: torch.dtype,
     ):
-        """config: of the transformer; place: torch.device and dtype."""
-        self.extent, self.lock, self.cache = extent, lock, cache
-        self.device, self.dtype = place
+        """config: of the transformer; dtype: of the weights."""
+        self.extent, self.lock, self.cache, self.device, self.dtype = extent, lock, cache, device, dtype
         self.clip = made_up_clip(extent)
-        geometry, channels = extent.model.geometry, extent.model.channels
-        self.model = random_model(config, extent.model.layers, channels, geometry, *place)
-        generator = torch.Generator().manual_seed(0)
-        grid = [n * p for n, p in zip(geometry.token_grid(extent.frames, extent.height, extent.width),
-                                      geometry.patch_size, strict=True)]  # fmt: skip
-        self.clean = torch.randn(1, channels, *grid, generator=generator).to(self.device)
+        self.model = random_model(config, extent, device, dtype)
+        geometry, generator = extent.model.geometry, torch.Generator().manual_seed(0)
+        grid = geometry.token_grid(extent.frames, extent.height, extent.width)
+        latents = [n * p for n, p in zip(grid, geometry.patch_size, strict=True)]
+        self.clean = torch.randn(1, extent.model.channels, *latents, generator=generator).to(device)
         length = extent.model.cross_tokens + extent.model.text_tokens
         channels = config.get("text_dim") or config.get("text_embed_dim") or 4096
-        text = torch.randn(3, length, channels, generator=generator)
-        self.texts = text.to(self.device, self.model.transformers[0].dtype).split(1)
+        texts = torch.randn(3, length, channels, generator=generator)
+        self.texts = texts.to(device, get_parameter_dtype(self.model.transformers[0]))
 
     @torch.no_grad()
     def run(self, steps: int, folder: Path, progress: Progress) -> None:
@@ -164,22 +161,30 @@ class RandomSubject:
         solver = Solver(usual_scheduler(self.model.arch.family), steps, self.device)
         scene = Scene(self.model, self.lock, solver, frames, extent.frames, mask, "", None)
         scene.place(self.clean, None, torch.Generator().manual_seed(1))
-        prompt, negative, source = (Conditioning(text=text) for text in self.texts)
+        prompt, negative, source = (Conditioning(text=text) for text in self.texts.split(1))
         task = Task(mask, prompt, negative, source, guidance=(5.0, 5.0), lock=self.lock)
         progress("denoise", 0, 1)
         with recorder.stage("denoise"):
-            edit_prompts(task, scene, replace(self.cache, root=folder), recorder, progress)
+            edit_prompts(task, scene, replace(self.cache, root=str(folder)), recorder, progress)
 
 
 class PipelineSubject:
     """A whole edit by a real model: encode, text, steps, decode, composite, write."""
 
-    def __init__(self, pipe: Any, extent: Extent, clip: Clip, texts: tuple[str, str], guidance: float,
-                 lock: LockConfig, cache: CacheConfig):  # fmt: skip
+    def __init__(
+        self,
+        pipe: KVLockPipeline,
+        extent: Extent,
+        clip: Clip,
+        texts: tuple[str, str],
+        guidance: float,
+        lock: LockConfig,
+        cache: CacheConfig,
+    ):
         """texts: of the source and of the edit."""
         self.pipe, self.extent, self.clip, self.texts = pipe, extent, clip, texts
         self.lock, self.cache, self.guidance = lock, cache, guidance
-        self.device, self.dtype = pipe.model.device, pipe.model.transformers[0].dtype
+        self.device, self.dtype = pipe.model.device, get_parameter_dtype(pipe.model.transformers[0])
         for transformer in pipe.model.transformers:
             cut_depth(transformer, pipe.model.arch, extent.model.layers)
 
@@ -195,7 +200,7 @@ class PipelineSubject:
             guidance_scale=self.guidance,
             generator=torch.Generator().manual_seed(0),
             lock=self.lock,
-            cache=replace(self.cache, root=folder),
+            cache=replace(self.cache, root=str(folder)),
             progress=progress,
         )
         with span("composite"):
@@ -209,8 +214,10 @@ Subject = RandomSubject | PipelineSubject
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to profile. config: a known size, a config file or a folder, run with random weights; model: a folder, a hub
-    id or "demo", run with its own ("demo" is that as a config too); frames, size, layers: None for the model's.
+    """What to profile.
+
+    config: a known size, a config file or a folder, run with random weights; model: a folder, a hub id or "demo", run
+    with its own ("demo" is that as a config too); frames, size, layers: None for the model's.
     """
 
     config: str | None = None
@@ -224,33 +231,37 @@ class Wanted:
     dtype: str = "auto"
     force: bool = False
 
+    @property
+    def bundled(self) -> bool:
+        """Whether it is the bundled model."""
+        named = self.model is not None and Path(self.model).resolve() == model_path()
+        return "demo" in (self.config, self.model) or named
+
 
 def make_subject(wanted: Wanted, steps: int, device: torch.device) -> Subject:
-    """Raises InputError naming what is wrong, or what would fit where it does not."""
-    from kvlock_fast.models.bundled import model_path
-
-    name = wanted.config or wanted.model
+    """Make what is to be run. Raises InputError naming what is wrong, or what would fit where it does not."""
     lock, cache = LockConfig.preset(wanted.preset), CacheConfig(tier=wanted.tier, format=wanted.format)
     given = wanted.frames, wanted.size, wanted.layers
-    bundled = name == "demo" or (wanted.model and Path(name).resolve() == model_path())
-    if wanted.config is not None and not bundled:
+    if wanted.config is not None and not wanted.bundled:
         dtype = _dtype(wanted.dtype, device)
-        extent = find_extent(find_model(name), *given)
-        config = transformer_config(name, extent.model)
+        extent = find_extent(find_model(wanted.config), *given)
+        config = transformer_config(wanted.config, extent.model)
         if not wanted.force:
             refuse_too_large(extent, steps, device, dtype, lock, cache, encoders=False)
-        return RandomSubject(config, extent, lock, cache, (device, dtype))
-    if bundled:
+        return RandomSubject(config, extent, lock, cache, device, dtype)
+    clip, texts, guidance = None, ("a video", "another video"), 5.0
+    if wanted.bundled:
         extent = find_extent(find_model("demo"), *given)
-        pipe = load_pipeline("demo", device, "fp32" if wanted.dtype == "auto" else wanted.dtype)
+        pipe = load_pipeline("demo", str(device), "fp32" if wanted.dtype == "auto" else wanted.dtype)
+        clip, texts, guidance = _demo_clip(extent)
     else:
-        pipe = load_pipeline(name, device, wanted.dtype)
-        extent = find_extent(replace(from_pipeline(pipe.pipe), name=f"'{name}'"), *given)
+        pipe = load_pipeline(wanted.model or "", str(device), wanted.dtype)
+        extent = find_extent(replace(from_model(pipe.model), name=f"'{wanted.model}'"), *given)
     if not wanted.force:
-        refuse_too_large(extent, steps, device, pipe.model.transformers[0].dtype, lock, cache, encoders=True)
-    if bundled:
-        return PipelineSubject(pipe, extent, *_demo_clip(extent), lock, cache)
-    return PipelineSubject(pipe, extent, made_up_clip(extent), ("a video", "another video"), 5.0, lock, cache)
+        refuse_too_large(
+            extent, steps, device, get_parameter_dtype(pipe.model.transformers[0]), lock, cache, encoders=True
+        )
+    return PipelineSubject(pipe, extent, clip or made_up_clip(extent), texts, guidance, lock, cache)
 
 
 def _demo_clip(extent: Extent) -> tuple[Clip, tuple[str, str], float]:
@@ -265,15 +276,18 @@ def _demo_clip(extent: Extent) -> tuple[Clip, tuple[str, str], float]:
     return Clip(video, mask, Fraction(8)), (case.source_prompt, case.prompt), demo.GUIDANCE
 
 
-def transformer_config(name: str, model: ModelSize) -> dict[str, Any]:
-    """What diffusers' transformer of a known size, a config file or a folder is made of."""
+def transformer_config(name: str, model: ModelSize) -> Config:
+    """Find the config of a transformer of a known size, in a config file or in a folder.
+
+    Raises InputError for a family that is none of FAMILIES, and for a model that takes an image.
+    """
     if model.family not in FAMILIES:
         raise InputError(
             f"{model.name} is of the family {model.family}; profile by sizes alone runs {', '.join(FAMILIES)}"
         )
     path = Path(name)
     if not path.exists() or name == model.name:
-        return {**CONFIGS[model.name], "num_layers": model.layers}
+        return CONFIGS[model.name]
     config = json.loads((path / "transformer" / "config.json" if path.is_dir() else path).read_text())
     if config.get("image_dim") is not None or config["in_channels"] != config.get("out_channels"):
         raise InputError(f"'{name}' takes an image beside the text: image-to-video is not supported yet")
@@ -281,7 +295,7 @@ def transformer_config(name: str, model: ModelSize) -> dict[str, Any]:
 
 
 def made_up_clip(extent: Extent) -> Clip:
-    """A gradient that drifts, and in the middle a box of a fifth of the frame that may change."""
+    """Draw a gradient that drifts, and in the middle a box of a fifth of the frame that may change."""
     frames, height, width = extent.frames, extent.height, extent.width
     y, x = np.mgrid[:height, :width]
     drift = np.arange(frames).astype(np.uint8)[:, None, None, None]
@@ -292,8 +306,7 @@ def made_up_clip(extent: Extent) -> Clip:
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
-    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    names["auto"] = torch.float32 if device.type == "cpu" else torch.bfloat16
+    names = {**DTYPES, "auto": torch.float32 if device.type == "cpu" else torch.bfloat16}
     if name not in names:
         raise InputError(f"dtype '{name}' is not one of {', '.join(names)}")
     return names[name]

@@ -8,13 +8,12 @@ only while no kernel runs; "idle" is when the GPU does nothing.
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import zip_longest
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from kvlock_fast.nvtx import COLOURS
-from kvlock_fast.units import text_seconds
+from kvlock_fast.units import text_seconds, text_table
 
 ROOT = "profile"
 """The range around everything; its own time is "other"."""
@@ -23,8 +22,10 @@ KERNELS, COPIES, LAUNCHERS = {"kernel"}, {"gpu_memcpy", "gpu_memset"}, {"cuda_ru
 
 @dataclass
 class Range:
-    """One range as it ran, in seconds since the root began. main: on the root's thread; seconds: on the host;
-    own, device: of them outside inner ranges, and on the GPU; launches: outside inner ranges.
+    """A range as it ran, in seconds since the root began.
+
+    main: on the root's thread; seconds: on the host; own, device: seconds outside inner ranges on the host, and on the
+    GPU; inside: seconds with inner ranges, on whichever counts; launches: outside inner ranges.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Range:
     parent: "Range | None" = None
     own: float = 0.0
     device: float = 0.0
+    inside: float = 0.0
     launches: int = 0
 
 
@@ -52,7 +54,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Timeline:
-    """rows add up to `seconds`; beside: rows of other threads, which run meanwhile (on the CPU); on_gpu: whose time."""
+    """Ranges and rows of a run. rows add up to `seconds`; beside: rows of other threads, which run meanwhile (on the
+    CPU); on_gpu: whether time is the GPU's.
+    """
 
     ranges: list[Range]
     rows: list[Row]
@@ -66,12 +70,14 @@ class Timeline:
 
     def steps(self) -> list[float]:
         """Seconds of each denoising step, with all that is inside."""
-        inside = _inside(self.ranges, self.on_gpu)
-        return [inside[id(r)] for r in self.ranges if r.main and row_name(r.name) == "step"]
+        return [r.inside for r in self.ranges if r.main and row_name(r.name) == "step"]
+
+
+Event = dict[str, Any]
 
 
 def read_trace(trace: dict[str, Any]) -> Timeline:
-    """Raises ValueError unless the trace holds exactly one root."""
+    """Read a Chrome trace. Raises ValueError unless it holds exactly one root."""
     events = [e for e in trace["traceEvents"] if e.get("ph") == "X"]
     roots = [e for e in events if e.get("cat") == "user_annotation" and e["name"] == ROOT]
     if len(roots) != 1:
@@ -83,17 +89,16 @@ def read_trace(trace: dict[str, Any]) -> Timeline:
             threads[event["pid"], event["tid"]].append(event)
     main = roots[0]["pid"], roots[0]["tid"]
     on_gpu = any(e.get("cat") in KERNELS for e in events)
-    ranges = []
-    for thread, theirs in threads.items():
-        ranges += _nest(theirs, roots[0], thread == main, on_gpu, launched)
+    ranges = [
+        r for thread, theirs in threads.items() for r in _nest(theirs, roots[0], thread == main, on_gpu, launched)
+    ]
     root = next(r for r in ranges if r.name == ROOT)
     if on_gpu:
         _add_device_times(events, launched, root)
-    ranges.sort(key=lambda r: r.start)
-    if on_gpu:  # whose time it is does not matter to the GPU
-        return Timeline(ranges, _rows(ranges, True, root), [], root.seconds, True)
-    main_rows, beside = ([r for r in ranges if r.main is main] for main in (True, False))
-    return Timeline(ranges, _rows(main_rows, False, root), _rows(beside, False, None), root.seconds, False)
+    # Whose thread it is does not matter to the GPU.
+    beside = [] if on_gpu else _rows([r for r in ranges if not r.main], False, None)
+    rows = _rows([r for r in ranges if r.main or on_gpu], on_gpu, root)
+    return Timeline(ranges, rows, beside, root.seconds, on_gpu)
 
 
 def row_name(name: str) -> str:
@@ -101,57 +106,50 @@ def row_name(name: str) -> str:
     return "step" if name.startswith("step ") else name
 
 
-def _is_ours(event: dict[str, Any]) -> bool:
+def _is_ours(event: Event) -> bool:
     return event["name"] == ROOT or event["name"].partition(" ")[0] in COLOURS
 
 
-@dataclass
-class _Open:
-    """What of a thread is open at a moment: our ranges, and operators (range None)."""
-
-    end: float
-    range: Range | None = field(default=None)
-
-
-def _nest(
-    events: list[dict[str, Any]], root: dict[str, Any], main: bool, on_gpu: bool, launched: dict[Any, Range]
-) -> list[Range]:
+def _nest(events: list[Event], root: Event, main: bool, on_gpu: bool, launched: dict[Any, Range]) -> list[Range]:
     """One thread's ranges in order; `launched` takes the range of each launch by its correlation number."""
     ranges: list[Range] = []
-    stack: list[_Open] = []
+    stack: list[tuple[float, Range | None]] = []  # ends of open ranges, and of open operators (None)
     for event in sorted(events, key=lambda e: (e["ts"], -e["dur"])):
         if event["cat"] == "user_annotation" and not _is_ours(event):
             continue
-        while stack and stack[-1].end <= event["ts"]:
+        while stack and stack[-1][0] <= event["ts"]:
             stack.pop()
-        around = next((o.range for o in reversed(stack) if o.range is not None), None)
-        opened = _Open(event["ts"] + event["dur"])
+        around, opened = next((r for _, r in reversed(stack) if r is not None), None), None
         if event["cat"] == "user_annotation":
             start, seconds = (event["ts"] - root["ts"]) / 1e6, event["dur"] / 1e6
             depth = 0 if around is None else around.depth + 1
-            opened.range = Range(event["name"], start, seconds, main, depth, around, own=seconds)
-            ranges.append(opened.range)
+            opened = Range(event["name"], start, seconds, main, depth, around, own=seconds)
+            opened.inside = 0.0 if on_gpu else seconds
+            ranges.append(opened)
             if around is not None:
                 around.own -= seconds
-        elif event["cat"] == "cpu_op":
-            if around is not None and not on_gpu and stack[-1].range is not None:
-                around.launches += 1
-        elif event["cat"] in LAUNCHERS and around is not None:
+        elif around is not None and event["cat"] in LAUNCHERS:
             launched[event["args"].get("correlation")] = around
-        stack.append(opened)
+        elif around is not None and not on_gpu and stack[-1][1] is not None:
+            around.launches += 1
+        stack.append((event["ts"] + event["dur"], opened))
     return [r for r in ranges if not main or r.parent is not None or r.name == ROOT]
 
 
-def _add_device_times(events: list[dict[str, Any]], launched: dict[Any, Range], root: Range) -> None:
+def _add_device_times(events: list[Event], launched: dict[Any, Range], root: Range) -> None:
     """Give each range the GPU's time for what was launched in it, and count the kernels."""
     for event, seconds in _exposed(events):
         where = launched.get(event["args"].get("correlation"), root)
         where.device += seconds
         where.launches += event["cat"] in KERNELS
+        above: Range | None = where
+        while above is not None:
+            above.inside += seconds
+            above = above.parent
 
 
-def _exposed(events: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], float]]:
-    """Kernels and copies with the seconds in which nothing that counts before them was running."""
+def _exposed(events: list[Event]) -> Iterator[tuple[Event, float]]:
+    """Kernels and copies with their seconds outside earlier ones, and outside any kernel."""
     busy: list[tuple[float, float]] = []
     for kinds in (KERNELS, COPIES):
         theirs = sorted((e for e in events if e.get("cat") in kinds), key=lambda e: e["ts"])
@@ -166,7 +164,7 @@ def _exposed(events: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], flo
 
 
 def _overlap(first: float, last: float, busy: list[tuple[float, float]]) -> float:
-    """How much of [first, last] lies in intervals that are sorted and apart."""
+    """Length of the part of [first, last] inside sorted, disjoint intervals."""
     total = 0.0
     for i in range(max(0, bisect_right(busy, (first, float("inf"))) - 1), len(busy)):
         if busy[i][0] >= last:
@@ -175,29 +173,15 @@ def _overlap(first: float, last: float, busy: list[tuple[float, float]]) -> floa
     return total
 
 
-def _inside(ranges: Iterable[Range], on_gpu: bool) -> dict[int, float]:
-    """Of each range by id: its seconds with all that is inside."""
-    if not on_gpu:
-        return {id(r): r.seconds for r in ranges}
-    totals: dict[int, float] = defaultdict(float)
-    for r in ranges:
-        above: Range | None = r
-        while above is not None:
-            totals[id(above)] += r.device
-            above = above.parent
-    return totals
-
-
 def _rows(ranges: list[Range], on_gpu: bool, root: Range | None) -> list[Row]:
-    """By name in the order of time; "other" and "idle" last. Without a row: what took no time of the GPU."""
+    """Rows by name in the order of time, "other" and "idle" last; names that took no time of the GPU have none."""
     rows: dict[str, Row] = {}
-    inside = _inside(ranges, on_gpu)
     for r in sorted(ranges, key=lambda r: (r is root, r.start)):
         row = rows.setdefault(row_name(r.name), Row(row_name(r.name)))
         row.calls += 1
         row.launches += r.launches
         row.seconds += r.device if on_gpu else r.own
-        row.inside += inside[id(r)]
+        row.inside += r.inside
         row.host += r.own
     if root is not None:
         other = rows[ROOT]
@@ -209,7 +193,7 @@ def _rows(ranges: list[Range], on_gpu: bool, root: Range | None) -> list[Row]:
 
 
 def as_json(timeline: Timeline) -> dict[str, Any]:
-    """Plain values, times in seconds; a row's host_seconds are what its launching took, on the GPU only."""
+    """Give plain values, times in seconds; a row's host_seconds are those of its launching, on the GPU only."""
     on_gpu, whole = timeline.on_gpu, timeline.seconds
     return {
         "seconds": whole,
@@ -233,14 +217,14 @@ def _row_json(row: Row, whole: float, on_gpu: bool) -> dict[str, Any]:
 
 
 def table(timeline: Timeline) -> str:
-    """For people: a line a range, and what they add up to."""
+    """Write a line for each range, and their sum."""
     total = Row("total", 0, timeline.launches, sum(row.seconds for row in timeline.rows))
     columns = ["range", "calls", "kernels" if timeline.on_gpu else "operators", "time", "share", "with inside"]
     rows = [_cells(row, timeline) for row in timeline.rows]
-    text = _aligned([columns + ["host"] * timeline.on_gpu, *rows, _cells(total, timeline)[:5]])
+    text = text_table([columns + ["host"] * timeline.on_gpu, *rows, _cells(total, timeline)[:5]], "<>>>>>>")
     if timeline.beside:
         text += "\n\nmeanwhile, in other threads, on the host:\n"
-        text += _aligned([columns[:4], *(_cells(row, timeline)[:4] for row in timeline.beside)])
+        text += text_table([columns[:4], *(_cells(row, timeline)[:4] for row in timeline.beside)], "<>>>")
     return text
 
 
@@ -248,11 +232,3 @@ def _cells(row: Row, timeline: Timeline) -> list[str]:
     share = f"{100 * row.seconds / timeline.seconds:.1f} %"
     cells = [row.name, str(row.calls or ""), str(row.launches), text_seconds(row.seconds), share]
     return [*cells, text_seconds(row.inside), *([text_seconds(row.host)] if timeline.on_gpu else [])]
-
-
-def _aligned(lines: list[list[str]]) -> str:
-    """Columns two spaces apart, the first to the left, the others to the right; lines may end early."""
-    widths = [max(map(len, column)) for column in zip_longest(*lines, fillvalue="")]
-    first = [line[0].ljust(widths[0]) for line in lines]
-    rest = ["  ".join(map(str.rjust, line[1:], widths[1:])) for line in lines]
-    return "\n".join(f"{a}  {b}" for a, b in zip(first, rest, strict=True))

@@ -14,7 +14,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvlock_fast.kernels.launch import Launch
 
 # Bytes of shared memory a program may have: the CUDA programming guide's table of technical specifications.
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -76,7 +79,7 @@ def prepare() -> None:
 class _Variant:
     """A launch, and how Triton's launcher specialises it."""
 
-    launch: Any
+    launch: "Launch"
     signature: dict[str, str]
     constants: dict[tuple[int], Any]
 
