@@ -43,7 +43,8 @@ def write_jobs(folder: Path, sources: int, arguments: argparse.Namespace) -> Pat
     """Clips of the demo's world, and a manifest with 8 prompts for each."""
     import numpy as np
 
-    from kvlock_fast.demo.world import COLOURS, sample_edit
+    from kvlock_fast.demo.scene import COLOURS
+    from kvlock_fast.demo.world import sample_edit
     from kvlock_fast.media import write_video
 
     height, width = map(int, (arguments.size or "64x64").split("x"))

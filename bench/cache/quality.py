@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from bench.quality.demo_model import SEEDS, Rows, background_scores, interval
+from bench.quality.judge import edit_is_right
 from kvlock_fast.cache.layout import Key, KVShape, StepLayout
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.demo import GUIDANCE, STEPS
-from kvlock_fast.demo.judge import edit_is_right
 from kvlock_fast.demo.world import EDIT_KINDS, EditCase, sample_edit
 from kvlock_fast.kernels.blend import as_heads
 from kvlock_fast.kernels.quantize import quantize_kv

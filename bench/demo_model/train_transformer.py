@@ -31,7 +31,7 @@ from bench.demo_model.networks import (
 from bench.demo_model.optimisers import make_optimisers, set_rate
 from bench.demo_model.train_vae import trained_vae
 from bench.demo_model.workers import Workers
-from kvlock_fast.demo.world import HELD_OUT
+from kvlock_fast.demo.scene import HELD_OUT
 
 # (share of the time at which the phase ends, clips in a batch, latent frames)
 PHASES = ((0.2, 96, 1), (0.32, 32, 3), (1.01, 24, 5))

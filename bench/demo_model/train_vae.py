@@ -20,7 +20,8 @@ from bench.demo_model.data import ClipPool, psnr, round_trip
 from bench.demo_model.networks import make_vae
 from bench.demo_model.optimisers import make_optimisers, set_rate
 from bench.demo_model.workers import Workers
-from kvlock_fast.demo.world import HELD_OUT, render, sample_scene
+from kvlock_fast.demo.scene import HELD_OUT, sample_scene
+from kvlock_fast.demo.world import render
 
 # (share of the time at which the phase ends, clips in a batch, frames, side): nine frames are the fewest that pass
 # through every state of the causal caches.

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvlock_fast.demo.judge import edit_is_right, judge
-from kvlock_fast.demo.scene import COLOURS, PANS, PLACES, SHAPES, Scene, Thing, sample_scene
-from kvlock_fast.demo.world import HELD_OUT, EditCase, centres, coverage, grow, render
+from bench.quality.judge import edit_is_right, judge
+from kvlock_fast.demo.scene import COLOURS, HELD_OUT, PANS, PLACES, SHAPES, Scene, Thing, sample_scene
+from kvlock_fast.demo.world import EditCase, centres, coverage, grow, render
 
 FIRST_SEED = HELD_OUT + 11 * 10**6
 KINDS = ("recolour", "reshape", "both", "remove", "several", "pan", "occlusion")

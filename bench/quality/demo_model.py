@@ -21,9 +21,10 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.quality.judge import edit_is_right, judge
 from kvlock_fast.demo import GUIDANCE, STEPS
-from kvlock_fast.demo.judge import edit_is_right, judge
-from kvlock_fast.demo.world import EDIT_KINDS, HELD_OUT, render, sample_edit, sample_scene
+from kvlock_fast.demo.scene import HELD_OUT, sample_scene
+from kvlock_fast.demo.world import EDIT_KINDS, render, sample_edit
 
 RESULTS = Path(__file__).parents[1] / "results" / "demo_quality.json"
 TAU = 0.01

@@ -24,9 +24,10 @@ import torch
 
 import kvlock_fast as kvf
 from bench.quality.demo_model import Rows, background_scores, fingerprint, interval
+from bench.quality.judge import edit_is_right
 from kvlock_fast.demo import GUIDANCE, STEPS
-from kvlock_fast.demo.judge import edit_is_right
-from kvlock_fast.demo.world import EDIT_KINDS, HELD_OUT, EditCase, grow, render, sample_edit
+from kvlock_fast.demo.scene import HELD_OUT
+from kvlock_fast.demo.world import EDIT_KINDS, EditCase, grow, render, sample_edit
 from kvlock_fast.masks import project_mask
 from kvlock_fast.models.bundled import model_path
 

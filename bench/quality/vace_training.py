@@ -26,7 +26,7 @@ from bench.demo_model.optimisers import set_rate
 from bench.quality.cases import QualityCase, quality_case
 from bench.quality.run import weights_of
 from bench.quality.vace_model import WEIGHTS, untrained_vace, vace_parts
-from kvlock_fast.demo.world import HELD_OUT
+from kvlock_fast.demo.scene import HELD_OUT
 from kvlock_fast.edit import load_pipeline
 
 # (share of the time at which the phase ends, clips in a batch, latent frames)

@@ -1,4 +1,4 @@
-"""The demo: a procedural world, a judge that reads it from pixels, and a small bundled model.
+"""The demo: a procedural world, and an edit of it by a small bundled model.
 
 Importing this package loads numpy at most when a name below is used; torch and diffusers only where a model runs.
 """
@@ -17,7 +17,6 @@ __all__ = ["GUIDANCE", "STEPS", "demo_case", "model_path"]
 STEPS = 20
 GUIDANCE = 3.0
 """Denoising steps and guidance scale of `kvlock-fast demo`."""
-
 
 # Seed and kind of the edit shown by `kvlock-fast demo`; held out, picked by eye among those the model edits well.
 _DEMO_SEED = 2**31 + 6_000_016

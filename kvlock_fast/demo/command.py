@@ -5,7 +5,9 @@ from pathlib import Path
 
 from kvlock_fast.config import LockConfig
 from kvlock_fast.demo import GUIDANCE, STEPS, demo_case
-from kvlock_fast.demo.gallery import write_world
+from kvlock_fast.demo.gallery import contact_sheet
+from kvlock_fast.demo.scene import sample_scene
+from kvlock_fast.demo.world import render
 from kvlock_fast.edit import EditResult, EditSettings, find_device, load_pipeline, run_edit
 from kvlock_fast.edit_files import figures, metrics_text, trace_json, write_page
 from kvlock_fast.errors import InputError
@@ -28,7 +30,18 @@ def run_demo(
     json_file: str | None,
     quiet: bool,
 ) -> None:
-    """Edit a clip of the demo's world with the bundled model, as `kvlock-fast demo` does."""
+    """Edit a clip of the demo's world with the bundled model, as `kvlock-fast demo` does.
+
+    Args:
+        output: folder for the files.
+        steps: denoising steps, None for STEPS.
+        lock: the lock's config.
+        seed: of the noise.
+        device: name of the device, or "auto".
+        command: the command line, for the report.
+        json_file: where figures go, "-" for stdout, None for nowhere.
+        quiet: whether to show no progress.
+    """
     find_device(device)
     folder = output_folder(output)
     check_json(json_file)
@@ -59,8 +72,15 @@ def run_demo(
 
 
 def write_demo_files(folder: Path, clip: Clip, result: EditResult, settings: EditSettings, command: str) -> list[Path]:
-    """The six files of a demo: source, mask, edit, report, sheet, trace."""
-    folder = output_folder(folder)
+    """Write the six files of a demo: source, mask, edit, report, sheet, trace.
+
+    Args:
+        folder: where to; it exists.
+        clip: the source and its mask.
+        result: the edit of it.
+        settings: how it was edited.
+        command: the command line, for the report.
+    """
     write_video(folder / "source.mp4", clip.video, clip.fps)
     write_video(folder / "mask.mp4", as_pictures(clip.mask), clip.fps)
     write_video(folder / "edited.mp4", result.videos[0], clip.fps)
@@ -68,14 +88,17 @@ def write_demo_files(folder: Path, clip: Clip, result: EditResult, settings: Edi
     write_sheet(folder / "sheet.png", result.source, result.mask, result.videos)
     files = {"source": "source.mp4", "mask": "mask.mp4", "outputs": ["edited.mp4"]}
     write_text(folder / "trace.json", trace_json(result, settings, command, files))
-    return sorted(folder / name for name in
-                  ("source.mp4", "mask.mp4", "edited.mp4", "report.html", "sheet.png", "trace.json"))  # fmt: skip
+    names = ("edited.mp4", "mask.mp4", "report.html", "sheet.png", "source.mp4", "trace.json")
+    return [folder / name for name in names]
 
 
 def write_clips(clips: int, output: Path, seed: int) -> None:
-    """`kvlock-fast demo --world N`: clips of the demo's world to look at."""
+    """Write clips of the demo's world, as `kvlock-fast demo --world N` does."""
     if clips < 1:
         raise InputError(f"--world must be at least 1, got {clips}")
     folder = output_folder(output)
-    write_world(clips, folder, seed=seed)
+    drawn = [render(sample_scene(seed + i)) for i in range(clips)]
+    for i, clip in enumerate(drawn):
+        write_video(folder / f"world_{i:03d}.mp4", clip.video, 8)
+    contact_sheet(drawn).save(folder / "world.png")
     print(f"{clips} clips and a sheet in {folder}")

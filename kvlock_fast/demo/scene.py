@@ -1,4 +1,4 @@
-"""What a clip of the demo world contains: the attributes, their words, and how they are drawn from a seed.
+"""Content of a clip of the demo world: the attributes, their words, and how they are drawn from a seed.
 
 Lengths are fractions of the shorter side and centres fractions of width and height, so that one scene renders at any
 size. Time runs from 0 (first frame) to 1 (last frame).
@@ -6,7 +6,6 @@ size. Time runs from 0 (first frame) to 1 (last frame).
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,7 +85,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that is in a clip. Equal scenes render to equal pixels."""
+    """Full content of a clip. Equal scenes render to equal pixels."""
 
     seed: int
     frames: int
@@ -102,43 +101,23 @@ class Scene:
         return f"{things} over {self.background.words()}" if things else self.background.words()
 
 
-_THING = re.compile(
-    rf"a (?P<size>{'|'.join(SIZES)}) (?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)}) "
-    rf"(?:staying at the (?P<stay>[a-z ]+?)|moving (?P<bend>{'|'.join(BENDS)}) "
-    rf"from the (?P<place>[a-z ]+?) to the (?P<goal>[a-z ]+?))(?= and a | over a )"
-)
-_BACKGROUND = re.compile(rf"a (?P<pattern>{'|'.join(PATTERNS)}) background (?P<pan>{'|'.join(PANS)})$")
-
-
-def parse_caption(caption: str) -> dict:
-    """The caption read back: {"objects": [{size, colour, shape, place, goal, bend}], "pattern", "pan"}.
-
-    Raises ValueError, quoting the caption, when it is not of the grammar.
-    """
-    behind = _BACKGROUND.search(caption)
-    if not behind:
-        raise ValueError(f"caption names no background: {caption!r}")
-    objects = []
-    for match in _THING.finditer(caption):
-        words = match.groupdict()
-        stay = words.pop("stay")
-        if stay:
-            words.update(place=stay, goal=stay, bend="straight")
-        if words["place"] not in PLACES or words["goal"] not in PLACES:
-            raise ValueError(f"caption names an unknown place: {caption!r}")
-        objects.append(words)
-    return {"objects": objects, "pattern": behind["pattern"], "pan": behind["pan"]}
-
-
 def vocabulary() -> list[str]:
-    """Every word of the grammar, sorted: what the tokenizer knows."""
+    """List every word of the captions' grammar, sorted: those that the tokenizer knows."""
     parts = [*COLOURS, *SHAPES, *SIZES, *PLACES, *BENDS, *PATTERNS, *PANS]
     parts += ["a staying at the moving from to over and background"]
     return sorted({word for part in parts for word in part.split()})
 
 
 def sample_scene(seed: int, *, frames: int = 17, height: int = 64, width: int = 64, objects: int = 1) -> Scene:
-    """A scene drawn from `seed` alone (the size in pixels does not change what is drawn). `objects`: 0, 1 or 2."""
+    """Draw a scene from a seed.
+
+    Args:
+        seed: decides everything; the size in pixels does not change what is drawn.
+        frames: number of frames.
+        height: in pixels.
+        width: in pixels.
+        objects: 0, 1 or 2.
+    """
     if objects not in (0, 1, 2):
         raise ValueError(f"objects must be 0, 1 or 2, got {objects!r}")
     rng = np.random.default_rng(seed)
@@ -155,7 +134,7 @@ def _pick(rng: np.random.Generator, names) -> str:
 def _sample_thing(rng: np.random.Generator) -> Thing:
     size, place, goal, bend = (_pick(rng, names) for names in (SIZES, PLACES, PLACES, BENDS))
     bend = "straight" if place == goal else bend
-    start, end = (tuple(float(c + rng.uniform(-0.03, 0.03)) for c in PLACES[name]) for name in (place, goal))
+    start, end = _near(rng, place), _near(rng, goal)
     if place == goal:
         end = start
     bow = BENDS[bend] * float(rng.uniform(0.1, 0.15))
@@ -163,11 +142,16 @@ def _sample_thing(rng: np.random.Generator) -> Thing:
     return Thing(_pick(rng, COLOURS), _pick(rng, SHAPES), size, place, goal, bend, start, end, radius, bow)
 
 
+def _near(rng: np.random.Generator, place: str) -> tuple[float, float]:
+    x, y = (float(c + rng.uniform(-0.03, 0.03)) for c in PLACES[place])
+    return x, y
+
+
 def _sample_background(rng: np.random.Generator) -> Background:
     pattern = _pick(rng, PATTERNS)
     pan_word = "standing still" if rng.random() < 0.5 else _pick(rng, list(PANS)[1:])
     speed = float(rng.uniform(0.15, 0.3))
-    pan = tuple(float(axis) * speed for axis in PANS[pan_word])
+    pan = PANS[pan_word][0] * speed, PANS[pan_word][1] * speed
     hue = rng.random()
     hues = (hue, hue + rng.uniform(0.15, 0.85), rng.random())
     # The first two differ in brightness too, or many patterns would be invisible.
@@ -206,4 +190,4 @@ def _hsv(hue: float, saturation: float, value: float) -> tuple[float, float, flo
     offset = np.array([5.0, 3.0, 1.0])
     k = (offset + (hue % 1.0) * 6.0) % 6.0
     rgb = value * (1 - saturation * np.clip(np.minimum(k, 4 - k), 0, 1))
-    return tuple(float(c) for c in rgb)
+    return float(rgb[0]), float(rgb[1]), float(rgb[2])

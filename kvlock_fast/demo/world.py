@@ -1,4 +1,4 @@
-"""The demo world: short procedural videos with captions and exact masks, from a seed; numpy only.
+"""The demo world: short procedural videos with captions and exact masks, from a seed.
 
 A clip shows coloured shapes that move on straight or curved paths over a patterned, shaded, sometimes panning
 background. Nothing in the background is named but its pattern and its motion, so it can be copied from a source but
@@ -11,22 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from kvlock_fast.demo.scene import COLOURS, HELD_OUT, SHAPES, Background, Scene, Thing, parse_caption, sample_scene
-
-__all__ = [
-    "COLOURS",
-    "HELD_OUT",
-    "SHAPES",
-    "Clip",
-    "EditCase",
-    "Scene",
-    "grow",
-    "parse_caption",
-    "render",
-    "sample_edit",
-    "sample_scene",
-    "shape_distance",
-]
+from kvlock_fast.demo.scene import COLOURS, SHAPES, Background, Scene, Thing, sample_scene
 
 EDIT_KINDS = ("recolour", "reshape", "both")
 # Pixels by which an edit's mask is wider than the two objects, at a side of 64.
@@ -75,7 +60,7 @@ def shape_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def centres(thing: Thing, frames: int) -> np.ndarray:
-    """The object's centre in each frame, [F, 2] float64 as fractions of (width, height)."""
+    """Find the object's centre in each frame, [F, 2] float64 as fractions of (width, height)."""
     t = np.linspace(0.0, 1.0, frames)[:, None]
     start, end = np.array(thing.start), np.array(thing.end)
     step = end - start
@@ -87,7 +72,17 @@ def centres(thing: Thing, frames: int) -> np.ndarray:
 
 
 def coverage(thing: Thing, frames: int, height: int, width: int) -> np.ndarray:
-    """How much of each pixel the object covers, float32 [F, H, W] in 0..1; at least 0.5 where its centre is inside."""
+    """Draw an object alone.
+
+    Args:
+        thing: the object.
+        frames: number of frames.
+        height: in pixels.
+        width: in pixels.
+
+    Returns:
+        Its share of each pixel, float32 [F, H, W] in 0..1; at least 0.5 where the pixel's centre is inside.
+    """
     side = min(height, width)
     middle = centres(thing, frames) * (width, height)
     x = (np.arange(width, dtype=np.float32) + 0.5)[None, None, :] - middle[:, 0, None, None].astype(np.float32)
@@ -98,7 +93,17 @@ def coverage(thing: Thing, frames: int, height: int, width: int) -> np.ndarray:
 
 
 def render_background(background: Background, frames: int, height: int, width: int) -> np.ndarray:
-    """The background alone, float32 [F, H, W, 3] in 0..1."""
+    """Draw the background alone.
+
+    Args:
+        background: the background.
+        frames: number of frames.
+        height: in pixels.
+        width: in pixels.
+
+    Returns:
+        Its colours, float32 [F, H, W, 3] in 0..1.
+    """
     side = min(height, width)
     t = np.linspace(0.0, 1.0, frames)
     x, y = (np.arange(width) + 0.5) / side, (np.arange(height) + 0.5) / side
@@ -144,7 +149,15 @@ def render(scene: Scene) -> Clip:
 
 
 def sample_edit(seed: int, kind: str, *, frames: int = 17, height: int = 64, width: int = 64) -> EditCase:
-    """An edit drawn from `seed`: `kind` is "recolour", "reshape" or "both". The source is `sample_scene(seed)`."""
+    """Draw an edit from a seed; its source is `sample_scene(seed)`.
+
+    Args:
+        seed: decides everything but the kind.
+        kind: "recolour", "reshape" or "both".
+        frames: number of frames.
+        height: in pixels.
+        width: in pixels.
+    """
     if kind not in EDIT_KINDS:
         raise ValueError(f"unknown kind of edit {kind!r}; known: {', '.join(EDIT_KINDS)}")
     scene = sample_scene(seed, frames=frames, height=height, width=width)
@@ -161,11 +174,7 @@ def sample_edit(seed: int, kind: str, *, frames: int = 17, height: int = 64, wid
 
 def grow(mask: np.ndarray, pixels: int) -> np.ndarray:
     """Dilate bool [F, H, W] within each frame by a square of 2 * pixels + 1."""
-    grown = mask.copy()
-    for _ in range(pixels):
-        for axis in (1, 2):
-            before = np.moveaxis(grown.copy(), axis, 0)
-            after = np.moveaxis(grown, axis, 0)
-            after[1:] |= before[:-1]
-            after[:-1] |= before[1:]
-    return grown
+    from scipy.ndimage import maximum_filter1d
+
+    size = 2 * pixels + 1
+    return maximum_filter1d(maximum_filter1d(mask, size, axis=1, mode="constant"), size, axis=2, mode="constant")

@@ -341,7 +341,8 @@ def test_bad_arguments(arguments, said, capsys, tmp_path):
 
 
 def make_clips(folder):
-    from kvlock_fast.demo.world import render, sample_scene
+    from kvlock_fast.demo.scene import sample_scene
+    from kvlock_fast.demo.world import render
 
     scene = render(sample_scene(3))
     write_video(folder / "one.mkv", scene.video, 8)

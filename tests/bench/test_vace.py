@@ -66,6 +66,6 @@ def test_its_file_says_which_model_it_belongs_to(trainer, tmp_path, monkeypatch)
 
 
 def test_training_draws_no_held_out_edit():
-    from kvlock_fast.demo.world import HELD_OUT
+    from kvlock_fast.demo.scene import HELD_OUT
 
     assert vace_training.FIRST_SEED + vace_training.BANK < HELD_OUT <= vace_training.HELD_OUT_SEED

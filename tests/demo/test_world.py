@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.quality.judge import edit_is_right, judge
 from kvlock_fast.demo.gallery import contact_sheet
-from kvlock_fast.demo.judge import edit_is_right, judge
-from kvlock_fast.demo.scene import COLOURS, HELD_OUT, PLACES, SHAPES, parse_caption, sample_scene, vocabulary
+from kvlock_fast.demo.scene import COLOURS, HELD_OUT, PLACES, SHAPES, sample_scene, vocabulary
 from kvlock_fast.demo.world import EDIT_KINDS, centres, coverage, render, render_background, sample_edit
+from tests.support.captions import parse_caption
 
 SEEDS = st.integers(0, 2**32)
 
