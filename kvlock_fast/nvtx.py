@@ -57,7 +57,7 @@ def enabled() -> bool:
 
 @contextmanager
 def switched_on() -> Iterator[None]:
-    """On while the context is open, as before afterwards."""
+    """Switch ranges on while the context is open."""
     before = _on
     enable()
     try:

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 FOREIGN_SECONDS = 24 * 3600
-"""What cannot be asked after (another machine's, an earlier boot's) counts as alive until it is this old."""
+"""The age from which a process that cannot be asked after (another machine's, an earlier boot's) counts as dead."""
 TOKEN = r"[0-9a-f]{8}\.[0-9a-f]{1,8}\.[0-9a-f]{1,16}"
 """A regular expression of a token."""
 

@@ -34,21 +34,15 @@ def progress_bar(quiet: bool = False, stream: TextIO | None = None) -> Iterator[
 
 @contextmanager
 def _rich_bar(stream: TextIO) -> Iterator[Report]:
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = (TextColumn("{task.description:<20}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("left"), TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(file=stream)) as bar:
-        rows: dict[str, TaskID] = {}
+    columns = (
+        rich.TextColumn("{task.description:<20}"), rich.BarColumn(), rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(), rich.TextColumn("left"), rich.TimeRemainingColumn(),
+    )  # fmt: skip
+    with rich.Progress(*columns, console=Console(file=stream)) as bar:
+        rows: dict[str, rich.TaskID] = {}
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in rows:
@@ -59,7 +53,7 @@ def _rich_bar(stream: TextIO) -> Iterator[Report]:
 
 
 class PlainLines:
-    """One line where a stage begins, and for long ones a line every tenth with the time that is left."""
+    """Prints a line where a stage begins, and for long ones a line every tenth with the time that is left."""
 
     def __init__(self, stream: TextIO):
         self.stream = stream

@@ -1,10 +1,14 @@
 """A batch checked before anything is computed: files, masks, output places, and the planner's word."""
 
+from __future__ import annotations
+
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -16,13 +20,21 @@ from kvlock_fast.edit import working_size
 from kvlock_fast.errors import InputError, InputWarning
 from kvlock_fast.media import STILLS, grow_mask, is_box, read_mask, read_video
 from kvlock_fast.media.clip import solid_mask
+from kvlock_fast.progress import Report
+
+if TYPE_CHECKING:
+    from kvlock_fast.planning.extent import Extent
+    from kvlock_fast.planning.machine import Machine
+    from kvlock_fast.planning.model_size import ModelSize
+
+T = TypeVar("T")
 
 Shape = tuple[int, int, int]
 """Frames, height and width."""
 
 
 def check_files(reading: Reading, base: Path, skip: frozenset[str] = frozenset()) -> None:
-    """Enter what is missing; reads nothing. skip: ids not to look at."""
+    """Enter the files that are missing; reads nothing. skip: ids not to look at."""
     there: dict[str, bool] = {}
     for job in reading.jobs:
         if job.id in skip:
@@ -31,20 +43,15 @@ def check_files(reading: Reading, base: Path, skip: frozenset[str] = frozenset()
             if name == "mask" and is_box(place):
                 continue
             if place not in there:
-                there[place] = _is_there(place, base)
+                there[place] = False
+                with suppress(InputError):
+                    there[place] = is_there(place, base)
             if not there[place]:
                 reading.wrong(job.line, name, f"there is no file or folder {place!r}")
 
 
-def _is_there(place: str, base: Path) -> bool:
-    try:
-        return is_there(place, base)
-    except InputError:
-        return False
-
-
-def model_size(model: str) -> Any:
-    """The `ModelSize` of a folder or of the bundled model, None for a hub id, which is looked up when it is loaded.
+def model_size(model: str) -> ModelSize | None:
+    """Size of a model in a folder or of the bundled one, None for a hub id, which is looked up when it is loaded.
 
     Raises InputError for a folder that holds no model, and for a path that is not there.
     """
@@ -61,19 +68,19 @@ def model_size(model: str) -> Any:
 
 @dataclass
 class Checker:
-    """Looks into every file once, however many jobs name it."""
+    """A check that looks into every file once, however many jobs name it."""
 
     reading: Reading
     base: Path
-    machine: Any
+    machine: Machine
     most: int
-    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    progress: Report
     decoded: int = 0
     _sources: dict[str, Shape | str] = field(default_factory=dict)
-    _models: dict[str, Any] = field(default_factory=dict)
+    _models: dict[str, ModelSize | str | None] = field(default_factory=dict)
 
     def run(self) -> list[tuple[list[Job], Decision | None]]:
-        """The groups with what the planner says (None: not known before the model is loaded); problems are entered."""
+        """Plan each group (None: not known before the model is loaded); problems are entered."""
         self._read_sources()
         masks: dict[tuple[str, float], list[list[Job]]] = {}
         for group in grouped(self.reading.jobs, self.most):
@@ -82,7 +89,7 @@ class Checker:
         found = []
         for done, ((mask, threshold), groups) in enumerate(masks.items()):
             self.progress("checking masks", done, len(masks))
-            pixels = None if is_box(mask) else self._read_mask(mask, threshold)
+            pixels = None if is_box(mask) else self._decoded(mask, partial(read_mask, threshold=threshold))
             found += [(group, self._check_group(group, pixels)) for group in groups]
         return found
 
@@ -94,28 +101,22 @@ class Checker:
             self.progress("checking sources", done, len(wanted))
             known = [limit for limit in limits if limit is not None]
             most = max(known) if len(known) == len(limits) else None
-            try:
-                with fetched(source, self.base) as path:
-                    self.decoded += 1
-                    self._sources[source] = read_video(path, max_frames=most).frames.shape[:3]
-            except (InputError, OSError) as error:
-                self._sources[source] = str(error)
+            self._sources[source] = self._decoded(source, partial(_shape, most=most))
 
-    def _read_mask(self, mask: str, threshold: float) -> np.ndarray | str:
+    def _decoded(self, place: str, read: Callable[[Path], T]) -> T | str:
+        """The content of a file, or what is wrong with it."""
         try:
-            with fetched(mask, self.base) as path:
+            with fetched(place, self.base) as path:
                 self.decoded += 1
-                return read_mask(path, threshold=threshold)
+                return read(path)
         except (InputError, OSError) as error:
             return str(error)
 
     def _check_group(self, group: Sequence[Job], pixels: np.ndarray | str | None) -> Decision | None:
         setup, name = group[0].setup, "source"
         try:
-            shape = self._sources[setup.source]
-            if isinstance(shape, str):
-                raise InputError(shape)
-            shape = (min(shape[0], setup.max_frames or shape[0]), *shape[1:])
+            frames, height, width = _sound(self._sources[setup.source])
+            shape = (min(frames, setup.max_frames or frames), height, width)
             self._check_images(group, shape[0])
             name = "mask"
             mask = self._fitted(setup, shape, pixels)
@@ -147,32 +148,40 @@ class Checker:
                 self.reading.wrong(job.line, "output", message)
 
     def _fitted(self, setup: Setup, shape: Shape, pixels: np.ndarray | str | None) -> np.ndarray:
-        if isinstance(pixels, str):
-            raise InputError(pixels)
+        pixels = _sound(pixels)
         if pixels is not None and setup.max_frames is not None:
             pixels = pixels[: setup.max_frames]
         solid = solid_mask(setup.source, setup.mask, shape, pixels, setup.mask_shape)
         return grow_mask(solid, setup.mask_shape.feather)
 
-    def _check_layers(self, setup: Setup, size: Any) -> None:
+    def _check_layers(self, setup: Setup, size: ModelSize) -> None:
         from kvlock_fast.locking.arch import select_layers
 
         locked = len(select_layers(size.layers, setup.lock.layers))
         if setup.lock.compute == "foreground" and locked < size.layers:
             raise InputError(f"leaves out {size.layers - locked} of {size.layers}, and compute 'foreground' needs all")
 
-    def _extent(self, setup: Setup, shape: Shape, size: Any) -> Any:
+    def _extent(self, setup: Setup, shape: Shape, size: ModelSize) -> Extent:
         with warnings.catch_warnings():  # said when it is edited
             warnings.simplefilter("ignore", InputWarning)
             wanted = working_size(setup.model, np.broadcast_to(np.uint8(0), (*shape, 3)), setup.size)
         return fit_extent(shape, wanted, setup, size)
 
-    def _size(self, model: str) -> Any:
+    def _size(self, model: str) -> ModelSize | None:
         if model not in self._models:
             try:
                 self._models[model] = model_size(model)
             except InputError as error:
                 self._models[model] = str(error)
-        if isinstance(self._models[model], str):
-            raise InputError(self._models[model])
-        return self._models[model]
+        return _sound(self._models[model])
+
+
+def _shape(path: Path, most: int | None) -> Shape:
+    return read_video(path, max_frames=most).frames.shape[:3]
+
+
+def _sound(found: T | str) -> T:
+    """Raise InputError for what is wrong with a file, where that was found."""
+    if isinstance(found, str):
+        raise InputError(found)
+    return found

@@ -33,9 +33,14 @@ class _Taken:
 def enter_clashes(reading: Reading, base: Path, results: str, own: Own = (), others: Own = ()) -> None:
     """Enter every output that is an input of any job, lies in one, or is another job's output under another name.
 
-    base: the folder that the manifest's paths are relative to; results: the folder or URL that outputs are relative to;
-    own: files that the batch writes itself; others: files that it reads beside sources and masks. Raises InputError
-    where one of its own files is an input.
+    Args:
+        reading: jobs and problems.
+        base: the folder that the manifest's paths are relative to.
+        results: the folder or URL that outputs are relative to.
+        own: files that the batch writes itself.
+        others: files that it reads beside sources and masks.
+
+    Raises InputError where one of its own files is an input.
     """
     taken, key = _Taken(), cache(_key)  # links are read once
     for name, path in others:

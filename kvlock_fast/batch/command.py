@@ -1,4 +1,4 @@
-"""What `kvlock-fast batch` does: read, check, run, index, say what failed."""
+"""The work of `kvlock-fast batch`: read, check, run, index, say what failed."""
 
 import json
 import signal
@@ -16,9 +16,9 @@ from kvlock_fast.batch.clashes import enter_clashes
 from kvlock_fast.batch.editor import ModelEditor, enter_uncaptured
 from kvlock_fast.batch.engine import Engine, LocalEngine
 from kvlock_fast.batch.fields import JobFields
-from kvlock_fast.batch.index import IndexWatcher, write_index
+from kvlock_fast.batch.index import Index
 from kvlock_fast.batch.jobs import Decision, Job
-from kvlock_fast.batch.ledger import Ledger
+from kvlock_fast.batch.ledger import Changes, Ledger
 from kvlock_fast.batch.manifest import Reading, parse_settings, read_defaults, read_manifest
 from kvlock_fast.batch.places import LEDGER, OWN_FILES, Results, held, is_remote, local_path, remove_litter
 from kvlock_fast.batch.runner import Runner, Watcher, stopped_by_signals
@@ -36,7 +36,7 @@ MOST_SHOWN = 50
 
 
 def print_schema() -> None:
-    """The JSON Schema of a line of the manifest."""
+    """Print the JSON Schema of a line of the manifest."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **JobFields.model_json_schema()}
     print(json.dumps(schema, indent=1))
 
@@ -58,7 +58,7 @@ def check(settings: BatchSettings) -> int:
 
 
 def run(settings: BatchSettings) -> int:
-    """The batch; the exit status: 1 if a job failed, 128 and the signal's number if one stopped it."""
+    """Run the batch; return the exit status: 1 if a job failed, 128 and the signal's number if one stopped it."""
     try:
         return _batch(settings)
     except sqlite3.Error as error:
@@ -72,7 +72,9 @@ def _batch(settings: BatchSettings) -> int:
         model_size(model)
     if settings.engine == "local":
         find_device(settings.device)
-    _refuse_missing(reading, settings)
+    # What is done already may have lost its source since.
+    check_files(reading, settings.manifest.parent, _done(settings.output))
+    _refuse(reading)
     folder = output_folder(settings.output)
     with ExitStack() as stack:
         ledger = stack.enter_context(Ledger(folder))
@@ -82,25 +84,23 @@ def _batch(settings: BatchSettings) -> int:
             stack.enter_context(held(results.folder, f"another batch has its results in '{results.folder}'"))
         changes = ledger.take(reading.jobs, results.size, settings.retry_failed, settings.overwrite)
         _say_changes(changes, len(reading.jobs), settings.quiet)
-        title = settings.manifest.name
-        came, runner = _run(settings, reading.jobs, ledger, results, title)
+        index = Index(folder, ledger, results, settings.manifest.name)
+        came, runner = _run(settings, reading.jobs, index)
         with suppress(OutputError) if runner.fatal is not None else nullcontext():
-            write_index(folder, ledger, results, title)
+            index.write()
         return _report(settings, runner, ledger, came)
 
 
-def _run(
-    settings: BatchSettings, jobs: list[Job], ledger: Ledger, results: Results, title: str
-) -> tuple[list[int], Runner]:
+def _run(settings: BatchSettings, jobs: list[Job], index: Index) -> tuple[list[int], Runner]:
     with ExitStack() as running:
-        watchers: list[Watcher] = [IndexWatcher(settings.output, ledger, results, title)]
+        watchers: list[Watcher] = [index]
         if settings.metrics_file is not None:
             watchers.append(MetricsFile(settings.metrics_file))
         running.enter_context(_warnings_once())
-        pending = ledger.counts([job.id for job in jobs])["pending"]
+        pending = index.ledger.counts([job.id for job in jobs])["pending"]
         engine = make_engine(settings if pending else replace(settings, engine="local"))  # which loads nothing
         running.callback(engine.close)
-        runner = Runner(ledger, engine, results, jobs, settings.edits_per_pass)
+        runner = Runner(index.ledger, engine, index.results, jobs, settings.edits_per_pass)
         # After the engine: Ray sets handlers of its own when it is imported.
         came = running.enter_context(stopped_by_signals(runner.stop))
         watchers.insert(0, running.enter_context(shown(settings.quiet)))
@@ -162,12 +162,6 @@ def _read(settings: BatchSettings) -> Reading:
     return reading
 
 
-def _refuse_missing(reading: Reading, settings: BatchSettings) -> None:
-    """Every problem that shows without reading a video; what is done already may have lost its source since."""
-    check_files(reading, settings.manifest.parent, _done(settings.output))
-    _refuse(reading)
-
-
 def _done(folder: Path) -> frozenset[str]:
     if not (folder / LEDGER).exists():
         return frozenset()
@@ -205,7 +199,7 @@ def _print_check(
     write_json(json_file, figures)
 
 
-def _say_changes(changes: Any, total: int, quiet: bool) -> None:
+def _say_changes(changes: Changes, total: int, quiet: bool) -> None:
     if quiet:
         return
     known = total - changes.new
@@ -240,7 +234,7 @@ def _report(settings: BatchSettings, runner: Runner, ledger: Ledger, came: list[
 
 @contextmanager
 def _warnings_once() -> Iterator[None]:
-    """Each warning about input once, however many jobs bring it; they come from several threads."""
+    """Show each warning about input once, however many jobs bring it; they come from several threads."""
     said: set[str] = set()
     before: Callable[..., Any] = warnings.showwarning
 

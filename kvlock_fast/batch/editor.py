@@ -55,7 +55,7 @@ class Editor(Protocol):
 
     @property
     def speed(self) -> Speed:
-        """How every edit is run."""
+        """Settings of every edit."""
         ...
 
     def decide(self, setup: Setup, clip: Clip, prompts: int) -> Decision:

@@ -15,7 +15,7 @@ LANES = 3
 
 @dataclass(frozen=True)
 class Crashed:
-    """A worker died with a pass. fatal: no other worker will come."""
+    """The death of a worker with a pass. fatal: no other worker will come."""
 
     work: Pass
     reason: str
@@ -53,7 +53,7 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """One worker, in this process."""
+    """An engine with one worker, in this process."""
 
     lanes = LANES
 

@@ -5,6 +5,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -51,33 +52,38 @@ def result_rows(ledger: Ledger) -> list[dict[str, Any]]:
     return rows
 
 
-def write_index(folder: Path, ledger: Ledger, results: Results, title: str) -> None:
-    """index.html, results.jsonl, and results.parquet where pyarrow is installed. Raises OutputError."""
-    rows = result_rows(ledger)
-    write_text(folder / "results.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    _write_parquet(folder / "results.parquet", rows)
-    pictures = {row["id"]: row["thumbnail"] for row in ledger.rows()}
-    cards = [_card(row, pictures[row["id"]], results) for row in rows]
-    states = Counter(row["state"] for row in rows)
-    counts = {state: states[state] for state in ("done", "failed", "running", "pending")}
-    sources = sorted({row["source"] for row in rows})
-    page = template(Path(__file__).with_name("index.html.jinja"), trim_blocks=True).render(
-        title=title, version=__version__, cards=cards, counts=counts, sources=sources, made=time.strftime("%F %H:%M")
-    )
-    write_text(folder / "index.html", page)
+@dataclass
+class Index:
+    """The index of a batch's results in its output folder; as a watcher, it is renewed now and then."""
 
+    folder: Path
+    ledger: Ledger
+    results: Results
+    title: str
+    _last: float = field(default_factory=time.monotonic)
 
-class IndexWatcher:
-    """Renews the index while a batch runs, now and then."""
-
-    def __init__(self, folder: Path, ledger: Ledger, results: Results, title: str):
-        self.arguments = (folder, ledger, results, title)
-        self.last = time.monotonic()
+    def write(self) -> None:
+        """Write index.html, results.jsonl, and results.parquet where pyarrow is installed. Raises OutputError."""
+        rows = result_rows(self.ledger)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        write_text(self.folder / "results.jsonl", lines)
+        _write_parquet(self.folder / "results.parquet", rows)
+        pictures = {row["id"]: row["thumbnail"] for row in self.ledger.rows()}
+        states = Counter(row["state"] for row in rows)
+        page = template(Path(__file__).with_name("index.html.jinja"), trim_blocks=True).render(
+            title=self.title,
+            version=__version__,
+            cards=[_card(row, pictures[row["id"]], self.results) for row in rows],
+            counts={state: states[state] for state in ("done", "failed", "running", "pending")},
+            sources=sorted({row["source"] for row in rows}),
+            made=time.strftime("%F %H:%M"),
+        )
+        write_text(self.folder / "index.html", page)
 
     def __call__(self, state: State) -> None:
-        if time.monotonic() - self.last >= SECONDS_PER_INDEX:
-            write_index(*self.arguments)
-            self.last = time.monotonic()
+        if time.monotonic() - self._last >= SECONDS_PER_INDEX:
+            self.write()
+            self._last = time.monotonic()
 
 
 def _card(row: dict[str, Any], thumbnail: bytes | None, results: Results) -> dict[str, Any]:

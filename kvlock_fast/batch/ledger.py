@@ -1,4 +1,4 @@
-"""What became of each job: a SQLite file in the output folder, the one truth about a batch.
+"""Ledger of a batch: a SQLite file in the output folder that says what became of each job.
 
 A job is a row. Its state goes from pending to running to done or failed; what a killed program left running is pending
 again at the next start. A result counts once its row says done, which is written after its files are whole.
@@ -11,7 +11,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 from kvlock_fast.batch.jobs import Decision, Job, Pass, grouped, ranks
 from kvlock_fast.batch.migrate import migrate_spec
 from kvlock_fast.batch.places import LEDGER, held
-from kvlock_fast.errors import InputError, OutputError, OutputLost
+from kvlock_fast.errors import InputError, OutputError, OutputLost, os_errors
 
 if TYPE_CHECKING:
     from kvlock_fast.batch.worker import Outcome
 
 STATES = ("pending", "running", "done", "failed")
 MOST_CRASHES = 3
-"""How often a worker may die with a job before the job is set aside."""
+"""Number of deaths of a worker with a job after which the job is set aside."""
 _VERSION = 2
 _TABLES = """
 CREATE TABLE IF NOT EXISTS passes (
@@ -53,8 +53,8 @@ class Changes:
     gone: int
 
 
-class Ledger:
-    """One program at a time has a folder's ledger. Raises InputError where it is held or cannot be written."""
+class Ledger(AbstractContextManager["Ledger"]):
+    """The ledger of a folder, for one program at a time. Raises InputError where it is held or cannot be written."""
 
     def __init__(self, folder: str | Path):
         self.path = Path(folder) / LEDGER
@@ -62,8 +62,7 @@ class Ledger:
         try:
             self.db = sqlite3.connect(self.path, isolation_level=None)
             self.db.row_factory = sqlite3.Row
-            self.db.execute("PRAGMA journal_mode = WAL")
-            self.db.execute("PRAGMA synchronous = FULL")
+            self.db.executescript("PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;")
             self._check_version()
             self.db.executescript(_TABLES)
         except BaseException as error:
@@ -74,24 +73,17 @@ class Ledger:
                 raise OutputError(f"the ledger '{self.path}' cannot be used: {error}") from error
             raise
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         self.db.close()
         self._lock.release()
 
+    __exit__ = close
+
     def check_there(self) -> None:
         """Raise OutputLost where the file was removed: what is written to it then is lost."""
-        try:
-            there = self.path.exists()
-        except OSError as error:
-            raise OutputLost(f"the ledger '{self.path}' cannot be written: {error.strerror or error}") from error
-        if not there:
-            raise OutputLost(f"the ledger '{self.path}' was removed")
-
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+        with os_errors(f"the ledger '{self.path}' cannot be written", OutputLost):
+            if not self.path.exists():
+                raise OutputLost(f"the ledger '{self.path}' was removed")
 
     def _check_version(self) -> None:
         version = self.db.execute("PRAGMA user_version").fetchone()[0]
@@ -134,9 +126,13 @@ class Ledger:
     ) -> Changes:
         """Enter the jobs of a manifest; what is not done is pending afterwards, but for what failed.
 
-        size_of(output): bytes of a result, None where there is none: a job whose result is not as it was left is
-        pending again. retry_failed: so is what failed. overwrite: whether results may replace files that are not of
-        this ledger; if not, InputError names them, and nothing is entered.
+        Args:
+            jobs: all of the manifest's.
+            size_of: bytes of an output's file, None where there is none. A job whose result is not as it was left is
+                pending again.
+            retry_failed: what failed is pending again too.
+            overwrite: results may replace files that are not of this ledger; if not, InputError names them, and
+                nothing is entered.
         """
         new = changed = gone = 0
         others: list[str] = []
@@ -240,9 +236,10 @@ class Ledger:
         return [job for job in work.jobs if self._value("state", job.id) == "pending"]
 
     def crashed(self, work: Pass, reason: str) -> list[Pass]:
-        """A worker died with it. Its jobs are pending, or set aside after three times; the passes to run for them.
+        """Enter that a worker died with a pass: its jobs are pending, or set aside after three times.
 
-        After the second time each job gets a pass of its own, so that the third time only the guilty one is hit.
+        Returns the passes to run for them. After the second time each job gets a pass of its own, so that the third
+        time only the guilty one is hit.
         """
         left = self.stopped(work)
         with self._transaction() as db:
@@ -259,7 +256,7 @@ class Ledger:
         return [self.find_pass(self._value("pass", job.id)) for job in again[:1]]
 
     def halved(self, work: Pass) -> list[Pass]:
-        """Two new passes of its missing jobs: what fails together is told apart."""
+        """Make two new passes of its missing jobs: what fails together is told apart."""
         jobs = self.stopped(work)
         middle = (len(jobs) + 1) // 2
         return self._apart([part for part in (jobs[:middle], jobs[middle:]) if part])
@@ -271,13 +268,13 @@ class Ledger:
         return [self.find_pass(number) for number in numbers]
 
     def counts(self, ids: Iterable[str]) -> dict[str, int]:
-        """How many of these jobs are in each state."""
+        """Count these jobs by state."""
         states = dict(self.db.execute("SELECT id, state FROM jobs").fetchall())
         found = Counter(states[id] for id in ids)
         return {state: found[state] for state in STATES}
 
     def rows(self) -> list[sqlite3.Row]:
-        """All jobs, in the manifest's order."""
+        """List all jobs, in the manifest's order."""
         return self.db.execute("SELECT * FROM jobs ORDER BY position, id").fetchall()
 
     def _value(self, column: str, id: str) -> Any:

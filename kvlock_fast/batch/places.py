@@ -4,6 +4,8 @@ A path without a scheme is local, and `file://` is the same. Everything else (`m
 fsspec, whose packages for a scheme are the user's to install.
 """
 
+from __future__ import annotations
+
 import contextlib
 import re
 import shutil
@@ -11,15 +13,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from filelock import BaseFileLock, FileLock, Timeout
 
 from kvlock_fast.batch.fields import short
-from kvlock_fast.errors import InputError, OutputError, OutputLost, one_line, warn
+from kvlock_fast.errors import InputError, OutputError, OutputLost, one_line, os_errors, warn
 from kvlock_fast.files import is_abandoned, output_folder, write_bytes
 from kvlock_fast.media import ENCODERS, STILLS
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 LEDGER = "ledger.sqlite"
 
@@ -30,10 +35,8 @@ def held(folder: Path, refusal: str) -> BaseFileLock:
     Raises InputError with the refusal where another process holds it, OutputError where it cannot be made.
     """
     path = folder / ".ledger.lock"
-    try:
+    with os_errors(f"cannot write '{folder}'"):
         path.touch()
-    except OSError as error:
-        raise OutputError(f"cannot write '{folder}': {error.strerror or error}") from error
     # A soft lock would outlive a killed process.
     lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
     try:
@@ -64,7 +67,7 @@ def is_remote(place: str) -> bool:
 
 
 def local_path(place: str, base: Path) -> Path:
-    """Of a path (relative to `base`) or of file://..."""
+    """Turn a path (relative to `base`) or file://... into a local path."""
     if _SCHEME.match(place):
         return Path(unquote(urlsplit(place).path))
     return base / place
@@ -105,12 +108,12 @@ def fetched(place: str, base: Path) -> Iterator[Path]:
 
 
 class Results:
-    """Where finished files go: a folder, or a URL. A file appears whole or not at all."""
+    """A folder or URL for finished files. A file appears whole or not at all."""
 
     def __init__(self, place: str):
-        """Raises InputError where nothing can be written."""
+        """Make the folder. Raises InputError where nothing can be written."""
         self.place = place.rstrip("/") or place
-        self.system: Any = None
+        self.system: AbstractFileSystem | None = None
         if is_remote(place):
             with _said(place):
                 self.system, self.root = _remote(self.place)
@@ -135,12 +138,9 @@ class Results:
             self.system.pipe_file(path, data)
 
     def _check_there(self, path: Path) -> None:
-        try:
-            there = self.folder.is_dir()
-        except OSError as error:
-            raise OutputLost(f"cannot write '{path}': {error.strerror or error}") from error
-        if not there:
-            raise OutputLost(f"cannot write '{path}': the folder '{self.folder}' was removed")
+        with os_errors(f"cannot write '{path}'", OutputLost):
+            if not self.folder.is_dir():
+                raise OutputLost(f"cannot write '{path}': the folder '{self.folder}' was removed")
 
     def check_takes_files(self) -> None:
         """Raise OutputLost where a local folder takes no file of any name."""
@@ -161,11 +161,11 @@ class Results:
             return self.system.size(path) if self.system.isfile(path) else None
 
     def url(self, name: str) -> str:
-        """For a link from the page in the output folder: relative where the file lies there."""
+        """Address of a file for a link from the page in the output folder: relative where the file lies there."""
         return name if self.system is None else f"{self.place}/{name}"
 
 
-def _remote(place: str) -> tuple[Any, str]:
+def _remote(place: str) -> tuple[AbstractFileSystem, str]:
     import fsspec
 
     return fsspec.core.url_to_fs(place)
@@ -173,7 +173,7 @@ def _remote(place: str) -> tuple[Any, str]:
 
 @contextmanager
 def _said(place: str, kind: type[InputError] = InputError) -> Iterator[None]:
-    """Whatever a file system raises, as one sentence about the place."""
+    """Raise whatever a file system raises as one sentence about the place."""
     try:
         yield
     except InputError:
@@ -186,7 +186,7 @@ SUFFIXES = (*ENCODERS, *STILLS)
 REPORTS = "reports"
 OWN_FILES = (LEDGER, "index.html", "results.jsonl", "results.parquet")
 MOST_BYTES = 200
-"""Of one part of a name: file systems take 255, and a list of prompts and temporary files add a few."""
+"""The most bytes of one part of a name: file systems take 255; a list of prompts and temporary files add a few."""
 
 
 def numbered(output: str, number: int) -> str:
@@ -221,7 +221,7 @@ def output_problem(output: str, folder: Path) -> str | None:
 
 
 def _place_problem(output: str, folder: Path) -> str | None:
-    """What is wrong with the place where the name leads today."""
+    """Describe a fault of the place where the name leads today."""
     place = folder / output
     try:
         if place.is_symlink() or not place.resolve().is_relative_to(folder.resolve()):
@@ -246,5 +246,5 @@ def id_problem(id: str) -> str | None:
 
 
 def report_name(id: str) -> str:
-    """Where the page about a job goes, below the output folder."""
+    """Name of the page about a job, below the output folder."""
     return f"{REPORTS}/{id}.html"

@@ -15,15 +15,15 @@ from kvlock_fast.batch.editor import Editor
 from kvlock_fast.batch.engine import Crashed
 from kvlock_fast.batch.jobs import Pass
 from kvlock_fast.batch.worker import Finished, Running, Worker
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, os_errors
 
 LANES = 2
 """Passes in an actor at once: one computed, one read or written."""
 SECONDS_PER_LOOK = 1.0
 MOST_FAILED_STARTS = 3
-"""How often each actor may fail to start before the batch is given up, while no other runs."""
+"""Number of failed starts of each actor after which the batch is given up, while no other runs."""
 STOP_SECONDS = 600
-"""How long an actor may take to end its running step."""
+"""Longest time for an actor to end its running step."""
 
 
 class RayWorker(Worker):
@@ -199,10 +199,8 @@ def _refuse_unreachable(address: str) -> None:
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not (colon and host and port.isascii() and port.isdecimal() and int(port) < 65536):
         raise InputError(f"--address must be auto, HOST:PORT or ray://HOST:PORT, got '{address}'")
-    try:
+    with os_errors(f"--address '{address}' is no Ray cluster", InputError):
         socket.create_connection((host, int(port)), timeout=10).close()
-    except OSError as error:
-        raise InputError(f"--address '{address}' is no Ray cluster: {error.strerror or error}") from error
 
 
 def _first_line(error: BaseException) -> str:

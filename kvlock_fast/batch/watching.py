@@ -1,4 +1,4 @@
-"""What a batch shows while it runs: lines for people, a file for Prometheus."""
+"""Progress of a batch while it runs: lines for people, a file for Prometheus."""
 
 import math
 import sys
@@ -45,7 +45,7 @@ def summary_line(state: State) -> str:
 
 
 def running_line(running: Running) -> str:
-    """One pass: its jobs, its stage, the time its denoising still takes."""
+    """Describe a pass: its jobs, its stage, the time its denoising still takes."""
     more = len(running.jobs) - 1
     names = f"{running.jobs[0]}{f' and {more} more' if more else ''}"
     stage = STAGES.get(running.stage, _STAGES.get(running.stage, running.stage))

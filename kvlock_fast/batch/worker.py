@@ -1,4 +1,4 @@
-"""One machine's part of a batch: a pass in, finished files out.
+"""Worker of a batch, which turns passes into finished files on one machine.
 
 Several passes may be in a worker at once, each in a thread of its caller's: while one has the device, the next one's
 clip is read and the last one's results are measured and encoded.
@@ -173,14 +173,14 @@ class Worker:
         return [replace(running, seconds=time.monotonic() - since) for _, (running, since) in passes]
 
     def stop(self) -> None:
-        """After the step that is running; what is decoded is still finished."""
+        """Stop after the step that is running; what is decoded is still finished."""
         self._stop.set()
 
     def close(self) -> None:
         self._device.shutdown(wait=True, cancel_futures=True)
 
     def _edited(self, work: Pass, clip: Clip) -> tuple[Decision, list[_Frames], float]:
-        """In the device's thread: how a pass was run, what each job came to, and a job's share of the seconds."""
+        """Edit, in the device's thread: how it was done, each job's frames, and a job's share of the seconds."""
         self._refuse_if_stopped()
         self._report(work, "load", 0, 1)
         decision = work.decision or self.editor.decide(work.setup, clip, len(work.places))
@@ -199,7 +199,7 @@ class Worker:
         return decision, frames, (time.monotonic() - begun) / len(work.jobs)
 
     def _with_memory(self, work: Pass, clip: Clip, decision: Decision) -> tuple[Decision, list[_Frames]]:
-        """With half as many prompts at once, and half again, while memory runs out; at last by the pipeline's ladder.
+        """Edit with half as many prompts at once, and half again, while memory runs out; at last by the ladder.
 
         Raises OutOfMemory where that is too much too.
         """
@@ -235,7 +235,7 @@ class Worker:
         return Finished(work, tuple(outcomes), decision)
 
     def _clip(self, setup: Setup) -> Clip:
-        """Read once for all the passes that want it, also where they ask at the same time."""
+        """Read a clip once for all the passes that want it, also where they ask at the same time."""
         key = (setup.source, setup.mask, setup.max_frames, setup.mask_shape)
         with self._lock:
             future, mine = self._clips.get(key), False
@@ -289,6 +289,6 @@ def one_of(trace: dict[str, Any], sample: int) -> dict[str, Any]:
 
 
 def _sentence(error: BaseException) -> str:
-    """What went wrong in one line; the kind of error too, where it is not the user's to mend."""
+    """An error in one line; its kind too, where it is not the user's to mend."""
     text = " ".join(str(error).split())[:1000]
     return text if isinstance(error, InputError) and text else f"{type(error).__name__}: {text}".rstrip(": ")

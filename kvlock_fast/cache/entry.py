@@ -108,7 +108,7 @@ class EntryWriter:
                 self.folder.rmdir()
 
 
-class Entry:
+class Entry(contextlib.AbstractContextManager["Entry"]):
     """An entry that was found whole, mapped into memory; from `Entry.open`. Can be used in a `with`.
 
     Its tensors, and those taken from it after it is closed, stay readable whoever replaces or removes the files.
@@ -157,17 +157,13 @@ class Entry:
         """The tensors of a shard, on the CPU, without a copy. Raises KeyError for no such shard."""
         return self._shards[shard].tensors()
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """Let the entry go: it can be evicted, and its memory is free when the last of its tensors is."""
         self._shards = {}
         if self._release is not None:
             self._release()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __exit__ = close
 
 
 def _map(folder: Path) -> tuple[Manifest, str, dict[str, MappedShard]]:
@@ -200,7 +196,7 @@ def _shard_path(data: Path, name: str) -> Path:
 
 
 def _lease_of_entry(folder: Path) -> Lease | None:
-    """Also removes what dead processes left there. None where nothing can be written. Raises MissingCache.
+    """Lease an entry and remove what dead processes left; None where nothing can be written. Raises MissingCache.
 
     What is not there is missing, even if another process writes it the next moment: it would be read without a lease.
     """

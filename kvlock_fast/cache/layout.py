@@ -25,6 +25,11 @@ Key = tuple[int, str]
 """Layer number, and "k" or "v"."""
 
 
+def shard_name(step: int) -> str:
+    """Name of a stored step's shard."""
+    return f"step-{step:05d}"
+
+
 @dataclass(frozen=True)
 class KVShape:
     """Extent of what is kept of a step: layers (by number), tokens, heads and channels a head."""
@@ -36,13 +41,13 @@ class KVShape:
 
     @property
     def tensor(self) -> tuple[int, int, int, int]:
-        """One layer's keys, or values: [1, N, H, D]."""
+        """Shape of a layer's keys, or values: [1, N, H, D]."""
         return 1, self.tokens, self.heads, self.dim
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of an arena: codes, scale or minimum of a layer's keys or values."""
+    """A tensor of an arena: codes, scale or minimum of a layer's keys or values."""
 
     key: Key
     role: str

@@ -51,7 +51,7 @@ def owner_lives(path: Path) -> bool:
 
 PUBLISHED = "published"
 TAG = "CACHEDIR.TAG"
-"""In the folder of several entries; the name and the first line are known to backup programs."""
+"""A file in the folder of several entries; its name and first line are known to backup programs."""
 TAG_OF_0_1 = "Signature: 8a477f597d28d172789f06886806bc55\n# A kvlock_fast cache; backup programs leave it out.\n"
 """Version 0.1 put it into folders of the user's too, so what else is in them may be anybody's."""
 TAG_TEXT = f"{TAG_OF_0_1}# The program made this folder, and all that is in it.\n"
@@ -65,7 +65,7 @@ class Lease:
     """A mark that keeps an entry from being evicted until it is released, or this process ends."""
 
     def __init__(self, folder: Path):
-        """Raises FileNotFoundError if the folder is gone, other OSErrors, InputError after too long a wait."""
+        """Lease. Raises FileNotFoundError if the folder is gone, other OSErrors, InputError after too long a wait."""
         self._pid = os.getpid()
         end = time.monotonic() + _EVICTION_SECONDS
         # Said before it is looked: of a reader and an evictor that come at once, at least one sees the other.
@@ -92,7 +92,7 @@ def any_live(folder: Path, kind: str) -> bool:
 
 
 def owned(folder: Path, *kinds: str) -> list[Path]:
-    """What lies here under an owned name of these kinds."""
+    """Files and folders that lie here under an owned name of these kinds."""
     return [path for path in sorted(folder.iterdir()) if kind_of(path.name) in kinds]
 
 

@@ -40,7 +40,14 @@ def verify_entries(folder: Path, json_file: str | None) -> int:
 
 
 def prune_entries(folder: Path, quota: str | None, everything: bool, json_file: str | None) -> None:
-    """`cache prune`: remove litter, then damaged entries, then the least recently used ones down to the quota."""
+    """`cache prune`: remove litter, then damaged entries, then the least recently used ones down to the quota.
+
+    Args:
+        folder: an entry, or a root of several.
+        quota: an amount of memory that is left, as text; None for no limit.
+        everything: remove every entry that is not in use.
+        json_file: a file for the figures, "-" for stdout, or None.
+    """
     limit = None if quota is None else parse_bytes(quota, "--quota")
     check_json(json_file)
     entries = find_entries(folder)
@@ -74,7 +81,7 @@ def find_entries(folder: Path) -> list[Path]:
 
 
 def problem(entry: Path) -> str | None:
-    """What is wrong with an entry; None if every byte of it is as it was written, or it is still being written."""
+    """Describe the damage of an entry; None if every byte is as it was written, or it is still being written."""
     fault = _fault(entry)
     return None if fault is None or (isinstance(fault, MissingCache) and _in_use(entry)) else str(fault)
 
@@ -171,8 +178,8 @@ def _line(row: dict[str, Any]) -> tuple[str, ...]:
     return _plain(row["entry"]), text_bytes(row["bytes"]), *times, *facts, state
 
 
-def _plain(value: Any) -> str:
-    """As text that leaves the terminal as it is."""
+def _plain(value: object) -> str:
+    """The value as text that leaves the terminal as it is."""
     return "-" if value is None else "".join(c if c.isprintable() else "?" for c in str(value))
 
 

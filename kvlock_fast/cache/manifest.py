@@ -119,7 +119,7 @@ def digest_of(data: bytes) -> str:
 
 
 class _Fault(Exception):
-    """What is wrong with a manifest."""
+    """A fault of a manifest, in words."""
 
 
 def _parse(data: bytes) -> Manifest:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.cache.entry import Entry, EntryWriter
-from kvlock_fast.cache.layout import KVShape, StepLayout
+from kvlock_fast.cache.layout import KVShape, StepLayout, shard_name
 from kvlock_fast.cache.manifest import DamagedCache
-from kvlock_fast.cache.store import Packed, shard_name
+from kvlock_fast.cache.store import Packed
 from kvlock_fast.kernels.quantize import FORMATS, TOKENS_PER_SCALE
 
 SOURCE_SHARD = "source"
@@ -100,7 +100,7 @@ class SavedSource:
 
     @property
     def start(self) -> Tensor:
-        """What the edit starts from [1, C, T, h, w] fp32: the noise, or the end of the inverted path."""
+        """Latents [1, C, T, h, w] fp32 that the edit starts from: the noise, or the end of the inverted path."""
         return self.latents["path"][0] if self.inverted else self.latents["noise"]
 
     @property
@@ -130,7 +130,15 @@ def save_source(
     background: Tensor,
     predictions: dict[int, Tensor],
 ) -> None:
-    """Add what a source has beside its steps, which are written already, and publish the entry."""
+    """Add what a source has beside its steps, which are written already, and publish the entry.
+
+    Args:
+        writer: of the entry.
+        facts: what the source was made of, as plain values.
+        latents: its path, by name: clean and noise, or path.
+        background: indices [N] of the tokens that are stored.
+        predictions: its velocities by step.
+    """
     named = {f"prediction.{k:05d}": x for k, x in predictions.items()}
     writer.add_shard(SOURCE_SHARD, {"background": background, **latents, **named})
     writer.publish(facts)

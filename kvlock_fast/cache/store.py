@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.cache.entry import Entry, EntryWriter
-from kvlock_fast.cache.layout import Key, StepLayout
+from kvlock_fast.cache.layout import Key, StepLayout, shard_name
 from kvlock_fast.kernels.quantize import QuantizedKV
 from kvlock_fast.nvtx import span
 
@@ -46,11 +46,6 @@ def page_unlock(arena: Tensor) -> None:
     cudart = torch.cuda.cudart()
     if arena.numel() and cudart is not None:
         torch.cuda.check_error(cudart.cudaHostUnregister(arena.data_ptr()))
-
-
-def shard_name(step: int) -> str:
-    """The shard of one stored step."""
-    return f"step-{step:05d}"
 
 
 class ResidentStore:
@@ -115,7 +110,7 @@ class _Slot:
 
 
 class SlottedStore:
-    """Two slots on the device that take turns; `_save` and `_load` of a subclass know where the bytes wait.
+    """A store with two slots on the device that take turns; a subclass's `_save` and `_load` know where the bytes wait.
 
     Both run in one worker thread, in the order they were asked for, on a stream of their own. On the CPU streams and
     events do nothing.
@@ -187,7 +182,7 @@ class SlottedStore:
             slot.pending = self._worker.submit(self._copy, self._load, step, slot)
 
     def _wait(self, slot: _Slot) -> None:
-        """Until what was asked of a slot has been handed to the device; kernels launched from here on see it."""
+        """Wait until a slot's copy has been handed to the device; kernels launched from here on see it."""
         pending, slot.pending = slot.pending, None
         if pending is None:
             return
@@ -200,7 +195,7 @@ class SlottedStore:
         self._on.current_stream(self.device).wait_event(slot.copied)
 
     def _release(self, slot: _Slot) -> None:
-        """The kernels launched so far are the last that use the slot as it is."""
+        """Mark the kernels launched so far as the last that use the slot as it is."""
         slot.used.record(self._on.current_stream(self.device))
 
     def _copy(self, work: Callable[[int, Tensor], None], step: int, slot: _Slot) -> None:

@@ -21,7 +21,7 @@ _TOKENS = ("tokens", "Tokens computed", "of each branch; fewer where the foregro
 
 
 def schedule_charts(trace: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """One chart per scheduled quantity, a line per sample; [] where the trace has no records.
+    """Lay out a chart per scheduled quantity, a line per sample; [] where the trace has no records.
 
     `tau` among the settings (also one level down) becomes a dashed line in the chart of the variance.
     """

@@ -10,6 +10,8 @@ from kvlock_fast.report.drawing import at_most, difference, difference_scale, he
 
 LARGEST = 480
 """Pixels of the longer side above which frames are made smaller."""
+COLUMNS = 6
+"""The most frames across."""
 
 
 def write_sheet(
@@ -17,8 +19,6 @@ def write_sheet(
     source: np.ndarray,
     mask: np.ndarray,
     edits: Sequence[np.ndarray],
-    *,
-    columns: int = 6,
 ) -> None:
     """Write a PNG: a row each for source, mask, every edit and its difference from the source, some frames across.
 
@@ -27,13 +27,12 @@ def write_sheet(
         source: uint8 `[F, H, W, 3]`.
         mask: bool `[F, H, W]`.
         edits: uint8 `[F, H, W, 3]` each.
-        columns: the most frames across.
 
     Raises OutputError if the path cannot be written.
     """
     from PIL import Image, ImageDraw
 
-    index = np.linspace(0, len(source) - 1, min(columns, len(source))).round().astype(int)
+    index = np.linspace(0, len(source) - 1, min(COLUMNS, len(source))).round().astype(int)
     names, rows = _rows(source[index], mask[index], [edit[index] for edit in edits])
     rows = [legible(at_most(row, LARGEST)) for row in rows]
     height, width = rows[0].shape[1:3]

@@ -82,7 +82,7 @@ def _checked(data: Any) -> dict[str, Any]:
     return data
 
 
-def _check_record(index: int, record: Any, steps: int, prompts: int) -> None:
+def _check_record(index: int, record: object, steps: int, prompts: int) -> None:
     if not isinstance(record, dict):
         raise _Wrong(f"record {index} is {_short(record)}")
     if not _whole(record.get("tokens", 0), 0, MOST_TOKENS):
@@ -96,11 +96,11 @@ def _check_record(index: int, record: Any, steps: int, prompts: int) -> None:
             raise _Wrong(f"record {index} has {_short(value)} as its {name}")
 
 
-def _whole(value: Any, low: int, high: int) -> bool:
+def _whole(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
-def _number_or_none(value: Any) -> bool:
+def _number_or_none(value: object) -> bool:
     if value is None:
         return True
     # A whole number of JSON may be too large for a float.
@@ -109,7 +109,7 @@ def _number_or_none(value: Any) -> bool:
     )
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
 
@@ -168,7 +168,7 @@ def remake_report(
     )
 
 
-def _found(folder: Path, name: Any, kind: str) -> str | None:
+def _found(folder: Path, name: object, kind: str) -> str | None:
     """A box, or the path of a file that a trace names, as it was typed or beside the trace; None, with a warning."""
     if not isinstance(name, str) or not name:
         return None

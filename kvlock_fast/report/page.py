@@ -16,17 +16,7 @@ import numpy as np
 from kvlock_fast.files import write_text
 from kvlock_fast.media import write_video
 from kvlock_fast.media.metrics import measure_edit
-from kvlock_fast.report import charts
-from kvlock_fast.report.drawing import (
-    as_pictures,
-    at_most,
-    difference,
-    difference_scale,
-    heat,
-    heat_colours,
-    legible,
-    outline,
-)
+from kvlock_fast.report import charts, drawing
 from kvlock_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -75,7 +65,7 @@ def write_report(
         version=__version__,
         prompts=[*prompts, *[""] * (count - len(prompts))],
         clips=_clips(source, mask, edited, fps),
-        heat=", ".join("rgb({}, {}, {})".format(*colour) for colour in heat_colours()[::15].tolist()),
+        heat=", ".join("rgb({}, {}, {})".format(*colour) for colour in drawing.heat_colours()[::15].tolist()),
         figures=[_figures(one, still) for one in metrics],
         charts=charts.schedule_charts(trace, settings),
         facts=_facts(source if source is not None else next(iter(edited), None), mask, trace, fps),
@@ -91,14 +81,14 @@ def _clips(
     """Videos to play: source, mask, each edit and its difference from the source."""
     clips = [] if source is None else [_clip("Source", source, fps)]
     if mask is not None:
-        clips.append(_clip("Mask", as_pictures(mask) if source is None else outline(source, mask), fps))
-    maps = [] if source is None else [difference(source, edit) for edit in edits]
-    scale = difference_scale(maps, None if mask is None else ~mask) if maps else 0
+        clips.append(_clip("Mask", drawing.as_pictures(mask) if source is None else drawing.outline(source, mask), fps))
+    maps = [] if source is None else [drawing.difference(source, edit) for edit in edits]
+    scale = drawing.difference_scale(maps, None if mask is None else ~mask) if maps else 0
     for i, edit in enumerate(edits):
         number = f" {i + 1}" if len(edits) > 1 else ""
         clips.append({**_clip(f"Edit{number}", edit, fps), "prompt": i})
         if maps:
-            clips.append({**_clip(f"Difference{number}", heat(maps[i], scale), fps), "scale": scale})
+            clips.append({**_clip(f"Difference{number}", drawing.heat(maps[i], scale), fps), "scale": scale})
     return clips
 
 
@@ -109,7 +99,7 @@ def _clip(name: str, frames: np.ndarray, fps: Fraction | float) -> dict[str, Any
     """
     from PIL import Image
 
-    shown = legible(at_most(frames, LARGEST))
+    shown = drawing.legible(drawing.at_most(frames, LARGEST))
     still = len(shown) == 1
     if not still:
         shown = np.pad(shown, [(0, 0), (0, shown.shape[1] % 2), (0, shown.shape[2] % 2), (0, 0)], mode="edge")
@@ -184,7 +174,7 @@ def _rows(settings: dict[str, Any]) -> list[dict[str, Any]]:
     return plain
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):

@@ -14,7 +14,7 @@ import torch
 
 from kvlock_fast.batch import watching
 from kvlock_fast.batch.editor import ModelEditor, OutOfMemory
-from kvlock_fast.batch.index import result_rows, write_index
+from kvlock_fast.batch.index import Index, result_rows
 from kvlock_fast.batch.jobs import Decision, Setup
 from kvlock_fast.batch.ledger import Ledger
 from kvlock_fast.batch.places import Results, fetched, is_there
@@ -357,7 +357,7 @@ def test_the_page_escapes_what_it_shows_and_needs_nothing_else(folder):
     lines.append(job(2, prompt="nan"))
     run_batch(write_manifest(folder, lines), folder / "out")
     with Ledger(folder / "out") as ledger:
-        write_index(folder / "out", ledger, Results(str(folder / "out")), "<title>")
+        Index(folder / "out", ledger, Results(str(folder / "out")), "<title>").write()
         rows = result_rows(ledger)
     page = Page((folder / "out/index.html").read_text())
     assert page.tags.count("article") == 3 and page.tags.count("img") == 2 and page.tags.count("b") == 0
@@ -372,7 +372,7 @@ def test_a_parquet_table_where_pyarrow_is_there(folder):
     parquet = pytest.importorskip("pyarrow.parquet")
     run_batch(write_manifest(folder, [job(0), job(1)]), folder / "out")
     with Ledger(folder / "out") as ledger:
-        write_index(folder / "out", ledger, Results(str(folder / "out")), "t")
+        Index(folder / "out", ledger, Results(str(folder / "out")), "t").write()
         assert parquet.read_table(folder / "out/results.parquet").to_pylist() == result_rows(ledger)
 
 

@@ -22,9 +22,9 @@ from kvlock_fast.batch.manifest import read_manifest
 from kvlock_fast.batch.places import Results
 from kvlock_fast.batch.runner import Runner
 from kvlock_fast.batch.worker import Outcome
-from kvlock_fast.settings import FEATHER
 from kvlock_fast.errors import InputError, InputWarning, OutputError
 from kvlock_fast.media import grow_mask, read_video
+from kvlock_fast.settings import FEATHER
 from tests.support.batch_parts import StandIn, frame_hashes, job, ledger_rows, run_batch, write_clips, write_manifest
 from tests.support.clipmaker import encode_with_tone
 

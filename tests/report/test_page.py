@@ -175,10 +175,10 @@ def test_browsers_can_decode_it(tmp_path):
 
 def test_the_sheet(tmp_path):
     source, mask, edited = clip(9)
-    contact_sheet.write_sheet(tmp_path / "s.png", source, mask, [edited], columns=4)
+    contact_sheet.write_sheet(tmp_path / "s.png", source, mask, [edited])
     picture = Image.open(tmp_path / "s.png")
-    # Four rows of four frames of 288x192, enlarged by nearest pixel, so the source's first frame is in it exactly.
-    assert picture.width > 4 * 288 and picture.height > 4 * 192
+    # Four rows of six frames of 288x192, enlarged by nearest pixel, so the source's first frame is in it exactly.
+    assert picture.width > 6 * 288 and picture.height > 4 * 192
     first = np.asarray(picture)[48 : 48 + 192, 24 : 24 + 288]
     assert np.array_equal(first, source[0].repeat(6, 0).repeat(6, 1))
 
