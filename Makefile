@@ -11,7 +11,7 @@ JOBS   ?= 2
 # With "=": after a space pytest would take the folder for a place of tests, before it has read our options.
 PYTEST := $(BIN)/python -m pytest -q -n $(JOBS) --durations=20 --durations-min=1 $(if $(CLIPS),--clips="$(CLIPS)")
 
-.PHONY: demo test test-all numeric matrix rooms lint clean install
+.PHONY: demo test test-all numeric matrix rooms options lint clean install
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -35,6 +35,10 @@ matrix: $(STAMP)
 # The picture of the rooms, for CONTRIBUTING.md.
 rooms: $(STAMP)
 	$(BIN)/python -m tests.project.rooms
+
+# The page of every option, for the docs.
+options: $(STAMP)
+	$(BIN)/python -m tests.project.options
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

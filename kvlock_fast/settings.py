@@ -177,7 +177,7 @@ class EditSettings(Place, Finish, Speed, RunConfig):
     """How to edit a clip: one edit for each prompt. A seed of None is that of the cache, where it knows one."""
 
     prompts: list[str] = field(
-        metadata=_text("What the edit shall show; give it again for another edit of the same source", name="prompt")
+        metadata=_text("What the edit shows; give it again for another edit of the same source", name="prompt")
     )
 
     @property
@@ -198,7 +198,7 @@ class EditFiles(Inputs):
 
     output: Path = field(
         metadata=described(
-            "The edit: .mp4, .m4v, .mov, .webm, .gif, .mkv (lossless), or a folder, which has no suffix (PNG, "
+            "The edited video: .mp4, .m4v, .mov, .webm, .gif, .mkv (lossless), or a folder, which has no suffix (PNG, "
             "lossless); NAME-1, NAME-2, ... for several prompts",
             "PATH",
             EDIT,

@@ -10,13 +10,18 @@ from kvlock_fast.version import __version__
 
 
 class Command(TyperCommand):
-    """A command whose --help stands in the panel of outputs, so that the first panel is what to edit."""
+    """A command with --help in the panel of outputs, and both names of a switch in one column of the help."""
 
-    def get_help_option(self, ctx: Any) -> Any:
-        option = super().get_help_option(ctx)
-        if any(getattr(parameter, "rich_help_panel", None) == OUTPUT for parameter in self.params):
-            option.rich_help_panel = OUTPUT
-        return option
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Draw the help. The command is made anew for every call, so its options may be changed for it."""
+        options = self.get_params(ctx)
+        for option in options:
+            option.opts, option.secondary_opts = [*option.opts, *option.secondary_opts], []
+            if getattr(option, "is_flag", False):
+                option.metavar = ""
+            if option is options[-1] and any(getattr(one, "rich_help_panel", None) == OUTPUT for one in options):
+                option.rich_help_panel = OUTPUT
+        super().format_help(ctx, formatter)
 
 
 class Application(typer.Typer):
