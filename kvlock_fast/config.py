@@ -6,7 +6,7 @@ from os import PathLike
 from typing import Any
 
 from kvlock_fast.parameters import LOCK, MEMORY, SPEED, check, documented, parameter
-from kvlock_fast.presets import PRESETS, NeighbourOptions
+from kvlock_fast.presets import PLAIN, PRESETS, NeighbourOptions
 from kvlock_fast.renamed import FIELDS, refuse_cache_steps, renamed
 
 TIERS = ("lockstep", "resident", "host", "disk")
@@ -70,7 +70,7 @@ class LockConfig(NeighbourOptions):
         check(self)
         self._check_layers()
         self._check_compute()
-        self._check_neighbours_together()
+        self._check_method()
 
     def _check_layers(self):
         if self.layers is None:
@@ -91,10 +91,28 @@ class LockConfig(NeighbourOptions):
             reason = "s_star_region 'all': s* would need the background's predictions"
         elif self.detection == "global":
             reason = "detection 'global': the variance would need the background's predictions"
-        elif self.alpha != "dynamic" and self.alpha < 1:
+        elif not isinstance(self.alpha, str) and self.alpha < 1:
             reason = f"alpha {self.alpha}: only at 1 do foreground tokens not depend on the background's"
         if reason is not None:
             raise ValueError(f"compute 'foreground' does not go with {reason}")
+
+    def _check_method(self) -> None:
+        """Refuse what does not go with a method, once every value is right by itself."""
+        if self.method != "lock":
+            for name, wanted in PLAIN.items():
+                if getattr(self, name) != wanted:
+                    wrong = f"{name} {getattr(self, name)!r}"
+                    raise ValueError(f"{wrong} does not go with the method {self.method!r}: it must be {wanted!r}")
+        if self.foreground_mix and self.compute == "foreground":
+            raise ValueError(
+                f"foreground_mix {self.foreground_mix} does not go with compute 'foreground': its tokens see their own "
+                "keys and values"
+            )
+        inverts = self.source_path == "invert" or self.method == "flowedit"
+        if self.source_guidance is not None and not inverts:
+            raise ValueError(
+                f"source_guidance {self.source_guidance} needs source_path 'invert', where the source is run by itself"
+            )
 
     @property
     def keeps_background(self) -> bool:

@@ -51,12 +51,9 @@ def working_size(model: str, video: np.ndarray, size: tuple[int, int] | None) ->
     if size is not None or not bundled or height * width <= PIXELS:
         return size
     shrink = math.sqrt(PIXELS / (height * width))
-    small = tuple(8 * max(1, round(side * shrink / 8)) for side in (height, width))  # its tokens are 8 pixels wide
-    message = (
-        f"the bundled model is small: working at {small[0]}x{small[1]}, not the source's {height}x{width} (--size)"
-    )
-    warn(message)
-    return small
+    down, across = (8 * max(1, round(side * shrink / 8)) for side in (height, width))  # its tokens are 8 pixels wide
+    warn(f"the bundled model is small: working at {down}x{across}, not the source's {height}x{width} (--size)")
+    return down, across
 
 
 def load_pipeline(model: str, device: str = "auto", dtype: str = "auto") -> Any:

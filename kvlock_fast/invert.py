@@ -20,14 +20,14 @@ from kvlock_fast.units import text_bytes
 
 @dataclass(frozen=True)
 class CacheNotes:
-    """What the manifest of a cache that the user named says of how it was made; nothing without such a cache."""
+    """How a cache that the user named was made, by its manifest; nothing without such a cache."""
 
-    folder: str | None = None
+    folder: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, cache: CacheConfig) -> "CacheNotes":
-        """Raises InputError if the cache's manifest cannot be read."""
+        """Read the manifest of a cache. Raises InputError if it cannot be read."""
         if cache.path is None:
             return cls()
         from kvlock_fast.cache.entry import Entry
@@ -35,7 +35,7 @@ class CacheNotes:
         return cls(str(cache.path), Entry.read_meta(cache.path))
 
     def or_given(self, name: str, given: Any, option: str, default: Any = ...) -> Any:
-        """The value that was typed, or else the cache's, or else the default.
+        """Choose the value that was typed, or else the cache's, or else the default.
 
         Raises InputError if the cache was made with another value, or if there is none at all.
         """
@@ -91,7 +91,7 @@ def run_invert(pipe: Any, clip: Clip, output: Path, settings: EditSettings, prog
         source_prompt=settings.source_prompt,
         num_inference_steps=settings.steps,
         guidance_scale=settings.guidance,
-        generator=torch.Generator().manual_seed(settings.seed),
+        generator=torch.Generator().manual_seed(settings.seed or 0),
         frames_policy=settings.frames_policy,
         lock=settings.lock,
         cache=settings.cache,

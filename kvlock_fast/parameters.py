@@ -107,8 +107,9 @@ class Parameter:
         if not self.is_number or value in self.words:
             return None
         kinds = (int, float) if float in self.types else (int,)
-        number = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-        return None if number and self._within(value) else f"must be {self._bounds()}"
+        if isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and self._within(value):
+            return None
+        return f"must be {self._bounds()}"
 
     def _within(self, value: float) -> bool:
         return (

@@ -35,27 +35,9 @@ class NeighbourOptions:
         named = ((f.name, getattr(self, f.name), f.default) for f in fields(NeighbourOptions))
         return {name: value for name, value, default in named if value != default}
 
-    def _check_neighbours_together(self) -> None:
-        """What does not go together, once every value is right by itself."""
-        if self.method != "lock":
-            for name, wanted in _PLAIN.items():
-                if getattr(self, name) != wanted:
-                    wrong = f"{name} {getattr(self, name)!r}"
-                    raise ValueError(f"{wrong} does not go with the method {self.method!r}: it must be {wanted!r}")
-        if self.foreground_mix and self.compute == "foreground":
-            raise ValueError(
-                f"foreground_mix {self.foreground_mix} does not go with compute 'foreground': its tokens see their own "
-                "keys and values"
-            )
-        inverts = self.source_path == "invert" or self.method == "flowedit"
-        if self.source_guidance is not None and not inverts:
-            raise ValueError(
-                f"source_guidance {self.source_guidance} needs source_path 'invert', where the source is run by itself"
-            )
 
-
-_PLAIN = {"alpha": 0, "omega": "constant", "s_star": False, "zero_init_steps": 0, "compute": "full", "halo": 0}
-"""What a method of its own needs of the lock."""
+PLAIN = {"alpha": 0, "omega": "constant", "s_star": False, "zero_init_steps": 0, "compute": "full", "halo": 0}
+"""Values of the lock that a method other than KV-Lock needs."""
 
 PAPER: dict[str, Any] = {"background_latents": "model", "tau": 0.01, "b": 2.0, "omega_floor": 0.0}
 """The paper's exact settings, where they differ from the default."""

@@ -18,6 +18,7 @@ def renamed(**names: str) -> Callable[[F], F]:
     """Decorate a function, or a class for its constructor: an argument of an old name is refused with the new one."""
 
     def decorate(kind: F) -> F:
+        named = kind
         function = kind.__init__ if isinstance(kind, type) else kind
 
         @wraps(function)
@@ -26,10 +27,10 @@ def renamed(**names: str) -> Callable[[F], F]:
                 raise TypeError(f"{old} is called {names[old]} now")
             return function(*args, **kwargs)
 
-        if not isinstance(kind, type):
-            return checked
-        kind.__init__ = checked
-        return kind
+        if isinstance(kind, type):
+            kind.__init__ = checked
+            return named
+        return checked  # pyright: ignore[reportReturnType]
 
     return decorate
 

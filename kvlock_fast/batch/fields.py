@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import Annotated, Any, Literal, Optional
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import ErrorDetails
 
 from kvlock_fast.config import LockConfig
 from kvlock_fast.errors import InputError
@@ -50,7 +51,7 @@ def _type_of(one: Parameter) -> Any:
     kind: Any = int
     if float in one.types:
         kind, bounds["allow_inf_nan"] = float, None if one.high or one.below else False
-    number = Annotated[kind, Field(**{name: bound for name, bound in bounds.items() if bound is not None})]
+    number: Any = Annotated[kind, Field(**{name: bound for name, bound in bounds.items() if bound is not None})]
     return number | Literal[one.words] if one.words else number
 
 
@@ -97,7 +98,7 @@ def problems_of(values: dict[str, Any], partial: bool = False) -> list[Problem]:
     return list(found.items())
 
 
-def _sentence(name: str, fault: dict[str, Any], values: dict[str, Any]) -> str:
+def _sentence(name: str, fault: ErrorDetails, values: dict[str, Any]) -> str:
     if fault["type"] == "missing":
         return "is missing"
     if name in FIELDS:

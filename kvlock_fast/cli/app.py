@@ -20,7 +20,7 @@ class Command(TyperCommand):
             if getattr(option, "is_flag", False):
                 option.metavar = ""
             if option is options[-1] and any(getattr(one, "rich_help_panel", None) == OUTPUT for one in options):
-                option.rich_help_panel = OUTPUT
+                setattr(option, "rich_help_panel", OUTPUT)  # noqa: B010
         super().format_help(ctx, formatter)
 
 

@@ -20,7 +20,7 @@ def edit(given: Given, quiet: Quiet = False) -> None:
         settings,
         source_prompt=made.or_given("source_prompt", given["source_prompt"], "--source-prompt"),
         steps=made.or_given("num_inference_steps", given["steps"], "--steps", made.steps or settings.steps),
-        seed=made.or_given("seed", given["seed"], "--seed", settings.seed if made.folder is None else None),
+        seed=made.or_given("seed", given["seed"], "--seed", settings.seed if not made.folder else None),
         size=settings.size or made.size,
         max_frames=made.or_given("max_frames", given["max_frames"], "--max-frames", None),
     )

@@ -35,7 +35,7 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 def _usage_message(error: Any, arguments: list[str]) -> str:
     """The library's sentence, with the value that was given where it leaves that out."""
     message = error.format_message().replace("\n", " ").rstrip(".")
-    new = OPTIONS.get(getattr(error, "option_name", None))
+    new = OPTIONS.get(getattr(error, "option_name", ""))
     if new is not None and any(new in parameter.opts for parameter in error.ctx.command.params):
         return f"{error.option_name} is called {new} now"
     for option in getattr(getattr(error, "param", None), "opts", ()):

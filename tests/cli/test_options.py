@@ -30,7 +30,7 @@ def panels(text: str) -> dict[str, list[str]]:
     for line in text.splitlines():
         if title := re.match(r"╭─ (.+?) ─+╮", line):
             found[title[1]] = []
-        elif option := re.match(r"│ [* ]*(--[\w-]+)", line):
+        elif option := re.match(r"│ (?:[* ]  )?(--[\w-]+)", line):
             list(found.values())[-1].append(option[1])
     return found
 
