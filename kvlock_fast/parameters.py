@@ -98,7 +98,7 @@ class Parameter:
         """What is wrong with a value, as a sentence without its subject; None if nothing is."""
         if value is None and self.optional:
             return None
-        if self.words and not self.is_number:
+        if self.words and str in self.types and not self.is_number:
             return None if value in self.words else f"must be one of {', '.join(self.words)}"
         if bool in self.types:
             return None if isinstance(value, bool) else "must be True or False"
@@ -145,6 +145,12 @@ def described(help: str, values: str, panel: str, **more: Any) -> dict[str, Para
 def parameter(default: Any, values: str, help: str, panel: str, **more: Any) -> Any:
     """A dataclass field with a default, values, help and panel. more: as `Parameter` has them."""
     return field(default=default, metadata=described(help, values, panel, **more))
+
+
+def again(kind: type[DataclassInstance], attribute: str, **changes: Any) -> Any:
+    """A dataclass field as another class declares it, default and all. changes: as `Parameter` has them."""
+    [one] = [one for one in declared(kind) if one.attribute == attribute]
+    return field(default=one.default, metadata={"parameter": replace(one, **changes)})
 
 
 @cache

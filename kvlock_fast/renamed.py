@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, TypeVar
 
+from kvlock_fast.errors import InputError
+
 OPTIONS = {"--window": "--clip-frames", "--overlap": "--clip-overlap"}
 """Options of `kvlock-fast edit`."""
 FIELDS = {"window": "variance_window", "clip_window": "clip_frames"}
@@ -36,6 +38,6 @@ def renamed(**names: str) -> Callable[[F], F]:
 
 
 def refuse_cache_steps(name: str, value: object) -> None:
-    """Raise ValueError for a value of cache_steps that has another name now."""
+    """Raise InputError for a value of cache_steps that has another name now."""
     if isinstance(value, str) and value in CACHE_STEPS:
-        raise ValueError(f"{name} {value!r} is called {CACHE_STEPS[value]!r} now")
+        raise InputError(f"{name} {value!r} is called {CACHE_STEPS[value]!r} now")

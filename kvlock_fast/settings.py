@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvlock_fast.config import PRESETS, CacheConfig, LockConfig
+from kvlock_fast.config import FORMATS, PRESETS, CacheConfig, LockConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.parameters import (
     EDIT,
@@ -17,12 +17,14 @@ from kvlock_fast.parameters import (
     MODEL,
     OUTPUT,
     SPEED,
+    again,
     check,
     declared,
     described,
     documented,
     parameter,
 )
+from kvlock_fast.renamed import refuse_cache_steps
 
 MOST_STEPS = 10_000
 MOST_TEXT = 20_000
@@ -100,10 +102,10 @@ class RunConfig(Checked):
     model: str = _edit("demo", "TEXT", "A folder, a hub id, or demo (the bundled model)", low=1)
     dtype: str = _model(
         "auto",
-        "fp32|bf16|fp16|auto",
+        "bf16|fp16|fp32|auto",
         "Precision of the weights; auto is bf16 on a GPU",
         manifest=False,
-        sentence=_NOT_ONE,
+        sentence="dtype {value!r} is not one of bf16, fp16, fp32, auto",
     )
     negative_prompt: str | None = _edit(None, "TEXT", "What guidance leads away from")
     steps: int = _edit(50, f"1..{MOST_STEPS}", "Denoising steps", said="num_inference_steps")
@@ -239,9 +241,7 @@ class BatchSettings(Place):
     results: str | None = parameter(
         None, "TEXT", "Write videos elsewhere: a folder or URL, like s3://bucket/run", OUTPUT, unset="--output"
     )
-    dtype: str = parameter(
-        "auto", "fp32|bf16|fp16|auto", "Precision of the weights; auto is bf16 on a GPU, else fp32", MODEL
-    )
+    dtype: str = again(RunConfig, "dtype")
     speed: Speed = field(default_factory=Speed)
     edits_per_pass: int = parameter(8, "1..1000", "Most jobs that share a pass of their source", JOBS)
     reports: bool = parameter(True, "", "Write a page about each job", OUTPUT)
@@ -254,6 +254,43 @@ class BatchSettings(Place):
     workers: int | None = parameter(None, ">=1", "Number of Ray actors", MACHINES, unset="as many as fit")
     cpus_per_worker: int | None = parameter(None, ">=1", "CPU cores of an actor, without a GPU", MACHINES)
     metrics_file: Path | None = parameter(None, "PATH", "Keep figures there in the text format of Prometheus", OUTPUT)
-    json_file: str | None = parameter(None, "PATH", "Write the figures as JSON; - for stdout", OUTPUT, name="json")
+    json_file: str | None = again(EditFiles, "json")
     command: str = "kvlock-fast batch"
     quiet: bool = False
+
+
+@documented
+@dataclass(frozen=True)
+class PlanSettings(Checked):
+    """What is planned, on which machine."""
+
+    model: str = field(metadata=_text("A folder, a hub id, or demo (the bundled model)"))
+    frames: int | None = _edit(None, "N", "Frames of the video", unset="the model's usual")
+    size: tuple[int, int] | None = again(RunConfig, "size", help="Size of the video", unset="the model's usual")
+    mask_share: float | None = _edit(
+        None,
+        ">0..1",
+        "Share of the video that may change",
+        unset="0.2",
+        said="--mask-share",
+        sentence="{name} must be more than 0 and at most 1, got {value!r}",
+    )
+    mask: str | None = _edit(None, "TEXT", "A mask's file or folder, to count that share")
+    steps: int = again(RunConfig, "steps", said="--steps")
+    guidance: float = again(RunConfig, "guidance", said="--guidance")
+    prompts: int = _edit(1, "1..10000", "Edits of one source, made together", said="--prompts")
+    edits: int = _edit(1, "1..10000", "Edits made one after another with the same cache", said="--edits")
+    lock: LockConfig = field(default_factory=LockConfig)
+    step_stride: int = again(CacheConfig, "step_stride", said="--step-stride", high=MOST_STEPS)
+    cache_steps: str = again(CacheConfig, "steps", sentence="--cache-steps must be all or dynamic, got {value!r}")
+    dtype: str = again(RunConfig, "dtype")
+    formats: tuple[str, ...] = _memory(
+        (), "|".join(FORMATS), "Plan only this format; can be given several times", name="format", unset="all"
+    )
+    gpu_memory: int | None = _memory(None, "24GB", "GPU memory to plan for", unset="this machine's")
+    host_memory: int | None = _memory(None, "64GB", "Host memory to plan for", unset="this machine's")
+    disk: int | None = _memory(None, "900GB", "Free disk space to plan for", unset="this machine's")
+
+    def __post_init__(self):
+        refuse_cache_steps("--cache-steps", self.cache_steps)
+        super().__post_init__()

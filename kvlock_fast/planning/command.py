@@ -1,13 +1,11 @@
 """`kvlock-fast plan` from arguments to a plan: which model, how many tokens and steps, what machine."""
 
-import math
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from kvlock_fast.config import CacheConfig, LockConfig
+from kvlock_fast.config import CacheConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.quantize import FORMATS
 from kvlock_fast.media import fit_mask, read_mask
@@ -16,39 +14,10 @@ from kvlock_fast.planning.find_model import find_model
 from kvlock_fast.planning.machine import Machine
 from kvlock_fast.planning.plan_edit import Edits, plan_edit
 from kvlock_fast.planning.planner import Plan
-from kvlock_fast.renamed import CACHE_STEPS
-from kvlock_fast.settings import MOST_STEPS
-from kvlock_fast.units import parse_bytes
+from kvlock_fast.settings import PlanSettings
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_SHARE = 0.2
-MOST_PROMPTS = 10_000
-
-
-@dataclass(frozen=True)
-class PlanSettings:
-    """Arguments of the command.
-
-    model: a known name, a config file or a folder; frames, size: None for the model's own; mask: a file, instead of
-    mask_share; step_stride, cache_steps: as in `CacheConfig`; formats: none for all; memory: GPU, host and disk as
-    text, None for this machine's.
-    """
-
-    model: str
-    frames: int | None = None
-    size: tuple[int, int] | None = None
-    mask_share: float | None = None
-    mask: str | None = None
-    steps: int = 50
-    lock: LockConfig = field(default_factory=LockConfig)
-    prompts: int = 1
-    edits: int = 1
-    guidance: float = 5.0
-    step_stride: int = 1
-    cache_steps: str = "all"
-    dtype: str = "auto"
-    formats: tuple[str, ...] = ()
-    memory: tuple[str | None, str | None, str | None] = (None, None, None)
 
 
 def make_plan(settings: PlanSettings) -> Plan:
@@ -76,32 +45,13 @@ def make_plan(settings: PlanSettings) -> Plan:
 
 
 def _check(settings: PlanSettings) -> None:
-    ranges = (
-        ("--steps", settings.steps, MOST_STEPS),
-        ("--prompts", settings.prompts, MOST_PROMPTS),
-        ("--edits", settings.edits, MOST_PROMPTS),
-        ("--step-stride", settings.step_stride, MOST_STEPS),
-    )
-    for option, value, most in ranges:
-        if not 1 <= value <= most:
-            raise InputError(f"{option} must be a whole number from 1 to {most}, got {value}")
     if settings.lock.skip_steps >= settings.steps:
         raise InputError(f"skip_steps {settings.lock.skip_steps} leaves none of {settings.steps} steps")
     if settings.mask_share is not None and settings.mask is not None:
         raise InputError("--mask-share and --mask say the same: give one of them")
-    if settings.mask_share is not None and not 0 < settings.mask_share <= 1:
-        raise InputError(f"--mask-share must be more than 0 and at most 1, got {settings.mask_share}")
-    if not (math.isfinite(settings.guidance) and settings.guidance >= 0):
-        raise InputError(f"--guidance must be a number of at least 0, got {settings.guidance}")
     for format in settings.formats:
         if format not in FORMATS:
             raise InputError(f"--format must be one of {', '.join(FORMATS)}, got '{format}'")
-    if settings.cache_steps in CACHE_STEPS:
-        raise InputError(f"--cache-steps {settings.cache_steps} is called {CACHE_STEPS[settings.cache_steps]} now")
-    if settings.cache_steps not in ("all", "dynamic"):
-        raise InputError(f"--cache-steps must be all or dynamic, got '{settings.cache_steps}'")
-    if settings.dtype not in ("auto", *DTYPES):
-        raise InputError(f"dtype '{settings.dtype}' is not one of {', '.join(DTYPES)}, auto")
 
 
 def _read_mask(path: str | None) -> np.ndarray | None:
@@ -130,8 +80,7 @@ def _foreground(settings: PlanSettings, mask: np.ndarray | None, extent: Extent,
 
 def _machine(settings: PlanSettings) -> Machine:
     """This machine, or another as far as its memory was given."""
-    names = ("--gpu-memory", "--host-memory", "--disk")
-    gpu, host, disk = (None if t is None else parse_bytes(t, n) for t, n in zip(settings.memory, names, strict=True))
+    gpu, host, disk = settings.gpu_memory, settings.host_memory, settings.disk
     if gpu is not None and host is not None and disk is not None:
         return Machine(gpu, host, disk)
     here = Machine.here(disk_path=Path.cwd())
