@@ -9,6 +9,7 @@ descriptors (TMA) where the strides are multiples of 16 bytes. Floating-point op
 Source: FlashAttention-2 (arXiv 2307.08691), the overlap of FlashAttention-3 (arXiv 2407.08608), Flash-Decoding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor
 
 
 @triton.jit
-def _load_rows(x, i_b, i_h, n, N, D, x_b, x_n, x_h, BLOCK: tl.constexpr, D_PAD: tl.constexpr, TMA: tl.constexpr):
+def load_rows(x, i_b, i_h, n, N, D, x_b, x_n, x_h, BLOCK: tl.constexpr, D_PAD: tl.constexpr, TMA: tl.constexpr):
     """Rows n .. n + BLOCK of x[i_b, :, i_h], [BLOCK, D_PAD]; 0 past the ends. x: a tensor descriptor under TMA."""
     if TMA:
         b_x = x.load([i_b, n, i_h, 0]).reshape([BLOCK, D_PAD])
@@ -101,8 +102,7 @@ def _hold(x):
 
     A float that comes straight from the loop's arguments counts as loaded, and would be sent through shared memory.
     """
-    bits: tl.constexpr = tl.int16 if x.dtype.primitive_bitwidth == 16 else tl.int32
-    return x.to(bits, bitcast=True)
+    return x.to(tl.int16 if x.dtype.primitive_bitwidth == 16 else tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -112,6 +112,27 @@ def _softmax_step(b_s, b_acc, b_sum, b_max, scale, dtype: tl.constexpr):
     b_p = tl.exp2(b_s * scale - b_new[:, None])
     b_shrink = tl.exp2(b_max - b_new)
     return _hold(narrow(b_p, dtype)), b_acc * b_shrink[:, None], b_sum * b_shrink + tl.sum(b_p, 1), b_new
+
+
+@triton.jit
+def store_attended(
+    b_acc, b_sum, b_max, o_m, out, partial, lse,
+    Sq, H, D, o_b, o_n, o_h,
+    SPLIT: tl.constexpr, D_PAD: tl.constexpr,
+):  # fmt: skip
+    """The end of a program of grid (., B * H, splits): its queries' result, or its share with its log-sum-exp."""
+    i_bh, i_split = tl.program_id(1), tl.program_id(2)
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    o_d = tl.arange(0, D_PAD)
+    mask = (o_m[:, None] < Sq) & (o_d[None, :] < D)
+    b_acc = b_acc / b_sum[:, None]
+    if not SPLIT:
+        p_out = out + i_b * o_b + i_h * o_h + o_m.to(tl.int64)[:, None] * o_n + o_d[None, :]
+        tl.store(p_out, narrow(b_acc, out.dtype.element_ty), mask=mask)
+    else:
+        row = (i_split.to(tl.int64) * tl.num_programs(1) + i_bh) * Sq + o_m
+        tl.store(partial + row[:, None] * D + o_d[None, :], b_acc, mask=mask)
+        tl.store(lse + row, b_max + tl.log2(b_sum), mask=o_m < Sq)
 
 
 @triton.jit
@@ -125,7 +146,7 @@ def _attention_kernel(
     i_bh, i_split = tl.program_id(1), tl.program_id(2)
     i_b, i_h = i_bh // H, i_bh % H
     i_m = tl.program_id(0) * BLOCK_M
-    b_q = _load_rows(q, i_b, i_h, i_m, Sq, D, q_b, q_n, q_h, BLOCK_M, D_PAD, TMA)
+    b_q = load_rows(q, i_b, i_h, i_m, Sq, D, q_b, q_n, q_h, BLOCK_M, D_PAD, TMA)
 
     first = i_split * share
     last = tl.minimum(first + share, tl.cdiv(S, BLOCK_N) * BLOCK_N) - BLOCK_N
@@ -135,29 +156,21 @@ def _attention_kernel(
     zeros = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
 
     # From the last block, the only one that can be short, down to the first: the loop then needs no mask.
-    b_k = _load_rows(k, i_b, i_h, last, S, D, k_b, k_n, k_h, BLOCK_N, D_PAD, TMA)
+    b_k = load_rows(k, i_b, i_h, last, S, D, k_b, k_n, k_h, BLOCK_N, D_PAD, TMA)
     b_s = tl.where(last + tl.arange(0, BLOCK_N)[None, :] < S, dot(b_q, tl.trans(b_k), zeros), float("-inf"))
     b_p, b_acc, b_sum, b_max = _softmax_step(b_s, b_acc, b_sum, b_max, scale, b_q.dtype)
     for i_n in range(last, first, -BLOCK_N):
         # Both products are issued before the next softmax, which waits for the first and runs beside the second.
-        b_k = _load_rows(k, i_b, i_h, i_n - BLOCK_N, S, D, k_b, k_n, k_h, BLOCK_N, D_PAD, TMA)
+        b_k = load_rows(k, i_b, i_h, i_n - BLOCK_N, S, D, k_b, k_n, k_h, BLOCK_N, D_PAD, TMA)
         b_s = dot(b_q, tl.trans(b_k), zeros)
-        b_v = _load_rows(v, i_b, i_h, i_n, S, D, v_b, v_n, v_h, BLOCK_N, D_PAD, TMA)
+        b_v = load_rows(v, i_b, i_h, i_n, S, D, v_b, v_n, v_h, BLOCK_N, D_PAD, TMA)
         b_acc = dot(b_p.to(b_v.dtype, bitcast=True), b_v, b_acc)
         b_p, b_acc, b_sum, b_max = _softmax_step(b_s, b_acc, b_sum, b_max, scale, b_q.dtype)
-    b_v = _load_rows(v, i_b, i_h, first, S, D, v_b, v_n, v_h, BLOCK_N, D_PAD, TMA)
+    b_v = load_rows(v, i_b, i_h, first, S, D, v_b, v_n, v_h, BLOCK_N, D_PAD, TMA)
     b_acc = dot(b_p.to(b_v.dtype, bitcast=True), b_v, b_acc)
 
-    o_m, o_d = i_m + tl.arange(0, BLOCK_M), tl.arange(0, D_PAD)
-    mask = (o_m[:, None] < Sq) & (o_d[None, :] < D)
-    b_acc = b_acc / b_sum[:, None]
-    if not SPLIT:
-        p_out = out + i_b.to(tl.int64) * o_b + i_h.to(tl.int64) * o_h + o_m.to(tl.int64)[:, None] * o_n + o_d[None, :]
-        tl.store(p_out, narrow(b_acc, out.dtype.element_ty), mask=mask)
-    else:
-        row = (i_split.to(tl.int64) * tl.num_programs(1) + i_bh) * Sq + o_m
-        tl.store(partial + row[:, None] * D + o_d[None, :], b_acc, mask=mask)
-        tl.store(lse + row, b_max + tl.log2(b_sum), mask=o_m < Sq)
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    store_attended(b_acc, b_sum, b_max, o_m, out, partial, lse, Sq, H, D, o_b, o_n, o_h, SPLIT, D_PAD)
 
 
 @triton.jit
@@ -222,29 +235,41 @@ def launch_attention(
 
     splits: over how many programs the keys are split (None: by the grid's size); tma: None where the GPU has it.
     """
-    batch, queries, heads, dim = q.shape
+    _, queries, heads, dim = q.shape
     tokens, tiles, dim_pad = k.shape[1], tiles_for(q), padded(dim)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
     if tma is None:
         tma = architecture(q) >= TMA_FROM and q.dtype != torch.float32 and fits_tma(q, k, v)
-    splits, share = plan_splits(q, tiles.queries, tiles.keys, tokens, splits)
+    rows = ((q, tiles.queries), (k, tiles.keys), (v, tiles.keys))
+    operands = [descriptor(x, [1, n, 1, dim_pad]) if tma else x for x, n in rows]
+    strides = [n for x in (q, k, v, out) for n in x.stride()[:3]]
+    sizes = (queries, tokens, heads, dim, scale * LOG2_E)
+    launch_splits(_attention_kernel, tiles, tokens, splits, operands, out, sizes, strides, D_PAD=dim_pad, TMA=tma)
+    return out
+
+
+def launch_splits(
+    kernel: Any, tiles: Tiles, tokens: int, splits: int | None, operands: Sequence[Any], out: Tensor,
+    sizes: Sequence[float], strides: Sequence[int], **meta: Any,
+) -> None:  # fmt: skip
+    """Launch an attention's kernel over `splits` of its tokens' keys, and merge what they give into out [B, Sq, H, D].
+
+    The kernel takes operands, out, the splits' outputs and lse, sizes, keys a split, strides, meta.
+    """
+    batch, queries, heads, dim = out.shape
+    splits, share = plan_splits(out, tiles.queries, tiles.keys, tokens, splits)
     partial = lse = None
     if splits > 1:
-        partial = torch.empty(splits, batch * heads, queries, dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(splits, batch * heads, queries, dtype=torch.float32, device=q.device)
-    rows = ((q, tiles.queries), (k, tiles.keys), (v, tiles.keys))
-    q_, k_, v_ = (descriptor(x, [1, n, 1, dim_pad]) if tma else x for x, n in rows)
-    strides = (n for x in (q, k, v, out) for n in x.stride()[:3])
+        partial = torch.empty(splits, batch * heads, queries, dim, dtype=torch.float32, device=out.device)
+        lse = torch.empty(splits, batch * heads, queries, dtype=torch.float32, device=out.device)
     launch(
-        _attention_kernel, (triton.cdiv(queries, tiles.queries), batch * heads, splits),
-        q_, k_, v_, out, partial, lse, queries, tokens, heads, dim, scale * LOG2_E, share, *strides,
-        SPLIT=splits > 1, D_PAD=dim_pad, TMA=tma, **tiles.meta,
+        kernel, (triton.cdiv(queries, tiles.queries), batch * heads, splits),
+        *operands, out, partial, lse, *sizes, share, *strides, SPLIT=splits > 1, **meta, **tiles.meta,
     )  # fmt: skip
-    if splits > 1:
+    if partial is not None and lse is not None:
         launch_merge(partial, lse, out)
-    return out
 
 
 def launch_merge(partial: Tensor, lse: Tensor, out: Tensor) -> None:
@@ -280,7 +305,8 @@ def run_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, route: str) -> 
     """
     if route != "triton":
         return attention_libraries.BACKENDS[route](q, k, v, scale).contiguous()
-    return launch_attention(*(x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v)), scale)
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    return launch_attention(q, k, v, scale)
 
 
 @torch.library.custom_op("kvlock_fast::attention", mutates_args=())
@@ -293,9 +319,7 @@ def _attention_op(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str, r
     return run_attention(q, k, v, scale, route)
 
 
-@_attention_op.register_fake
-def _(q, k, v, scale, backend, route):
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+_attention_op.register_fake(lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format))
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -334,10 +358,18 @@ ROUTES = ("auto", "library", "triton", *attention_libraries.BACKENDS)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, backend: str = "auto", attention: str = "auto"
 ) -> Tensor:
-    """softmax(scale Q K^T) V of q [B, Sq, H, D], k, v [B, S, H, D] in q's dtype; scale defaults to D ** -0.5.
+    """Attend: softmax(scale Q K^T) V.
 
-    attention: "triton" (ours), "cudnn", "flash", "sdpa" (as torch chooses), "auto", or "library": what "auto" takes,
-    but "sdpa" in place of ours. Raises ValueError on what does not fit.
+    Args:
+        q: queries [B, Sq, H, D].
+        k, v: keys and values [B, S, H, D], of q's dtype.
+        scale: factor on the scores; None: D ** -0.5.
+        backend: "auto", "reference" or "triton".
+        attention: "triton" (ours), "cudnn", "flash", "sdpa" (as torch chooses), "auto", or "library": what "auto"
+            takes, but "sdpa" in place of ours.
+
+    Returns: [B, Sq, H, D] in q's dtype.
+    Raises ValueError on shapes, dtypes or names that do not fit.
     """
     check_qkv(q, k, v)
     check_route(attention, ROUTES, backend, q)

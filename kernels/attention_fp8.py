@@ -13,22 +13,11 @@ Source: SageAttention 2 (arXiv 2411.10958) and FlashAttention-3 (arXiv 2407.0860
 import torch
 from torch import Tensor
 
-from kvlock_fast.kernels.attention import (
-    INTERPRETER_TILES,
-    LOG2_E,
-    MOST_CHANNELS,
-    TMA_FROM,
-    Tiles,
-    attention_reference,
-    descriptor,
-    fits_tma,
-    launch_merge,
-    padded,
-    plan_splits,
-)
+from kvlock_fast.kernels import attention as plain
+from kvlock_fast.kernels.attention import Tiles
 from kvlock_fast.kernels.language import require_package_name, tl, triton
-from kvlock_fast.kernels.launch import architecture, launch, runs_triton
-from kvlock_fast.kernels.tiles import INTERPRETED, from_fp8, narrow, to_fp8
+from kvlock_fast.kernels.launch import architecture, runs_triton
+from kvlock_fast.kernels.tiles import INTERPRETED, from_fp8, to_fp8
 
 require_package_name(__name__)
 
@@ -50,10 +39,10 @@ def tiles_for(q: Tensor) -> Tiles:
     """The tiles for codes q [B, Sq, H, D]. Raises ValueError where the GPU multiplies no fp8."""
     arch = architecture(q)
     if arch == 0:
-        return INTERPRETER_TILES
+        return plain.INTERPRETER_TILES
     if arch < FP8_MATRIX_FROM:
         raise ValueError(f"fp8 attention needs compute capability 8.9 or later, this is {arch / 10}")
-    return TILES[max(a for a in TILES if a <= arch)][padded(q.shape[3], 32)]
+    return TILES[max(a for a in TILES if a <= arch)][plain.padded(q.shape[3], 32)]
 
 
 def attention_fp8_reference(
@@ -68,19 +57,7 @@ def attention_fp8_reference(
     q = q.float() * spread(q_scale, q.shape[1])
     k = k.float() * spread(k_scale, tokens)
     v = v_t[..., :tokens].permute(0, 3, 1, 2).float() * spread(v_scale, tokens)
-    return attention_reference(q, k, v, scale)
-
-
-@triton.jit
-def _load(x, i_b, i_h, n, N, D, x_b, x_n, x_h, BLOCK: tl.constexpr, D_PAD: tl.constexpr, TMA: tl.constexpr):
-    """Codes of tokens n .. n + BLOCK, [BLOCK, D_PAD]; 0 past the ends."""
-    if TMA:
-        b_x = x.load([i_b, n, i_h, 0]).reshape([BLOCK, D_PAD])
-    else:
-        o_n, o_d = n + tl.arange(0, BLOCK), tl.arange(0, D_PAD)
-        p_x = x + i_b.to(tl.int64) * x_b + i_h.to(tl.int64) * x_h + o_n.to(tl.int64)[:, None] * x_n + o_d[None, :]
-        b_x = tl.load(p_x, mask=(o_n[:, None] < N) & (o_d[None, :] < D), other=0.0)
-    return b_x
+    return plain.attention_reference(q, k, v, scale)
 
 
 @triton.jit
@@ -124,7 +101,7 @@ def _attention_fp8_kernel(
     i_bh, i_split = tl.program_id(1), tl.program_id(2)
     i_b, i_h = i_bh // H, i_bh % H
     i_m = tl.program_id(0) * BLOCK_M
-    b_q = _load(q, i_b, i_h, i_m, Sq, D, q_b, q_n, q_h, BLOCK_M, D_PAD, TMA)
+    b_q = plain.load_rows(q, i_b, i_h, i_m, Sq, D, q_b, q_n, q_h, BLOCK_M, D_PAD, TMA)
     scale *= tl.load(q_scale + i_bh.to(tl.int64) * tl.cdiv(Sq, _PER_SCALE) + i_m // _PER_SCALE)
     scales = i_bh.to(tl.int64) * tl.cdiv(S, _PER_SCALE)
 
@@ -133,11 +110,11 @@ def _attention_fp8_kernel(
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_acc = tl.zeros([BLOCK_M, D_PAD], tl.float32)
 
-    b_k = _load(k, i_b, i_h, last, S, D, k_b, k_n, k_h, BLOCK_N, D_PAD, TMA)
+    b_k = plain.load_rows(k, i_b, i_h, last, S, D, k_b, k_n, k_h, BLOCK_N, D_PAD, TMA)
     b_s = tl.where(last + tl.arange(0, BLOCK_N)[None, :] < S, _dot_fp8(b_q, tl.trans(b_k)), float("-inf"))
     b_p, b_sum, b_shrink, b_max = _softmax_step(b_s, b_max, scale * tl.load(k_scale + scales + last // _PER_SCALE))
     for i_n in range(last, first, -BLOCK_N):
-        b_k = _load(k, i_b, i_h, i_n - BLOCK_N, S, D, k_b, k_n, k_h, BLOCK_N, D_PAD, TMA)
+        b_k = plain.load_rows(k, i_b, i_h, i_n - BLOCK_N, S, D, k_b, k_n, k_h, BLOCK_N, D_PAD, TMA)
         b_s = _dot_fp8(b_q, tl.trans(b_k))
         b_v = _load_transposed(v_t, i_b, i_h, i_n, Sv, D, v_b, v_h, v_d, BLOCK_N, D_PAD, TMA)
         b_pv = _dot_fp8(b_p, tl.trans(b_v))
@@ -148,16 +125,8 @@ def _attention_fp8_kernel(
     b_v = _load_transposed(v_t, i_b, i_h, first, Sv, D, v_b, v_h, v_d, BLOCK_N, D_PAD, TMA)
     b_acc += _dot_fp8(b_p, tl.trans(b_v)) * tl.load(v_scale + scales + first // _PER_SCALE)
 
-    o_m, o_d = i_m + tl.arange(0, BLOCK_M), tl.arange(0, D_PAD)
-    mask = (o_m[:, None] < Sq) & (o_d[None, :] < D)
-    b_acc = b_acc / b_sum[:, None]
-    if not SPLIT:
-        p_out = out + i_b.to(tl.int64) * o_b + i_h.to(tl.int64) * o_h + o_m.to(tl.int64)[:, None] * o_n + o_d[None, :]
-        tl.store(p_out, narrow(b_acc, out.dtype.element_ty), mask=mask)
-    else:
-        row = (i_split.to(tl.int64) * tl.num_programs(1) + i_bh) * Sq + o_m
-        tl.store(partial + row[:, None] * D + o_d[None, :], b_acc, mask=mask)
-        tl.store(lse + row, b_max + tl.log2(b_sum) - _SHIFT, mask=o_m < Sq)
+    o_m = i_m + tl.arange(0, BLOCK_M)
+    plain.store_attended(b_acc, b_sum, b_max - _SHIFT, o_m, out, partial, lse, Sq, H, D, o_b, o_n, o_h, SPLIT, D_PAD)
 
 
 def launch_attention_fp8(
@@ -176,31 +145,22 @@ def launch_attention_fp8(
 
     splits, tma: as for `launch_attention`.
     """
-    batch, queries, heads, dim = q.shape
-    tokens, tiles, dim_pad = k.shape[1], tiles_for(q), padded(dim, 32)
+    _, queries, heads, dim = q.shape
+    tokens, tiles, dim_pad = k.shape[1], tiles_for(q), plain.padded(dim, 32)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     if out.numel() == 0:
         return out
     if architecture(q) == 0:
         q, k, v_t = (x.view(torch.uint8) for x in (q, k, v_t))
     if tma is None:
-        tma = architecture(q) >= TMA_FROM and fits_tma(q, k, v_t)
-    splits, share = plan_splits(q, tiles.queries, tiles.keys, tokens, splits)
-    partial = lse = None
-    if splits > 1:
-        partial = torch.empty(splits, batch * heads, queries, dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(splits, batch * heads, queries, dtype=torch.float32, device=q.device)
+        tma = architecture(q) >= plain.TMA_FROM and plain.fits_tma(q, k, v_t)
     blocks = ((q, [1, tiles.queries, 1, dim_pad]), (k, [1, tiles.keys, 1, dim_pad]), (v_t, [1, 1, dim_pad, tiles.keys]))
-    q_, k_, v_ = (descriptor(x, block) if tma else x for x, block in blocks)
-    strides = (n for x in (q, k, v_t, out) for n in x.stride()[:3])
-    launch(
-        _attention_fp8_kernel, (triton.cdiv(queries, tiles.queries), batch * heads, splits),
-        q_, k_, v_, q_scale, k_scale, v_scale, out, partial, lse,
-        queries, tokens, v_t.shape[3], heads, dim, scale * LOG2_E, share, *strides,
-        SPLIT=splits > 1, D_PAD=dim_pad, TMA=tma, **tiles.meta,
-    )  # fmt: skip
-    if splits > 1:
-        launch_merge(partial, lse, out)
+    operands = [*(plain.descriptor(x, block) if tma else x for x, block in blocks), q_scale, k_scale, v_scale]
+    strides = [n for x in (q, k, v_t, out) for n in x.stride()[:3]]
+    sizes = (queries, tokens, v_t.shape[3], heads, dim, scale * plain.LOG2_E)
+    plain.launch_splits(
+        _attention_fp8_kernel, tiles, tokens, splits, operands, out, sizes, strides, D_PAD=dim_pad, TMA=tma
+    )
     return out
 
 
@@ -239,17 +199,24 @@ def attention_fp8(
     dtype: torch.dtype = torch.bfloat16,
     backend: str = "auto",
 ) -> Tensor:
-    """softmax(scale Q K^T) V of e4m3 operands, [B, Sq, H, D] in `dtype`; scale defaults to D ** -0.5.
+    """Attend with e4m3 operands, as `prologue` gives them with output="fp8": softmax(scale Q K^T) V.
 
-    q [B, Sq, H, D], k [B, S, H, D], v_t [B, H, D, S padded to 16]: float8_e4m3fn; q_scale [B, H, ceil(Sq / 128)],
-    k_scale, v_scale [B, H, ceil(S / 128)] fp32: as `prologue` gives them with output="fp8". D up to 128. Raises
-    ValueError on what does not fit.
+    Args:
+        q, k, v_t: codes, float8_e4m3fn, of the queries [B, Sq, H, D], the keys [B, S, H, D], and the transposed values
+            [B, H, D, S padded to 16]; D up to 128.
+        q_scale, k_scale, v_scale: fp32, [B, H, ceil(Sq / 128)] for q and [B, H, ceil(S / 128)] for k and v.
+        scale: factor on the scores; None: D ** -0.5.
+        dtype: that of the result.
+        backend: "auto", "reference" or "triton".
+
+    Returns: [B, Sq, H, D] in `dtype`.
+    Raises ValueError on shapes, dtypes or layouts that do not fit.
     """
     if q.ndim != 4 or k.ndim != 4 or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or k.shape[1] == 0:
         raise ValueError(f"q and k must be [B, Sq or S, H, D], S >= 1, got {tuple(q.shape)} and {tuple(k.shape)}")
     batch, tokens, heads, dim = k.shape
-    if dim > MOST_CHANNELS:
-        raise ValueError(f"attention_fp8 takes head dims up to {MOST_CHANNELS}, got {dim}")
+    if dim > plain.MOST_CHANNELS:
+        raise ValueError(f"attention_fp8 takes head dims up to {plain.MOST_CHANNELS}, got {dim}")
     if v_t.ndim != 4 or v_t.shape[:3] != (batch, heads, dim) or v_t.shape[3] < tokens or v_t.shape[3] % 16:
         raise ValueError(f"v_t must be [{batch}, {heads}, {dim}, {tokens} padded to 16], got {tuple(v_t.shape)}")
     for name, x in (("q", q), ("k", k), ("v_t", v_t)):
@@ -271,9 +238,9 @@ def launch_shipped(architecture: int) -> None:
     """A launch of every configuration that ships, for the compiler's report."""
     if architecture < FP8_MATRIX_FROM:
         return
-    fp8 = dict(dtype=torch.float8_e4m3fn, device="meta")
     for dim in (32, 64, 128):
-        q, v_t = torch.empty(2, 32760, 12, dim, **fp8), torch.empty(2, 12, dim, 32768, **fp8)
+        shapes = ((2, 32760, 12, dim), (2, 12, dim, 32768))
+        q, v_t = (torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta") for shape in shapes)
         scales = torch.empty(2, 12, 256, device="meta")
         launch_attention_fp8(q, scales, q, scales, v_t, scales, 1.0, torch.bfloat16)
         launch_attention_fp8(q, scales, q, scales, v_t, scales, 1.0, torch.bfloat16, tma=False)

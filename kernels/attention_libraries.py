@@ -4,6 +4,7 @@ Each takes q [B, Sq, H, D] and k, v [B, S, H, D] and returns [B, Sq, H, D] in q'
 backend is not cuDNN on Hopper, so that one is asked for by name.
 """
 
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -32,13 +33,8 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 def flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """The newest flash-attn that is installed: 4 (CuTe), 3 (Hopper) or 2."""
-    if _has("flash_attn.cute"):
-        from flash_attn.cute import flash_attn_func
-    elif _has("flash_attn_interface"):
-        from flash_attn_interface import flash_attn_func
-    else:
-        from flash_attn import flash_attn_func
-    out = flash_attn_func(q, k, v, softmax_scale=scale)
+    newest = next(filter(_has, ("flash_attn.cute", "flash_attn_interface")), "flash_attn")
+    out = import_module(newest).flash_attn_func(q, k, v, softmax_scale=scale)
     return out[0] if isinstance(out, tuple) else out
 
 

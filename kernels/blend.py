@@ -16,8 +16,8 @@ from kvlock_fast.kernels.dequantize import dequantize_kv_reference
 from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import architecture, launch, runs_triton
 from kvlock_fast.kernels.packed import PACKED, load_packed, meta_codes, packed_arguments
-from kvlock_fast.kernels.quantize import QuantizedKV
-from kvlock_fast.kernels.tiles import narrow
+from kvlock_fast.kernels.quantize import QuantizedKV, codes_of
+from kvlock_fast.kernels.tiles import narrow, shifted
 
 require_package_name(__name__)
 
@@ -58,7 +58,7 @@ def _blend_kernel(
     b_x = tl.load(p_x, mask=(w != 0) & (w != 1) & (o_d < D), other=0.0).to(tl.float32)
     b_ref = load_packed(
         codes + i_b * r_b + i_h * r_h,
-        scale + i_b * s_b if scale is not None else scale, minimum + i_b * s_b if minimum is not None else minimum,
+        shifted(scale, i_b * s_b), shifted(minimum, i_b * s_b),
         i_h, o_n[:, None], o_d, w != 0, H, D, r_n, r_d, FORMAT, KIND, PER_SCALE, FP8,
     )  # fmt: skip
     b_x = tl.where(w == 1, b_ref, b_x + w * (b_ref - b_x))
@@ -94,9 +94,7 @@ def launch_blend_(
 
 
 def as_heads(x: Tensor, token_dim: int, heads: int) -> Tensor:
-    """A view [B, S, H, D] of x, which has its tokens along token_dim; without heads of its own, its channels fall into
-    `heads`.
-    """
+    """A view [B, S, H, D] of x, whose tokens lie along token_dim; channels without heads are split into `heads`."""
     x = x.movedim(token_dim, 1)
     return x if x.ndim == 4 else x.unflatten(2, (heads, -1))
 
@@ -132,9 +130,7 @@ def _blend_op(
     x.index_copy_(token_dim, index, part)
 
 
-@_blend_op.register_fake
-def _(x, codes, scales, weight, index, token_dim, format, kind, tokens_per_scale, backend):
-    return None
+_blend_op.register_fake(lambda *_: None)
 
 
 def blend_(
@@ -154,11 +150,8 @@ def blend_(
     _check(x, ref, weight, token_dim, index)
     if isinstance(ref, QuantizedKV) and ref.format == "native":
         ref = (ref.codes.flatten(2) if x.ndim == 3 else ref.codes).movedim(1, token_dim)
-    if isinstance(ref, QuantizedKV):
-        packed = (ref.codes, ref.scales, weight, index, token_dim, ref.format, ref.kind, ref.tokens_per_scale)
-    else:
-        packed = (ref, [], weight, index, token_dim, "native", "k", 1)
-    _blend_op(x, *packed, backend)
+    codes, scales, *layout = codes_of(ref)
+    _blend_op(x, codes, scales, weight, index, token_dim, *layout, backend)
     return x
 
 
@@ -192,5 +185,5 @@ def launch_shipped(architecture: int) -> None:
             flat = x.flatten(2)[:, :, None]
             launch_blend_(flat, flat[:1], [], weight, None)
             for format, kind, per_scale in PACKED:
-                codes, *scales = meta_codes(1, background, heads, dim, format, kind, per_scale)
+                codes, *scales = meta_codes((1, background, heads, dim), format, kind, per_scale)
                 launch_blend_(x, codes, scales, weight, index, format, kind, per_scale)

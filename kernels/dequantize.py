@@ -13,7 +13,7 @@ from torch import Tensor
 from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import architecture, launch, runs_triton
 from kvlock_fast.kernels.packed import INT4_GROUP, PACKED, load_packed, meta_codes, packed_arguments
-from kvlock_fast.kernels.tiles import narrow
+from kvlock_fast.kernels.tiles import narrow, shifted
 
 require_package_name(__name__)
 
@@ -30,7 +30,8 @@ def dequantize_kv_reference(
     if codes.numel() == 0:
         return codes.new_empty((*codes.shape[:3], channels), dtype=torch.float32)
     if format == "int4":
-        return _dequantize_int4(codes, *scales, kind, channels)
+        step, minimum = scales
+        return _dequantize_int4(codes, step, minimum, kind, channels)
     values = codes.float()
     if not scales:
         return values
@@ -60,7 +61,7 @@ def _dequantize_kernel(
     m_n = o_n < N
     b_x = load_packed(
         codes + i_b * c_b + i_h * c_h,
-        scale + i_b * s_b if scale is not None else scale, minimum + i_b * s_b if minimum is not None else minimum,
+        shifted(scale, i_b * s_b), shifted(minimum, i_b * s_b),
         i_h, o_n, o_d, m_n, H, D, c_n, c_d, FORMAT, KIND, PER_SCALE, FP8,
     )  # fmt: skip
     at = ((i_b * N + o_n) * H + i_h) * D + o_d
@@ -119,6 +120,6 @@ def launch_shipped(architecture: int) -> None:
     """A launch of every configuration that ships, for the compiler's report: Wan-1.3B, CogVideoX-2B and LTX."""
     for heads, dim in ((12, 128), (30, 64), (32, 64)):
         for format, kind, per_scale in (("bf16", "k", 1), *PACKED):
-            codes, *scales = meta_codes(1, 26208, heads, dim, format, kind, per_scale)
+            codes, *scales = meta_codes((1, 26208, heads, dim), format, kind, per_scale)
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 launch_dequantize_kv(codes, scales, format, kind, dim, per_scale, dtype)

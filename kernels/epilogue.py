@@ -13,14 +13,18 @@ element with bf16 predictions: 8 (two predictions, twice), 12 (latents in, laten
 that hold foreground, 4 for the source's path. Source: KV-Lock (arXiv 2603.09657).
 """
 
-from dataclasses import replace
+# To the checker `static_range` is no iterable: only the compiler walks it.
+# pyright: reportGeneralTypeIssues=false
+
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kvlock_fast.kernels.epilogue_reference import EPS, LEAST_TAU, step_epilogue_reference
+from kvlock_fast.kernels.epilogue_reference import LEAST_TAU, step_epilogue_reference
 from kvlock_fast.kernels.epilogue_state import Schedule, StepState, check_step, new_step_state
-from kvlock_fast.kernels.guidance import guided, launch_projection_partials, projection
+from kvlock_fast.kernels.guidance import EPS, guided, launch_projection_partials, projection
 from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import launch, runs_triton
 from kvlock_fast.kernels.tiles import SUM_BLOCK, alignment, sum_partials, volumes
@@ -204,13 +208,13 @@ def launch_step_epilogue(
         ALIGN=alignment(volume, *strides), BLOCK=BLOCK, SUM_BLOCK=SUM_BLOCK, UNROLL=UNROLL, num_warps=NUM_WARPS,
         maxnreg=REGISTERS,
     )  # fmt: skip
-    per_sample = isinstance(schedule.tau, Tensor)
+    tau_at, tau = (schedule.tau, 1.0) if isinstance(schedule.tau, Tensor) else (None, schedule.tau)
     launch(
         _schedule_kernel, (batch,),
-        partials, now, state.omega0, schedule.tau if per_sample else None, state.s_star,
+        partials, now, state.omega0, tau_at, state.s_star,
         state.alpha, state.later_alpha if schedule.alpha is None else None, state.omega, state.variance, state.trace,
         state.step, steps, batch, blocks, *counting, schedule.first_dynamic_step,
-        1 if per_sample and schedule.tau.numel() > 1 else 0, 1.0 if per_sample else schedule.tau,
+        0 if tau_at is None or tau_at.numel() == 1 else 1, tau,
         schedule.b, schedule.warmup_alpha, schedule.alpha_floor, schedule.alpha_snap, schedule.omega_floor,
         LEAST_TAU,
         DYNAMIC_ALPHA=schedule.alpha is None, DYNAMIC_OMEGA=schedule.dynamic_omega and u is not None,
@@ -218,60 +222,34 @@ def launch_step_epilogue(
     )  # fmt: skip
 
 
-STATE_WRITTEN = ("latents", "window", "step", "alpha", "omega", "s_star", "variance", "trace", "corrected",
-                 "later_alpha")  # fmt: skip
+STATE, SCHEDULE = ([field.name for field in fields(kind)] for kind in (StepState, Schedule))
+STATE_WRITTEN = [name for name in STATE if name not in ("table", "omega0")]
+_TYPES = {int: "int", bool: "bool", str: "str", float: "float", float | None: "float?", float | Tensor: "float"}
 
 
-@torch.library.custom_op("kvlock_fast::step_epilogue", mutates_args=STATE_WRITTEN)
-def _step_epilogue_op(
-    latents: Tensor,
-    window: Tensor,
-    step: Tensor,
-    alpha: Tensor,
-    omega: Tensor,
-    s_star: Tensor,
-    variance: Tensor,
-    trace: Tensor,
-    table: Tensor,
-    omega0: Tensor,
-    corrected: Tensor | None,
-    later_alpha: Tensor | None,
-    cond: Tensor,
-    uncond: Tensor | None,
-    foreground: Tensor,
-    source_path: Tensor | None,
-    tau_at: Tensor | None,
-    window_size: int,
-    fixed_alpha: float | None,
-    dynamic_omega: bool,
-    tau: float,
-    b: float,
-    first_dynamic_step: int,
-    warmup_alpha: float,
-    alpha_floor: float,
-    omega_floor: float,
-    calibrated: bool,
-    s_star_region: str,
-    detection: str,
-    zero_init_steps: int,
-    alpha_snap: float,
-    alpha_lag: int,
-    backend: str,
-) -> None:
-    state = StepState(latents, window, step, alpha, omega, s_star, variance, trace, table, omega0, corrected,
-                      later_alpha)  # fmt: skip
-    schedule = Schedule(
-        window_size, fixed_alpha, dynamic_omega, tau if tau_at is None else tau_at, b, first_dynamic_step,
-        warmup_alpha, alpha_floor, omega_floor, calibrated, s_star_region, detection, zero_init_steps,
-        alpha_snap, alpha_lag,
-    )  # fmt: skip
-    advance = launch_step_epilogue if runs_triton(backend, latents, cond, foreground) else step_epilogue_reference
+def _schema() -> str:
+    """The operator's arguments: the state's tensors, the step's, tau where it is a tensor, the schedule's numbers."""
+    state = []
+    for i, field in enumerate(fields(StepState)):
+        written = f"(a{i}!)" if field.name in STATE_WRITTEN else ""
+        state.append(f"Tensor{written}{'?' if field.default is None else ''} {field.name}")
+    step = ["Tensor cond", "Tensor? uncond", "Tensor foreground", "Tensor? source_path", "Tensor? tau_at"]
+    schedule = [f"{_TYPES[field.type]} schedule_{field.name}" for field in fields(Schedule)]
+    return f"({', '.join((*state, *step, *schedule, 'str backend'))}) -> ()"
+
+
+@torch.library.custom_op("kvlock_fast::step_epilogue", mutates_args=STATE_WRITTEN, schema=_schema())
+def _step_epilogue_op(*arguments: Any) -> None:
+    state, rest = StepState(*arguments[: len(STATE)]), arguments[len(STATE) :]
+    (cond, uncond, foreground, source_path, tau_at), numbers, backend = rest[:5], rest[5:-1], rest[-1]
+    schedule = Schedule(*numbers)
+    if tau_at is not None:
+        schedule = replace(schedule, tau=tau_at)
+    advance = launch_step_epilogue if runs_triton(backend, state.latents, cond, foreground) else step_epilogue_reference
     advance(state, cond, uncond, foreground, schedule, source_path)
 
 
-@_step_epilogue_op.register_fake
-def _(*arguments):
-    return None
+_step_epilogue_op.register_fake(lambda *_: None)
 
 
 def step_epilogue(
@@ -285,21 +263,24 @@ def step_epilogue(
 ) -> None:
     """Advance `state` by one step, in place.
 
-    cond, uncond: the model's predictions [B, C, T, H, W] at state.latents, T, H, W contiguous (samples and channels of
-    any stride); uncond None without classifier-free guidance. foreground: bool [B or 1, T, H, W], some True in each
-    sample. source_path: fp32 [steps + 1, 1, C, T, H, W], whose entry k + 1 replaces the background after step k; None
-    leaves it. Raises ValueError where shapes, dtypes or layouts do not fit.
+    Args:
+        state: the run's state, as `new_step_state` makes it.
+        cond, uncond: the model's predictions [B, C, T, H, W] at state.latents, contiguous along T, H, W (samples and
+            channels of any stride); uncond None without classifier-free guidance.
+        foreground: bool [B or 1, T, H, W], some True in each sample.
+        schedule: when to lock and how to guide.
+        source_path: fp32 [steps + 1, 1, C, T, H, W], whose entry k + 1 replaces the background after step k; None
+            leaves the background as it is.
+        backend: "auto", "reference" or "triton".
+
+    Raises ValueError on shapes, dtypes or layouts that do not fit.
     """
     check_step(state, cond, uncond, foreground, schedule, source_path)
-    tau_at = schedule.tau if isinstance(schedule.tau, Tensor) else None
+    numbers = (getattr(schedule, name) for name in SCHEDULE)
     _step_epilogue_op(
-        state.latents, state.window, state.step, state.alpha, state.omega, state.s_star, state.variance, state.trace,
-        state.table, state.omega0, state.corrected, state.later_alpha, cond, uncond, foreground, source_path,
-        tau_at, schedule.variance_window, schedule.alpha, schedule.dynamic_omega,
-        1.0 if tau_at is not None else schedule.tau, schedule.b, schedule.first_dynamic_step,
-        schedule.warmup_alpha, schedule.alpha_floor, schedule.omega_floor,
-        schedule.s_star, schedule.s_star_region, schedule.detection, schedule.zero_init_steps,
-        schedule.alpha_snap, schedule.alpha_lag, backend,
+        *(getattr(state, name) for name in STATE), cond, uncond, foreground, source_path,
+        schedule.tau if isinstance(schedule.tau, Tensor) else None,
+        *(1.0 if isinstance(x, Tensor) else x for x in numbers), backend,
     )  # fmt: skip
 
 

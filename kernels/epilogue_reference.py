@@ -1,7 +1,10 @@
 """The step's epilogue in plain torch: the specification and the CPU implementation. See epilogue.py.
 
-No host reads: the step's number stays on the device here too.
+No host reads: the step's number stays on the device here too. `variance_ratio`, `scheduled_alpha` and
+`scheduled_omega` are the schedule's formula for every loop, which decides whose variance counts, and in which steps.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +15,6 @@ from kvlock_fast.kernels.language import require_package_name
 
 require_package_name(__name__)
 
-EPS = 1e-8  # of s*
 LEAST_TAU = 1e-12  # a source that does not move at all would divide by zero
 
 
@@ -47,29 +49,29 @@ def step_epilogue_reference(
     state.step.add_(1)
 
 
-def _guide(state, cond, uncond, inside, schedule, k) -> tuple[Tensor, Tensor]:
+def _guide(
+    state: StepState, cond: Tensor, uncond: Tensor | None, inside: Tensor, schedule: Schedule, k: Tensor
+) -> tuple[Tensor, Tensor]:
     """The step's guided prediction, fp32, and s*."""
     ones, zero = torch.ones_like(state.omega), k < schedule.zero_init_steps
     if uncond is None:
         return torch.where(zero, 0.0, cond.float()), ones
     s_star = ones
     if schedule.s_star:
-        c, u = cond.float(), uncond.float()
-        if schedule.s_star_region == "foreground":
-            c, u = (torch.where(inside, x, 0.0) for x in (c, u))
+        region = inside if schedule.s_star_region == "foreground" else None
         calibrated = (state.omega0.index_select(0, k) > 1) & ~zero
-        s_star = torch.where(calibrated, cfg_projection_reference(c, u, EPS), ones)
+        s_star = torch.where(calibrated, cfg_projection_reference(cond, uncond, inside=region), ones)
     return torch.where(zero, 0.0, guided_prediction_reference(cond, uncond, state.omega, s_star)), s_star
 
 
-def _combine(weights: Tensor, values: list[Tensor | None]) -> Tensor:
-    """The weighted sum; what has weight 0 does not count, whatever it holds."""
-    pairs = [(w, x) for w, x in zip(weights, values, strict=False) if x is not None]
-    return sum(torch.where(w == 0, 0.0, w * x) for w, x in pairs)
+def _combine(weights: Tensor, values: Sequence[Tensor | None]) -> Tensor:
+    """The weighted sum; a value of weight 0 does not count, whatever it holds."""
+    terms = [torch.where(w == 0, 0.0, w * x) for w, x in zip(weights, values, strict=False) if x is not None]
+    return sum(terms[1:], start=terms[0])
 
 
 def _predictions(k: Tensor, schedule: Schedule) -> Tensor:
-    """How many predictions the window's variance is taken over after step k."""
+    """Number of predictions in the window's variance after step k."""
     return (k + 1 - schedule.zero_init_steps).clamp(max=schedule.variance_window)
 
 
@@ -87,20 +89,35 @@ def _variance(state: StepState, inside: Tensor, schedule: Schedule, k: Tensor) -
 
 
 def _reschedule(state: StepState, schedule: Schedule, k: Tensor, guided: bool) -> None:
-    """alpha and omega of step k + 1; where alpha lags, that of step k + 2 is kept until then."""
-    tau = schedule.tau.clamp_min(LEAST_TAU) if isinstance(schedule.tau, Tensor) else schedule.tau
-    ratio = state.variance / tau
+    """Set alpha and omega for step k + 1; where alpha lags, that of step k + 2 is kept until then."""
+    ratio = variance_ratio(state.variance, schedule.tau)
     exists = _predictions(k, schedule) >= 2
     dynamic = (k + 1 >= schedule.first_dynamic_step) & exists
     if schedule.alpha is None:
         followed = (k + schedule.alpha_lag >= schedule.first_dynamic_step) & exists
-        alpha = ratio.clamp(schedule.alpha_floor, 1.0)
-        alpha = torch.where(followed, torch.where(alpha >= schedule.alpha_snap, 1.0, alpha), schedule.warmup_alpha)
+        alpha = scheduled_alpha(ratio, schedule.alpha_floor, schedule.alpha_snap)
+        alpha = torch.where(followed, alpha, schedule.warmup_alpha)
         if state.later_alpha is not None:
             alpha, later = state.later_alpha.clone(), alpha
             state.later_alpha.copy_(later)
         state.alpha.copy_(alpha)
     omega0 = state.omega0.index_select(0, (k + 1).clamp(max=len(state.omega0) - 1))
     follows = dynamic & (omega0 > 1) & (guided and schedule.dynamic_omega)
-    scaled = (omega0 * ratio.clamp(0.0, schedule.b)).clamp_min(schedule.omega_floor)
+    scaled = scheduled_omega(ratio, omega0, schedule.b, schedule.omega_floor)
     state.omega.copy_(torch.where(follows, scaled, omega0))
+
+
+def variance_ratio(variance: Tensor, tau: float | Tensor) -> Tensor:
+    """var / tau of variance [B]; a tensor tau (the source's own variance, [1 or B]) counts as at least LEAST_TAU."""
+    return variance / (tau.clamp_min(LEAST_TAU) if isinstance(tau, Tensor) else tau)
+
+
+def scheduled_alpha(ratio: Tensor, floor: float, snap: float) -> Tensor:
+    """alpha [B] of var / tau [B]; floor, snap: alpha_floor and alpha_snap."""
+    alpha = ratio.clamp(floor, 1.0)
+    return torch.where(alpha >= snap, 1.0, alpha)
+
+
+def scheduled_omega(ratio: Tensor, omega0: float | Tensor, b: float, floor: float) -> Tensor:
+    """omega [B] of var / tau [B] and the guidance scale asked for; floor: omega_floor."""
+    return (omega0 * ratio.clamp(0.0, b)).clamp_min(floor)

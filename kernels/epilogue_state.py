@@ -160,25 +160,19 @@ def _check_state(state: StepState, schedule: Schedule) -> None:
         got = f"{tuple(state.latents.shape)} and {tuple(state.table.shape)}"
         raise ValueError(f"latents must be [B, C, T, H, W] and the table [steps, 3, 3 + J], got {got}")
     shape, steps, entries = tuple(state.latents.shape), state.table.shape[0], state.window.shape[0]
-    wanted = {
-        "latents": shape,
+    sizes = {
+        "latents corrected": shape,
         "window": (entries, *shape),
-        "alpha": shape[:1],
-        "omega": shape[:1],
-        "s_star": shape[:1],
-        "variance": shape[:1],
+        "alpha omega s_star variance later_alpha": shape[:1],
         "trace": (steps, shape[0], len(TRACE_COLUMNS)),
         "table": (steps, 3, max(3, state.table.shape[2])),
         "omega0": (steps,),
     }
-    if state.corrected is not None:
-        wanted["corrected"] = shape
     if (state.later_alpha is None) != (schedule.alpha_lag == 1):
         raise ValueError(f"the state was made for another alpha_lag than {schedule.alpha_lag}")
-    if state.later_alpha is not None:
-        wanted["later_alpha"] = shape[:1]
-    for name, size in wanted.items():
-        _check_tensor(name, getattr(state, name), size)
+    for name, size in ((name, size) for names, size in sizes.items() for name in names.split()):
+        if getattr(state, name) is not None:
+            _check_tensor(name, getattr(state, name), size)
     _check_tensor("step", state.step, (1,), torch.int32)
     needed = max(2, min(schedule.variance_window, steps), state.history + 1)
     if entries < needed:

@@ -12,19 +12,12 @@ and P are rounded to q's dtype for the products. Source: KV-Lock (arXiv 2603.096
 import torch
 from torch import Tensor
 
-from kvlock_fast.kernels.attention import (
-    IEEE_TILES,
-    INTERPRETER_TILES,
-    LOG2_E,
-    Tiles,
-    launch_merge,
-    padded,
-    plan_splits,
-)
+from kvlock_fast.kernels import attention as plain
+from kvlock_fast.kernels.attention import Tiles
 from kvlock_fast.kernels.language import require_package_name, tl, triton
-from kvlock_fast.kernels.launch import architecture, launch
+from kvlock_fast.kernels.launch import architecture
 from kvlock_fast.kernels.packed import PackedArguments, load_packed, meta_codes, packed_arguments
-from kvlock_fast.kernels.tiles import dot, narrow
+from kvlock_fast.kernels.tiles import dot, mix, narrow, shifted
 
 require_package_name(__name__)
 
@@ -32,17 +25,17 @@ require_package_name(__name__)
 TILES = {32: Tiles(64, 32, 4, 2), 64: Tiles(64, 32, 4, 2), 128: Tiles(64, 32, 8, 2)}
 WARP_GROUP_TILES = {32: Tiles(64, 64, 4, 2), 64: Tiles(64, 64, 4, 2), 128: Tiles(64, 32, 4, 2)}
 
-FULL_PRECISION_TILES = IEEE_TILES | {128: Tiles(16, 16, 4, 1)}
+FULL_PRECISION_TILES = plain.IEEE_TILES | {128: Tiles(16, 16, 4, 1)}
 
 
 def tiles_for(q: Tensor) -> Tiles:
     """The tiles for q [B, Sq, H, D]."""
     arch = architecture(q)
     if arch == 0:
-        return INTERPRETER_TILES
+        return plain.INTERPRETER_TILES
     if q.dtype == torch.float32:
-        return FULL_PRECISION_TILES[padded(q.shape[3], 32)]
-    return (WARP_GROUP_TILES if arch // 10 in (9, 10) else TILES)[padded(q.shape[3], 32)]
+        return FULL_PRECISION_TILES[plain.padded(q.shape[3], 32)]
+    return (WARP_GROUP_TILES if arch // 10 in (9, 10) else TILES)[plain.padded(q.shape[3], 32)]
 
 
 @triton.jit
@@ -57,10 +50,7 @@ def _load_blended(
     b_ref = load_packed(
         codes, scale, minimum, i_h, o_n, o_d, mask & (b_w != 0), H, D, ref_n, ref_d, FORMAT, KIND, PER_SCALE, FP8
     )
-    b_mixed = b_new + b_w * (b_ref - b_new)
-    # Not by the formula, which makes NaN of inf and 0.0 of -0.0.
-    b_x = tl.where(b_w == 0, b_new, tl.where(b_w == 1, b_ref, b_mixed))
-    return narrow(b_x, new.dtype.element_ty)
+    return narrow(mix(b_new, b_ref, b_w), new.dtype.element_ty)
 
 
 @triton.jit
@@ -83,15 +73,8 @@ def _fused_attention_kernel(
     b_q = tl.load(p_q, mask=m_q, other=0.0)
     b_alpha = tl.load(alpha + i_b)
     # Scales lie per sample; a format without them has none.
-    ks, km, vs, vm = k_scale, k_minimum, v_scale, v_minimum
-    if k_scale is not None:
-        ks += i_b * ks_b
-    if k_minimum is not None:
-        km += i_b * ks_b
-    if v_scale is not None:
-        vs += i_b * vs_b
-    if v_minimum is not None:
-        vm += i_b * vs_b
+    ks, km = shifted(k_scale, i_b * ks_b), shifted(k_minimum, i_b * ks_b)
+    vs, vm = shifted(v_scale, i_b * vs_b), shifted(v_minimum, i_b * vs_b)
 
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -118,14 +101,7 @@ def _fused_attention_kernel(
         b_acc = dot(narrow(b_p, b_v.dtype), b_v, b_acc * b_shrink[:, None])
         b_sum, b_max = b_sum * b_shrink + tl.sum(b_p, 1), b_new
 
-    b_acc = b_acc / b_sum[:, None]
-    if not SPLIT:
-        p_out = out + i_b * o_b + i_h * o_h + o_m.to(tl.int64)[:, None] * o_t + o_d
-        tl.store(p_out, narrow(b_acc, out.dtype.element_ty), mask=m_q)
-    else:
-        row = (i_split.to(tl.int64) * tl.num_programs(1) + i_bh) * Sq + o_m
-        tl.store(partial + row[:, None] * D + o_d, b_acc, mask=m_q)
-        tl.store(lse + row, b_max + tl.log2(b_sum), mask=o_m < Sq)
+    plain.store_attended(b_acc, b_sum, b_max, o_m, out, partial, lse, Sq, H, D, o_b, o_t, o_h, SPLIT, D_PAD)
 
 
 def reference_meta(k_ref: PackedArguments, v_ref: PackedArguments) -> dict[str, object]:
@@ -150,29 +126,20 @@ def launch_fused_attention(
     q [B, Sq, H, D]; k, v [B, S, H, D] of any strides; k_ref, v_ref as `packed_arguments` makes them, S rows each;
     foreground bool [B or 1, S]; alpha [B] fp32; splits: as for `launch_attention`.
     """
-    batch, queries, heads, dim = q.shape
+    _, queries, heads, dim = q.shape
     tokens, tiles = k.shape[1], tiles_for(q)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    splits, share = plan_splits(q, tiles.queries, tiles.keys, tokens, splits)
-    partial = lse = None
-    if splits > 1:
-        partial = torch.empty(splits, batch * heads, queries, dim, dtype=torch.float32, device=q.device)
-        lse = torch.empty(splits, batch * heads, queries, dtype=torch.float32, device=q.device)
-    launch(
-        _fused_attention_kernel, (triton.cdiv(queries, tiles.queries), batch * heads, splits),
-        q, k, v, k_ref.codes, k_ref.scale, k_ref.minimum, v_ref.codes, v_ref.scale, v_ref.minimum,
-        foreground.view(torch.uint8), alpha, out, partial, lse,
-        queries, tokens, heads, dim, scale * LOG2_E, share,
-        *q.stride(), *k.stride(), *v.stride(),
-        *k_ref.strides, k_ref.scale_stride, *v_ref.strides, v_ref.scale_stride,
-        foreground.stride(0) if foreground.shape[0] > 1 else 0, foreground.stride(1), *out.stride()[:3],
-        **reference_meta(k_ref, v_ref),
-        SPLIT=splits > 1, D_PAD=padded(dim), **tiles.meta,
+    cached = [k_ref.codes, k_ref.scale, k_ref.minimum, v_ref.codes, v_ref.scale, v_ref.minimum]
+    strides = [n for x in (q, k, v) for n in x.stride()]
+    strides += [*k_ref.strides, k_ref.scale_stride, *v_ref.strides, v_ref.scale_stride]
+    strides += [foreground.stride(0) if foreground.shape[0] > 1 else 0, foreground.stride(1), *out.stride()[:3]]
+    plain.launch_splits(
+        _fused_attention_kernel, tiles, tokens, splits, [q, k, v, *cached, foreground.view(torch.uint8), alpha], out,
+        (queries, tokens, heads, dim, scale * plain.LOG2_E), strides, **reference_meta(k_ref, v_ref),
+        D_PAD=plain.padded(dim),
     )  # fmt: skip
-    if splits > 1:
-        launch_merge(partial, lse, out)
     return out
 
 
@@ -184,11 +151,12 @@ def launch_shipped(architecture: int) -> None:
         for dim in (64, 128):
             q = torch.empty(2, tokens, 12, dim, dtype=dtype, device="meta")
             for format in ("native", "fp8_e4m3", "int8", "int4") if dtype == torch.bfloat16 else ("native",):
-                k_ref, v_ref = (_shipped_reference(q, format, kind, architecture) for kind in ("k", "v"))
+                k_ref, v_ref = (shipped_reference(q, format, kind, architecture) for kind in ("k", "v"))
                 launch_fused_attention(q, q, q, k_ref, v_ref, foreground, alpha, 1.0)
                 launch_fused_attention(q[:, :16], q, q, k_ref, v_ref, foreground, alpha, 1.0, splits=4)
 
 
-def _shipped_reference(q: Tensor, format: str, kind: str, architecture: int) -> PackedArguments:
-    codes, *scales = [q[:1]] if format == "native" else meta_codes(1, *q.shape[1:], format, kind)
+def shipped_reference(q: Tensor, format: str, kind: str, architecture: int) -> PackedArguments:
+    """Cached keys or values for q's tokens on the `meta` device."""
+    codes, *scales = [q[:1]] if format == "native" else meta_codes((1, *q.shape[1:]), format, kind)
     return packed_arguments(codes, scales, format, kind, 1, architecture)

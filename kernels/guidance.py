@@ -9,6 +9,8 @@ programs a sample, then their sum, in a fixed order. Bytes moved: 2 reads; the g
 Source: KV-Lock (arXiv 2603.09657); the same closed form as CFG-Zero* (arXiv 2503.18886).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,14 @@ require_package_name(__name__)
 # Not swept yet: 16 elements of each tensor a thread; 512 programs give every SM of an H200 about 4.
 BLOCK, NUM_WARPS = 2048, 4
 MOST_PROGRAMS = 512
+EPS = 1e-8
 
 
-def cfg_projection_reference(cond: Tensor, uncond: Tensor, eps: float = 1e-8) -> Tensor:
-    """s* as [B] fp32 of cond, uncond [B, ...]."""
+def cfg_projection_reference(cond: Tensor, uncond: Tensor, eps: float = EPS, inside: Tensor | None = None) -> Tensor:
+    """s* as [B] fp32 of cond, uncond [B, ...]; inside: the elements that count, bool, broadcast to these; None: all."""
     wide = torch.promote_types(cond.dtype, torch.float32)
+    if inside is not None:
+        cond, uncond = (torch.where(inside, x, 0.0) for x in (cond, uncond))
     c, u = cond.flatten(1).to(wide), uncond.flatten(1).to(wide)
     return ((c * u).sum(1) / (u.square().sum(1) + eps)).float()
 
@@ -106,7 +111,8 @@ def launch_projection_partials(cond: Tensor, uncond: Tensor, foreground: Tensor 
     batch, channels, volume = cond.shape
     blocks = channels * triton.cdiv(volume, BLOCK)
     partials = torch.empty((2, batch, max(1, min(blocks, MOST_PROGRAMS))), device=cond.device)
-    strides = (*cond.stride()[:2], *uncond.stride()[:2], _batch_stride(foreground))
+    m_b = 0 if foreground is None or foreground.shape[0] == 1 else foreground.stride(0)
+    strides = (*cond.stride()[:2], *uncond.stride()[:2], m_b)
     launch(
         _projection_partials_kernel, (partials.shape[2], batch),
         cond, uncond, foreground, partials, batch, channels, volume, *strides,
@@ -115,11 +121,7 @@ def launch_projection_partials(cond: Tensor, uncond: Tensor, foreground: Tensor 
     return partials
 
 
-def _batch_stride(x: Tensor | None) -> int:
-    return 0 if x is None or x.shape[0] == 1 else x.stride(0)
-
-
-def launch_cfg_projection(cond: Tensor, uncond: Tensor, eps: float = 1e-8) -> Tensor:
+def launch_cfg_projection(cond: Tensor, uncond: Tensor, eps: float = EPS) -> Tensor:
     """s* [B] fp32 of cond, uncond [B, ...], every sample contiguous."""
     partials = launch_projection_partials(samples(cond), samples(uncond))
     _, batch, count = partials.shape
@@ -147,9 +149,7 @@ def _projection_op(cond: Tensor, uncond: Tensor, eps: float, backend: str) -> Te
     return cfg_projection_reference(cond, uncond, eps)
 
 
-@_projection_op.register_fake
-def _(cond, uncond, eps, backend):
-    return cond.new_empty(cond.shape[0], dtype=torch.float32)
+_projection_op.register_fake(lambda cond, *_: cond.new_empty(cond.shape[0], dtype=torch.float32))
 
 
 @torch.library.custom_op("kvlock_fast::guided_prediction", mutates_args=())
@@ -160,9 +160,7 @@ def _guided_op(cond: Tensor, uncond: Tensor, omega: Tensor, s_star: Tensor, back
     return guided_prediction_reference(cond, uncond, omega, s_star).to(cond.dtype).contiguous()
 
 
-@_guided_op.register_fake
-def _(cond, uncond, omega, s_star, backend):
-    return torch.empty_like(cond, memory_format=torch.contiguous_format)
+_guided_op.register_fake(lambda cond, *_: torch.empty_like(cond, memory_format=torch.contiguous_format))
 
 
 def _check(cond: Tensor, uncond: Tensor) -> None:
@@ -172,10 +170,16 @@ def _check(cond: Tensor, uncond: Tensor) -> None:
         raise ValueError(f"cond and uncond must share a floating-point dtype, got {cond.dtype} and {uncond.dtype}")
 
 
-def cfg_projection(cond: Tensor, uncond: Tensor, eps: float = 1e-8, backend: str = "auto") -> Tensor:
-    """s* [B] fp32. Raises ValueError on shapes or dtypes that do not fit.
+def cfg_projection(cond: Tensor, uncond: Tensor, eps: float = EPS, *, backend: str = "auto") -> Tensor:
+    """Project the conditional prediction on the unconditional: s* = <cond, uncond> / (|uncond|^2 + eps) per sample.
 
-    Triton copies a tensor whose samples are not contiguous first.
+    Args:
+        cond, uncond: conditional and unconditional prediction [B, ...], of one floating-point dtype.
+        eps: what keeps the quotient finite, at least 0.
+        backend: "auto", "reference" or "triton". Triton first copies a tensor whose samples are not contiguous.
+
+    Returns: s* [B] fp32.
+    Raises ValueError on shapes or dtypes that do not fit.
     """
     _check(cond, uncond)
     if not eps >= 0:
@@ -183,16 +187,33 @@ def cfg_projection(cond: Tensor, uncond: Tensor, eps: float = 1e-8, backend: str
     return _projection_op(cond, uncond, float(eps), backend)
 
 
-def guided_prediction(cond: Tensor, uncond: Tensor, omega: Tensor, s_star: Tensor, backend: str = "auto") -> Tensor:
-    """The guided prediction in cond's dtype; omega, s_star [B]. Raises ValueError on shapes that do not fit.
+def per_sample(name: str, value: float | Tensor, like: Tensor) -> Tensor:
+    """`value` as an fp32 tensor [B] on like's device. Raises ValueError unless it is a finite number or [B]."""
+    if not isinstance(value, Tensor):
+        if not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise ValueError(f"{name} must be a finite number or a tensor, got {value!r}")
+        return torch.full((like.shape[0],), float(value), device=like.device, dtype=torch.float32)
+    if value.shape != (like.shape[0],):
+        raise ValueError(f"{name} must be a number or [{like.shape[0]}], got {tuple(value.shape)}")
+    return value.to(device=like.device, dtype=torch.float32).contiguous()
 
-    Triton copies a tensor whose samples are not contiguous first.
+
+def guided_prediction(
+    cond: Tensor, uncond: Tensor, omega: float | Tensor, s_star: float | Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """Guide a prediction: s* uncond + omega (cond - s* uncond).
+
+    Args:
+        cond, uncond: conditional and unconditional prediction [B, ...], of one floating-point dtype.
+        omega, s_star: guidance scale, and the projection as `cfg_projection` gives it; numbers or [B].
+        backend: "auto", "reference" or "triton". Triton first copies a tensor whose samples are not contiguous.
+
+    Returns: the guided prediction [B, ...] in cond's dtype.
+    Raises ValueError on shapes or dtypes that do not fit.
     """
     _check(cond, uncond)
-    for name, value in (("omega", omega), ("s_star", s_star)):
-        if value.shape != (cond.shape[0],):
-            raise ValueError(f"{name} must be a number or [{cond.shape[0]}], got {tuple(value.shape)}")
-    return _guided_op(cond, uncond, omega, s_star, backend)
+    scales = per_sample("omega", omega, cond), per_sample("s_star", s_star, cond)
+    return _guided_op(cond, uncond, *scales, backend)
 
 
 def launch_shipped(architecture: int) -> None:

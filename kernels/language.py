@@ -8,6 +8,7 @@ then run on CPU tensors, in NumPy.
 both names, every custom operator would be registered twice, so a kernel module first asks `require_package_name`.
 """
 
+from importlib import import_module
 from typing import Any
 
 PACKAGE = "kvlock_fast.kernels"
@@ -33,8 +34,10 @@ class _Absent:
         return self if function is None else function
 
 
+# Untyped: its own annotations make a device function of `jit`, and constexpr of sizes that the host computes.
+triton: Any
 try:
-    import triton
+    triton = import_module("triton")
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 

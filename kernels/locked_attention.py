@@ -17,11 +17,18 @@ from kvlock_fast.kernels import attention_libraries
 from kvlock_fast.kernels.attention import MOST_CHANNELS, check_qkv, check_route, choose_attention, padded, run_attention
 from kvlock_fast.kernels.blend import blend_reference
 from kvlock_fast.kernels.dequantize import dequantize_kv_reference
-from kvlock_fast.kernels.fused_attention import _load_blended, launch_fused_attention, reference_meta
+from kvlock_fast.kernels.fused_attention import (
+    _load_blended,
+    launch_fused_attention,
+    reference_meta,
+    shipped_reference,
+)
+from kvlock_fast.kernels.guidance import per_sample
 from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import architecture, launch, runs_triton
-from kvlock_fast.kernels.packed import PackedArguments, meta_codes, packed_arguments
-from kvlock_fast.kernels.quantize import QuantizedKV
+from kvlock_fast.kernels.packed import PackedArguments, packed_arguments
+from kvlock_fast.kernels.quantize import QuantizedKV, codes_of
+from kvlock_fast.kernels.tiles import shifted
 
 require_package_name(__name__)
 
@@ -51,15 +58,8 @@ def _blend_kv_kernel(
     b_w = tl.where(b_fg != 0, 0.0, tl.load(alpha + i_b))[:, None]
     mask = o_t < S
     p_out = i_b * o_b + i_h * o_h + o_t.to(tl.int64) * o_n + o_d
-    ks, km, vs, vm = k_scale, k_minimum, v_scale, v_minimum
-    if k_scale is not None:
-        ks += i_b * ks_b
-    if k_minimum is not None:
-        km += i_b * ks_b
-    if v_scale is not None:
-        vs += i_b * vs_b
-    if v_minimum is not None:
-        vm += i_b * vs_b
+    ks, km = shifted(k_scale, i_b * ks_b), shifted(k_minimum, i_b * ks_b)
+    vs, vm = shifted(v_scale, i_b * vs_b), shifted(v_minimum, i_b * vs_b)
     b_k = _load_blended(
         k + i_b * k_b + i_h * k_h, k_codes + i_b * kr_b + i_h * kr_h, ks, km, i_h, o_t, o_d, b_w, mask,
         H, D, k_n, k_d, kr_n, kr_d, K_FORMAT, K_KIND, K_PER, FP8,
@@ -142,24 +142,22 @@ def _locked_attention_op(
     backend: str,
     route: str,
 ) -> Tensor:
-    packed = ((k_codes, k_scales, k_format, k_kind, k_per_scale), (v_codes, v_scales, v_format, v_kind, v_per_scale))
     if not runs_triton(backend, q, k_codes, v_codes, foreground, alpha):
-        k_ref, v_ref = (dequantize_kv_reference(*ref[:4], q.shape[3], ref[4]) for ref in packed)
-        out = locked_attention_reference(q, k, v, k_ref, v_ref, foreground, alpha, scale)
+        k_plain = dequantize_kv_reference(k_codes, k_scales, k_format, k_kind, q.shape[3], k_per_scale)
+        v_plain = dequantize_kv_reference(v_codes, v_scales, v_format, v_kind, q.shape[3], v_per_scale)
+        out = locked_attention_reference(q, k, v, k_plain, v_plain, foreground, alpha, scale)
         return out.to(q.dtype).contiguous()
-    refs = [packed_arguments(*ref, architecture(q)) for ref in packed]
+    k_ref = packed_arguments(k_codes, k_scales, k_format, k_kind, k_per_scale, architecture(q))
+    v_ref = packed_arguments(v_codes, v_scales, v_format, v_kind, v_per_scale, architecture(q))
     if route == "auto":
         route = choose_route(q, k, only_ours=backend == "triton")
     if route == "fused":
-        return launch_fused_attention(q, k, v, *refs, foreground, alpha, scale)
-    k, v = launch_blend_kv(k, v, *refs, foreground, alpha)
+        return launch_fused_attention(q, k, v, k_ref, v_ref, foreground, alpha, scale)
+    k, v = launch_blend_kv(k, v, k_ref, v_ref, foreground, alpha)
     return run_attention(q, k, v, scale, route)
 
 
-@_locked_attention_op.register_fake
-def _(q, k, v, k_codes, k_scales, k_format, k_kind, k_per_scale, v_codes, v_scales, v_format, v_kind, v_per_scale,
-      foreground, alpha, scale, backend, route):  # fmt: skip
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+_locked_attention_op.register_fake(lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format))
 
 
 def _check(
@@ -185,27 +183,40 @@ def locked_attention(
     k_ref: Tensor | QuantizedKV,
     v_ref: Tensor | QuantizedKV,
     foreground: Tensor,
-    alpha: Tensor,
+    alpha: float | Tensor,
+    *,
     scale: float | None = None,
     backend: str = "auto",
     attention: str = "auto",
 ) -> Tensor:
-    """Check the arguments, then attend; as `kvlock_fast.ops.locked_attention`, with alpha [B] fp32."""
+    """Attend to keys and values whose background is blended with the source's by alpha.
+
+    K = m K + (1 - m) (alpha K_ref + (1 - alpha) K), V likewise (KV-Lock, arXiv 2603.09657).
+
+    Args:
+        q: queries [B, Sq, H, D].
+        k, v: keys and values [B, S, H, D], of q's dtype.
+        k_ref, v_ref: the source's [B or 1, S, H, D], tensors or QuantizedKV.
+        foreground: bool [B or 1, S], m in the formula.
+        alpha: a number in [0, 1], or [B]. A tensor's range is not checked: that would wait for the device.
+        scale: factor on the scores; None: D ** -0.5.
+        backend: "auto", "reference" or "triton".
+        attention: where Triton serves: "fused" (one kernel), or a blend in front of "triton", "cudnn", "flash" or
+            "sdpa"; "auto" goes by the shape.
+
+    Returns: [B, Sq, H, D] in q's dtype.
+    Raises ValueError on shapes, dtypes or names that do not fit.
+    """
+    if not isinstance(alpha, Tensor) and not (isinstance(alpha, (int, float)) and 0.0 <= alpha <= 1.0):
+        raise ValueError(f"alpha must be a number between 0 and 1 or a tensor, got {alpha!r}")
     _check(q, k, v, k_ref, v_ref, foreground)
     check_route(attention, ROUTES, backend, q)
-    if alpha.shape != (q.shape[0],):
-        raise ValueError(f"alpha must be a number or [{q.shape[0]}], got {tuple(alpha.shape)}")
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    if not 0 < scale < math.inf:
+    alpha = per_sample("alpha", alpha, q)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if not 0 < factor < math.inf:
         raise ValueError(f"scale must be a positive finite number, got {scale!r}")
-    packed = []
-    for ref in (k_ref, v_ref):
-        if isinstance(ref, QuantizedKV):
-            packed += [ref.codes, ref.scales, ref.format, ref.kind, ref.tokens_per_scale]
-        else:
-            packed += [ref, [], "native", "k", 1]
-    return _locked_attention_op(q, k, v, *packed, foreground, alpha, float(scale), backend, attention)
+    refs = *codes_of(k_ref), *codes_of(v_ref)
+    return _locked_attention_op(q, k, v, *refs, foreground, alpha, float(factor), backend, attention)
 
 
 def launch_shipped(architecture: int) -> None:
@@ -216,8 +227,5 @@ def launch_shipped(architecture: int) -> None:
         for dim in (64, 128):
             k = torch.empty(2, tokens, 12, dim, dtype=dtype, device="meta")
             for format in ("native", "fp8_e4m3", "int8", "int4") if dtype == torch.bfloat16 else ("native",):
-                refs = []
-                for kind in ("k", "v"):
-                    codes, *scales = [k[:1]] if format == "native" else meta_codes(1, tokens, 12, dim, format, kind)
-                    refs.append(packed_arguments(codes, scales, format, kind, 1, architecture))
-                launch_blend_kv(k, k, *refs, foreground, alpha)
+                k_ref, v_ref = (shipped_reference(k, format, kind, architecture) for kind in ("k", "v"))
+                launch_blend_kv(k, k, k_ref, v_ref, foreground, alpha)

@@ -4,6 +4,7 @@ The scales' layouts are fixed (contiguous in a sample, see quantize.py): a tile 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,12 +83,12 @@ def _repeated(x, WIDTH: tl.constexpr):
 class PackedArguments:
     """Cached keys or values as `load_packed` takes them."""
 
-    codes: Tensor
+    codes: Tensor | None  # None: there is nothing to read
     scale: Tensor | None
     minimum: Tensor | None
-    strides: tuple[int, int, int, int]  # of codes, along batch (0 if shared), tokens, heads, channels
+    strides: tuple[int, ...]  # of codes, along batch (0 if shared), tokens, heads, channels
     scale_stride: int  # of scale and minimum, along the batch (0 if shared)
-    meta: dict[str, object]  # FORMAT, KIND, PER_SCALE, FP8
+    meta: dict[str, Any]  # FORMAT, KIND, PER_SCALE, FP8
 
 
 def packed_arguments(
@@ -100,10 +101,10 @@ def packed_arguments(
         codes = codes.view(torch.uint8)
     if format not in ("fp8_e4m3", "int8", "int4"):
         format = "native"
-    strides = (0 if shared else codes.stride(0), *codes.stride()[1:])
+    _, *inner = codes.stride()
     scale_stride = 0 if shared or scale is None else scale.stride(0)
     meta = dict(FORMAT=format, KIND=kind, PER_SCALE=tokens_per_scale, FP8=architecture >= FP8_FROM)
-    return PackedArguments(codes, scale, minimum, strides, scale_stride, meta)
+    return PackedArguments(codes, scale, minimum, (0 if shared else codes.stride(0), *inner), scale_stride, meta)
 
 
 def packed_layout(
@@ -121,9 +122,7 @@ def packed_layout(
     return [codes, scale, scale]
 
 
-def meta_codes(
-    batch: int, tokens: int, heads: int, dim: int, format: str, kind: str, tokens_per_scale: int = 1
-) -> list[Tensor]:
-    """codes and scales of a format on the `meta` device, for dry launches."""
-    layout = packed_layout((batch, tokens, heads, dim), format, kind, tokens_per_scale)
-    return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in layout]
+def meta_codes(shape: tuple[int, ...], format: str, kind: str, tokens_per_scale: int = 1) -> list[Tensor]:
+    """Codes and scales of [B, N, H, D] in a format on the `meta` device, for dry launches."""
+    layout = packed_layout(shape, format, kind, tokens_per_scale)
+    return [torch.empty(size, dtype=dtype, device="meta") for size, dtype in layout]

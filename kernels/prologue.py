@@ -24,19 +24,11 @@ Sources: KV-Lock (arXiv 2603.09657); norms and rotations as in diffusers' Wan, L
 import torch
 from torch import Tensor
 
+from kvlock_fast.kernels import prologue_checks as checks
 from kvlock_fast.kernels.dequantize import dequantize_kv_reference
 from kvlock_fast.kernels.language import require_package_name
 from kvlock_fast.kernels.launch import architecture, runs_triton
-from kvlock_fast.kernels.packed import meta_codes, packed_arguments, packed_layout
-from kvlock_fast.kernels.prologue_checks import (
-    alpha_of,
-    check_names,
-    check_norm,
-    check_places,
-    check_projections,
-    check_rope,
-    placed_lock,
-)
+from kvlock_fast.kernels.packed import PackedArguments, meta_codes, packed_arguments, packed_layout
 from kvlock_fast.kernels.prologue_kernels import launch_prologue
 from kvlock_fast.kernels.prologue_reference import (
     FP8_ALIGN,
@@ -50,11 +42,9 @@ from kvlock_fast.kernels.prologue_reference import (
     RoPE,
     prologue_reference,
 )
-from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
+from kvlock_fast.kernels.quantize import QuantizedKV, codes_of, quantize_kv
 
 require_package_name(__name__)
-
-__all__ = ["Capture", "Lock", "Places", "PrologueOutput", "QKNorm", "RoPE", "prologue"]
 
 
 @torch.library.custom_op("kvlock_fast::prologue", mutates_args=())
@@ -89,11 +79,9 @@ def _prologue_op(
     count: int,
     backend: str,
 ) -> list[Tensor]:
-    """k_source, v_source: codes [B or 1, R, H, D or D/2] and their scales; empty without a lock. alpha None: 1. count:
-    of the background's tokens.
-    """
+    """Sources: codes [B or 1, R, H, D or D/2], then scales; empty without a lock. alpha None: 1. count: background."""
     by = QKNorm(norm, q_weight, k_weight, q_bias, k_bias, eps)
-    rope = None if cos is None else RoPE(cos, sin, layout)
+    rope = None if cos is None or sin is None else RoPE(cos, sin, layout)
     kept = None if capture is None else Capture(capture, capture_stage)
     if runs_triton(backend, q, k, v):
         source = None
@@ -111,7 +99,7 @@ def _prologue_op(
         dim = q.shape[2] // heads
         k_ref = dequantize_kv_reference(k_source[0], k_source[1:], k_format, "k", dim, k_per_scale)
         v_ref = dequantize_kv_reference(v_source[0], v_source[1:], v_format, "v", dim, v_per_scale)
-        lock = Lock(alpha, k_ref, v_ref, stage, first_row)
+        lock = Lock(1.0 if alpha is None else alpha, k_ref, v_ref, stage, first_row)
     places = None if rows is None else Places(rows, count)
     return prologue_reference(q, k, v, heads, by, rope, foreground, lock, output, kept, places)
 
@@ -161,46 +149,55 @@ def prologue(
     places: Places | None = None,
     backend: str = "auto",
 ) -> PrologueOutput:
-    """Normalise, rotate and lock the projections of a self-attention; see `PrologueOutput` for what comes out.
+    """Normalise, rotate and lock the projections of a self-attention in one pass.
 
-    q [B, Sq, H*D], k, v [B, S, H*D]: fp16, bf16 or fp32 of one dtype, contiguous channels, any other strides; tokens
-    foreground first. Sq may be less than S: the first Sq tokens' queries. foreground: how many tokens are; default all.
-    places: where the background is of tokens that lie in any order (then `foreground` is not given, and what comes out
-    lies as what goes in).
-    With a lock that brings its own k and v, the new k and v may hold the foreground only: the background then is the
-    source's (alpha counts as 1). output: "native", or "fp8" for an fp8 attention. Raises ValueError on what does not
-    fit.
+    Args:
+        q: queries [B, Sq, H*D], fp16, bf16 or fp32, contiguous channels, any other strides. Sq may be less than S: the
+            first Sq tokens' queries.
+        k, v: keys and values [B, S, H*D] of q's dtype, tokens foreground first. With a lock that brings its own k and v
+            they may hold the foreground only: the background then is the source's (alpha counts as 1).
+        heads: H.
+        norm: how queries and keys are normalised; None: not at all.
+        rope: their rotation; None: none.
+        foreground: number of foreground tokens; None: all.
+        lock: how the background is locked to the source; None: not at all.
+        output: "native", or "fp8" for an fp8 attention.
+        capture: how the new background's keys and values are kept; None: they are not.
+        places: where the background is, of tokens in any order. Then `foreground` is not given, and the output has its
+            tokens where the input has them.
+        backend: "auto", "reference" or "triton".
+
+    Raises ValueError on shapes, dtypes or names that do not fit.
     """
     norm = norm or QKNorm()
-    dim = check_projections(q, k, v, heads)
-    check_names(norm, rope, output, capture)
-    check_norm(norm, heads, dim)
+    dim = checks.check_projections(q, k, v, heads)
+    checks.check_names(norm, rope, output, capture)
+    checks.check_norm(norm, heads, dim)
     if places is not None:
         if foreground is not None:
             raise ValueError(f"foreground counts tokens that lie first, and is not given with places: got {foreground}")
-        check_places(places, k.shape[1], lock)
+        checks.check_places(places, k.shape[1], lock)
         foreground = 0
     foreground = k.shape[1] if foreground is None else foreground
     if not 0 <= foreground <= k.shape[1]:
         raise ValueError(f"foreground must be a number of tokens from 0 to {k.shape[1]}, got {foreground}")
     tokens, alpha, count = k.shape[1], None, k.shape[1] - foreground if places is None else places.count
     if lock is not None:
-        lock = placed_lock(lock, k, v, heads, foreground, count)
-        count = lock.k.shape[1]
+        lock, count = checks.placed_lock(lock, k, v, heads, foreground, count)
         tokens = foreground + count if places is None else tokens
-        alpha = alpha_of(lock, k) if k.shape[1] == tokens else None
+        alpha = checks.alpha_of(lock, k) if k.shape[1] == tokens else None
     if capture is not None and (k.shape[1] != tokens or (lock is not None and lock.first_row == 0)):
         raise ValueError("capture takes the new keys and values of row 0: they may not be locked to others as well")
     if q.shape[1] > tokens:
         raise ValueError(f"q must have at most k's {tokens} tokens, got {q.shape[1]}")
-    check_rope(rope, tokens, heads, dim)
+    checks.check_rope(rope, tokens, heads, dim)
 
     outputs = _prologue_op(
         q, k, v, heads,
         norm.kind, norm.q_weight, norm.k_weight, norm.q_bias, norm.k_bias, norm.eps,
         *((rope.cos, rope.sin, rope.layout) if rope else (None, None, "")),
         foreground, alpha, *((lock.first_row, lock.stage) if lock else (0, "")),
-        *_packed(lock and lock.k), *_packed(lock and lock.v),
+        *_packed(lock.k if lock else None), *_packed(lock.v if lock else None),
         output, *(("native" if capture.format == "int4" else capture.format, capture.stage) if capture else (None, "")),
         None if places is None else places.rows, count, backend,
     )  # fmt: skip
@@ -214,19 +211,20 @@ def _packed(x: Tensor | QuantizedKV | None) -> tuple[list[Tensor], str, int]:
     """Codes and scales, format and tokens a scale, as the operator takes them."""
     if x is None:
         return [], "", 1
-    if isinstance(x, QuantizedKV):
-        return [x.codes, *x.scales], x.format, x.tokens_per_scale
-    return [x], "native", 1
+    codes, scales, format, _, per_scale = codes_of(x)
+    return [codes, *scales], format, per_scale
 
 
 def _captured(
     kept: list[Tensor], capture: Capture, dtype: torch.dtype, backend: str
 ) -> tuple[QuantizedKV, QuantizedKV]:
+    def packed(kind: str, codes: Tensor, *scales: Tensor) -> QuantizedKV:
+        if capture.format == "int4":
+            return quantize_kv(codes, "int4", kind, backend=backend)
+        return QuantizedKV(capture.format, kind, codes.shape, dtype, codes, *scales, tokens_per_scale=1)
+
     half = len(kept) // 2
-    pairs = zip((kept[:half], kept[half:]), ("k", "v"), strict=True)
-    if capture.format == "int4":
-        return tuple(quantize_kv(x, "int4", kind, backend=backend) for (x,), kind in pairs)
-    return tuple(QuantizedKV(capture.format, kind, codes[0].shape, dtype, *codes) for codes, kind in pairs)
+    return packed("k", *kept[:half]), packed("v", *kept[half:])
 
 
 def launch_shipped(architecture: int) -> None:
@@ -236,59 +234,55 @@ def launch_shipped(architecture: int) -> None:
     cogvideox_2b, cogvideox_5b, ltx = (30, 64, layer, 0, 17776), (48, 64, layer, 1, 17776), (32, 64, across, 32, 4992)
     for output in OUTPUTS:
         for model in (wan, wan_14b, hunyuan, cogvideox_2b, cogvideox_5b, ltx):
-            _ship(*model, torch.bfloat16, output, None)
-            _ship(*model, torch.bfloat16, output, "fp8_e4m3")
-            _ship(*model, torch.bfloat16, output, "in_batch")
+            _ship(model, output, None)
+            _ship(model, output, "fp8_e4m3")
+            _ship(model, output, "in_batch")
         for source in ("native", "int8", "int4"):
-            _ship(*wan, torch.bfloat16, output, source)
-        _ship(*wan, torch.float16, output, "fp8_e4m3")
-        _ship(*wan, torch.bfloat16, output, "fp8_e4m3", foreground_only=True)
-        _ship(*wan, torch.bfloat16, output, None, capture=Capture("fp8_e4m3"))
+            _ship(wan, output, source)
+        _ship(wan, output, "fp8_e4m3", torch.float16)
+        _ship(wan, output, "fp8_e4m3", foreground_only=True)
+        _ship(wan, output, None, capture=Capture("fp8_e4m3"))
         for model in (wan, hunyuan, cogvideox_5b, ltx):
-            _ship(*model, torch.bfloat16, output, "in_batch", placed=True)
-            _ship(*model, torch.bfloat16, output, "fp8_e4m3", stage="normed", placed=True)
-            _ship(*model, torch.bfloat16, output, None, capture=Capture("fp8_e4m3", "normed"), placed=True)
-        _ship(*wan, torch.bfloat16, output, None, capture=Capture("int8", "normed"))
-        _ship(32, 96, "none", 1, 32760, torch.bfloat16, output, "fp8_e4m3", layout="split_half")
-    _ship(*wan, torch.float32, "native", "fp8_e4m3")
+            _ship(model, output, "in_batch", placed=True)
+            _ship(model, output, "fp8_e4m3", stage="normed", placed=True)
+            _ship(model, output, None, capture=Capture("fp8_e4m3", "normed"), placed=True)
+        _ship(wan, output, None, capture=Capture("int8", "normed"))
+        _ship((32, 96, "none", 1, 32760), output, "fp8_e4m3", layout="split_half")
+    _ship(wan, "native", "fp8_e4m3", torch.float32)
 
 
 def _ship(
-    heads: int,
-    dim: int,
-    norm: str,
-    angle_heads: int,
-    tokens: int,
-    dtype: torch.dtype,
-    output: str,
-    source: str | None,
-    capture: Capture | None = None,
-    layout: str = "interleaved",
-    stage: str = "rotated",
-    foreground_only: bool = False,
+    model: tuple[int, int, str, int, int], output: str, source: str | None, dtype: torch.dtype = torch.bfloat16,
+    capture: Capture | None = None, layout: str = "interleaved", stage: str = "rotated", foreground_only: bool = False,
     placed: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """One dry launch: q, k, v slices of a fused projection, 20 % foreground, a source in a format or in the batch.
 
-    placed: tokens in any order, a weight for each.
+    model: heads, their channels, norm, heads with angles of their own, tokens; placed: tokens in any order, a weight
+    for each.
     """
+    heads, dim, norm, angle_heads, tokens = model
     foreground = 0 if placed and source == "in_batch" else tokens // 5
     q, k, v = torch.empty(2, tokens, 3 * heads * dim, dtype=dtype, device="meta").chunk(3, 2)
     weight = torch.empty(heads * dim if norm == "rms_across_heads" else dim, dtype=dtype, device="meta")
-    weights = [None if norm == "none" else weight] * 2 + [weight if norm == "layer" else None] * 2
+    bias, weight = weight if norm == "layer" else None, None if norm == "none" else weight
     rope = None
     if angle_heads:
         angle = torch.empty(tokens, angle_heads, dim // 2, device="meta")
         rope = RoPE(angle, angle, layout)
-    packed = {"k": [], "v": []}
-    if source == "in_batch":
-        packed = {kind: [x[:1, foreground:].unflatten(2, (heads, dim))] for kind, x in (("k", k), ("v", v))}
-    elif source == "native":
-        packed = {kind: [torch.empty(1, tokens - foreground, heads, dim, dtype=dtype, device="meta")] for kind in "kv"}
-    elif source:
-        packed = {kind: meta_codes(1, tokens - foreground, heads, dim, source, kind) for kind in "kv"}
-    format, stage, first_row = ("native", "raw", 1) if source == "in_batch" else (source, stage, 0)
-    arguments = [packed_arguments(x[0], x[1:], format, kind, 1, 90) for kind, x in packed.items() if x]
+    shape = (1, tokens - foreground, heads, dim)
+    format, stage, first_row = ("native", "raw", 1) if source == "in_batch" else (source or "native", stage, 0)
+
+    def kept(kind: str, x: Tensor) -> PackedArguments:
+        if source == "in_batch":
+            codes, scales = x[:1, foreground:].unflatten(2, (heads, dim)), []
+        elif source == "native":
+            codes, scales = torch.empty(shape, dtype=dtype, device="meta"), []
+        else:
+            codes, *scales = meta_codes(shape, format, kind)
+        return packed_arguments(codes, scales, format, kind, 1, 90)
+
+    arguments = (kept("k", k), kept("v", v)) if source else None
     alpha = rows = None
     if source and not foreground_only:
         alpha = torch.empty(2 - first_row, *[tokens] * placed, device="meta")
@@ -299,6 +293,6 @@ def _ship(
         rows, foreground = torch.empty(tokens, dtype=torch.int32, device="meta"), 0
     outputs = _allocate(q, k, heads, foreground, count, output, capture and capture.format)
     launch_prologue(
-        q, k, v, outputs, heads, QKNorm(norm, *weights), rope, foreground,
-        tuple(arguments) or None, alpha, stage, first_row, capture, rows,
+        q, k, v, outputs, heads, QKNorm(norm, weight, weight, bias, bias), rope, foreground,
+        arguments, alpha, stage, first_row, capture, rows,
     )  # fmt: skip

@@ -85,15 +85,17 @@ def check_places(places: Places, tokens: int, lock: Lock | None) -> None:
         )
 
 
-def placed_lock(lock: Lock, k: Tensor, v: Tensor, heads: int, foreground: int, count: int) -> Lock:
-    """The lock with its keys and values as [B or 1, R, H, D] or QuantizedKV; those of row 0 if it has none.
+def placed_lock(lock: Lock, k: Tensor, v: Tensor, heads: int, foreground: int, count: int) -> tuple[Lock, int]:
+    """The lock with its keys and values as [B or 1, R, H, D] or QuantizedKV, those of row 0 if it has none; and R.
 
-    count: of the background's tokens.
+    count: number of the background's tokens.
     """
     if (lock.k is None) != (lock.v is None):
         raise ValueError("a lock has both k and v or neither")
     if lock.k is None:
         lock = replace(lock, k=k[:1, foreground:], v=v[:1, foreground:], stage="raw", first_row=1)
+    assert lock.k is not None
+    tokens = lock.k.shape[1]
     if lock.stage not in STAGES:
         raise ValueError(f"unknown lock stage {lock.stage!r}: one of {', '.join(STAGES)}")
     placed = {}
@@ -104,7 +106,7 @@ def placed_lock(lock: Lock, k: Tensor, v: Tensor, heads: int, foreground: int, c
         if isinstance(x, Tensor) and x.ndim == 3 and x.shape[2] == k.shape[2]:
             x = x.unflatten(2, (heads, -1))
         want = rows, heads, k.shape[2] // heads
-        if not fits or x.shape[0] not in (1, k.shape[0]) or tuple(x.shape[1:]) != want or rows != lock.k.shape[1]:
+        if not fits or x.shape[0] not in (1, k.shape[0]) or tuple(x.shape[1:]) != want or rows != tokens:
             shape = f"[1 or {k.shape[0]}, {count}, {heads}, {want[2]}]"
             raise ValueError(f"the lock's {kind} must be {shape}, got {tuple(getattr(lock, kind).shape)}")
         if isinstance(x, QuantizedKV) and x.kind != kind:
@@ -112,7 +114,7 @@ def placed_lock(lock: Lock, k: Tensor, v: Tensor, heads: int, foreground: int, c
         if isinstance(x, Tensor) and x.stride(3) != 1:
             raise ValueError(f"the channels of the lock's {kind} must be contiguous, got strides {x.stride()}")
         placed[kind] = x
-    return replace(lock, **placed)
+    return replace(lock, **placed), tokens
 
 
 def alpha_of(lock: Lock, k: Tensor) -> Tensor:

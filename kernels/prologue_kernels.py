@@ -5,26 +5,20 @@ second read, and cos and sin are read once for all heads. *Blocks*: a program ho
 needs their amax: the values of fp8 attention, which are also transposed, and queries and keys that have no norm.
 """
 
+# To the checker `static_range` is no iterable, and a constexpr is assigned a plain value.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
+
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kvlock_fast.kernels import prologue_tiles as tile
 from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import architecture, launch
 from kvlock_fast.kernels.packed import FP8_FROM, PackedArguments
 from kvlock_fast.kernels.prologue_reference import FP8_BLOCK, Capture, QKNorm, RoPE
-from kvlock_fast.kernels.prologue_tiles import (
-    capture_rows,
-    inverse_rms,
-    load_rows,
-    load_source,
-    mix,
-    normalise,
-    rotate,
-    source_weight,
-    store_output,
-)
+from kvlock_fast.kernels.tiles import mix, shifted
 
 require_package_name(__name__)
 
@@ -62,17 +56,17 @@ def _prepare(
     for c in tl.static_range(CHUNKS):
         i_h, m_r = o_h + c * HEADS, m_t & (o_h + c * HEADS < H)
         m_new = m_r if STAGE == "none" else m_r & (w != 1)
-        xs += (load_rows(x + token * x_n + i_h * D, m_new, D, BLOCK_D, HALVES),)
+        xs += (tile.load_rows(x + token * x_n + i_h * D, m_new, D, BLOCK_D, HALVES),)
         if STAGE != "none":
-            b_ref = load_source(
+            b_ref = tile.load_source(
                 codes, scale, minimum, i_h, o_n, m_r & (w != 0), H, r_n, r_h, D, BLOCK_D, HALVES,
                 FORMAT, KIND, PER_SCALE, FP8,
             )  # fmt: skip
             refs += (b_ref,)
     if ACROSS:
-        inverse = inverse_rms(xs, eps, WIDTH, CHUNKS, HEADS)
+        inverse = tile.inverse_rms(xs, eps, WIDTH, CHUNKS, HEADS)
         if STAGE == "raw":
-            ref_inverse = inverse_rms(refs, eps, WIDTH, CHUNKS, HEADS)
+            ref_inverse = tile.inverse_rms(refs, eps, WIDTH, CHUNKS, HEADS)
 
     starts_block = (first_token + TOKENS - 1) // _FP8_BLOCK * _FP8_BLOCK >= first_token
     b_weight, b_bias, b_cos, b_sin = None, None, None, None
@@ -81,29 +75,29 @@ def _prepare(
         # What all heads share is loaded once.
         if c == 0 or ACROSS:
             if weight is not None:
-                b_weight = load_rows(weight + i_h * (D if ACROSS else 0), m_r, D, BLOCK_D, HALVES)
+                b_weight = tile.load_rows(weight + i_h * (D if ACROSS else 0), m_r, D, BLOCK_D, HALVES)
             if bias is not None:
-                b_bias = load_rows(bias + i_h * 0, m_r, D, BLOCK_D, HALVES)
+                b_bias = tile.load_rows(bias + i_h * 0, m_r, D, BLOCK_D, HALVES)
         if ROPE != "none" and (c == 0 or ANGLE_HEADS > 1):
             p_angle = token * c_n + (i_h * (D // 2) if ANGLE_HEADS > 1 else 0)
-            b_cos = load_rows(cos + p_angle, m_r, D // 2, BLOCK_D // 2, False)
-            b_sin = load_rows(sin + p_angle, m_r, D // 2, BLOCK_D // 2, False)
+            b_cos = tile.load_rows(cos + p_angle, m_r, D // 2, BLOCK_D // 2, False)
+            b_sin = tile.load_rows(sin + p_angle, m_r, D // 2, BLOCK_D // 2, False)
         row, m_kept = o_n.to(tl.int64) * H + i_h, m_r & (o_n >= 0) & keeps
 
-        b_x = normalise(xs[c], inverse, b_weight, b_bias, eps, D, NORM)
+        b_x = tile.normalise(xs[c], inverse, b_weight, b_bias, eps, D, NORM)
         if CAPTURE != "none" and CAPTURE_STAGE == "normed":
-            capture_rows(kept, kept_scale, b_x, row, m_kept, D, BLOCK_D, HALVES, CAPTURE, FP8)
+            tile.capture_rows(kept, kept_scale, b_x, row, m_kept, D, BLOCK_D, HALVES, CAPTURE, FP8)
         if STAGE == "raw":
-            b_x = mix(b_x, normalise(refs[c], ref_inverse, b_weight, b_bias, eps, D, NORM), w)
+            b_x = mix(b_x, tile.normalise(refs[c], ref_inverse, b_weight, b_bias, eps, D, NORM), w)
         elif STAGE == "normed":
             b_x = mix(b_x, refs[c], w)
         if ROPE != "none":
-            b_x = rotate(b_x, b_cos, b_sin)
+            b_x = tile.rotate(b_x, b_cos, b_sin)
         if CAPTURE != "none" and CAPTURE_STAGE == "rotated":
-            capture_rows(kept, kept_scale, b_x, row, m_kept, D, BLOCK_D, HALVES, CAPTURE, FP8)
+            tile.capture_rows(kept, kept_scale, b_x, row, m_kept, D, BLOCK_D, HALVES, CAPTURE, FP8)
         if STAGE == "rotated":
             b_x = mix(b_x, refs[c], w)
-        store_output(
+        tile.store_output(
             out, out_scale, b_x, b_weight, b_bias, i_h, o_t, m_r, starts_block, S, PADDED,
             H, D, BLOCK_D, WIDTH, HALVES, OUT, FP8,
         )  # fmt: skip
@@ -139,7 +133,7 @@ def _prologue_kernel(
         # Before FIRST nothing is read there.
         w, by_token = i_b >= FIRST, alpha + (i_b - FIRST) * a_b
     else:
-        w = source_weight(alpha, i_b, a_b, FIRST)
+        w = tile.source_weight(alpha, i_b, a_b, FIRST)
     if q_scale is not None:
         q_scale += i_b * H * tl.cdiv(SQ, _FP8_BLOCK)
         k_scale += i_b * H * tl.cdiv(S, _FP8_BLOCK)
@@ -147,14 +141,8 @@ def _prologue_kernel(
     if STAGE != "none":
         k_codes += i_b * kc_b
         v_codes += i_b * vc_b
-    if k_steps is not None:
-        k_steps += i_b * ks_b
-    if k_lows is not None:
-        k_lows += i_b * ks_b
-    if v_steps is not None:
-        v_steps += i_b * vs_b
-    if v_lows is not None:
-        v_lows += i_b * vs_b
+    k_steps, k_lows = shifted(k_steps, i_b * ks_b), shifted(k_lows, i_b * ks_b)
+    v_steps, v_lows = shifted(v_steps, i_b * vs_b), shifted(v_lows, i_b * vs_b)
     if part == 0:
         _prepare(
             q + i_b * q_b, q_out + i_b * SQ * H * D, q_scale, q_weight, q_bias, cos, sin,
@@ -284,14 +272,14 @@ def launch_prologue(
         )  # fmt: skip
 
 
-NO_SOURCE = PackedArguments(None, None, None, (0, 0, 0, 0), 0, dict(FORMAT="native", PER_SCALE=1))
+NO_SOURCE = PackedArguments(None, None, None, (0, 0, 0), 0, dict(FORMAT="native", PER_SCALE=1))
 
 
 def _with_scales(kept: list[Tensor]) -> list[Tensor | None]:
     """Codes and scale of k, codes and scale of v, with None where the format has none."""
     if len(kept) == 2:
         return [kept[0], None, kept[1], None]
-    return kept or [None] * 4
+    return [*kept] or [None] * 4
 
 
 def _bits(codes: Tensor | None) -> Tensor | None:

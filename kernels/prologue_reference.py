@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvlock_fast.kernels.language import require_package_name
-from kvlock_fast.kernels.quantize import PER_FP8, TINY, QuantizedKV, quantize_kv_reference
+from kvlock_fast.kernels.quantize import PER_FP8, QuantizedKV, block_scales, quantize_kv_reference, scale_of
 
 require_package_name(__name__)
 
@@ -125,10 +125,15 @@ def rotated(x: Tensor, rope: RoPE | None) -> Tensor:
         return x
     cos, sin = (t[: x.shape[1]].to(x.dtype) for t in (rope.cos, rope.sin))
     if rope.layout == "interleaved":
-        a, b = x.unflatten(3, (-1, 2)).unbind(4)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), 4).flatten(3)
-    a, b = x.chunk(2, 3)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), 3)
+        return rotated_pairs(x, cos, sin)
+    paired = torch.stack(x.chunk(2, 3), 4).flatten(3)
+    return rotated_pairs(paired, cos, sin).unflatten(3, (-1, 2)).transpose(3, 4).flatten(3)
+
+
+def rotated_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [..., D] whose neighbouring channels (2i, 2i + 1) are rotated together; cos, sin broadcast to [..., D / 2]."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
 
 
 def blended(x: Tensor, ref: Tensor, weight: Tensor, foreground: int, rows: Tensor | None) -> Tensor:
@@ -163,11 +168,12 @@ def prologue_reference(
     q = rotated(normalised(q, norm.kind, norm.q_weight, norm.q_bias, norm.eps), rope)
     by_k = norm.kind, norm.k_weight, norm.k_bias, norm.eps
     k = normalised(k, *by_k)
-    captured = () if capture is None else (k if capture.stage == "normed" else rotated(k, rope), v)
+    new_k, new_v = rotated(k, rope) if capture is not None and capture.stage == "rotated" else k, v
 
     if lock is None:
         k = rotated(k, rope)
     else:
+        assert isinstance(lock.k, Tensor) and isinstance(lock.v, Tensor)
         weight = _weights(lock, k, foreground)
         k_ref = lock.k.to(wide)
         k_ref = normalised(k_ref, *by_k) if lock.stage == "raw" else k_ref
@@ -177,21 +183,27 @@ def prologue_reference(
             k = rotated(blended(k, k_ref, weight, foreground, rows), rope)
         v = blended(v, lock.v, weight, foreground, rows)
 
-    outputs = [q, k, v]
-    outputs = _fp8_outputs(q, k, v, norm) if output == "fp8" else [_own(x.to(dtype)) for x in outputs]
-    for x, kind in zip(captured, ("k", "v"), strict=False):
+    if output == "fp8":
+        outputs = _fp8_outputs(q, k, v, norm)
+    else:  # with memory of their own: an operator may not return a view of its input
+        outputs = [x.to(dtype).clone(memory_format=torch.contiguous_format) for x in (q, k, v)]
+    if capture is None:
+        return outputs
+    for x, kind in ((new_k, "k"), (new_v, "v")):
         x = x[:1, foreground:] if places is None else _in_rows(x[:1], places)
         outputs += quantize_kv_reference(x.to(dtype) if capture.format == "native" else x, capture.format, kind)
     return outputs
 
 
 def _weights(lock: Lock, k: Tensor, foreground: int) -> Tensor:
-    """Of the source for each sample of k, [B] or [B, S]: 0 before the lock's first row, 1 where k has no background."""
+    """The source's weight for each sample of k, [B] or [B, S]: 0 before the lock's first row, 1 without background."""
     if k.shape[1] == foreground:
         return k.new_ones(k.shape[0])
-    if lock.alpha.ndim == 1:
-        return F.pad(lock.alpha, (lock.first_row, 0))
-    return F.pad(lock.alpha.expand(k.shape[0] - lock.first_row, -1), (0, 0, lock.first_row, 0))
+    count = k.shape[0] - lock.first_row
+    alpha = lock.alpha if isinstance(lock.alpha, Tensor) else k.new_full((count,), lock.alpha)
+    if alpha.ndim == 1:
+        return F.pad(alpha, (lock.first_row, 0))
+    return F.pad(alpha.expand(count, -1), (0, 0, lock.first_row, 0))
 
 
 def _in_rows(x: Tensor, places: Places) -> Tensor:
@@ -200,11 +212,6 @@ def _in_rows(x: Tensor, places: Places) -> Tensor:
     into = torch.where(places.rows < 0, spare, places.rows).long()
     out = x.new_zeros(x.shape[0], spare + 1, *x.shape[2:])
     return out.index_copy(1, into, x)[:, :spare]
-
-
-def _own(x: Tensor) -> Tensor:
-    """x contiguous, with memory of its own: an operator may not return a view of its input."""
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _fp8_outputs(q: Tensor, k: Tensor, v: Tensor, norm: QKNorm) -> list[Tensor]:
@@ -226,19 +233,14 @@ def _scales(x: Tensor, norm: QKNorm, weight: Tensor | None, bias: Tensor | None)
     bound = weight.float().abs().view(-1, dim).amax(1) * math.sqrt(width)
     if bias is not None:
         bound = bound + bias.float().abs().amax() * math.sqrt(2)
-    return _scale_of(bound)[:, None].expand(batch, heads, -(-tokens // FP8_BLOCK)).contiguous()
+    return scale_of(bound, PER_FP8)[:, None].expand(batch, heads, -(-tokens // FP8_BLOCK)).contiguous()
 
 
 def _block_scales(x: Tensor) -> Tensor:
     batch, tokens, heads, _ = x.shape
     if x.numel() == 0:
         return x.new_empty((batch, heads, -(-tokens // FP8_BLOCK)), dtype=torch.float32)
-    blocks = F.pad(x.float(), (0, 0, 0, 0, 0, -tokens % FP8_BLOCK)).unflatten(1, (-1, FP8_BLOCK))
-    return _scale_of(blocks.abs().amax((2, 4))).transpose(1, 2).contiguous()
-
-
-def _scale_of(amax: Tensor) -> Tensor:
-    return torch.where(amax == 0, 1.0, (amax * PER_FP8).clamp_min(TINY))
+    return block_scales(x.float(), PER_FP8, FP8_BLOCK)[..., 0].transpose(1, 2).contiguous()
 
 
 def _fp8_codes(x: Tensor, scale: Tensor) -> Tensor:

@@ -5,6 +5,9 @@ the two channels that RoPE rotates together. For interleaved pairs that is the o
 as two tiles and joined, which moves no register. Rows and channels outside are 0 all the way.
 """
 
+# To the checker `static_range` is no iterable: only the compiler walks it.
+# pyright: reportGeneralTypeIssues=false
+
 import math
 
 from kvlock_fast.kernels.language import require_package_name, tl, triton
@@ -110,12 +113,6 @@ def normalise(x, inverse, weight, bias, eps, D: tl.constexpr, NORM: tl.constexpr
 def source_weight(alpha, i_b, a_b, FIRST: tl.constexpr):
     """alpha of sample i_b: 1 where there is none, 0 for the samples before FIRST."""
     return 1.0 if alpha is None else tl.load(alpha + (i_b - FIRST) * a_b, mask=i_b >= FIRST, other=0.0)
-
-
-@triton.jit
-def mix(x, ref, w):
-    """(1 - w) x + w ref, exact at both ends whatever the other side holds."""
-    return tl.where(w == 0, x, tl.where(w == 1, ref, x + w * (ref - x)))
 
 
 @triton.jit

@@ -91,6 +91,13 @@ class QuantizedKV:
         return dequantize_kv_op(*packed, dtype or self.dtype, backend)
 
 
+def codes_of(x: Tensor | QuantizedKV) -> tuple[Tensor, list[Tensor], str, str, int]:
+    """Codes, scales, format, kind and tokens per scale, as operators take them; a plain tensor is "native"."""
+    if isinstance(x, QuantizedKV):
+        return x.codes, x.scales, x.format, x.kind, x.tokens_per_scale
+    return x, [], "native", "k", 1
+
+
 def quantize_kv_reference(x: Tensor, format: str, kind: str, tokens_per_scale: int = 1) -> tuple[Tensor, ...]:
     """Codes of x [B, S, H, D] and, where the format has them, scales: scale, or step and minimum."""
     if format == "native":
@@ -102,7 +109,7 @@ def quantize_kv_reference(x: Tensor, format: str, kind: str, tokens_per_scale: i
     x = x.float()
     if format == "int4":
         return _quantize_int4(x, kind)
-    scale = _scale(x, PER_FP8 if format == "fp8_e4m3" else PER_INT8, tokens_per_scale)
+    scale = block_scales(x, PER_FP8 if format == "fp8_e4m3" else PER_INT8, tokens_per_scale)
     scaled = x * (1 / scale).repeat_interleave(tokens_per_scale, 1)[:, : x.shape[1]]
     if format == "fp8_e4m3":
         codes = scaled.clamp(-448, 448).to(torch.float8_e4m3fn)
@@ -111,10 +118,15 @@ def quantize_kv_reference(x: Tensor, format: str, kind: str, tokens_per_scale: i
     return codes.contiguous(), scale
 
 
-def _scale(x: Tensor, per_code: float, tokens_per_scale: int) -> Tensor:
+def block_scales(x: Tensor, per_code: float, tokens_per_scale: int) -> Tensor:
     """[B, ceil(S / tokens_per_scale), H, 1]: 1 for zeros, NaN where x has one."""
     blocks = F.pad(x, (0, 0, 0, 0, 0, -x.shape[1] % tokens_per_scale)).unflatten(1, (-1, tokens_per_scale))
     amax = blocks.abs().amax((2, 4))[..., None]
+    return scale_of(amax, per_code)
+
+
+def scale_of(amax: Tensor, per_code: float) -> Tensor:
+    """Scale of values up to amax: 1 for zeros, NaN where amax is."""
     return torch.where(amax == 0, 1.0, (amax * per_code).clamp_min(TINY))
 
 
@@ -211,9 +223,8 @@ def _int8_codes(b_x):
 @triton.jit
 def _int4_codes(b_x, mask, KIND: tl.constexpr):
     """Bytes [BLOCK_N, BLOCK_D / 2], step and minimum in bf16 ([1, BLOCK_D] for keys, [BLOCK_N, 1] for values)."""
-    AXIS: tl.constexpr = 0 if KIND == "k" else 1
-    b_high = largest(tl.where(mask, b_x, float("-inf")), AXIS)
-    b_low = bf16_outwards(smallest(tl.where(mask, b_x, float("inf")), AXIS), False)
+    b_high = largest(tl.where(mask, b_x, float("-inf")), 0 if KIND == "k" else 1)
+    b_low = bf16_outwards(smallest(tl.where(mask, b_x, float("inf")), 0 if KIND == "k" else 1), False)
     b_step = (b_high - b_low.to(tl.float32)) * _PER_INT4
     b_step = bf16_outwards(tl.where(b_step < _TINY, _TINY, b_step), True)
     b_x = (b_x - b_low.to(tl.float32)) * tl.div_rn(1.0, b_step.to(tl.float32))
@@ -238,7 +249,7 @@ def launch_quantize_kv(x: Tensor, tokens: Tensor | None, format: str, kind: str,
     count = count if tokens is None else tokens.shape[0]
     layout = packed_layout((batch, count, heads, dim), format, kind, tokens_per_scale)
     packed = [torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in layout]
-    codes, scale, minimum = (*packed, None, None)[:3]
+    (codes, *_), (scale, minimum) = packed, (*packed[1:], None, None)[:2]
     tile = _tile(dim, format, kind, tokens_per_scale)
     launch(
         _quantize_kernel,
@@ -280,9 +291,19 @@ def quantize_kv(
     tokens_per_scale: int = 1,
     backend: str = "auto",
 ) -> QuantizedKV:
-    """Pack keys or values x [B, S, H, D], or `tokens` of them (int64 [N], in any order), in a format.
+    """Pack keys or values in a format.
 
-    tokens_per_scale: 1, or 128 for fp8 with one scale a head and 128 tokens. Raises ValueError naming what was given.
+    Args:
+        x: floating-point [B, S, H, D].
+        format: "native", "bf16", "fp8_e4m3", "int8" or "int4".
+        kind: "k" or "v"; int4 groups keys along the tokens, values along the channels.
+        tokens: int64 [N] indices below S in any order (not checked on a GPU), to pack these tokens only, as
+            [B, N, H, D], in the same pass.
+        tokens_per_scale: 1, or 128 for fp8 with one scale per head and 128 tokens.
+        backend: "auto", "reference" or "triton".
+
+    Returns: the packed tensor, with `.dequantize(dtype)` and `.nbytes`.
+    Raises ValueError on what does not fit, naming what was given.
     """
     if format not in FORMATS:
         raise ValueError(f"unknown format {format!r}: one of {', '.join(FORMATS)}")
@@ -296,10 +317,10 @@ def quantize_kv(
         raise ValueError(f"tokens_per_scale must be 1 or 128, got {tokens_per_scale!r}")
     if tokens_per_scale > 1 and format != "fp8_e4m3":
         raise ValueError(f"tokens_per_scale=128 is for fp8_e4m3 only, got format {format!r}")
-    codes, scale, minimum = (*_quantize_op(x, tokens, format, kind, tokens_per_scale, backend), None, None)[:3]
+    codes, *scales = _quantize_op(x, tokens, format, kind, tokens_per_scale, backend)
     count = x.shape[1] if tokens is None else tokens.shape[0]
     shape = torch.Size((x.shape[0], count, *x.shape[2:]))
-    return QuantizedKV(format, kind, shape, x.dtype, codes, scale, minimum, tokens_per_scale)
+    return QuantizedKV(format, kind, shape, x.dtype, codes, *scales, tokens_per_scale=tokens_per_scale)
 
 
 def launch_shipped(architecture: int) -> None:

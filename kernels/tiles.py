@@ -119,6 +119,19 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def mix(x, ref, w):
+    """(1 - w) x + w ref, exact at both ends whatever the other side holds: the formula would lose inf and -0.0."""
+    mixed = x + w * (ref - x)
+    return tl.where(w == 0, x, tl.where(w == 1, ref, mixed))
+
+
+@triton.jit
+def shifted(pointer, by):
+    """The pointer moved on; None where there is none."""
+    return pointer + by if pointer is not None else None
+
+
+@triton.jit
 def sum_partials(partials, count, BLOCK: tl.constexpr):
     """The sum of `count` contiguous fp32 numbers."""
     total = tl.zeros([BLOCK], tl.float32)

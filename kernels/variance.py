@@ -10,6 +10,9 @@ launches, partial sums and their sum, in a fixed order. Bytes moved: the history
 Source: KV-Lock (arXiv 2603.09657), after the trajectory variance of Aithal et al. 2024.
 """
 
+# To the checker `static_range` is no iterable: only the compiler walks it.
+# pyright: reportGeneralTypeIssues=false
+
 import math
 
 import torch
@@ -113,15 +116,15 @@ def _variance_op(history: Tensor, foreground: Tensor, backend: str) -> Tensor:
     return windowed_variance_reference(history, foreground)
 
 
-@_variance_op.register_fake
-def _(history, foreground, backend):
-    return history.new_empty(history.shape[1], dtype=torch.float32)
+_variance_op.register_fake(lambda history, *_: history.new_empty(history.shape[1], dtype=torch.float32))
 
 
-def windowed_variance(history: Tensor, foreground: Tensor, backend: str = "auto") -> Tensor:
-    """var [B] fp32. Raises ValueError on shapes that do not fit, n < 2, or an empty mask.
+def windowed_variance(history: Tensor, foreground: Tensor, *, backend: str = "auto") -> Tensor:
+    """Measure the hallucination signal: the variance over the last n predictions, averaged over the foreground.
 
-    Triton copies a history whose T, H, W are not contiguous first, and a mask that is not contiguous.
+    history: predicted clean latents [n, B, C, T, H, W], n >= 2; foreground: bool [B or 1, T, H, W], some True in each
+    sample. Returns the unbiased variance [B] fp32. Raises ValueError on what does not fit. Triton first copies a
+    history whose T, H, W are not contiguous, and a mask that is not.
     """
     if history.ndim != 6 or not history.is_floating_point():
         raise ValueError(

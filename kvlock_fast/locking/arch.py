@@ -1,7 +1,9 @@
 """A model family as data: where its self-attention is, and how its tokens lie. One `ArchSpec` a family."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -10,20 +12,47 @@ from kvlock_fast.errors import InputError
 SAMPLES, FRAMES, PLACES = "samples", "frames", "places"
 
 
+class Attention(nn.Module):
+    """For type checkers: the attributes that locking reads of a self-attention, where its own class has them."""
+
+    heads: int
+    num_heads: int
+    inner_dim: int
+    processor: Any
+    to_q: nn.Linear
+    to_k: nn.Linear
+    to_v: nn.Linear
+    to_out: nn.ModuleList
+    norm_q: nn.Module | None
+    norm_k: nn.Module | None
+    add_q_proj: Any
+    add_k_proj: Any
+    add_v_proj: Any
+    to_add_out: Any
+    norm_added_q: nn.Module | None
+    norm_added_k: nn.Module | None
+    prepare_attention_mask: Callable[[Tensor, int, int], Tensor]
+
+
 @dataclass(frozen=True)
 class ArchSpec:
-    """What locking must know of a family of video transformers.
+    """How a family of video transformers is locked.
 
-    family: its name; transformers: the class names; attention: a regular expression that the names of the video
-    self-attention modules match whole; key, value: submodules whose output is the key (after its norm) and the value,
-    the first that exists; token_dim: the dimension of the key's output that holds the tokens (the value's is 1); text:
-    where the text's tokens are among them, "none", "prefix" or "suffix"; flow: whether the model predicts a flow's
-    velocity, "reversed" where sigma counts from noise to data; one_call: whether the family's pipeline runs both
-    branches of guidance in one forward; blocks: the class names of the blocks that are alike, where diffusers does not
-    say; by_frame, by_place: regular expressions for those self-attentions that see one frame alone, or one place in all
-    frames, which are then rows of their batch, sample by sample; ahead: whether tokens of other frames lie in front of
-    the video's, and how many must be said of each forward; fused: those of `value` whose output holds query, key
-    and value, each as wide as the heads together, and more after them.
+    Args:
+        family: its name.
+        transformers: the class names of its transformers.
+        attention: regular expression that the names of the video's self-attention modules match whole.
+        key, value: submodules whose output is the key (after its norm) and the value; the first that exists counts.
+        token_dim: dimension of the key's output that holds the tokens (the value's is 1).
+        text: where the text's tokens are among the video's: "none", "prefix" or "suffix".
+        flow: whether the model predicts a flow's velocity; "reversed" where sigma counts from noise to data.
+        one_call: whether the family's pipeline runs both branches of guidance in one forward.
+        blocks: class names of the repeated blocks, where diffusers does not name them.
+        by_frame, by_place: regular expressions for self-attentions that see one frame alone, or one place in all
+            frames. Frames or places are then the rows of their batch, sample by sample.
+        ahead: whether tokens of other frames lie in front of the video's. Each forward then says how many.
+        fused: submodules of `value` whose output holds query, key and value, each as wide as the heads together, and
+            more after them.
     """
 
     family: str
@@ -41,21 +70,22 @@ class ArchSpec:
     ahead: bool = False
     fused: tuple[str, ...] = ()
 
-    def attentions(self, transformer: nn.Module) -> list[tuple[str, nn.Module]]:
+    def attentions(self, transformer: nn.Module) -> list[tuple[str, Attention]]:
         """The self-attention modules with their names, in the model's order; the index in it is the layer's number."""
-        pattern = re.compile(self.attention)
-        return [(name, module) for name, module in transformer.named_modules() if pattern.fullmatch(name)]
+        named = ((name, cast("Attention", module)) for name, module in transformer.named_modules())
+        return [(name, module) for name, module in named if re.fullmatch(self.attention, name)]
 
     def rows(self, name: str) -> str:
-        """What the rows of a self-attention's batch are: SAMPLES, FRAMES or PLACES."""
+        """Meaning of the rows of a self-attention's batch: SAMPLES, FRAMES or PLACES."""
         if re.fullmatch(self.by_frame, name):
             return FRAMES
         return PLACES if re.fullmatch(self.by_place, name) else SAMPLES
 
 
 def without_text(x: Tensor, dim: int, text: str, tokens: int | None, ahead: int = 0) -> Tensor:
-    """A view of the video's `tokens` of x along `dim`, where all others are the text's, placed as `ArchSpec.text`, but
-    for so many `ahead` of the video's.
+    """A view of the video's `tokens` of x along `dim`.
+
+    The others are `ahead` tokens in front of the video's, and the text's, placed as `ArchSpec.text`.
     """
     if tokens is None:
         return x
@@ -64,7 +94,7 @@ def without_text(x: Tensor, dim: int, text: str, tokens: int | None, ahead: int 
 
 
 def around_video(total: int, text: str, tokens: int, ahead: int = 0) -> tuple[int, int]:
-    """How many of `total` tokens are not the video's, in front of them and behind: as `without_text`."""
+    """Number of tokens in front of the video's and behind them, of `total`; arguments as `without_text`."""
     words = total - tokens - ahead
     if words < 0 or (words and text == "none"):
         raise RuntimeError(f"a self-attention has {total} tokens, of a video of {tokens + ahead} and text {text!r}")
@@ -79,13 +109,13 @@ def by_samples(x: Tensor, tokens: int | None) -> Tensor:
 
 
 def place_by_place(index: Tensor, frames: int, tokens: int) -> Tensor:
-    """Tokens' numbers in (t, h, w) order as those in (h, w, t) order."""
+    """Token numbers in (t, h, w) order as numbers in (h, w, t) order."""
     places = tokens // frames
     return index % places * frames + index // places
 
 
-def first_submodule(attention: nn.Module, names: tuple[str, ...]) -> nn.Module:
-    """The first of `names` that is a submodule of `attention`."""
+def first_submodule(attention: nn.Module, names: tuple[str, ...]) -> Any:
+    """The first of `names` that is a submodule of `attention`: a projection or a norm, of anybody's class."""
     for name in names:
         module = getattr(attention, name, None)
         if isinstance(module, nn.Module):
@@ -93,26 +123,22 @@ def first_submodule(attention: nn.Module, names: tuple[str, ...]) -> nn.Module:
     raise ValueError(f"{type(attention).__name__} has none of the submodules {', '.join(names)}")
 
 
-def kv_width(attention: nn.Module, arch: ArchSpec) -> int:
-    """Channels of all heads of a self-attention's values, and keys, together."""
+def kv_width(attention: Attention, arch: ArchSpec) -> int:
+    """Number of channels of a self-attention's values, or keys, all heads together."""
+    columns, target = value_columns(attention, arch), first_submodule(attention, arch.value)
+    return target.out_features if columns is None else columns[1]
+
+
+def value_columns(attention: Attention, arch: ArchSpec) -> tuple[int, int] | None:
+    """First column and width of the value in the output of its submodule; None where it is all there is."""
     target = first_submodule(attention, arch.value)
-    return attention.inner_dim if _is_fused(attention, arch, target) else target.out_features
-
-
-def value_columns(attention: nn.Module, arch: ArchSpec) -> tuple[int, int] | None:
-    """Where the value begins in the output of its submodule, and how wide it is; None where it is all there is."""
-    if not _is_fused(attention, arch, first_submodule(attention, arch.value)):
+    if not any(getattr(attention, name, None) is target for name in arch.fused):
         return None
-    width = attention.inner_dim
-    return 2 * width, width
-
-
-def _is_fused(attention: nn.Module, arch: ArchSpec, target: nn.Module) -> bool:
-    return any(getattr(attention, name, None) is target for name in arch.fused)
+    return 2 * attention.inner_dim, attention.inner_dim
 
 
 def select_layers(count: int, layers: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The numbers of the locked layers of `count`; InputError for one that does not exist."""
+    """The numbers of the locked layers of `count`. Raises InputError for one that does not exist."""
     if layers is None:
         return tuple(range(count))
     for layer in layers:

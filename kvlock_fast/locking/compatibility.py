@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from kvlock_fast.errors import InputError
 
@@ -31,7 +32,7 @@ def compiled_blocks(transformers: Sequence[nn.Module], wish: str, names: tuple[s
                 block.compile()
                 ours.append(block)
         yield
-    except torch._dynamo.exc.TorchDynamoException as error:
+    except TorchDynamoException as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(f"compile is 'regional', but the model's blocks cannot be compiled: {first}") from error
     finally:
@@ -41,8 +42,8 @@ def compiled_blocks(transformers: Sequence[nn.Module], wish: str, names: tuple[s
 
 def repeated_blocks(transformer: nn.Module, names: tuple[str, ...] = ()) -> list[nn.Module]:
     """The blocks that are alike, as diffusers says or, where it does not, by the names of their classes."""
-    names = set(getattr(transformer, "_repeated_blocks", None) or names)
-    blocks = [module for module in transformer.modules() if type(module).__name__ in names]
+    alike = set(getattr(transformer, "_repeated_blocks", None) or names)
+    blocks = [module for module in transformer.modules() if type(module).__name__ in alike]
     if not blocks:
         raise InputError(
             f"compile is 'regional', but {type(transformer).__name__} does not say which of its blocks are alike"

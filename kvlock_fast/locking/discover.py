@@ -16,7 +16,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.blend import blend_reference
 from kvlock_fast.locking.arch import ArchSpec, refuse_linear, without_text
 from kvlock_fast.locking.compatibility import refuse_wrapped
-from kvlock_fast.locking.lock import Mode, TransformerLock
+from kvlock_fast.locking.lock import KeptKV, Mode, TransformerLock
 from kvlock_fast.locking.probe import (
     KEY_NORMS,
     KEYS,
@@ -32,24 +32,21 @@ from kvlock_fast.locking.probe import (
 
 
 def refusal(transformer: nn.Module, reason: str) -> InputError:
-    """Of a transformer that family "auto" does not lock."""
+    """The error for a transformer that family "auto" does not lock."""
     return InputError(f"family 'auto' does not lock {type(transformer).__name__}: {reason}")
 
 
 class Found:
-    """What two silent forwards, of other latents, say: which projections are the video's self-attentions', and where
-    its tokens are.
+    """The video's self-attentions, their projections and the places of its tokens, found by two silent forwards.
 
-    arch: the description; plain: a forward as it is; calls: by number of the attention in a forward, its layer; places:
-    the video's tokens in that attention's keys, first and end.
+    arch: the description; plain: a forward as it is; calls: layer by the attention's number in a forward; places: first
+    and end of the video's tokens in that attention's keys.
     """
 
     def __init__(self, transformer: nn.Module, forward: Forward, tokens: int, ahead: int):
         self.transformer, self.tokens, self.ahead = transformer, tokens, ahead
         self.parts = {
-            name: tuple(
-                filter(None, (submodule(module, KEY_NORMS), submodule(module, KEYS), submodule(module, VALUES)))
-            )
+            name: tuple(part for names in (KEY_NORMS, KEYS, VALUES) if (part := submodule(module, names)))
             for name, module in projecting(transformer).items()
         }
         self.plain = watch(transformer, forward, self.parts)
@@ -170,13 +167,16 @@ HALF_TOLERANCE = 2e-2
 
 
 def find_and_check(transformer: nn.Module, sample: Sample, tokens: int, ahead: int = 0) -> ArchSpec:
-    """Where and how a transformer is locked, found and verified in eight forwards of a sample.
+    """Find where and how a transformer is locked, and verify it, in eight forwards of a sample.
 
-    sample: the arguments of a forward by name, or a function that makes one and returns the prediction; its latents,
-    of `tokens` tokens, are the forward's first argument; ahead: tokens of others in front of the video's.
+    Args:
+        transformer: the model; it is left as it was.
+        sample: the arguments of a forward by name, or a function that makes one and returns the prediction. Its latents
+            are the forward's first argument.
+        tokens: number of the latents' tokens.
+        ahead: number of tokens of other frames in front of the video's.
 
-    Raises InputError with the reason where no lock is certain to do what it should; the transformer is left as it was
-    either way.
+    Raises InputError with the reason where no lock is certain to do what it should.
     """
     refuse_wrapped(transformer)
     refuse_linear(transformer)
@@ -206,7 +206,7 @@ def _check(transformer: nn.Module, forward: Forward, found: Found) -> None:
     lock = TransformerLock(transformer, arch)
     try:
         kept = _references(lock, plain, found)
-        rows = max(len(x) for x in kept.values())
+        rows = max(x.shape[0] for x in kept.values())
         weight = torch.full((rows, tokens), ALPHA, device=plain.result.device)
         weight[:, ::3] = 0
 
@@ -229,9 +229,8 @@ def _check(transformer: nn.Module, forward: Forward, found: Found) -> None:
         _, key_at_one, value_at_one = at_one.calls[n]
         wide = weight.new_zeros(len(weight), key.shape[-2])
         wide[:, first:end] = weight
-        return blend_reference(key, key_at_one, wide, key.ndim - 2), blend_reference(
-            value, value_at_one, wide, value.ndim - 2
-        )
+        key = blend_reference(key, key_at_one, wide, key.ndim - 2)
+        return key, blend_reference(value, value_at_one, wide, value.ndim - 2)
 
     expected = watch(transformer, forward, {}, keep=False, at_call=at_call)
     names = [name for name, _ in arch.attentions(transformer)]
@@ -249,12 +248,13 @@ def _check(transformer: nn.Module, forward: Forward, found: Found) -> None:
         raise found.refusal(f"locking its sample changes the prediction by no more than {effect:.2g}: nothing to check")
 
 
-def _references(lock: TransformerLock, plain: Seen, found: Found) -> dict[tuple[int, str], Tensor]:
+def _references(lock: TransformerLock, plain: Seen, found: Found) -> KeptKV:
     """Keys and values to lock to, as large as the model's own: their shapes are those of the projections' outputs."""
-    generator, kept, arch = torch.Generator().manual_seed(1), {}, found.arch
+    generator, arch = torch.Generator().manual_seed(1), found.arch
+    kept: KeptKV = {}
     for layer, (name, attention) in enumerate(arch.attentions(lock.transformer)):
         for kind, names, dim in (("k", arch.key, arch.token_dim), ("v", arch.value, 1)):
-            whole = plain.outputs[name, submodule(attention, names)][0]
+            whole = plain.outputs[name, submodule(attention, names) or ""][0]
             own = without_text(whole, dim, arch.text, found.tokens, found.ahead)
             kept[layer, kind] = torch.randn(own.shape, generator=generator).to(own) * own.std()
     return kept

@@ -9,59 +9,42 @@ know, is left to the generic path (lock.py), which does the same to rounding.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kvlock_fast.errors import InputError, warn
-from kvlock_fast.kernels.attention import attention
 from kvlock_fast.kernels.language import HAS_TRITON
 from kvlock_fast.kernels.launch import KERNEL_DTYPES
+from kvlock_fast.locking import fast_processors as ours
+from kvlock_fast.locking import fast_trial
+from kvlock_fast.locking.arch import Attention
 from kvlock_fast.locking.compatibility import device_of
+from kvlock_fast.locking.fast_qkv import Prologue
 from kvlock_fast.locking.foreground import swapped
 from kvlock_fast.locking.qk_norms import norm_kind, why_no_norms
+from kvlock_fast.locking.state import LockState
 from kvlock_fast.settings import PROCESSORS
 
-FAST = {
-    "transformer_wan.WanAttnProcessor": "WanFastProcessor",
-    "transformer_wan_animate.WanAttnProcessor": "WanFastProcessor",
-    "transformer_chronoedit.WanAttnProcessor": "WanFastProcessor",
-    "transformer_skyreels_v2.SkyReelsV2AttnProcessor": "WanFastProcessor",
-    "attention_processor.CogVideoXAttnProcessor2_0": "CogVideoXFastProcessor",
-    "transformer_ltx.LTXVideoAttnProcessor": "LTXFastProcessor",
-    "transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0": "HunyuanVideoFastProcessor",
+FAST: dict[str, type[ours.FastProcessor]] = {
+    "transformer_wan.WanAttnProcessor": ours.WanFastProcessor,
+    "transformer_wan_animate.WanAttnProcessor": ours.WanFastProcessor,
+    "transformer_chronoedit.WanAttnProcessor": ours.WanFastProcessor,
+    "transformer_skyreels_v2.SkyReelsV2AttnProcessor": ours.WanFastProcessor,
+    "attention_processor.CogVideoXAttnProcessor2_0": ours.CogVideoXFastProcessor,
+    "transformer_ltx.LTXVideoAttnProcessor": ours.LTXFastProcessor,
+    "transformer_hunyuan_video.HunyuanVideoAttnProcessor2_0": ours.HunyuanVideoFastProcessor,
 }
-"""The class in fast_processors.py by diffusers' own, which is given as "module.Class"."""
-
-
-class FastProcessor:
-    """What the families' processors have in common: the attention itself."""
-
-    _parallel_config = None
-
-    def __init__(self, backend: Any):
-        """backend: diffusers' name of the attention that the user has chosen, None for none."""
-        self.backend = backend
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attention of q to k, v [B, n, H, D]; mask: as diffusers gives it to its attentions."""
-        if mask is not None or self.backend is not None:
-            from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-            return dispatch_attention_fn(q, k, v, attn_mask=mask, backend=self.backend)
-        if q.is_cuda:
-            return attention(q, k, v, attention="library")
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+"""Our class in place of one of diffusers', which is given as "module.Class"."""
+Attentions = dict[int, tuple[str, Attention]]
+"""Name and module by layer."""
 
 
 class FastPath:
     """The fast processors of a transformer's locked layers."""
 
-    def __init__(self, attentions: dict[int, tuple[str, nn.Module]], state: Any):
-        """attentions: name and module by layer; state: their `LockState`."""
+    def __init__(self, attentions: Attentions, state: LockState):
         self.state = state
         self.norms = {layer: norms_of(module) for layer, (_, module) in attentions.items()}
         self.attentions = [module for _, module in attentions.values()]
@@ -69,21 +52,17 @@ class FastPath:
     @contextmanager
     def forward(self) -> Iterator[None]:
         """On for one forward, the attentions' own processors afterwards."""
-        from kvlock_fast.locking.fast_qkv import Prologue
-
-        ours = [fast_processor(module.processor) for module in self.attentions]
+        processors = [_made(_name(own), _chosen_attention(own)) for own in (each.processor for each in self.attentions)]
         self.state.prologue = Prologue(self.state, self.norms)
         try:
-            with swapped(self.attentions, ours):
+            with swapped(self.attentions, processors):
                 yield
         finally:
             self.state.prologue = None
 
 
-def choose_path(
-    wish: str, transformer: nn.Module, attentions: dict[int, tuple[str, nn.Module]], state: Any
-) -> FastPath | None:
-    """The fast path by a wish of `PROCESSORS`, None for the generic one.
+def choose_path(wish: str, transformer: nn.Module, attentions: Attentions, state: LockState) -> FastPath | None:
+    """Choose by a wish of `PROCESSORS`: the fast path, or None for the generic one.
 
     "auto" takes it on CUDA, where it is worth it, if the model has it and a trial there agrees with plain torch. Raises
     InputError with the reason where it is "fast" and cannot be.
@@ -115,8 +94,8 @@ def check_processors(wish: str, model: Any) -> None:
             raise InputError(f"processors is 'fast', but {reason}")
 
 
-def why_not_fast(transformer: nn.Module, attentions: dict[int, tuple[str, nn.Module]]) -> str | None:
-    """What in the attentions, name and module by layer, the fast processors would miss; None if nothing."""
+def why_not_fast(transformer: nn.Module, attentions: Attentions) -> str | None:
+    """The reason why the fast processors cannot serve the attentions; None if they can."""
     for name, module in attentions.values():
         own = getattr(module, "processor", None)
         if _name(own) not in FAST:
@@ -134,26 +113,20 @@ def why_not_fast(transformer: nn.Module, attentions: dict[int, tuple[str, nn.Mod
 
 
 def norms_of(module: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """Of an attention's queries and keys."""
+    """The norms of an attention's queries and keys."""
     return getattr(module, "norm_q", None), getattr(module, "norm_k", None)
 
 
-def fast_processor(own: Any) -> FastProcessor:
-    """Ours in place of one of diffusers' that is in `FAST`."""
-    return _made(_name(own), _chosen_attention(own))
-
-
-def _name(own: Any) -> str | None:
-    """Of a processor's class, with its module; None where that is not diffusers'."""
+def _name(own: Any) -> str:
+    """A processor's class with its module; "" where that is not diffusers'."""
     package, _, module = type(own).__module__.rpartition(".")
-    return f"{module}.{type(own).__name__}" if package.startswith("diffusers.models") else None
+    return f"{module}.{type(own).__name__}" if package.startswith("diffusers.models") else ""
 
 
 @cache
-def _made(kind: str, backend: Any) -> FastProcessor:
+def _made(name: str, backend: Any) -> ours.FastProcessor:
     # One for all attentions and locks: compiled code then serves all of them.
-    # Imported late: the processors are subclasses of FastProcessor.
-    return getattr(import_module("kvlock_fast.locking.fast_processors"), FAST[kind])(backend)
+    return FAST[name](backend)
 
 
 def _chosen_attention(own: Any) -> Any:
@@ -166,19 +139,13 @@ def _chosen_attention(own: Any) -> Any:
     return None if chosen == AttentionBackendName.NATIVE else chosen
 
 
-def _why_not_on(
-    device: torch.device, transformer: nn.Module, attentions: dict[int, tuple[str, nn.Module]]
-) -> str | None:
-    """What on a GPU speaks against the kernel, which is tried on the first use; None if nothing."""
+def _why_not_on(device: torch.device, transformer: nn.Module, attentions: Attentions) -> str | None:
+    """The reason why a GPU cannot run the kernel, which is tried on the first use; None if it can."""
     if not HAS_TRITON:
         return "Triton is not installed"
     dtype = getattr(transformer, "dtype", torch.float32)
     if dtype not in KERNEL_DTYPES:
         return f"the model's dtype is {str(dtype).removeprefix('torch.')}"
-    from kvlock_fast.locking.fast_trial import disagreement
-
     _, module = next(iter(attentions.values()))
-    width = module.to_q.out_features
-    return disagreement(
-        device, dtype, module.heads, width // module.heads, norm_kind(module.norm_k, module.heads, width)
-    )
+    heads, width = module.heads, module.to_q.out_features
+    return fast_trial.disagreement(device, dtype, heads, width // heads, norm_kind(module.norm_k, heads, width))

@@ -9,18 +9,16 @@ Compiled code sees one operator, which knows nothing but the number of a locked 
 import torch
 from torch import Tensor, nn
 
-from kvlock_fast.kernels.blend import as_heads
 from kvlock_fast.kernels.prologue import Capture, Lock, Places, QKNorm, RoPE, prologue
 from kvlock_fast.kernels.quantize import QuantizedKV, quantize_kv
-from kvlock_fast.locking.arch import around_video
+from kvlock_fast.locking.arch import Attention, around_video
 from kvlock_fast.locking.qk_norms import qk_norm
-from kvlock_fast.locking.registry import locked_entry
-from kvlock_fast.locking.state import LockState, Mode, repeated
+from kvlock_fast.locking.registry import locked_entry, number_of
+from kvlock_fast.locking.state import LockState, Mode, Projections, Rotation, repeated
 from kvlock_fast.nvtx import span
 
 K_STAGE = "normed"
 """Keys are kept after their norm and before their rotation, as by the generic path."""
-Projections = tuple[Tensor, Tensor, Tensor]
 
 
 class Prologue:
@@ -34,10 +32,16 @@ class Prologue:
         self._places: dict[int, Places] = {}
 
     def __call__(
-        self, layer: int, token_dim: int, qkv: Projections, rotation: tuple[Tensor, Tensor] | None, heads: int
+        self, layer: int, token_dim: int, qkv: Projections, rotation: Rotation | None, heads: int
     ) -> Projections:
-        """Projections [B, n, H*D] as q, k, v [B, n, H, D]; rotation: cosine and sine as the model has them; token_dim:
-        where keys that are kept as tensors have their tokens.
+        """Turn projections [B, n, H*D] into q, k, v [B, n, H, D].
+
+        Args:
+            layer: the layer's number.
+            token_dim: dimension of keys kept as tensors that holds the tokens.
+            qkv: queries, keys and values as projected.
+            rotation: cosine and sine as the model has them.
+            heads: H.
         """
         state, (q, k, v) = self.state, qkv
         state.fired.update([(layer, "k"), (layer, "v")])
@@ -47,13 +51,11 @@ class Prologue:
         if state.mode is Mode.CAPTURE:
             return self._captured(layer, token_dim, qkv, norm, rope, heads)
         if state.mode is Mode.IN_BATCH:
-            lock, placed = Lock(self._weight(tokens, len(k) - 1)), {"foreground": 0}
+            lock, foreground, places = Lock(self._weight(tokens, len(k) - 1)), 0, None
         else:
-            kept = ((state.kept[layer, "k"], token_dim), (state.kept[layer, "v"], 1))
-            source = (x if isinstance(x, QuantizedKV) else as_heads(x, dim, heads) for x, dim in kept)
-            lock = Lock(self._weight(tokens, len(k)), *source, stage=K_STAGE)
-            placed = {"places": self._placed(k)}
-        out = prologue(q, k, v, heads, norm=norm, rope=rope, lock=lock, **placed)
+            lock = Lock(self._weight(tokens, len(k)), *state.references(layer, token_dim, heads), stage=K_STAGE)
+            foreground, places = None, self._placed(k)
+        out = prologue(q, k, v, heads, norm=norm, rope=rope, lock=lock, foreground=foreground, places=places)
         return out.q, out.k, out.v
 
     def _captured(
@@ -70,8 +72,8 @@ class Prologue:
         fused = rows == 1 and per_scale == 1
         capture = Capture(format if fused else "native", K_STAGE)
         outs = [
-            prologue(*(x[i : i + 1] for x in qkv), heads, norm=norm, rope=rope, places=places, capture=capture)
-            for i in range(rows)
+            prologue(q[None], k[None], v[None], heads, norm=norm, rope=rope, places=places, capture=capture)
+            for q, k, v in zip(*qkv, strict=True)
         ]
         for kind, place in (("k", k_place), ("v", v_place)):
             packed = [getattr(out, f"captured_{kind}") for out in outs]
@@ -88,15 +90,19 @@ class Prologue:
                 state.kept[layer, kind] = packed[0].codes.movedim(1, token_dim)
         if rows == 1:
             return outs[0].q, outs[0].k, outs[0].v
-        return tuple(torch.cat([getattr(out, name) for out in outs]) for name in "qkv")
+        return (
+            torch.cat([out.q for out in outs]),
+            torch.cat([out.k for out in outs]),
+            torch.cat([out.v for out in outs]),
+        )
 
     def _offset(self, tokens: int) -> tuple[int, int]:
-        """How many of so many tokens are not the video's, in front of them and behind."""
+        """Number of tokens in front of the video's and behind them, of `tokens`."""
         state = self.state
         return (0, 0) if state.tokens is None else around_video(tokens, state.text, state.tokens, state.ahead)
 
     def _weight(self, tokens: int, rows: int) -> Tensor:
-        """The source's, of every token [rows, n]."""
+        """The source's weight for every token [rows, n]."""
         key = tokens, rows
         if key not in self._weights:
             weight = repeated(self.state.weight, rows)
@@ -104,7 +110,7 @@ class Prologue:
         return self._weights[key]
 
     def _placed(self, k: Tensor) -> Places:
-        """Which of k's tokens is which of the background's."""
+        """Where the background's tokens are among k's."""
         tokens = k.shape[1]
         if tokens not in self._places:
             before, after = self._offset(tokens)
@@ -145,39 +151,35 @@ def _by_token(x: Tensor, heads: int) -> Tensor:
     return (x[0] if x.ndim == 4 else x[0].unflatten(1, (heads, -1))).float()
 
 
-def _locked_qkv(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, number: int
-) -> Projections:
+def _locked_qkv(qkv: Projections, rotation: Rotation | None, heads: int, number: int) -> Projections:
     entry = locked_entry(number)
+    if entry.state.prologue is None:
+        raise RuntimeError("a fast processor ran outside of a forward of its lock")
     with span("prologue"):
-        return entry.state.prologue(
-            entry.key[0], entry.token_dim, (q, k, v), None if cos is None else (cos, sin), heads
-        )
+        return entry.state.prologue(entry.key[0], entry.token_dim, qkv, rotation, heads)
 
 
 @torch.library.custom_op("kvlock_fast::locked_qkv", mutates_args=())
 def _locked_qkv_op(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, number: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _locked_qkv(q, k, v, cos, sin, heads, int(number))
+    return _locked_qkv((q, k, v), None if cos is None or sin is None else (cos, sin), heads, int(number))
 
 
 @_locked_qkv_op.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, number: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None, heads: int, number: Tensor):
     return tuple(x.new_empty((*x.shape[:2], heads, x.shape[2] // heads)) for x in (q, k, v))
 
 
-def locked_qkv(attention: nn.Module, qkv: Projections, rotation: tuple[Tensor, Tensor] | None) -> Projections:
-    """A locked self-attention's projections [B, n, H*D] as what it attends with, [B, n, H, D] each.
+def locked_qkv(attention: Attention, qkv: Projections, rotation: Rotation | None) -> Projections:
+    """Turn a locked self-attention's projections [B, n, H*D] into its queries, keys and values [B, n, H, D].
 
     rotation: cosine and sine of the video's tokens, angles twice, neighbouring channels being a pair: [S, D],
     [1, S, 1, D], or [B, S, H*D] where heads have angles of their own; None for none.
     """
     norm = getattr(attention, "norm_k", None)
-    locked = attention.to_k if norm is None else norm
+    number = number_of(attention.to_k if norm is None else norm)
+    if isinstance(number, int):
+        return _locked_qkv(qkv, rotation, attention.heads, number)
     cos, sin = (None, None) if rotation is None else rotation
-    if torch.compiler.is_compiling():
-        return _locked_qkv_op(*qkv, cos, sin, attention.heads, locked.kvlock_number_tensor)
-    return _locked_qkv(*qkv, cos, sin, attention.heads, locked.kvlock_number)
+    return _locked_qkv_op(*qkv, cos, sin, attention.heads, number)

@@ -2,7 +2,10 @@
 anybody.
 """
 
+from contextlib import suppress
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +20,15 @@ ROUNDINGS, FP8_STEP = 16, 1 / 8
 
 @cache
 def disagreement(device: torch.device, dtype: torch.dtype, heads: int, dim: int, norm: str) -> str | None:
-    """What is wrong with the kernel at these sizes, None if nothing: each way to lock and to keep, tried once."""
-    errors: tuple[type[Exception], ...] = ()
-    try:
-        from triton.errors import TritonError
-
-        errors = (TritonError,)
-    except ImportError:  # the reference alone is tried
-        pass
+    """Try each way to lock and to keep K and V once at these sizes: what is wrong with the kernel, None if nothing."""
+    errors = ()  # without Triton the reference alone is tried
+    with suppress(ImportError):
+        errors = (import_module("triton.errors").TritonError,)
     trial = _Trial(device, dtype, heads, dim, norm)
     try:
         for name, arguments in trial.calls():
-            found = [prologue(*trial.qkv, heads, **arguments, backend=backend) for backend in ("triton", "reference")]
-            for kind, a, b, allowed in trial.pairs(*found):
+            by_kernel, by_torch = (prologue(*trial.qkv, heads, **arguments, backend=x) for x in ("triton", "reference"))
+            for kind, a, b, allowed in trial.pairs(by_kernel, by_torch):
                 if not _near(a, b, allowed):
                     return f"the prologue's kernel gives other {kind} than plain torch on this GPU ({name})"
     except errors as error:
@@ -47,10 +46,11 @@ class _Trial:
             return torch.randn(shape, generator=generator).to(device)
 
         self.heads, self.dim, self.dtype = heads, dim, dtype
-        self.qkv = normal(2, TOKENS, 3 * heads * dim).to(dtype).chunk(3, 2)
+        q, k, v = normal(2, TOKENS, 3 * heads * dim).to(dtype).chunk(3, 2)
+        self.qkv = q, k, v
         size = heads * dim if norm == "rms_across_heads" else dim
-        weights = [None if norm == "none" else 1 + 0.1 * normal(size).to(dtype) for _ in range(2)]
-        self.norm = QKNorm(norm, *weights)
+        q_weight, k_weight = (None if norm == "none" else 1 + 0.1 * normal(size).to(dtype) for _ in range(2))
+        self.norm = QKNorm(norm, q_weight, k_weight)
         angle = normal(TOKENS, 1, dim // 2)
         self.rope = RoPE(angle.cos(), angle.sin()) if dim % 2 == 0 else None
         order = torch.randperm(TOKENS, generator=generator).to(device)
@@ -58,7 +58,7 @@ class _Trial:
         self.weight = torch.linspace(-0.5, 1.5, TOKENS).clamp(0, 1).to(device)[None]
         self.kept = normal(1, TOKENS - TOKENS // 3, heads, dim).to(dtype)
 
-    def calls(self) -> list[tuple[str, dict]]:
+    def calls(self) -> list[tuple[str, dict[str, Any]]]:
         """Name and arguments of `prologue` after the heads."""
         common = {"norm": self.norm, "rope": self.rope}
         places = Places(self.rows, self.kept.shape[1])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.attention import attention
+from kvlock_fast.kernels.prologue_reference import rotated_pairs
 from kvlock_fast.kernels.quantize import QuantizedKV
 from kvlock_fast.locking.compatibility import hooks_of
 
@@ -96,8 +97,8 @@ def attend(
     v = torch.cat([v[:, : view.foreground], background_v.expand(rows, -1, -1, -1)], dim=1)
     if q.device.type == "cuda":
         return attention(q, k, v)  # splits the keys, as the queries are few
-    out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
-    return out.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 def _unpacked(x: Tensor | QuantizedKV, like: Tensor, rows: Tensor | None) -> Tensor:
@@ -111,6 +112,4 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos, sin: [1, N, 1, D], angles twice.
     """
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).type_as(x)
+    return rotated_pairs(x, cos[..., 0::2], sin[..., 1::2]).type_as(x)

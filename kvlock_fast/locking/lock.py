@@ -4,11 +4,6 @@ Two modules a layer hand their output on to a `LockState` that they share, which
 nothing, keep the source's K/V, blend with what was kept (in this step or in a cache), or blend with the batch's first
 row (the source riding along, "lockstep"). Off means bit-identical to the stock model; after `detach` the model is as
 it was.
-
-A module is intercepted by its class, which is a subclass of its own one while it is locked. A hook would be an object
-of its own in every layer, and torch.compile would compile every block of the model for itself, again with every lock;
-by class all blocks share one graph, whatever the lock, mode and alpha: the graph holds an operator that knows nothing
-but the number of the module.
 """
 
 import gc
@@ -16,19 +11,16 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from functools import cache
-from typing import Any
 from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 
 from kvlock_fast.errors import InputError
-from kvlock_fast.kernels.blend import as_heads
-from kvlock_fast.kernels.quantize import QuantizedKV
 from kvlock_fast.locking.arch import (
     SAMPLES,
     ArchSpec,
+    Attention,
     first_submodule,
     kv_width,
     select_layers,
@@ -38,37 +30,20 @@ from kvlock_fast.locking.compatibility import refuse_caches, refuse_wrapped
 from kvlock_fast.locking.fast_path import choose_path
 from kvlock_fast.locking.foreground import attend
 from kvlock_fast.locking.parallel import Shard, shard_of
-from kvlock_fast.locking.registry import LOCKED, NUMBERS, Entry, locked_entry
+from kvlock_fast.locking.registry import CHANGING, Entry, Locked, lock_module, locked_entry, number_of, unlock_modules
 from kvlock_fast.locking.state import KeptKV as KeptKV
 from kvlock_fast.locking.state import LockState
 from kvlock_fast.locking.state import Mode as Mode
 from kvlock_fast.nvtx import span
 
 
-def _lock_output(x: Tensor, number: int) -> None:
-    entry = LOCKED.get(number)
-    if entry is not None:  # None: its lock is gone, and the module about to be its plain self
-        entry.state.apply(entry.key, x, entry.token_dim)
-
-
-@torch.library.custom_op("kvlock_fast::lock_output_", mutates_args=("x",))
-def lock_output_(x: Tensor, number: Tensor) -> None:
-    """The work of the locked module `number` (int64 [], in host memory) on its output, for compiled code."""
-    _lock_output(x, int(number))
-
-
-@lock_output_.register_fake
-def _(x: Tensor, number: Tensor) -> None:
-    return None
-
-
 def _attend_kept(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
     entry = locked_entry(number)
-    state, (layer, _) = entry.state, entry.key
-    kept = ((state.kept[layer, "k"], entry.token_dim), (state.kept[layer, "v"], 1))
-    heads = (x if isinstance(x, QuantizedKV) else as_heads(x, dim, q.shape[2]) for x, dim in kept)
+    if entry.state.view is None:
+        raise RuntimeError("a forward of some tokens needs the view that they have of the others")
+    kept = entry.state.references(entry.key[0], entry.token_dim, q.shape[2])
     with span("attend"):
-        return attend(q, k, v, tuple(heads), state.view)
+        return attend(q, k, v, kept, entry.state.view)
 
 
 @torch.library.custom_op("kvlock_fast::attend_kept", mutates_args=())
@@ -76,72 +51,13 @@ def _attend_kept_op(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
     return _attend_kept(q, k, v, int(number)).contiguous()
 
 
-@_attend_kept_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, number: Tensor) -> Tensor:
-    return torch.empty_like(q, memory_format=torch.contiguous_format)
+_attend_kept_op.register_fake(lambda q, *_: torch.empty_like(q, memory_format=torch.contiguous_format))
 
 
 def attend_kept(q: Tensor, k: Tensor, v: Tensor, locked: nn.Module) -> Tensor:
     """`foreground.attend` by what is kept of the layer whose keys come out of the locked module."""
-    if torch.compiler.is_compiling():
-        return _attend_kept_op(q, k, v, locked.kvlock_number_tensor)
-    return _attend_kept(q, k, v, locked.kvlock_number)
-
-
-class _Locked:
-    """Goes in front of a module's own class.
-
-    kvlock_number: in `LOCKED`; compiled code is given it as a tensor, as a plain number would be compiled in.
-    """
-
-    kvlock_number: int
-    kvlock_number_tensor: Tensor
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling():
-            output = super().__call__(*args, **kwargs)
-            lock_output_(output, self.kvlock_number_tensor)
-            return output
-        # First, and as it is: a lock may be freed, or taken off by another thread, while the module runs.
-        number = vars(self).get("kvlock_number")
-        output = super().__call__(*args, **kwargs)
-        if number is not None:
-            _lock_output(output, number)
-        return output
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copy and a pickle of a locked module are its plain self."""
-        kind, entry = type(self), LOCKED.get(self.kvlock_number)
-        if entry is not None and entry.state.mode is not Mode.OFF:
-            raise RuntimeError("a locked model cannot be copied in the middle of a forward: copy it before or after")
-        # Protocol 0 has no look at the object's own class, which pickle compares for the later ones.
-        make, arguments, *rest = super().__reduce_ex__(0)
-        if rest and isinstance(rest[0], dict):
-            rest[0] = {name: x for name, x in rest[0].items() if name not in _OWN}
-        return make, tuple(kind.__mro__[2] if x is kind else x for x in arguments), *rest
-
-
-_OWN = ("kvlock_number", "kvlock_number_tensor")
-
-
-_CHANGING = threading.RLock()
-"""Held while modules change their classes: two locks at once would each take a module for unlocked."""
-
-
-def _unlock(targets: list[tuple[nn.Module, type[nn.Module]]]) -> None:
-    """Give modules their own classes back."""
-    with _CHANGING:
-        for target, kind in targets:
-            target.__class__ = kind
-            for name in _OWN:
-                vars(target).pop(name, None)
-        targets.clear()
-
-
-@cache
-def _locked(kind: type[nn.Module]) -> type[nn.Module]:
-    """A module's class while it is locked: one for all modules of a class, so that compiled code serves them all."""
-    return type(f"Locked{kind.__name__}", (_Locked, kind), {"__module__": kind.__module__})
+    number = number_of(locked)
+    return _attend_kept(q, k, v, number) if isinstance(number, int) else _attend_kept_op(q, k, v, number)
 
 
 class TransformerLock:
@@ -156,9 +72,15 @@ class TransformerLock:
         processors: str = "generic",
         format: str | None = None,
     ):
-        """layers: the locked self-attention layers by number, None for all; background: as in `LockState`, of the whole
-        video also where processes share its tokens; format: as in `LockState`; processors: by which attention forwards
-        that lock go, a wish of `fast_path.PROCESSORS`.
+        """Attach the lock.
+
+        Args:
+            transformer: the model, which is changed in place until `detach`.
+            arch: how it is locked.
+            layers: the locked self-attention layers by number; None: all.
+            background: as in `LockState`, of the whole video also where processes share its tokens.
+            processors: which attention serves forwards that lock, one of `fast_path.PROCESSORS`.
+            format: as in `LockState`.
 
         Raises InputError where the lock would miss K or V, and where processors 'fast' cannot be had; then nothing is
         attached.
@@ -173,21 +95,21 @@ class TransformerLock:
         self.forwards = 0
         self.use_background(background)
         self._around = _with_parents(transformer, [attentions[layer][0] for layer in self.layers])
-        self._targets: list[tuple[nn.Module, tuple[str, ...], nn.Module]] = []
+        self._targets: list[tuple[Attention, tuple[str, ...], nn.Module]] = []
         self._entries: list[Entry] = []
         self._locked: list[tuple[nn.Module, type[nn.Module]]] = []
         # Runs when the lock is forgotten, so it must not hold the lock itself.
-        self._forgotten = finalize(self, _unlock, self._locked)
+        self._forgotten = finalize(self, unlock_modules, self._locked)
         self._forgotten.atexit = False
         try:
-            with _CHANGING:
+            with CHANGING:
                 self._attach_all(arch, attentions)
             self.fast = choose_path(processors, transformer, {n: attentions[n] for n in self.layers}, self.state)
         except BaseException:
             self.detach()
             raise
 
-    def _attach_all(self, arch: ArchSpec, attentions: list[tuple[str, nn.Module]]) -> None:
+    def _attach_all(self, arch: ArchSpec, attentions: list[tuple[str, Attention]]) -> None:
         for layer in self.layers:
             name, attention = attentions[layer]
             if arch.rows(name) != SAMPLES:
@@ -199,22 +121,19 @@ class TransformerLock:
             if columns is not None:
                 self.state.columns[layer, "v"] = columns
 
-    def _attach(self, attention: nn.Module, names: tuple[str, ...], entry: Entry, where: str) -> None:
+    def _attach(self, attention: Attention, names: tuple[str, ...], entry: Entry, where: str) -> None:
         target = first_submodule(attention, names)
-        if isinstance(target, _Locked):
+        if isinstance(target, Locked):
             gc.collect()  # a lock that is forgotten may wait for it
-            if isinstance(target, _Locked):
+            if isinstance(target, Locked):
                 raise InputError(f"{where} is locked already: detach the other lock first")
         self._targets.append((attention, names, target))
         self._locked.append((target, type(target)))
         self._entries.append(entry)
-        number = next(NUMBERS)
-        LOCKED[number] = entry
-        target.kvlock_number, target.kvlock_number_tensor = number, torch.tensor(number)
-        target.__class__ = _locked(type(target))
+        lock_module(target, entry)
 
     @property
-    def attentions(self) -> list[nn.Module]:
+    def attentions(self) -> list[Attention]:
         """The locked self-attentions."""
         return list(dict.fromkeys(attention for attention, *_ in self._targets))
 
@@ -225,7 +144,7 @@ class TransformerLock:
 
     def detach(self) -> None:
         """Take the lock off; the transformer is as it was."""
-        _unlock(self._locked)
+        unlock_modules(self._locked)
         self._targets, self._entries = [], []
 
     @contextmanager
@@ -238,15 +157,20 @@ class TransformerLock:
         any_number: bool = False,
         ahead: int | None = None,
     ) -> Iterator[None]:
-        """One forward in `mode`; afterwards every locked module must have run once, and `forwards` is how often.
+        """Run one forward in `mode`. Afterwards `forwards` says how many ran.
 
-        any_number: of forwards, none too; then every module must have run as often as the others. weight: [rows, S]
-        fp32 (for IN_BATCH without the source's row), needed where the mode blends; rows may be repeated. kept: the
-        background's K and V to blend with (STORED) or to see (FOREGROUND), or the places to pack them into (CAPTURE;
-        where there is none for a layer, a tensor is added). tokens: the video's, S, beyond which a self-attention's are
-        text; None where there is no text among them; ahead: how many tokens of other frames lie in front of them, which
-        is to be said of those that have any (`ArchSpec.ahead`) and are left as they are. In context parallelism weight
-        and tokens are of the whole video, kept is of this process's part.
+        In context parallelism weight and tokens are of the whole video, kept is of this process's part.
+
+        Args:
+            mode: what is done to keys and values.
+            weight: [rows, S] fp32 (for IN_BATCH without the source's row), needed where the mode blends; rows may be
+                repeated.
+            kept: the background's K and V to blend with (STORED) or to see (FOREGROUND), or the places to pack them
+                into (CAPTURE; where a layer has none, a tensor is added).
+            tokens: number of the video's tokens, S; the others of a self-attention are text. None: there is no text.
+            any_number: allow any number of forwards, none too. Every locked module must run equally often.
+            ahead: number of tokens of other frames in front of the video's, which are left as they are. Needed where
+                the family has any (`ArchSpec.ahead`).
 
         Raises RuntimeError where modules were skipped or replaced, as by an adapter that was added later; InputError
         where a cache was switched on meanwhile.
@@ -263,14 +187,13 @@ class TransformerLock:
                 f"{type(self.transformer).__name__} has tokens in front of the video's, whose number was not said"
             )
         weight, tokens = self._own_part(mode, weight, tokens)
-        state, by = self.state, nullcontext()
+        state = self.state
         state.thread = threading.get_ident()
         state.mode, state.weight, state.kept, state.fired = mode, weight, {} if kept is None else kept, Counter()
         state.tokens, state.ahead, state._at_places = tokens, ahead or 0, None
-        if self.fast is not None and mode not in (Mode.OFF, Mode.FOREGROUND):
-            by = self.fast.forward()
+        fast = self.fast if mode not in (Mode.OFF, Mode.FOREGROUND) else None
         try:
-            with by:
+            with nullcontext() if fast is None else fast.forward():
                 yield
         finally:
             state.mode, state.weight, state.kept, state.view = Mode.OFF, None, {}, None

@@ -38,14 +38,16 @@ def projecting(transformer: nn.Module) -> dict[str, nn.Module]:
 
 @dataclass
 class Seen:
-    """A forward: outputs of each watched submodule by (module, submodule), in order; the attentions' q, k, v; who
-    projected for each attention (None: nobody who is watched); what came out.
+    """A forward as it was watched.
+
+    outputs: those of each watched submodule by (module, submodule), in order; calls: the attentions' q, k, v; owners:
+    the module that projected for each attention (None: none that is watched); result: what came out.
     """
 
     outputs: dict[tuple[str, str], list[Tensor]] = field(default_factory=dict)
     calls: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     owners: list[str | None] = field(default_factory=list)
-    result: Tensor | None = None
+    result: Tensor = field(init=False)
 
 
 class _Attentions(TorchFunctionMode):
@@ -79,10 +81,18 @@ def watch(
     at_call: AtCall | None = None,
     keep: bool = True,
 ) -> Seen:
-    """One forward. watched: submodules by the name of their module, the value's last; silent: attentions give 0;
-    at_call(n, key, value): what the n-th attention takes instead; keep: the submodules' outputs too.
+    """Watch one forward.
+
+    Args:
+        transformer: whose forward it is.
+        forward: runs it.
+        watched: submodules by the name of their module, the value's last.
+        silent: whether attentions give 0.
+        at_call: from the number of an attention, its key and value, the key and value that it takes instead.
+        keep: whether the submodules' outputs are kept.
     """
-    seen, pending, handles = Seen(), [], []
+    seen, handles = Seen(), []
+    pending: list[str] = []
 
     def note(name: str, part: str, last: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:

@@ -1,5 +1,7 @@
 """The norms of queries and keys that the prologue knows, as modules have them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +9,7 @@ from kvlock_fast.kernels.prologue import QKNorm
 
 
 def why_no_norms(norm_q: nn.Module | None, norm_k: nn.Module | None, heads: int, dim: int) -> str | None:
-    """What about the norms keeps the prologue from doing their work, None if nothing; dim: channels a head."""
+    """The reason why the prologue cannot take over the norms, None if it can; dim: channels a head."""
     why = _why_no_norm(norm_q, heads, dim) or _why_no_norm(norm_k, heads, dim)
     if why is not None:
         return why
@@ -26,8 +28,8 @@ def _why_no_norm(norm: nn.Module | None, heads: int, dim: int) -> str | None:
     return None
 
 
-def qk_norm(norm_q: nn.Module | None, norm_k: nn.Module | None, heads: int, like: Tensor) -> QKNorm:
-    """Both norms, which are alike, of queries and keys [B, S, H*D] `like` these."""
+def qk_norm(norm_q: Any, norm_k: Any, heads: int, like: Tensor) -> QKNorm:
+    """The two norms, which are alike, of queries and keys [B, S, H*D] `like` these."""
     if norm_k is None:
         return QKNorm()
     parts = (getattr(norm, part, None) for part in ("weight", "bias") for norm in (norm_q, norm_k))
@@ -36,10 +38,10 @@ def qk_norm(norm_q: nn.Module | None, norm_k: nn.Module | None, heads: int, like
 
 
 def norm_kind(norm: nn.Module | None, heads: int, width: int) -> str:
-    """As `QKNorm.kind`, of a norm that `why_no_norms` finds nothing against; width: channels of all heads."""
-    if norm is None:
+    """`QKNorm.kind` of a norm that `why_no_norms` finds nothing against; width: channels of all heads."""
+    kind = None if norm is None else _kind(norm)
+    if norm is None or kind is None:
         return "none"
-    kind = _kind(norm)
     return "rms_across_heads" if kind == "rms" and _size(norm) == width and heads > 1 else kind
 
 
@@ -54,7 +56,8 @@ def _kind(norm: nn.Module) -> str | None:
     return None
 
 
-def _shape(norm: nn.Module) -> tuple[int, ...]:
+def _shape(norm: Any) -> tuple[int, ...]:
+    """Extent that a norm of torch's, or of diffusers', is taken over."""
     return tuple(norm.normalized_shape if hasattr(norm, "normalized_shape") else norm.dim)
 
 

@@ -2,8 +2,8 @@
 
 import threading
 from collections import Counter
+from collections.abc import Callable
 from enum import Enum, auto
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,13 @@ from kvlock_fast.locking.arch import PLACES, by_samples, place_by_place, without
 from kvlock_fast.locking.foreground import View
 from kvlock_fast.nvtx import span
 
-KeptKV = dict[tuple[int, str], Tensor | QuantizedKV]
+Reference = Tensor | QuantizedKV
+KeptKV = dict[tuple[int, str], Reference]
 """By layer number and "k" or "v"."""
+Projections = tuple[Tensor, Tensor, Tensor]
+Rotation = tuple[Tensor, Tensor]
+FusedProjections = Callable[[int, int, Projections, Rotation | None, int], Projections]
+"""Layer, token_dim, projections, rotation and heads to q, k, v: the fast path (fast_qkv.py)."""
 
 
 class Mode(Enum):
@@ -37,13 +42,15 @@ class LockState:
 
     def __init__(self, background: Tensor | None = None, text: str = "none", format: str | None = None):
         """background: indices [N] of the tokens to keep and blend in CAPTURE and STORED, None for all; text: as
-        `ArchSpec.text`; format: how is packed what is kept without a place for it, None: it stays as it is.
+        `ArchSpec.text`; format: how K and V are packed that have no place yet, None: they stay tensors.
 
-        columns: first and how many of a module's output, by layer number and "k" or "v", where it holds more.
+        columns: first column and number of columns of a module's output, where it holds more than K or V.
         """
         self.mode = Mode.OFF
         self.thread: int | None = None
-        self.text, self.tokens, self.ahead = text, None, 0
+        self.text = text
+        self.tokens: int | None = None
+        self.ahead = 0
         self.rows: dict[int, str] = {}
         self._at_places: tuple[Tensor | None, Tensor | None] | None = None
         self.weight: Tensor | None = None
@@ -53,11 +60,19 @@ class LockState:
         self.columns: dict[tuple[int, str], tuple[int, int]] = {}
         self.format = format
         self.heads: dict[int, int | None] = {}
-        self.prologue: Any = None
+        self.prologue: FusedProjections | None = None
         self.fired: Counter[tuple[int, str]] = Counter()
 
+    def references(self, layer: int, token_dim: int, heads: int) -> tuple[Reference, Reference]:
+        """The layer's kept K and V as [B, N, H, D] or QuantizedKV; token_dim: where K as a tensor has its tokens."""
+        k, v = self.kept[layer, "k"], self.kept[layer, "v"]
+        return (
+            k if isinstance(k, QuantizedKV) else as_heads(k, token_dim, heads),
+            v if isinstance(v, QuantizedKV) else as_heads(v, 1, heads),
+        )
+
     def apply(self, key: tuple[int, str], x: Tensor, token_dim: int) -> None:
-        """A module's output x, taken for what the mode wants, or blended in place."""
+        """Do to a module's output x as the mode says: keep it, or blend it in place."""
         locks = self.mode not in (Mode.OFF, Mode.FOREGROUND)
         if locks and x.requires_grad and torch.is_grad_enabled():
             # A blend has no gradient, and a checkpointed layer is run again when the forward is over.
@@ -78,9 +93,9 @@ class LockState:
         if rows is None:
             x = without_text(x, token_dim, self.text, self.tokens, self.ahead)
         else:
+            frames, x = x.shape[1], by_samples(x, self.tokens)
             if rows == PLACES:
-                weight, background = self._place_by_place(x.shape[1])
-            x = by_samples(x, self.tokens)
+                weight, background = self._place_by_place(frames, x.shape[1])
         if self.mode is Mode.CAPTURE:
             with span("capture"):
                 self._keep(key, x, token_dim, background)
@@ -112,14 +127,14 @@ class LockState:
         )
         place.copy_(packed)
 
-    def _place_by_place(self, frames: int) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and background as a self-attention has its tokens that sees a place in all frames; once a forward."""
+    def _place_by_place(self, frames: int, tokens: int) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and background in the token order of a self-attention over one place's frames; made once a forward."""
         if self._at_places is None:
             weight, background = self.weight, self.background
             if weight is not None:
                 weight = weight.unflatten(1, (frames, -1)).transpose(1, 2).flatten(1)
             if background is not None:
-                background = place_by_place(background, frames, self.tokens)
+                background = place_by_place(background, frames, tokens)
             self._at_places = weight, background
         return self._at_places
 
@@ -133,11 +148,13 @@ class LockState:
         return heads or 1
 
 
-def repeated(weight: Tensor, rows: int) -> Tensor:
-    """The weight of so many rows: that of the samples repeated, where branches of guidance share a batch.
+def repeated(weight: Tensor | None, rows: int) -> Tensor:
+    """The weight of `rows` rows: that of the samples repeated, where branches of guidance share a batch.
 
-    Raises InputError for other numbers of rows.
+    Raises InputError where rows is no multiple of the samples.
     """
+    if weight is None:
+        raise RuntimeError("a forward that blends needs the weight to blend by")
     samples = len(weight)
     if samples in (1, rows):
         return weight

@@ -36,9 +36,9 @@ OPERATORS = {
     "windowed_variance": "(Tensor history, Tensor foreground, str backend) -> Tensor",
 }
 """A promise: an operator that takes other arguments gets another name. (`prologue` and `step_epilogue` are called by
-their Python functions, and `kvlock_fast.locking` registers two for itself.)"""
+their Python functions, and `kvlock_fast.locking` registers three for itself.)"""
 BY_FUNCTION = {"prologue", "step_epilogue"}
-OURS_ALONE = {"lock_output_", "attend_kept"}
+OURS_ALONE = {"lock_output_", "attend_kept", "locked_qkv"}
 
 
 @pytest.mark.parametrize("name", OPERATORS)
