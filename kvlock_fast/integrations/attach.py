@@ -5,8 +5,9 @@ those of the edit, or `kv.along()` around one in which the source rides along. O
 as ever, bit for bit, and after the `with` nothing of the lock is left.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def attach(
     processors: str = "generic",
     ahead: int | None = None,
 ) -> "AttachedLock":
-    """The lock on a video transformer (or on several that take turns, as Wan 2.2's two) while a `with` is open.
+    """Lock a video transformer (or several that take turns, as Wan 2.2's two) while a `with` is open.
 
         with kvf.attach(pipe.transformer, foreground) as kv:
             for t in scheduler.timesteps:
@@ -46,62 +47,66 @@ def attach(
                 with kv.edit(alpha):                   # both branches of guidance, in any number of forwards
                     cond, uncond = transformer(latents, t, text), transformer(latents, t, negative)
 
-    foreground: bool [S], [1, S] or [B, S] in the model's order of tokens, as `kvf.ops.token_mask` makes it. family:
-    None (by the transformer's class), a name of `kvf.capabilities()["families"]`, a description (`ArchSpec`), or "auto"
-    for a class that is not known: its self-attentions are found and checked by `sample`, the arguments of one forward
-    by name or a function that makes one, of as many tokens as the foreground. layers: those that are locked, by number;
-    None for `lock`'s. format: how the source's K and V are kept, one of `kvf.capabilities()["formats"]`; None: as they
-    are. processors: "fast" has one kernel do the norms, rotation, blending and keeping of Wan, CogVideoX, LTX and
-    HunyuanVideo, "generic" does it around diffusers' own attention, "auto" is "fast" on a GPU where the model has it.
-    ahead: how many tokens of other frames lie in front of the video's, which FramePack has and none else.
+    For inference: gradients do not pass through what is locked. lock, num_steps, guidance_scale and patch_size are for
+    a schedule by the variance (`kv.alpha`, `kv.omega`, `kv.guide`, `kv.observe`).
 
-    For a schedule by the variance (`kv.alpha`, `kv.omega`, `kv.guide`, `kv.observe`): lock, the configuration (None:
-    the preset "kvlock"); num_steps, of the loop; guidance_scale, omega0; patch_size, the latents (t, h, w) of a token,
-    None for what the transformer's config says.
-
-    For inference: gradients do not pass through what is locked.
+    Args:
+        transformer: one model, or those that take turns.
+        foreground: bool [S], [1, S] or [B, S] in the model's order of tokens, as `kvf.ops.token_mask` makes it.
+        family: None (by the transformer's class), a name of `kvf.capabilities()["families"]`, a description
+            (`ArchSpec`), or "auto" for an unknown class: its self-attentions are found and checked by `sample`.
+        layers: the locked layers by number; None: `lock`'s.
+        lock: the configuration; None: the preset "kvlock".
+        num_steps: number of the loop's steps.
+        guidance_scale: omega0.
+        patch_size: the latents (t, h, w) of a token; None: by the transformer's config.
+        format: how the source's K and V are kept, one of `kvf.capabilities()["formats"]`; None: as they are.
+        sample: for family "auto", the arguments of one forward by name, or a function that makes one, of as many tokens
+            as the foreground.
+        processors: "fast" has one kernel do the norms, rotation, blending and keeping of Wan, CogVideoX, LTX and
+            HunyuanVideo; "generic" works around diffusers' own attention; "auto" is "fast" on a GPU where the model has
+            it.
+        ahead: number of tokens of other frames in front of the video's, which only FramePack has.
 
     Raises InputError for a transformer that cannot be locked (unknown, linear attention, fused projections, locked
     already; at `with`, processors "fast" where that cannot be) and for a foreground that is not one; then nothing is
     attached.
     """
-    return AttachedLock(
-        transformer, foreground, family, layers, lock, num_steps, guidance_scale, patch_size, format, sample,
-        processors, ahead,
-    )  # fmt: skip
+    if format is not None and format not in FORMATS:
+        raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if lock is not None and not isinstance(lock, LockConfig):
+        raise InputError(f"lock must be a LockConfig, got {type(lock).__name__}")
+    transformers = tuple(transformer) if isinstance(transformer, Sequence) else (transformer,)
+    foreground = _foreground(foreground).to(device_of(transformers[0]))
+    lock = LockConfig() if lock is None else lock
+    layers = lock.layers if layers is None else layers
+    # Tokens that are foreground in all samples are not cached.
+    background = (~foreground).any(0).nonzero()[:, 0]
+    kv = AttachedLock(
+        lock, foreground, num_steps, guidance_scale, _patch_size(transformers[0]) if patch_size is None else patch_size
+    )
+    for each in transformers:
+        arch = _arch(each, family, sample, foreground.shape[1], ahead)
+        kv.attachments.append(partial(TransformerLock, each, arch, layers, background, processors, format))
+    kv.ahead = ahead
+    return kv
 
 
-class AttachedLock:
-    """What `attach` gives: a context manager, and within it the forwards and the schedule of a locked loop."""
+class AttachedLock(LoopSchedule):
+    """A lock attached by `attach`: a context manager, with the forwards and the schedule of a locked loop."""
 
     def __init__(
         self,
-        transformer: nn.Module | Sequence[nn.Module],
+        lock: LockConfig,
         foreground: Tensor,
-        family: str | ArchSpec | None,
-        layers: tuple[int, ...] | None,
-        lock: LockConfig | None,
         num_steps: int | None,
         guidance_scale: float | None,
         patch_size: tuple[int, int, int] | None,
-        format: str | None,
-        sample: Sample | None,
-        processors: str,
-        ahead: int | None,
     ):
-        if format is not None and format not in FORMATS:
-            raise InputError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
-        if lock is not None and not isinstance(lock, LockConfig):
-            raise InputError(f"lock must be a LockConfig, got {type(lock).__name__}")
-        self.transformers = tuple(transformer) if isinstance(transformer, (tuple, list)) else (transformer,)
-        self.foreground = _foreground(foreground).to(device_of(self.transformers[0]))
-        self.lock = LockConfig() if lock is None else lock
-        self.schedule = LoopSchedule(
-            self.lock, self.foreground, num_steps, guidance_scale, patch_size or _patch_size(self.transformers[0])
-        )
-        self._layers = self.lock.layers if layers is None else layers
-        self._format, self._processors, self._ahead = format, processors, ahead
-        self._archs = [_arch(each, family, sample, self.foreground.shape[1], ahead) for each in self.transformers]
+        """Made by `attach`, whose arguments these are; foreground: bool [B or 1, S]."""
+        super().__init__(lock, foreground, num_steps, guidance_scale, patch_size)
+        self.attachments: list[Callable[[], TransformerLock]] = []
+        self.ahead: int | None = None
         self._locks: list[TransformerLock] = []
         self._kept: dict[Hashable, list[KeptKV]] = {}
         self._exit = ExitStack()
@@ -109,14 +114,11 @@ class AttachedLock:
     def __enter__(self) -> "AttachedLock":
         if self._locks:
             raise InputError("the lock is attached already: open one `with` at a time")
-        # What is the foreground of every sample is never read.
-        background = (~self.foreground).any(0).nonzero()[:, 0]
         locks = []
         with ExitStack() as attached:
-            for transformer, arch in zip(self.transformers, self._archs, strict=True):
-                lock = TransformerLock(transformer, arch, self._layers, background, self._processors, self._format)
-                attached.callback(lock.detach)
-                locks.append(lock)
+            for attachment in self.attachments:
+                locks.append(attachment())
+                attached.callback(locks[-1].detach)
             self._exit = attached.pop_all()
         self._locks = locks
         return self
@@ -132,13 +134,13 @@ class AttachedLock:
 
     @contextmanager
     def source(self, name: Hashable = None) -> Iterator[None]:
-        """One forward of the source, whose K and V are kept for `edit` until the next of the same name.
+        """Run one forward of the source; its K and V are kept for `edit` until the next of the same name.
 
-        Of one row, or one for each row of the edit. name: such as the number of a step, to keep those of several; see
-        `nbytes`.
+        The forward has one row, or one for each row of the edit. name: for example a step's number, to keep K and V of
+        several steps; see `nbytes`.
         """
         self._kept.pop(name, None)
-        kept: list[KeptKV] = [{} for _ in self.transformers]
+        kept: list[KeptKV] = [{} for _ in self._locks]
         with self._forwards(Mode.CAPTURE, None, kept) as forwards:
             yield
         if sum(forwards) != 1:
@@ -147,7 +149,7 @@ class AttachedLock:
 
     @contextmanager
     def edit(self, alpha: float | Tensor | None = None, name: Hashable = None) -> Iterator[None]:
-        """Forwards of the edit, their background locked to the source's K and V by alpha.
+        """Run forwards of the edit, their background locked to the source's K and V by alpha.
 
         alpha: a number in [0, 1], or a tensor [] or [B]; None for the schedule's. A forward may have a multiple of B
         rows, branch by branch: [uncond, cond] of all samples. name: as given to `source`. Raises InputError where that
@@ -165,7 +167,7 @@ class AttachedLock:
 
     @contextmanager
     def along(self, alpha: float | Tensor | None = None) -> Iterator[None]:
-        """Forwards whose row 0 is the source; the other rows are locked to it by alpha, as in `edit`."""
+        """Run forwards whose row 0 is the source; the other rows are locked to it by alpha, as in `edit`."""
         with self._forwards(Mode.IN_BATCH, self._weight(alpha), None) as forwards:
             yield
         if not sum(forwards):
@@ -180,56 +182,8 @@ class AttachedLock:
 
     @property
     def nbytes(self) -> int:
-        """What the source's K and V take that are kept, in bytes."""
+        """Size of the source's kept K and V, in bytes."""
         return sum(x.nbytes for kept in self._kept.values() for layers in kept for x in layers.values())
-
-    @property
-    def step(self) -> int:
-        """The number of the loop's step, from 0; `observe` ends it."""
-        return self.schedule.step
-
-    @property
-    def alpha(self) -> Tensor:
-        """How much of the source's K and V the background takes in this step, [B] fp32."""
-        return self.schedule.alpha
-
-    @property
-    def omega(self) -> Tensor:
-        """The guidance scale of this step, [B] fp32."""
-        return self.schedule.omega
-
-    @property
-    def s_star(self) -> Tensor | None:
-        """s* of the last `guide`, [B] fp32; None before one, and where guidance is not calibrated."""
-        return self.schedule.s_star
-
-    @property
-    def variance(self) -> Tensor | None:
-        """What the last `observe` found, [B] fp32; None before one."""
-        return self.schedule.variance
-
-    def guide(self, cond: Tensor, uncond: Tensor | None = None) -> Tensor:
-        """The guided prediction: s* uncond + omega (cond - s* uncond), by the lock's configuration.
-
-        Predictions [B, ...] as the model gives them, laid out as for `observe`. Without uncond, cond as it is.
-        """
-        return self.schedule.guide(cond, uncond)
-
-    def observe(self, x0hat: Tensor, source_x0hat: Tensor | None = None) -> Tensor:
-        """End a step: take in the clean latents that the guided prediction says, as `kvf.ops.windowed_variance`.
-
-        x0hat: [B, C, T, h, w], an image's [B, C, h, w], or tokens [B, S, C]; source_x0hat: [1, ...], the source's own,
-        where tau is "auto". Returns the variance [B] fp32, NaN before there are two.
-        """
-        return self.schedule.observe(x0hat, source_x0hat)
-
-    def keep_background(self, latents: Tensor, source_latents: Tensor) -> Tensor:
-        """The latents with the source's outside of the foreground's tokens; both laid out as for `observe`."""
-        return self.schedule.keep_background(latents, source_latents)
-
-    def restart(self) -> None:
-        """Begin another edit: step 0, nothing observed. The source's K and V stay."""
-        self.schedule.restart()
 
     def _weight(self, alpha: float | Tensor | None) -> Tensor:
         if alpha is None:
@@ -244,7 +198,7 @@ class AttachedLock:
 
     @contextmanager
     def _forwards(self, mode: Mode, weight: Tensor | None, kept: list[KeptKV] | None) -> Iterator[list[int]]:
-        """Forwards in a mode; afterwards how many each of the transformers made."""
+        """Run forwards in a mode; the list then has how many each of the transformers made."""
         if not self._locks:
             raise InputError("the lock is not attached: use it as `with kvf.attach(...) as kv`")
         if any(lock.state.mode is not Mode.OFF for lock in self._locks):
@@ -253,9 +207,9 @@ class AttachedLock:
         with ExitStack() as stack:
             for i, lock in enumerate(self._locks):
                 places = None if kept is None else kept[i]
-                # One that the source did not run through has nothing to lock to, and must not run.
+                # A transformer that the source did not run through has nothing to lock to, and must not run.
                 own = Mode.OFF if mode is Mode.STORED and not places else mode
-                stack.enter_context(lock.forward(own, weight, places, self.foreground.shape[1], True, self._ahead))
+                stack.enter_context(lock.forward(own, weight, places, self.foreground.shape[1], True, self.ahead))
             yield ran
         ran += [lock.forwards for lock in self._locks]
 
@@ -280,7 +234,8 @@ def _patch_size(transformer: nn.Module) -> tuple[int, int, int] | None:
     if isinstance(size, int):
         return time, size, size
     if isinstance(size, (tuple, list)) and len(size) in (2, 3):
-        return (*(size if len(size) == 3 else (time, *size)),)
+        time, height, width = size if len(size) == 3 else (time, *size)
+        return time, height, width
     return None
 
 

@@ -40,11 +40,16 @@ def lock_of(lock: str | Mapping[str, Any] | LockConfig) -> LockConfig:
 
 
 class KVLockGuidance(BaseGuidance):
-    """guidance_scale: omega0; lock: see `lock_of`; num_train_timesteps: what a timestep of a flow counts to (read where
-    the scheduler is not to be seen); start, stop, enabled: as of diffusers' guiders.
+    """Guidance by s* and by a scale that follows the variance, as a guider of diffusers.
 
-    Where the scale is 1, or out of [start, stop), there is no negative branch, as with `ClassifierFreeGuidance`; with
-    lock="cfg" all of it is the same, bit for bit.
+    Where the scale is 1, or the step out of [start, stop), there is no negative branch, as with
+    `ClassifierFreeGuidance`; with lock="cfg" all of it is the same, bit for bit.
+
+    Args:
+        guidance_scale: omega0.
+        lock: a preset's name, fields of a `LockConfig` with `preset` among them, or a `LockConfig`.
+        num_train_timesteps: largest timestep of a flow, read where the guider does not see the scheduler.
+        start, stop, enabled: as in diffusers' guiders.
     """
 
     _input_predictions = ["pred_cond", "pred_uncond"]  # noqa: RUF012 (diffusers wants a list here)
@@ -72,42 +77,42 @@ class KVLockGuidance(BaseGuidance):
 
     @property
     def schedule(self) -> LoopSchedule | None:
-        """What says alpha, omega, s* and the variance; None before a step."""
-        return self._own if self.run is None else self.run.kv.schedule
+        """The schedule, with alpha, omega, s* and the variance; None before a step."""
+        return self._own if self.run is None else self.run.kv
 
-    def set_state(self, step: int, num_inference_steps: int, timestep: Tensor) -> None:
-        """Called by the loop before each step; the second of two guiders has the later steps of a run only."""
+    def set_state(self, step: int, num_inference_steps: int, timestep: torch.LongTensor) -> None:
+        """Note the step, before it runs; the second of two guiders has the later steps of a run only."""
         before = self._step, self._num_inference_steps
         super().set_state(step, num_inference_steps, timestep)
         if step == 0 or before != (step - 1, num_inference_steps):
             self._own = None
         if self.run is not None:  # which two guiders may share, of two scales
-            self.run.kv.schedule.guidance_scale = self.guidance_scale
+            self.run.kv.guidance_scale = self.guidance_scale
 
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
-        """A batch for each branch."""
+        """Prepare a batch for each branch."""
         self._latents = None
         return [self._prepare_batch(data, i, name) for i, name in enumerate(self._branches)]
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
-        """A batch for each branch, of a modular pipeline's state."""
+        """Prepare a batch for each branch from a modular pipeline's state."""
         self._latents = getattr(data, "latents", None)
         return [
             self._prepare_batch_from_block_state(input_fields, data, i, name) for i, name in enumerate(self._branches)
         ]
 
     def prepare_models(self, denoiser: nn.Module) -> None:
-        """Before a branch's forward."""
+        """Open the lock before a branch's forward."""
         super().prepare_models(denoiser)
         if self.run is not None and self.run.locks:
             self._open.enter_context(self.run.kv.edit())
 
     def cleanup_models(self, denoiser: nn.Module) -> None:
-        """After a branch's forward."""
+        """Close the lock after a branch's forward."""
         self._open.close()
 
     def leave(self, run_error: BaseException) -> None:
-        """A branch's forward has failed: let go of the lock, which goes on with the same error."""
+        """Release the lock after a branch's forward has failed with `run_error`."""
         try:
             self._open.__exit__(type(run_error), run_error, run_error.__traceback__)
         except BaseException as error:
@@ -115,18 +120,18 @@ class KVLockGuidance(BaseGuidance):
                 raise
 
     def forward(self, pred_cond: Tensor, pred_uncond: Tensor | None = None) -> GuiderOutput:
-        """Both predictions as one; in fp32 where this is not diffusers' own guidance."""
+        """Combine both predictions; in fp32 where this is not diffusers' own guidance."""
         pred = pred_cond
         if self._enabled:
             schedule = self._schedule(pred_cond)
             if not self.lock.stock_guidance:
-                pred_cond, pred_uncond = (x if x is None else x.float() for x in (pred_cond, pred_uncond))
+                pred_cond, pred_uncond = pred_cond.float(), None if pred_uncond is None else pred_uncond.float()
             pred = schedule.guide(pred_cond, pred_uncond)
             self._observe(schedule, pred)
         return GuiderOutput(pred=pred, pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def _observe(self, schedule: LoopSchedule, pred: Tensor) -> None:
-        if self.run is not None:
+        if self.run is not None and self._latents is not None:
             schedule.observe(*self.run.clean(self._step, self._latents, pred))
         elif self._latents is not None:
             sigma = self._timestep / self.num_train_timesteps
@@ -141,7 +146,7 @@ class KVLockGuidance(BaseGuidance):
 
     def _schedule(self, pred: Tensor) -> LoopSchedule:
         if self.run is not None:
-            return self.run.kv.schedule
+            return self.run.kv
         if self._own is None:  # there is no mask: all is foreground
             tokens = pred.shape[2:].numel() if pred.ndim > 3 else pred.shape[1]
             foreground = torch.ones((1, tokens), dtype=torch.bool, device=pred.device)
@@ -161,7 +166,7 @@ class KVLockGuidance(BaseGuidance):
 
     @property
     def num_conditions(self) -> int:
-        """How many forwards a step takes."""
+        """Number of forwards per step."""
         return 2 if self._is_guided else 1
 
     @property

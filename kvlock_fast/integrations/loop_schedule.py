@@ -1,4 +1,4 @@
-"""When to lock, for other people's loops: what `loop/schedule.py` decides, of tensors in any layout that a loop has."""
+"""When to lock, for other people's loops: the schedule of `loop/schedule.py` for tensors in a loop's own layout."""
 
 from typing import Any
 
@@ -14,7 +14,11 @@ from kvlock_fast.ops import guided_prediction
 
 
 class LoopSchedule:
-    """The number of the step, and alpha and omega in it."""
+    """The loop's step, and alpha and omega in it.
+
+    step: its number from 0, which `observe` counts on; s_star: that of the last `guide`, [B] fp32, None before one and
+    where guidance is not calibrated; variance: that of the last `observe`, [B] fp32, None before one.
+    """
 
     def __init__(
         self,
@@ -40,7 +44,7 @@ class LoopSchedule:
         self.restart()
 
     def restart(self, step: int = 0) -> None:
-        """Nothing observed; step: the first, of a loop that others have begun."""
+        """Begin another edit with nothing observed; step: its first, of a loop that others have begun."""
         self.step = self._first = step
         self.s_star: Tensor | None = None
         self.variance: Tensor | None = None
@@ -48,33 +52,37 @@ class LoopSchedule:
 
     @property
     def alpha(self) -> Tensor:
-        """[B] fp32; [1] before a batch is known."""
+        """How much of the source's K and V the background takes in this step, [B] fp32; [1] before a batch is known."""
         return self._known().alpha(self.step)
 
     @property
     def omega(self) -> Tensor:
-        """[B] fp32; [1] before a batch is known."""
+        """The guidance scale of this step, [B] fp32; [1] before a batch is known."""
         return self._known().omega(self.step, self._scale(), self._scale() > 1)
 
-    def guide(self, cond: Tensor, uncond: Tensor | None) -> Tensor:
-        """See `AttachedLock.guide`; the result in cond's dtype."""
+    def guide(self, cond: Tensor, uncond: Tensor | None = None) -> Tensor:
+        """Guide by the lock's configuration: s* uncond + omega (cond - s* uncond), in cond's dtype.
+
+        Predictions [B, ...] as the model gives them, laid out as for `observe`. Without uncond, cond as it is.
+        """
         if self.step < self.lock.zero_init_steps:
             return torch.zeros_like(cond)
         if uncond is None:
             return cond
         if self.lock.stock_guidance or self._scale() <= 1:  # in the order of diffusers, whose bits they then are
             return uncond + self._scale() * (cond - uncond)
-        ones = torch.ones(cond.shape[0], device=cond.device)
-        self.s_star = ones
+        self.s_star = torch.ones(cond.shape[0], device=cond.device)
         if self.lock.s_star:
-            inside = [cond, uncond]
-            if self.lock.projection_region == "foreground":
-                inside = [torch.where(self._where(x), x, 0.0) for x in inside]
-            self.s_star = cfg_projection_reference(*inside)
-        return guided_prediction(cond, uncond, self.omega.expand(len(ones)).contiguous(), self.s_star)
+            inside = self._where(cond) if self.lock.projection_region == "foreground" else None
+            self.s_star = cfg_projection_reference(cond, uncond, inside=inside)
+        return guided_prediction(cond, uncond, self.omega.expand(len(cond)), self.s_star)
 
-    def observe(self, x0hat: Tensor, source_x0hat: Tensor | None) -> Tensor:
-        """See `AttachedLock.observe`."""
+    def observe(self, x0hat: Tensor, source_x0hat: Tensor | None = None) -> Tensor:
+        """End a step: take in the clean latents that the guided prediction implies.
+
+        x0hat: [B, C, T, h, w], an image's [B, C, h, w], or tokens [B, S, C]; source_x0hat: [1, ...], the source's own,
+        where tau is "auto". Returns the variance [B] fp32 as `kvf.ops.windowed_variance`, NaN before there are two.
+        """
         if self._controller is None or len(self._controller.ones) != x0hat.shape[0]:
             if self.step > self._first:
                 raise InputError(f"x0hat is of {x0hat.shape[0]} samples, and those before of another number")
@@ -94,9 +102,9 @@ class LoopSchedule:
         self.step += 1
         return self.variance
 
-    def keep_background(self, latents: Tensor, source: Tensor) -> Tensor:
-        """See `AttachedLock.keep_background`."""
-        return torch.where(self._where(latents), latents, source.to(latents.dtype))
+    def keep_background(self, latents: Tensor, source_latents: Tensor) -> Tensor:
+        """The latents with the source's outside of the foreground's tokens; both laid out as for `observe`."""
+        return torch.where(self._where(latents), latents, source_latents.to(latents.dtype))
 
     def _known(self) -> Controller:
         if self._controller is not None:
