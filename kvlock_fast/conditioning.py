@@ -1,4 +1,4 @@
-"""What a transformer is told beside the latents and the time: texts, and whatever else its family gives it."""
+"""Inputs of a transformer beside latents and time: texts, and whatever else its family takes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,10 @@ MASK = "mask"
 
 @dataclass(frozen=True)
 class Given:
-    """What a model may be told of beside the words: the source, and where it may change.
+    """Inputs of a model beside the words: the source, and where it may change.
 
     frames: uint8 [F, H, W, 3]; pixels: the mask bool [F, H, W] (None where models are measured without a video);
-    mask: the same as the model sees it; guidance_scale: that of the call, for models that were distilled to take it
-    as an input.
+    mask: the same as the model sees it; guidance_scale: that of the call, for models that take it as an input.
     """
 
     frames: Tensor
@@ -45,7 +44,7 @@ class Conditioning(dict[str, Tensor]):
         self.rows = counts.pop()
 
     def part(self, first: int, end: int) -> "Conditioning":
-        """Of samples from `first` to before `end`, as views."""
+        """The samples from `first` to before `end`, as views."""
         return self._like({name: x[first:end] for name, x in self.items()})
 
     def expand(self, rows: int) -> "Conditioning":
@@ -53,20 +52,22 @@ class Conditioning(dict[str, Tensor]):
         return self._like({name: x.expand(rows, *x.shape[1:]) for name, x in self.items()})
 
     def replace(self, **tensors: Tensor) -> "Conditioning":
-        """With some of the tensors replaced, or more of them."""
+        """A copy with some of the tensors replaced or added."""
         return self._like({**self, **tensors})
 
     def _like(self, tensors: Mapping[str, Tensor]) -> "Conditioning":
         return Conditioning(self._unmasked, **tensors)
 
     def _masked(self) -> "Conditioning":
-        """With a mask, of all tokens where it had none."""
-        text = None if MASK in self else self[self._unmasked]
-        return self if text is None else self.replace(mask=text.new_ones(text.shape[:2], dtype=torch.bool))
+        """A copy with a mask, of all tokens where it had none."""
+        if MASK in self or self._unmasked is None:
+            return self
+        text = self[self._unmasked]
+        return self.replace(mask=text.new_ones(text.shape[:2], dtype=torch.bool))
 
     @staticmethod
     def fit(parts: Sequence["Conditioning"]) -> bool:
-        """Whether `cat` takes them: all of one length, or such as can be filled up."""
+        """Whether `cat` takes them: all of one length, or texts that can be filled up."""
         first = parts[0]
         if MASK in first or first._unmasked is not None:
             return True

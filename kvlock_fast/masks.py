@@ -43,8 +43,8 @@ class Geometry:
     def token_grid(self, frames: int, height: int, width: int) -> tuple[int, int, int]:
         """Tokens (t, h, w) of a video of so many frames of height x width pixels."""
         latents = self.lone_frames + -(-(frames - self.lone_frames) // self.temporal_stride)
-        sizes = (latents, -(-height // self.spatial_stride), -(-width // self.spatial_stride))
-        return tuple(-(-size // patch) for size, patch in zip(sizes, self.patch_size, strict=True))
+        sizes = latents, -(-height // self.spatial_stride), -(-width // self.spatial_stride)
+        return _patches(sizes, self.patch_size)
 
     @property
     def lone_frames(self) -> int:
@@ -78,7 +78,8 @@ class Geometry:
     @property
     def limits(self) -> tuple[int | None, int | None, int | None]:
         """The most tokens along each axis."""
-        return self.most_tokens if isinstance(self.most_tokens, tuple) else (self.most_tokens,) * 3
+        most = self.most_tokens
+        return most if isinstance(most, tuple) else (most, most, most)
 
     @property
     def limits_text(self) -> str:
@@ -121,9 +122,8 @@ class ProjectedMask:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Tokens along each axis."""
-        frames, *size = self.latents.shape[1:]
-        sizes = (frames - self.beside, *size)
-        return tuple(-(-size // patch) for size, patch in zip(sizes, self.patch_size, strict=True))
+        _, frames, height, width = self.latents.shape
+        return _patches((frames - self.beside, height, width), self.patch_size)
 
     def distance(self, most: int) -> Tensor:
         """Of every token to the foreground of its frame, in tokens (rows, columns and diagonals): int [B, S].
@@ -160,6 +160,12 @@ def _any_pool(x: Tensor, size: tuple[int, int, int]) -> Tensor:
     return F.max_pool3d(x[:, None].float(), size, size, ceil_mode=True)[:, 0] > 0
 
 
+def _patches(sizes: tuple[int, int, int], patch: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Number of patches along each axis; an incomplete one counts."""
+    t, h, w = (-(-size // each) for size, each in zip(sizes, patch, strict=True))
+    return t, h, w
+
+
 def latent_mask(mask: Tensor, geometry: Geometry) -> Tensor:
     """Pixel mask bool [B, F, H, W] to latent mask [B, T, h, w]."""
     t, s = geometry.temporal_stride, geometry.spatial_stride
@@ -182,8 +188,8 @@ def project_mask(mask: Tensor, geometry: Geometry) -> ProjectedMask:
     latents = latent_mask(mask if mask.ndim == 4 else mask[None], geometry)
     latents = torch.cat([latents[:, :1]] * geometry.lead(latents.shape[1]) + [latents], dim=1)
     tokens = _any_pool(latents, geometry.patch_size)
-    mask = ProjectedMask(latents, tokens.flatten(1), latents, geometry.patch_size)
-    return replace(mask, token_latents=mask.on_latents(mask.tokens))
+    projected = ProjectedMask(latents, tokens.flatten(1), latents, geometry.patch_size)
+    return replace(projected, token_latents=projected.on_latents(projected.tokens))
 
 
 @dataclass(frozen=True)

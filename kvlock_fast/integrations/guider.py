@@ -6,7 +6,6 @@ In `KVLockDenoiseStep` (modular.py) it also holds the lock on the transformer, a
 Alone, in the place of `ClassifierFreeGuidance` in any pipeline with guiders, it guides only.
 """
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
-from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
+from diffusers.guiders.classifier_free_guidance import ClassifierFreeGuidance
+from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor, nn
 
 from kvlock_fast.config import LockConfig
@@ -39,7 +39,7 @@ def lock_of(lock: str | Mapping[str, Any] | LockConfig) -> LockConfig:
         raise InputError(f"lock: {error}") from error
 
 
-class KVLockGuidance(BaseGuidance):
+class KVLockGuidance(ClassifierFreeGuidance):
     """Guidance by s* and by a scale that follows the variance, as a guider of diffusers.
 
     Where the scale is 1, or the step out of [start, stop), there is no negative branch, as with
@@ -52,7 +52,7 @@ class KVLockGuidance(BaseGuidance):
         start, stop, enabled: as in diffusers' guiders.
     """
 
-    _input_predictions = ["pred_cond", "pred_uncond"]  # noqa: RUF012 (diffusers wants a list here)
+    use_original_formulation = False
 
     @register_to_config
     def __init__(
@@ -64,7 +64,7 @@ class KVLockGuidance(BaseGuidance):
         stop: float = 1.0,
         enabled: bool = True,
     ):
-        super().__init__(start, stop, enabled)
+        super(ClassifierFreeGuidance, self).__init__(start, stop, enabled)  # whose own fields are no part of the config
         self.guidance_scale = guidance_scale
         self.lock = lock_of(lock)
         if isinstance(lock, LockConfig):
@@ -92,14 +92,12 @@ class KVLockGuidance(BaseGuidance):
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """Prepare a batch for each branch."""
         self._latents = None
-        return [self._prepare_batch(data, i, name) for i, name in enumerate(self._branches)]
+        return super().prepare_inputs(data)
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
         """Prepare a batch for each branch from a modular pipeline's state."""
         self._latents = getattr(data, "latents", None)
-        return [
-            self._prepare_batch_from_block_state(input_fields, data, i, name) for i, name in enumerate(self._branches)
-        ]
+        return super().prepare_inputs_from_block_state(data, input_fields)
 
     def prepare_models(self, denoiser: nn.Module) -> None:
         """Open the lock before a branch's forward."""
@@ -154,26 +152,3 @@ class KVLockGuidance(BaseGuidance):
             self._own = LoopSchedule(lock, foreground, self._num_inference_steps, self.guidance_scale, (1, 1, 1))
             self._own.restart(self._step or 0)
         return self._own
-
-    @property
-    def _branches(self) -> list[str]:
-        return self._input_predictions[: self.num_conditions]
-
-    @property
-    def is_conditional(self) -> bool:
-        """Whether the forward under way is the conditional one."""
-        return self._count_prepared == 1
-
-    @property
-    def num_conditions(self) -> int:
-        """Number of forwards per step."""
-        return 2 if self._is_guided else 1
-
-    @property
-    def _is_guided(self) -> bool:
-        if not self._enabled or math.isclose(self.guidance_scale, 1.0):
-            return False
-        if self._num_inference_steps is None:
-            return True
-        first, end = (int(share * self._num_inference_steps) for share in (self._start, self._stop))
-        return first <= self._step < end

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
-from diffusers.modular_pipelines import ModularPipelineBlocks, SequentialPipelineBlocks
+from diffusers.modular_pipelines.modular_pipeline import ModularPipelineBlocks, SequentialPipelineBlocks
 from diffusers.modular_pipelines.modular_pipeline_utils import ComponentSpec, InputParam, OutputParam
 from diffusers.modular_pipelines.wan.before_denoise import (
     WanPrepareLatentsStep,
@@ -43,19 +43,26 @@ SOURCE = (
 )
 
 
-class KVLockSourceStep(ModularPipelineBlocks):
-    """Encodes the source and its prompt, and projects the mask."""
+class _Described:
+    """Blocks whose `words` diffusers shows as their description."""
 
-    model_name = "wan"
+    words = ""
 
     @property
     def description(self) -> str:
-        """Of the block."""
-        return "Encodes the source video and its prompt, and projects the mask of what may change to tokens."
+        """What the blocks do."""
+        return self.words
+
+
+class KVLockSourceStep(_Described, ModularPipelineBlocks):
+    """Encodes the source and its prompt, and projects the mask."""
+
+    model_name = "wan"
+    words = "Encodes the source video and its prompt, and projects the mask of what may change to tokens."
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
-        """What the pipeline must have for it."""
+        """Components that the pipeline must have."""
         return [
             spec for step in (WanTextEncoderStep(), WanVaeDecoderStep(), WanTextInputStep())
             for spec in step.expected_components if spec.name in ("text_encoder", "tokenizer", "vae", "transformer")
@@ -63,7 +70,7 @@ class KVLockSourceStep(ModularPipelineBlocks):
 
     @property
     def inputs(self) -> list[InputParam]:
-        """What it takes."""
+        """The block's inputs."""
         return [
             InputParam("video", required=True, description="The source: uint8 [F, H, W, 3], or a list of frames."),
             InputParam(
@@ -79,7 +86,7 @@ class KVLockSourceStep(ModularPipelineBlocks):
 
     @property
     def intermediate_outputs(self) -> list[OutputParam]:
-        """What it leaves for the blocks behind it."""
+        """Values for the blocks behind it."""
         named = [OutputParam(param.name, type_hint=param.type_hint, description=param.description) for param in SOURCE]
         return [
             *named,
@@ -89,10 +96,10 @@ class KVLockSourceStep(ModularPipelineBlocks):
 
     @torch.no_grad()
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
-        """Raises InputError on bad input, as KVLockPipeline does."""
+        """Encode the source. Raises InputError on bad input, as KVLockPipeline does."""
         from kvlock_fast.models.wan import WanModel
 
-        block = self.get_block_state(state)
+        block: Any = self.get_block_state(state)
         if not isinstance(block.source_prompt, str):
             raise InputError(f"source_prompt must be a text, got {block.source_prompt!r}")
         model, device = WanModel(components), components._execution_device
@@ -111,46 +118,38 @@ class KVLockSourceStep(ModularPipelineBlocks):
         return components, state
 
 
-class KVLockLoopSource(ModularPipelineBlocks):
+class KVLockLoopSource(_Described, ModularPipelineBlocks):
     """In the loop, in front of the denoiser: the source's own forward."""
 
     model_name = "wan"
-
-    @property
-    def description(self) -> str:
-        """Of the block."""
-        return "Runs the source through the transformer; the keys and values of its background are kept."
+    words = "Runs the source through the transformer; the keys and values of its background are kept."
 
     @property
     def inputs(self) -> list[InputParam]:
-        """What it takes."""
+        """The block's inputs."""
         return [InputParam("attention_kwargs"), InputParam("dtype", required=True, type_hint=torch.dtype)]
 
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
-        """For step i."""
+        """Run the source's forward of step i."""
         components.guider.run.forward_source(i, t, block_state.dtype, block_state.attention_kwargs)
         return components, block_state
 
 
-class KVLockLoopBackground(ModularPipelineBlocks):
+class KVLockLoopBackground(_Described, ModularPipelineBlocks):
     """In the loop, behind the scheduler's step: the background's latents."""
 
     model_name = "wan"
-
-    @property
-    def description(self) -> str:
-        """Of the block."""
-        return "Sets the background's latents to the source's, where the lock keeps it."
+    words = "Sets the background's latents to the source's, where the lock keeps it."
 
     @torch.no_grad()
     def __call__(self, components: Any, block_state: Any, i: int, t: Tensor) -> tuple[Any, Any]:
-        """After step i."""
+        """Set the background after step i."""
         block_state.latents = components.guider.run.background(i + 1, block_state.latents)
         return components, block_state
 
 
-class KVLockDenoiseStep(WanDenoiseLoopWrapper):
+class KVLockDenoiseStep(_Described, WanDenoiseLoopWrapper):
     """Diffusers' denoising loop for Wan 2.1, locked to a source."""
 
     model_name = "wan"
@@ -159,20 +158,17 @@ class KVLockDenoiseStep(WanDenoiseLoopWrapper):
         WanLoopBeforeDenoiser, KVLockLoopSource, WanLoopDenoiser, WanLoopAfterDenoiser, KVLockLoopBackground,
     ]  # fmt: skip
 
-    @property
-    def description(self) -> str:
-        """Of the block."""
-        return "Denoises step by step, the background locked to the source's keys and values (KV-Lock)."
+    words = "Denoises step by step, the background locked to the source's keys and values (KV-Lock)."
 
     @property
     def loop_inputs(self) -> list[InputParam]:
-        """What the loop takes beside its blocks."""
+        """Inputs of the loop beside those of its blocks."""
         return [*super().loop_inputs, *SOURCE]
 
     @torch.no_grad()
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
-        """Raises InputError for a guider of another kind and for what cannot be locked."""
-        block = self.get_block_state(state)
+        """Denoise. Raises InputError for a guider of another kind and for a model that cannot be locked."""
+        block: Any = self.get_block_state(state)
         guiders = [getattr(components, name, None) for name in ("guider", "guider_2")]
         guiders = [guider for guider in guiders if guider is not None]
         for guider in guiders:
@@ -187,7 +183,7 @@ class KVLockDenoiseStep(WanDenoiseLoopWrapper):
 
 @contextmanager
 def _held(run: LockedRun, guiders: list[KVLockGuidance]) -> Iterator[None]:
-    """The lock attached, and the guiders in hold of it."""
+    """Hold the lock attached, and the guiders with it."""
     with run.kv:
         for guider in guiders:
             guider.run = run
@@ -215,17 +211,17 @@ def _guider(name: str, scale: float) -> ComponentSpec:
     return ComponentSpec(name, KVLockGuidance, config=config, default_creation_method="from_config")
 
 
-class _WithGuiders(SequentialPipelineBlocks):
+class _WithGuiders(_Described, SequentialPipelineBlocks):
     """Blocks whose guiders are KVLockGuidance from the start."""
 
-    model_name = "wan"
     guiders = (_guider("guider", 5.0),)
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
-        """What the pipeline must have."""
+        """Components that the pipeline must have."""
         ours = {spec.name: spec for spec in self.guiders}
-        return [ours.get(spec.name, spec) for spec in super().expected_components]
+        specs: list[Any] = super().expected_components
+        return [ours.get(spec.name, spec) for spec in specs]
 
 
 class KVLockCoreDenoiseStep(_WithGuiders):
@@ -234,14 +230,11 @@ class KVLockCoreDenoiseStep(_WithGuiders):
     block_names = ["input", "set_timesteps", "prepare_latents", "denoise"]  # noqa: RUF012
     block_classes = [WanTextInputStep, WanSetTimestepsStep, WanPrepareLatentsStep, KVLockDenoiseStep]  # noqa: RUF012
 
-    @property
-    def description(self) -> str:
-        """Of the blocks."""
-        return "Denoising of encoded texts, locked to an encoded source."
+    words = "Denoising of encoded texts, locked to an encoded source."
 
     @property
     def outputs(self) -> list[OutputParam]:
-        """What is left of it."""
+        """The blocks' outputs."""
         return [OutputParam.template("latents")]
 
 
@@ -257,14 +250,11 @@ class KVLockWanBlocks(_WithGuiders):
     block_names = ["text_encoder", "source", "denoise", "decode"]  # noqa: RUF012
     block_classes = [WanTextEncoderStep, KVLockSourceStep, KVLockCoreDenoiseStep, WanVaeDecoderStep]  # noqa: RUF012
 
-    @property
-    def description(self) -> str:
-        """Of the pipeline."""
-        return "Edits the masked region of a video with Wan 2.1, the background locked to the source (KV-Lock)."
+    words = "Edits the masked region of a video with Wan 2.1, the background locked to the source (KV-Lock)."
 
     @property
     def outputs(self) -> list[OutputParam]:
-        """What comes out."""
+        """The pipeline's outputs."""
         return [OutputParam.template("videos")]
 
 
