@@ -219,9 +219,8 @@ class _WithGuiders(_Described, SequentialPipelineBlocks):
     @property
     def expected_components(self) -> list[ComponentSpec]:
         """Components that the pipeline must have."""
-        ours = {spec.name: spec for spec in self.guiders}
-        specs: list[Any] = super().expected_components
-        return [ours.get(spec.name, spec) for spec in specs]
+        specs = super().expected_components
+        return [next((own for own in self.guiders if own.name == spec.name), spec) for spec in specs]
 
 
 class KVLockCoreDenoiseStep(_WithGuiders):
