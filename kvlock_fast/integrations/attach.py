@@ -8,7 +8,7 @@ as ever, bit for bit, and after the `with` nothing of the lock is left.
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from kvlock_fast.locking.compatibility import device_of
 from kvlock_fast.locking.discover import Sample, find_and_check
 from kvlock_fast.locking.lock import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.models.registry import arch_of
+
+if TYPE_CHECKING:
+    from kvlock_fast.models.protocols import Transformer
 
 
 def attach(
@@ -250,7 +253,7 @@ def _arch(
             raise InputError("family 'auto' needs sample: one forward's arguments by name, to check the lock with")
         return find_and_check(transformer, sample, tokens, ahead or 0)
     refuse_linear(transformer)
-    arch = family if isinstance(family, ArchSpec) else arch_of(transformer, family)
+    arch = family if isinstance(family, ArchSpec) else arch_of(cast("Transformer", transformer), family)
     if arch.ahead and ahead is None:
         raise InputError(f"ahead must be given: {type(transformer).__name__} has tokens of other frames in front")
     return arch
