@@ -30,7 +30,7 @@ LEAST_BLOCKS_A_SPLIT, MOST_SPLITS = 4, 32
 
 @dataclass(frozen=True)
 class Tiles:
-    """What one program computes with."""
+    """The tile sizes and launch options of one program."""
 
     queries: int
     keys: int
@@ -39,7 +39,7 @@ class Tiles:
 
     @property
     def meta(self) -> dict[str, int]:
-        """As the kernels take them."""
+        """Arguments and options of a kernel's launch."""
         return dict(BLOCK_M=self.queries, BLOCK_N=self.keys, num_warps=self.num_warps, num_stages=self.num_stages)
 
 
@@ -107,7 +107,7 @@ def _hold(x):
 
 @triton.jit
 def _softmax_step(b_s, b_acc, b_sum, b_max, scale, dtype: tl.constexpr):
-    """One online-softmax step over scores b_s [M, N]: the bits of the probabilities as `dtype`, the rescaled state."""
+    """Take an online-softmax step over scores b_s [M, N]: the probabilities' bits as `dtype`, the rescaled state."""
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
     b_p = tl.exp2(b_s * scale - b_new[:, None])
     b_shrink = tl.exp2(b_max - b_new)
@@ -284,7 +284,7 @@ def launch_merge(partial: Tensor, lse: Tensor, out: Tensor) -> None:
 
 
 def choose_attention(q: Tensor, only_ours: bool) -> str:
-    """Whose attention serves q [B, Sq, H, D]: "triton", "cudnn" or "sdpa"; `only_ours`: Triton's or none.
+    """Choose the attention for q [B, Sq, H, D]: "triton", "cudnn" or "sdpa"; `only_ours`: Triton's or none.
 
     On sm_90 cuDNN, whose speed there is published (620 TFLOP/s at D = 128 on an H200), until ours is measured beside
     it. Raises ValueError where only ours may serve and cannot.

@@ -84,7 +84,7 @@ def _dot_fp8(a, b):
 
 @triton.jit
 def _softmax_step(b_s, b_max, scale):
-    """One online-softmax step: P's codes, its row sums (both shifted), the factor for what came before, the maximum."""
+    """Take an online-softmax step: P's codes, its row sums (both shifted), the older sums' factor, the maximum."""
     b_new = tl.maximum(b_max, tl.max(b_s, 1) * scale)
     b_p = tl.exp2(b_s * scale - (b_new - _SHIFT)[:, None])
     return to_fp8(b_p, True), tl.sum(b_p, 1), tl.exp2(b_max - b_new), b_new

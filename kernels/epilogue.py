@@ -47,7 +47,7 @@ def _term(row, i, x):
 
 @triton.jit
 def _clamp(x, low, high):
-    """As torch.clamp: NaN stays NaN."""
+    """Clamp like torch.clamp: NaN stays NaN."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
 

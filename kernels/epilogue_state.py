@@ -1,4 +1,4 @@
-"""What a run keeps on the device from step to step, and the numbers that decide how much it locks.
+"""A run's state on the device from step to step, and the numbers that decide how much it locks.
 
 A solver is a table [steps, 3, 3 + J], as every deterministic step is linear in what it is given. Entry k weighs
 
@@ -54,7 +54,7 @@ class StepState:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When to lock and how to guide.
+    """Numbers that decide when to lock and how to guide.
 
     variance_window: W, predictions the variance looks back on. alpha: a fixed number, or None for the variance's.
     dynamic_omega: whether omega follows the variance. tau: a number, or fp32 [1 or B] (the source's own variance, then

@@ -105,7 +105,7 @@ def _fused_attention_kernel(
 
 
 def reference_meta(k_ref: PackedArguments, v_ref: PackedArguments) -> dict[str, object]:
-    """How the cached keys and values are packed, as the kernels take it."""
+    """Formats of the cached keys and values, as the kernels take them."""
     meta = {f"{x}_{name}": ref.meta[name] for x, ref in (("K", k_ref), ("V", v_ref)) for name in ("FORMAT", "KIND")}
     return meta | dict(K_PER=k_ref.meta["PER_SCALE"], V_PER=v_ref.meta["PER_SCALE"], FP8=k_ref.meta["FP8"])
 

@@ -50,7 +50,7 @@ def runs_triton(backend: str, *tensors: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: arguments by name, `options` such as num_warps."""
+    """A kernel launch: arguments by name, `options` such as num_warps."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -95,7 +95,7 @@ def architecture(x: Tensor) -> int:
 
 
 def processors(x: Tensor) -> int:
-    """How many multiprocessors the device of `x` has; on a dry run an H200's 132, for the interpreter 1."""
+    """Number of multiprocessors of x's device; on a dry run an H200's 132, for the interpreter 1."""
     if x.is_cuda:
         return torch.cuda.get_device_properties(x.device).multi_processor_count
     return 132 if architecture(x) else 1

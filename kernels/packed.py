@@ -1,4 +1,4 @@
-"""How cached keys and values lie in memory, and how a kernel reads them: one verb for every format and plain tensors.
+"""Layout of cached keys and values in memory, and one verb to read them, for every format and plain tensors.
 
 The scales' layouts are fixed (contiguous in a sample, see quantize.py): a tile needs the codes' strides and the sizes.
 """

@@ -256,7 +256,7 @@ def _ship(
     capture: Capture | None = None, layout: str = "interleaved", stage: str = "rotated", foreground_only: bool = False,
     placed: bool = False,
 ) -> None:  # fmt: skip
-    """One dry launch: q, k, v slices of a fused projection, 20 % foreground, a source in a format or in the batch.
+    """Make a dry launch: q, k, v slices of a fused projection, 20 % foreground, a source in a format or in the batch.
 
     model: heads, their channels, norm, heads with angles of their own, tokens; placed: tokens in any order, a weight
     for each.

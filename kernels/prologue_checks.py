@@ -1,4 +1,4 @@
-"""What the prologue takes: every way to call it wrongly is a ValueError that says what was given."""
+"""Checks of the prologue's arguments: every wrong call is a ValueError that says what was given."""
 
 from dataclasses import replace
 

@@ -173,7 +173,7 @@ def _prologue_kernel(
 
 @dataclass(frozen=True)
 class Geometry:
-    """What one program computes: tokens; heads in a tile, and tiles; of which of q, k, v."""
+    """One program's work: tokens; heads in a tile, and tiles; which of q, k, v."""
 
     tokens: int
     heads: int

@@ -1,4 +1,4 @@
-"""What the prologue computes: its words, and the plain-torch reference. See prologue.py for the formula."""
+"""The prologue's arguments, and its reference in plain torch. See prologue.py for the formula."""
 
 import math
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ FP8_ALIGN = 16  # the transposed values' rows are padded to a multiple of it
 
 @dataclass(frozen=True)
 class QKNorm:
-    """How queries and keys are normalised.
+    """Norm of queries and keys.
 
     kind: "rms_across_heads" (over all H*D channels; weights [H*D]), "rms" or "layer" (per head; weights [D], biases [D]
     with "layer" only), "none". A weight that is None counts as 1, a bias that is None as 0.
@@ -50,7 +50,7 @@ class RoPE:
 
 @dataclass(frozen=True)
 class Lock:
-    """How the background's keys and values are locked to the source's.
+    """Lock of the background's keys and values to the source's.
 
     alpha: weight of the source, a number in [0, 1] or fp32 on the device (range unchecked): [B - first_row], or one for
     every token, [B - first_row or 1, S], which counts on the background only.
@@ -80,7 +80,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the background is, of tokens in any order.
+    """Places of the background among tokens in any order.
 
     rows: int32 [S], which row of the source's keys and values (or of what is captured) a token is, negative for none;
     count: how many rows there are. Each is one token's.

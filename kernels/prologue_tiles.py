@@ -1,4 +1,4 @@
-"""What a prologue program does with its rows: load, normalise, blend, rotate, capture, store.
+"""Steps of a prologue program on its rows: load, normalise, blend, rotate, capture, store.
 
 A tile is [R, BLOCK_D]: a row is one head of one token, its channels lie in *pair order*, positions 2i and 2i + 1 being
 the two channels that RoPE rotates together. For interleaved pairs that is the order in memory; split halves are loaded

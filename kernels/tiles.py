@@ -158,5 +158,5 @@ def dense(x: Tensor, leading: int) -> Tensor:
 
 
 def alignment(*sizes: int) -> int:
-    """What all of these offsets in elements are multiples of: 1, 2, 4, 8 or 16."""
+    """Largest common divisor of these offsets in elements, of 1, 2, 4, 8 and 16."""
     return math.gcd(ALIGNMENT, *sizes)

@@ -48,7 +48,7 @@ class Conditioning(dict[str, Tensor]):
         return self._like({name: x[first:end] for name, x in self.items()})
 
     def expand(self, rows: int) -> "Conditioning":
-        """One sample for as many, as views."""
+        """The one sample repeated for `rows`, as views."""
         return self._like({name: x.expand(rows, *x.shape[1:]) for name, x in self.items()})
 
     def replace(self, **tensors: Tensor) -> "Conditioning":
@@ -75,7 +75,7 @@ class Conditioning(dict[str, Tensor]):
 
     @staticmethod
     def cat(parts: Sequence["Conditioning"]) -> "Conditioning":
-        """One after the other. Texts of different lengths are filled up with zeros, which their mask tells apart.
+        """Concatenate. Texts of different lengths are filled up with zeros, which their mask tells apart.
 
         Raises InputError where texts of different lengths have no mask, so that no forward can take them together.
         """

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Geometry:
-    """How pixels become latents and latents become tokens.
+    """Conversion of pixels to latents, and of latents to tokens.
 
     Strides in pixels, patch_size (t, h, w) in latents; most_tokens: the most along one axis that the model knows, or
     along each (None: any number); lead_in: where the patch does not divide the latent frames, the model has the first
@@ -48,7 +48,7 @@ class Geometry:
 
     @property
     def lone_frames(self) -> int:
-        """How many frames have a latent frame of their own in front: the first one, of a causal autoencoder."""
+        """Number of frames in front with a latent frame of their own: the first one, of a causal autoencoder."""
         return 1 if self.causal else 0
 
     @property
@@ -68,11 +68,11 @@ class Geometry:
         return whole if self.least_frames == 1 else f"{whole} of at least {self.least_frames}"
 
     def whole_frames(self, frames: int) -> int:
-        """As many, or as few more as the model can take."""
+        """The least number of frames, from `frames` on, that the model can take."""
         return max(self.least_frames, frames + (self.lone_frames - frames) % self.frame_step)
 
     def lead(self, latent_frames: int) -> int:
-        """How many times the first of so many latent frames is repeated in front."""
+        """Number of times that the first of the latent frames is repeated in front."""
         return -latent_frames % self.patch_size[0] if self.lead_in else 0
 
     @property
@@ -94,7 +94,7 @@ class Geometry:
         return all(most is None or size <= most for size, most in zip(grid, self.limits, strict=True))
 
     def size_multiple(self) -> tuple[int, int]:
-        """What height and width in pixels must be multiples of."""
+        """The numbers of pixels that height and width must be multiples of."""
         return self.spatial_stride * self.patch_size[1], self.spatial_stride * self.patch_size[2]
 
 
@@ -126,7 +126,7 @@ class ProjectedMask:
         return _patches((frames - self.beside, height, width), self.patch_size)
 
     def distance(self, most: int) -> Tensor:
-        """Of every token to the foreground of its frame, in tokens (rows, columns and diagonals): int [B, S].
+        """Distance of every token to the foreground of its frame, in tokens (rows, columns and diagonals): int [B, S].
 
         0 on the foreground; `most` + 1 for all that is further than `most`.
         """

@@ -218,7 +218,7 @@ class AttachedLock(LoopSchedule):
 
 
 def _foreground(foreground: Any) -> Tensor:
-    """Bool [B or 1, S]."""
+    """The foreground as bool [B or 1, S]. Raises InputError where it is not one."""
     if not isinstance(foreground, torch.Tensor) or foreground.dtype != torch.bool or foreground.ndim not in (1, 2):
         given = f"{foreground.dtype} {list(foreground.shape)}" if isinstance(foreground, torch.Tensor) else foreground
         raise InputError(f"foreground must be a bool tensor [S] or [B, S] of tokens, got {given!s:.80}")
@@ -245,7 +245,7 @@ def _patch_size(transformer: nn.Module) -> tuple[int, int, int] | None:
 def _arch(
     transformer: nn.Module, family: str | ArchSpec | None, sample: Sample | None, tokens: int, ahead: int | None
 ) -> ArchSpec:
-    """Where the transformer is locked. Raises InputError where that is not known."""
+    """The description of the transformer. Raises InputError where it is not known."""
     if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0):
         raise InputError(f"ahead must be a number of tokens of at least 0, got {ahead!r}")
     if family == "auto":

@@ -1,4 +1,4 @@
-"""When to lock, for other people's loops: the schedule of `loop/schedule.py` for tensors in a loop's own layout."""
+"""The schedule of `loop/schedule.py` for other people's loops, whose tensors have layouts of their own."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ class LoopSchedule:
 
     @property
     def alpha(self) -> Tensor:
-        """How much of the source's K and V the background takes in this step, [B] fp32; [1] before a batch is known."""
+        """Weight of the source's K and V on the background in this step, [B] fp32; [1] before a batch is known."""
         return self._known().alpha(self.step)
 
     @property

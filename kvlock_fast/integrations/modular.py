@@ -50,7 +50,7 @@ class _Described:
 
     @property
     def description(self) -> str:
-        """What the blocks do."""
+        """Purpose of the blocks."""
         return self.words
 
 
@@ -119,7 +119,7 @@ class KVLockSourceStep(_Described, ModularPipelineBlocks):
 
 
 class KVLockLoopSource(_Described, ModularPipelineBlocks):
-    """In the loop, in front of the denoiser: the source's own forward."""
+    """Loop block in front of the denoiser: the source's own forward."""
 
     model_name = "wan"
     words = "Runs the source through the transformer; the keys and values of its background are kept."
@@ -137,7 +137,7 @@ class KVLockLoopSource(_Described, ModularPipelineBlocks):
 
 
 class KVLockLoopBackground(_Described, ModularPipelineBlocks):
-    """In the loop, behind the scheduler's step: the background's latents."""
+    """Loop block behind the scheduler's step: the background's latents."""
 
     model_name = "wan"
     words = "Sets the background's latents to the source's, where the lock keeps it."
@@ -224,7 +224,7 @@ class _WithGuiders(_Described, SequentialPipelineBlocks):
 
 
 class KVLockCoreDenoiseStep(_WithGuiders):
-    """From encoded texts and source to latents."""
+    """Denoising from encoded texts and source to latents."""
 
     block_names = ["input", "set_timesteps", "prepare_latents", "denoise"]  # noqa: RUF012
     block_classes = [WanTextInputStep, WanSetTimestepsStep, WanPrepareLatentsStep, KVLockDenoiseStep]  # noqa: RUF012

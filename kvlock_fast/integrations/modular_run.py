@@ -13,7 +13,7 @@ from kvlock_fast.models.schedulers import check_scheduler, noise_levels, predict
 
 
 class LockedRun:
-    """What a locked denoising loop knows beside diffusers' state: where the source is, and the lock."""
+    """The source's path and the lock of a denoising loop, beside diffusers' state."""
 
     def __init__(self, components: Any, guider: Any, steps: int, noise: Tensor, source: Any):
         """noise: where the edit starts [B, C, T, h, w]; source: the names of `modular.SOURCE` as attributes."""
@@ -40,7 +40,7 @@ class LockedRun:
         return clean if k == len(self.signal) - 1 else self.signal[k] * clean + self.sigmas[k] * self.noise
 
     def start(self, batch: int) -> Tensor:
-        """Where the edit starts [batch, C, T, h, w]."""
+        """The edit's starting latents [batch, C, T, h, w]."""
         return self.background(0, self.noise.expand(batch, *self.noise.shape[1:]))
 
     def background(self, k: int, latents: Tensor) -> Tensor:

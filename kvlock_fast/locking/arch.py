@@ -36,7 +36,7 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class ArchSpec:
-    """How a family of video transformers is locked.
+    """Description of a family of video transformers: what locking needs to know.
 
     Args:
         family: its name.

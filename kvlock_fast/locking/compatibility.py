@@ -1,4 +1,4 @@
-"""What else was done to a transformer: what a lock gets along with needs no word here, what it does not is refused.
+"""Other changes to a transformer: those that a lock cannot coexist with are refused.
 
 torch.compile is for a transformer's repeated blocks ("regional"): one block is compiled, and serves all of them.
 """
@@ -70,7 +70,7 @@ def hooks_of(module: nn.Module) -> dict[str, Any]:
 
 
 def device_of(transformer: nn.Module) -> torch.device:
-    """Where a transformer runs, which the hooks that offload it know before its weights are there."""
+    """The device that a transformer runs on; hooks that offload it know it before the weights are there."""
     for module in transformer.modules():
         group = hooks_of(module).get("group_offloading")
         device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)

@@ -52,7 +52,7 @@ def prepared(attn: Attention, mask: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 class WanFastProcessor(FastProcessor):
-    """In place of diffusers' `WanAttnProcessor` in a locked self-attention."""
+    """Replacement of diffusers' `WanAttnProcessor` in a locked self-attention."""
 
     def __call__(
         self,
@@ -66,7 +66,7 @@ class WanFastProcessor(FastProcessor):
 
 
 class CogVideoXFastProcessor(FastProcessor):
-    """In place of diffusers' `CogVideoXAttnProcessor2_0` in a locked joint attention: text in front of the video."""
+    """Replacement of diffusers' `CogVideoXAttnProcessor2_0` in a joint attention with text in front of the video."""
 
     def __call__(
         self,
@@ -82,7 +82,7 @@ class CogVideoXFastProcessor(FastProcessor):
 
 
 class LTXFastProcessor(FastProcessor):
-    """In place of diffusers' `LTXVideoAttnProcessor` in a locked self-attention. Heads have angles of their own."""
+    """Replacement of diffusers' `LTXVideoAttnProcessor`, where heads have angles of their own."""
 
     def __call__(
         self,
@@ -97,7 +97,7 @@ class LTXFastProcessor(FastProcessor):
 
 
 class HunyuanVideoFastProcessor(FastProcessor):
-    """In place of diffusers' `HunyuanVideoAttnProcessor2_0` in a locked self-attention.
+    """Replacement of diffusers' `HunyuanVideoAttnProcessor2_0` in a locked self-attention.
 
     The text is behind the video, by projections of its own or by the same.
     """

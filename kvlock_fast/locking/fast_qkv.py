@@ -1,5 +1,4 @@
-"""From a locked self-attention's projections to its queries, keys and values, in one pass: what the fast path's
-processors share.
+"""A locked self-attention's queries, keys and values from its projections, in one pass, for the fast processors.
 
 Norms, rotation, blending and keeping are the prologue's (kernels/prologue.py). Tokens stay in the model's order: each
 has a weight of its own, 0 where it is foreground or text, and a row in what is kept, if it is of the background.
@@ -22,7 +21,7 @@ K_STAGE = "normed"
 
 
 class Prologue:
-    """That of one forward. What its layers have in common is made by the first that needs it."""
+    """The prologue of one forward. The first layer that needs what layers have in common makes it."""
 
     def __init__(self, state: LockState, norms: dict[int, tuple[nn.Module | None, nn.Module | None]]):
         """norms: of queries and keys, by layer."""
@@ -110,7 +109,7 @@ class Prologue:
         return self._weights[key]
 
     def _placed(self, k: Tensor) -> Places:
-        """Where the background's tokens are among k's."""
+        """Places of the background among k's tokens."""
         tokens = k.shape[1]
         if tokens not in self._places:
             before, after = self._offset(tokens)

@@ -70,7 +70,7 @@ class _Trial:
         ]
 
     def pairs(self, one: PrologueOutput, other: PrologueOutput) -> list[tuple[str, Tensor, Tensor, float]]:
-        """What is compared: a name, both values, how far they may be apart."""
+        """Outputs to compare: a name, both values, the allowed difference."""
         rounding = ROUNDINGS * torch.finfo(self.dtype).eps
         found = [(name, getattr(one, name), getattr(other, name), rounding) for name in "qkv"]
         for name in ("captured_k", "captured_v"):

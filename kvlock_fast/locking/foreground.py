@@ -17,7 +17,7 @@ from kvlock_fast.locking.compatibility import hooks_of
 
 @dataclass(frozen=True)
 class View:
-    """What a forward of some tokens sees of the others.
+    """The other tokens, as a forward of some tokens sees them.
 
     foreground: how many of its tokens, from the first on, bring keys and values of their own; rows: which of the kept
     tokens are the background, indices [N], None for all; rope: cosine and sine of their positions, each [1, N, 1, D],
@@ -62,7 +62,7 @@ BRINGING = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_cas
 
 @contextmanager
 def whole_forward(transformer: nn.Module) -> Iterator[None]:
-    """What is done around a transformer's forward while its parts are called: hooks bring its weights.
+    """Run the hooks around a transformer's forward that bring its weights, while its parts are called.
 
     Raises InputError where something else has replaced the forward.
     """

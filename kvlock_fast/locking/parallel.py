@@ -20,7 +20,7 @@ TEXT_MASK = "encoder_attention_mask"
 
 @dataclass(frozen=True)
 class Shard:
-    """One process's part. uneven: whether parts may differ by a token (`ulysses_anything`, `ring_anything`)."""
+    """A process's part of the tokens. uneven: parts may differ by a token (`ulysses_anything`, `ring_anything`)."""
 
     rank: int
     count: int
@@ -37,7 +37,7 @@ class Shard:
         return first, first + size + (self.rank < longer)
 
     def indices(self, indices: Tensor, tokens: int) -> Tensor:
-        """Those of its own part [n] of indices [N], counted from where it begins; reads them on the host."""
+        """The part's own of indices [N], counted from the part's first token; reads them on the host."""
         first, end = self.bounds(tokens)
         return indices[(indices >= first) & (indices < end)] - first
 
@@ -53,7 +53,7 @@ def shard_of(transformer: Any) -> Shard | None:
 
 
 def ulysses_heads(transformer: Any) -> int:
-    """What the number of heads must be a multiple of."""
+    """The number that the heads must be a multiple of."""
     config = transformer._parallel_config.context_parallel_config
     return 1 if config.ulysses_anything else config.ulysses_degree
 

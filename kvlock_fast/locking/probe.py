@@ -1,4 +1,4 @@
-"""What really happens in a forward of a transformer that nobody has described: who projects, who attends, to what.
+"""Observation of a forward of a transformer that nobody has described: who projects, who attends, to what.
 
 Forwards are run with the attention watched where every one of them passes, torch's `scaled_dot_product_attention`.
 With its result taken as 0, no token hears of another: what changes with the latents then is the video's, by token.

@@ -46,7 +46,7 @@ def norm_kind(norm: nn.Module | None, heads: int, width: int) -> str:
 
 
 def _kind(norm: nn.Module) -> str | None:
-    """Either "rms" or "layer", None for one that is neither, or that has been given another forward."""
+    """The norm's kind, "rms" or "layer"; None for another norm, or one with another forward."""
     from diffusers.models.normalization import FP32LayerNorm, RMSNorm
 
     for known, kind in ((nn.RMSNorm, "rms"), (RMSNorm, "rms"), (nn.LayerNorm, "layer"), (FP32LayerNorm, "layer")):

@@ -74,7 +74,7 @@ lock_output_.register_fake(lambda x, number: None)
 
 
 class Locked(nn.Module):
-    """Goes in front of a module's own class."""
+    """First base of a locked module's class, in front of the module's own."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""What all locked modules of a transformer share, and what is done to their outputs in each mode of a forward."""
+"""State shared by the locked modules of a transformer, and their outputs' treatment in each mode of a forward."""
 
 import threading
 from collections import Counter
@@ -25,7 +25,7 @@ FusedProjections = Callable[[int, int, Projections, Rotation | None, int], Proje
 
 
 class Mode(Enum):
-    """What is done to keys and values during a forward."""
+    """Treatment of keys and values during a forward."""
 
     OFF = auto()
     CAPTURE = auto()  # keep this forward's K and V
@@ -35,7 +35,7 @@ class Mode(Enum):
 
 
 class LockState:
-    """What all locked modules of a transformer share: the mode, the weight, the kept K/V, how many of them have run.
+    """State shared by a transformer's locked modules: mode, weight, kept K/V, how many of them have run.
 
     Tokens are the video's: those of the text, where there are any beside them, keep their own keys and values.
     """
