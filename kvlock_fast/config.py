@@ -1,4 +1,4 @@
-"""What the user asked for: frozen dataclasses, checked when made, and the presets as one table of values."""
+"""Lock and cache as the user asked for them: frozen dataclasses, checked when made."""
 
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -165,7 +165,7 @@ class LockConfig(NeighbourOptions):
 @documented
 @dataclass(frozen=True)
 class CacheConfig:
-    """Where the source's keys and values come from.
+    """Storage of the source's keys and values.
 
     The tiers: "lockstep" runs the source along with the edit and stores nothing; the others run the source first and
     keep its K and V on the device ("resident"), in host memory ("host") or in `root` ("disk", where they may be found

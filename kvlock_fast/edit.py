@@ -25,7 +25,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class EditResult:
-    """What an edit made.
+    """Result of an edit.
 
     Args:
         videos: One uint8 [F, h, w, 3] per prompt.

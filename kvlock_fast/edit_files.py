@@ -76,7 +76,7 @@ def preview_mask(path: Path | None, clip: Clip, settings: EditSettings, geometry
 def _write_about(
     files: EditFiles, outputs: list[Path], clip: Clip, result: EditResult, settings: EditSettings, command: str
 ) -> None:
-    """What is said about an edit beside the videos: trace, page, sheet."""
+    """Write trace, page and sheet, as asked for."""
     if files.trace is not None:
         inputs = {"source": files.source, "mask": files.mask, "max_frames": settings.max_frames}
         made = {**inputs, "outputs": [str(path) for path in outputs]}

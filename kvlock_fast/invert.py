@@ -20,7 +20,7 @@ from kvlock_fast.units import text_bytes
 
 @dataclass(frozen=True)
 class CacheNotes:
-    """How a cache that the user named was made, by its manifest; nothing without such a cache."""
+    """Facts from the manifest of the cache that the user named; empty without one."""
 
     folder: str = ""
     facts: dict[str, Any] = field(default_factory=dict)

@@ -30,7 +30,7 @@ _RANGE = re.compile(r"(?P<least>>=?)?(?P<low>-?[0-9]+)(?:\.\.(?P<below><)?(?P<hi
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """What is declared of a parameter. What is not given to `described` comes from the values and the field.
+    """Declaration of a parameter. `described` reads words and bounds from the values.
 
     Args:
         help: One plain sentence.
@@ -95,7 +95,7 @@ class Parameter:
         return f"{self.help} (default: {self.default_text})" if self.default_text else self.help
 
     def problem(self, value: Any) -> str | None:
-        """What is wrong with a value, as a sentence without its subject; None if nothing is."""
+        """Describe what is wrong with a value, in a sentence without its subject; None if nothing is."""
         if value is None and self.optional:
             return None
         if self.words and str in self.types and not self.is_number:

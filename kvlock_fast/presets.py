@@ -31,7 +31,7 @@ class NeighbourOptions:
 
     @property
     def neighbour_values(self) -> dict[str, Any]:
-        """Those of these values that are not off."""
+        """Values that differ from their default."""
         named = ((f.name, getattr(self, f.name), f.default) for f in fields(NeighbourOptions))
         return {name: value for name, value, default in named if value != default}
 

@@ -51,7 +51,7 @@ class Checked:
 @documented
 @dataclass(frozen=True)
 class MaskShape(Checked):
-    """How a mask becomes the part of the video that may change; its steps apply in this order."""
+    """Steps by which a mask becomes the part of the video that may change, in this order."""
 
     threshold: float = _mask(
         0.5,
@@ -95,7 +95,7 @@ class Preset:
 @documented
 @dataclass(frozen=True)
 class RunConfig(Checked):
-    """Everything that decides what the model computes, but the clip and the prompts."""
+    """Settings that decide what the model computes, beside the clip and the prompts."""
 
     source_prompt: str = field(metadata=_text("What the source shows"))
     _: KW_ONLY
@@ -142,7 +142,7 @@ class RunConfig(Checked):
 @documented
 @dataclass(frozen=True, kw_only=True)
 class Speed(Checked):
-    """What changes how fast an edit is, and not what is asked for."""
+    """Settings that change how fast an edit is, and not what is asked for."""
 
     graph: str = _speed("off", "off|auto|on", "Capture the steps in CUDA graphs; auto does where it can")
     compile: str = _speed("off", "off|regional", "torch.compile of the transformer's blocks")
@@ -157,7 +157,7 @@ GRAPH, COMPILE, PROCESSORS = (one.words for one in declared(Speed))
 @documented
 @dataclass(frozen=True, kw_only=True)
 class Finish(Checked):
-    """What is done with an edit's frames once the model has made them, so that jobs of one pass may differ in it."""
+    """Treatment of the frames that the model has made; jobs of one pass may differ in it."""
 
     composite: bool = _output(False, "", "Paste the source's background back, at its size")
     feather: int | None = _output(
@@ -168,7 +168,7 @@ class Finish(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where an edit is computed."""
+    """Device on which an edit is computed."""
 
     device: str = _model("auto", "TEXT", "cuda, cpu, mps or xpu; auto is cuda where there is a GPU")
 
@@ -176,7 +176,7 @@ class Place:
 @documented
 @dataclass(frozen=True)
 class EditSettings(Place, Finish, Speed, RunConfig):
-    """How to edit a clip: one edit for each prompt. A seed of None is that of the cache, where it knows one."""
+    """All settings of editing a clip, one edit per prompt. A seed of None is the cache's, where it knows one."""
 
     prompts: list[str] = field(
         metadata=_text("What the edit shows; give it again for another edit of the same source", name="prompt")
@@ -221,7 +221,7 @@ JOBS, MACHINES = "Jobs", "Machines"
 @documented
 @dataclass(frozen=True)
 class BatchSettings(Place):
-    """How a batch is run.
+    """Settings of a batch.
 
     Args:
         manifest: The jobs.
@@ -262,7 +262,7 @@ class BatchSettings(Place):
 @documented
 @dataclass(frozen=True)
 class PlanSettings(Checked):
-    """What is planned, on which machine."""
+    """Settings of a plan: the edit and the machine."""
 
     model: str = field(metadata=_text("A folder, a hub id, or demo (the bundled model)"))
     frames: int | None = _edit(None, "N", "Frames of the video", unset="the model's usual")

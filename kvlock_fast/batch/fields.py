@@ -72,7 +72,7 @@ JobFields: type[OwnFields] = create_model("JobFields", __base__=OwnFields, __doc
 NAMES = tuple(JobFields.model_fields)
 LOCK_NAMES = tuple(f.name for f in fields(LockConfig))
 OWN_TO_A_JOB = ("id", "output", "prompt")
-"""What no default can give."""
+"""Fields that no default can give."""
 TEXTS = frozenset({"id", "source", "mask", "source_prompt", "negative_prompt", "output", "model", "size"})
 """Fields whose value is never read as JSON."""
 
@@ -81,7 +81,7 @@ Problem = tuple[str, str]
 
 
 def problems_of(values: dict[str, Any], partial: bool = False) -> list[Problem]:
-    """What is wrong with the fields that are given; partial: nothing needs to be there (defaults)."""
+    """List what is wrong with the fields that are given; partial: none is required (defaults)."""
     found: dict[str, str] = {}
     try:
         JobFields.model_validate(values)
@@ -124,7 +124,7 @@ def _sentence(name: str, fault: ErrorDetails, values: dict[str, Any]) -> str:
 
 
 def lock_problem(name: str, value: Any) -> str | None:
-    """What the lock says of one of its values, without the name in front."""
+    """Describe what is wrong with a value of the lock, without the name in front."""
     try:
         LockConfig.preset("paper", **{name: value})
     except (ValueError, TypeError) as error:
@@ -146,7 +146,7 @@ def _text_problem(value: Any) -> str | None:
 
 
 def _box_problem(mask: str) -> str | None:
-    """What is wrong with a mask in words, as far as that shows without the video."""
+    """Describe what is wrong with a box mask, as far as that shows without the video."""
     try:
         if is_box(mask):
             check_box(mask)

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Setup(RunConfig, Inputs):
-    """What a job shares with the others of its group. Setups that are equal can share a pass of the source."""
+    """Everything that decides what the model computes for a job. Jobs of equal setups can share a pass."""
 
     def windows(self) -> Windows | None:
-        """How a long clip is cut; None where it is not. Raises InputError where it cannot be."""
+        """Cut of a long clip; None where it is not cut. Raises InputError where it cannot be."""
         from kvlock_fast.loop.windows import Windows
 
         return None if self.clip_frames is None else Windows(self.clip_frames, self.clip_overlap)
 
     def edit_settings(self, prompts: list[str]) -> EditSettings:
-        """As `edit` takes them."""
+        """Settings for the room `edit`."""
         values = {f.name: getattr(self, f.name) for f in fields(RunConfig)}
         return EditSettings(**values, prompts=prompts)
 
@@ -48,7 +48,7 @@ class Job:
     line: int = field(default=0, compare=False)
 
     def edit_settings(self) -> EditSettings:
-        """As `edit` takes them."""
+        """Settings for the room `edit`."""
         return replace(self.setup.edit_settings([self.prompt]), **vars(self.finish))
 
     def spec(self) -> str:
@@ -70,7 +70,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Decision:
-    """How a pass of the source is run: tier and format of its K and V, and prompts in one batch.
+    """Choice of how a pass is run: tier and format of the source's K and V, and prompts in one batch.
 
     ladder: whether even one prompt at a time was too much, and smaller ways are tried by the pipeline.
     """
@@ -101,11 +101,11 @@ class Pass:
 
     @property
     def jobs(self) -> tuple[Job, ...]:
-        """Those to be done."""
+        """Jobs to be done."""
         return tuple(job for job in self.places if job is not None and job.id in self.missing)
 
     def rows(self, at_once: int) -> list[Job]:
-        """What goes through the model, with `at_once` prompts in a batch: the batches that lack a result, whole.
+        """Rows that go through the model, with `at_once` prompts in a batch: whole batches that lack a result.
 
         Jobs that are done keep their place as padding, and an empty place has the first job's prompt: how a batch is
         rounded depends on how many rows it has.
@@ -129,7 +129,7 @@ def grouped(jobs: Iterable[Job], most: int) -> Iterator[list[Job]]:
 
 
 def ranks(setups: Iterable[Setup]) -> dict[Setup, tuple[int, int, int]]:
-    """To sort setups by: model, source, and themselves, each in the order of its first appearance.
+    """Keys to sort setups by: model, source, and themselves, each in the order of its first appearance.
 
     So a model comes once and is loaded once, and so does a source, which is read once.
     """
@@ -152,7 +152,7 @@ class Waiting:
         return len(self.passes)
 
     def add(self, passes: Iterable[Pass]) -> None:
-        """At the end: what failed or crashed comes after what was not tried."""
+        """Add at the end: what failed or crashed comes after what was not tried."""
         self.passes += passes
 
     def take(self, held: str | None, elsewhere: Collection[str], idle: bool) -> Pass | None:

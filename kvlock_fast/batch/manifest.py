@@ -34,7 +34,7 @@ MOST_LINE = 1 << 22
 
 @dataclass
 class Reading:
-    """What was found in a manifest: jobs, and lines that are none as `line N: field: sentence`."""
+    """Contents of a manifest: jobs, and problems of the lines that are none."""
 
     path: Path
     jobs: list[Job] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Reading:
         self.problems.append((line, name, sentence))
 
     def sentences(self) -> list[str]:
-        """In the order of the lines; what is no printable text is escaped."""
+        """Problems as `line N: field: sentence`, in the order of the lines; unprintable text is escaped."""
         rows = sorted(self.problems, key=lambda row: row[0])
         # A list of prompts is several jobs with the same fault.
         return [
@@ -175,7 +175,7 @@ def _json_lines(file: Any, reading: Reading) -> Iterator[tuple[int, dict[str, An
 
 
 def _csv_lines(path: Path, file: Any, reading: Reading) -> Iterator[tuple[int, dict[str, Any]]]:
-    """By the names in the first line; a cell that is empty is not given."""
+    """Yield fields by the names in the first line; an empty cell is not given."""
     try:
         text = file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:

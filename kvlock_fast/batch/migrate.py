@@ -103,7 +103,7 @@ def _json_line(line: str) -> str:
 
 
 def _csv(text: str, name: str) -> tuple[str, int]:
-    """Row by row: one that needs no other name keeps its text."""
+    """Rename row by row; a row that needs no other name keeps its text."""
     lines = text.splitlines(keepends=True)
     rows, begin, fresh, changed = csv.reader(lines, strict=True), 0, [], 0
     column = None

@@ -6,7 +6,7 @@ from kvlock_fast.cli.options import JsonFile
 
 @app.command()
 def doctor(json_file: JsonFile = None) -> None:
-    """What is installed, what will be used, what is missing."""
+    """Show what is installed, what will be used and what is missing."""
     from kvlock_fast.files import check_json, write_json
     from kvlock_fast.tools.doctor import render, report
 

@@ -64,7 +64,7 @@ class Given:
             raise InputError(str(error)) from error
 
     def cache(self) -> CacheConfig:
-        """Raises InputError naming the bad value."""
+        """The cache's configuration. Raises InputError naming the bad value."""
         values = self.values(CacheConfig)
         try:
             return CacheConfig(**values)
@@ -72,7 +72,7 @@ class Given:
             raise InputError(f"cache {error}") from error
 
     def settings(self, **more: Any) -> EditSettings:
-        """How to edit. more: further values, which count more."""
+        """All settings of an edit. more: further values, which count more."""
         nested = {"lock": self.lock(), "cache": self.cache(), "mask_shape": self.make(MaskShape)}
         return self.make(EditSettings, **nested, **more)
 
@@ -115,7 +115,7 @@ def takes(
 
 
 def _panel(place: inspect.Parameter) -> int:
-    """Where the panel of an option stands; those of one command alone come first."""
+    """Position of an option's panel; panels of one command alone come first."""
     panel = getattr(place.annotation.__metadata__[0], "rich_help_panel", None)
     return PANELS.index(panel) if panel in PANELS else -1
 

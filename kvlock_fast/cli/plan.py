@@ -18,7 +18,7 @@ from kvlock_fast.settings import PlanSettings
 )
 def plan(
     given: Given,
-    config: Annotated[str | None, option("A known size like wan-1.3b, or a config file", panel=EDIT)] = None,
+    config: Annotated[str | None, option("A known size like wan-1.3b, a config file or a folder", panel=EDIT)] = None,
 ) -> None:
     """Plan what an edit needs in memory and time, and how the source's keys and values are best kept."""
     from kvlock_fast.files import check_json, write_json

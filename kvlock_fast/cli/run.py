@@ -23,7 +23,7 @@ COMMANDS = (
     "cache",
     "migrate",
 )
-"""As `--help` lists them; each registers itself with the application."""
+"""Commands in the order of `--help`; each registers itself with the application."""
 for name in COMMANDS:
     import_module(f"kvlock_fast.cli.{name}")
 
