@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from kvlock_fast.demo.scene import BENDS, COLOURS, PANS, PATTERNS, PLACES, SHAPES, SIZES
+
 LATENT_CHANNELS = 12
 TEXT_DIM = 96
 # A caption of one object has at most 22 words, of two 40.
@@ -88,12 +90,17 @@ def make_text_encoder(vocab_size: int):
     return UMT5EncoderModel(config)
 
 
+def vocabulary() -> list[str]:
+    """List every word of the captions' grammar, sorted: those that the tokenizer knows."""
+    parts = [*COLOURS, *SHAPES, *SIZES, *PLACES, *BENDS, *PATTERNS, *PANS]
+    parts += ["a staying at the moving from to over and background"]
+    return sorted({word for part in parts for word in part.split()})
+
+
 def make_tokenizer():
     """One token per word of the grammar, lower case, then `</s>`; other words become `<unk>`."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
-
-    from kvlock_fast.demo.scene import vocabulary
 
     words = ["<pad>", "</s>", "<unk>", *vocabulary()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))

@@ -124,11 +124,11 @@ def _touched(source: Scene, target: Scene, other: Thing | None) -> tuple[np.ndar
     """Pixels of the edited object, before or after, that nothing is in front of; the frames that show it."""
     size = (source.frames, source.height, source.width)
     things = [scene.objects[0] for scene in (source, target) if scene.objects]
-    touched = np.any([coverage(thing, *size) >= 0.5 for thing in things], axis=0)
+    touched = np.any([coverage(thing, size) >= 0.5 for thing in things], axis=0)
     if other is None:
         return touched, np.ones(source.frames, bool)
     whole = touched.sum((1, 2))
-    touched = touched & ~(coverage(other, *size) >= 0.5)
+    touched = touched & ~(coverage(other, size) >= 0.5)
     return touched, touched.sum((1, 2)) >= CLEAR * whole
 
 
@@ -154,7 +154,7 @@ def _both_are_right(case: QualityCase, video: np.ndarray) -> bool:
     """The edited object is seen in the frames that show it, and the other one is as it was, all along."""
     thing, size = case.edit.target.scene.objects[0], video.shape[:3]
     side = min(size[1:])
-    beside = coverage(case.other, *size) >= 0.5
+    beside = coverage(case.other, size) >= 0.5
     around = grow(case.edit.mask, side // 12) & ~grow(beside, 1)
     seen = judge(video[case.clear], around[case.clear])
     if (seen.colour, seen.shape) != (thing.colour, thing.shape) or seen.presence < 0.9:

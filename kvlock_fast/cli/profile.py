@@ -48,7 +48,10 @@ def profile(
 
     if (config is None) == (model is None):
         raise InputError(f"one of --config and --model must be given, not {'both' if config else 'neither'}")
-    json_file, shared = given["json"], given.named(preset="preset", format="cache_format", dtype="dtype")
+    json_file, shared = (
+        given["json"],
+        given.named(preset="preset", format="cache_format", dtype="dtype", device="device"),
+    )
     wanted = command.checked(
         config=config,
         model=model,
@@ -57,15 +60,16 @@ def profile(
         layers=layers,
         tier=cache_tier,
         force=force,
+        steps=steps,
+        output=output,
         **shared,
     )
-    settings = command.ProfileSettings(wanted, steps, output, **given.named(device="device"))
     check_json(json_file)
     with progress_bar(quiet) as progress:
         if ranges_only:
-            command.ranges_only(settings, progress)
+            command.ranges_only(wanted, progress)
             return 0
-        made, data = command.profile(settings, progress)
+        made, data = command.profile(wanted, progress)
     if json_file != "-":
         print(command.render(data, made))
         print(f"open {output / 'profile.png'} to see it, {output / 'trace.json'} in https://ui.perfetto.dev")

@@ -101,13 +101,6 @@ class Scene:
         return f"{things} over {self.background.words()}" if things else self.background.words()
 
 
-def vocabulary() -> list[str]:
-    """List every word of the captions' grammar, sorted: those that the tokenizer knows."""
-    parts = [*COLOURS, *SHAPES, *SIZES, *PLACES, *BENDS, *PATTERNS, *PANS]
-    parts += ["a staying at the moving from to over and background"]
-    return sorted({word for part in parts for word in part.split()})
-
-
 def sample_scene(seed: int, *, frames: int = 17, height: int = 64, width: int = 64, objects: int = 1) -> Scene:
     """Draw a scene from a seed.
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from kvlock_fast.demo.scene import COLOURS, SHAPES, Background, Scene, Thing, sample_scene
 
+Size = tuple[int, int, int]
 EDIT_KINDS = ("recolour", "reshape", "both")
 # Pixels by which an edit's mask is wider than the two objects, at a side of 64.
 _GROW = 2 / 64
@@ -71,18 +72,12 @@ def centres(thing: Thing, frames: int) -> np.ndarray:
     return np.clip(path, 0.24, 0.76)
 
 
-def coverage(thing: Thing, frames: int, height: int, width: int) -> np.ndarray:
-    """Draw an object alone.
+def coverage(thing: Thing, size: Size) -> np.ndarray:
+    """Draw an object's share of each pixel, float32 [F, H, W] in 0..1; at least 0.5 where the pixel's centre is inside.
 
-    Args:
-        thing: the object.
-        frames: number of frames.
-        height: in pixels.
-        width: in pixels.
-
-    Returns:
-        Its share of each pixel, float32 [F, H, W] in 0..1; at least 0.5 where the pixel's centre is inside.
+    size: (F, H, W).
     """
+    frames, height, width = size
     side = min(height, width)
     middle = centres(thing, frames) * (width, height)
     x = (np.arange(width, dtype=np.float32) + 0.5)[None, None, :] - middle[:, 0, None, None].astype(np.float32)
@@ -92,18 +87,9 @@ def coverage(thing: Thing, frames: int, height: int, width: int) -> np.ndarray:
     return np.clip(0.5 - shape_distance(thing.shape, x, y) * radius, 0.0, 1.0).astype(np.float32)
 
 
-def render_background(background: Background, frames: int, height: int, width: int) -> np.ndarray:
-    """Draw the background alone.
-
-    Args:
-        background: the background.
-        frames: number of frames.
-        height: in pixels.
-        width: in pixels.
-
-    Returns:
-        Its colours, float32 [F, H, W, 3] in 0..1.
-    """
+def render_background(background: Background, size: Size) -> np.ndarray:
+    """Draw the background alone, float32 [F, H, W, 3] in 0..1; size: (F, H, W)."""
+    frames, height, width = size
     side = min(height, width)
     t = np.linspace(0.0, 1.0, frames)
     x, y = (np.arange(width) + 0.5) / side, (np.arange(height) + 0.5) / side
@@ -137,10 +123,10 @@ def _waves(background: Background, t: np.ndarray, y: np.ndarray, x: np.ndarray) 
 def render(scene: Scene) -> Clip:
     """Draw a scene. The result depends on the scene only."""
     size = (scene.frames, scene.height, scene.width)
-    video = render_background(scene.background, *size)
+    video = render_background(scene.background, size)
     mask = np.zeros(size, dtype=bool)
     for thing in scene.objects:
-        part = coverage(thing, *size)
+        part = coverage(thing, size)
         colour = np.array(COLOURS[thing.colour], dtype=np.float32) / 255
         video += part[..., None] * (colour - video)
         mask |= part >= 0.5

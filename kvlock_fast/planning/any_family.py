@@ -12,7 +12,6 @@ from typing import Any, TypedDict
 
 import diffusers
 import torch
-from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import nn
 
 from kvlock_fast.errors import InputError
@@ -21,10 +20,10 @@ from kvlock_fast.locking.lock import kv_sizes
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models import wrap_pipeline
 from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.protocols import Config, Transformer
 from kvlock_fast.models.registry import PIPELINES, arch_of
 from kvlock_fast.planning.model_size import PEAKS, ModelSize
 
-Config = Mapping[str, Any]
 GUIDED = 2.0
 """A guidance scale that is one."""
 IMAGE_SIZE, FRAMES = 1024, 81
@@ -34,7 +33,7 @@ HUNYUAN_TEXT = 256
 
 
 def family_size(model: PipelineModel, name: str) -> ModelSize:
-    """Size of a loaded model. Raises InputError where layers or transformers are of several sizes."""
+    """Read the size of a model. Raises InputError where layers or transformers are of several sizes."""
     transformers = [getattr(transformer, "_orig_mod", transformer) for transformer in model.transformers]
     sizes = {kv_sizes(transformer, model.arch) for transformer in transformers}
     if len(sizes) > 1:
@@ -52,7 +51,7 @@ def family_size(model: PipelineModel, name: str) -> ModelSize:
         height=height,
         width=width,
         transformers=len(model.transformers),
-        dtype=get_parameter_dtype(first),
+        dtype=first.dtype,
         # Exact families are planned for two branches, even where the scale may be an input.
         two_branches=traced or (model.guided(GUIDED) and not model.guided_if_asked),
     )
@@ -66,7 +65,7 @@ class _LayerSizes(TypedDict):
     parameters: int
 
 
-def _layer_sizes(transformer: nn.Module, arch: ArchSpec, exact: bool) -> _LayerSizes:
+def _layer_sizes(transformer: Transformer, arch: ArchSpec, exact: bool) -> _LayerSizes:
     """The part of a `ModelSize` that the transformer alone tells; exact: the first block stands for all of them."""
     heads, head_dim = kv_sizes(transformer, arch)
     names = [name for name, _ in arch.attentions(transformer)]
@@ -100,8 +99,8 @@ and space, and the pipeline's usual frames, height and width.
 NEEDED = ("num_attention_heads", "attention_head_dim", "num_layers", "in_channels")
 
 
-def transformer_size(config: Config, name: str = "model") -> ModelSize:
-    """Size of a diffusers transformer by its config, with the usual autoencoder of its family.
+def transformer_size(config: Mapping[str, Any], name: str = "model") -> ModelSize:
+    """Read the size of a diffusers transformer from its config, with the usual autoencoder of its family.
 
     Raises InputError naming the model for a class that is not known, or a value that is missing or makes no sense.
     """
@@ -114,16 +113,15 @@ def transformer_size(config: Config, name: str = "model") -> ModelSize:
         if isinstance(config[key], bool) or not isinstance(config[key], int) or config[key] < 1:
             raise InputError(f"{name} has a config that makes no sense: {key} is {config[key]!r}")
     try:
-        transformer = on_meta(kind, config)
-        return _size_of_file(transformer, dict(transformer.config), name)
+        return _size_of_file(on_meta(kind, config), name)
     except InputError:
         raise
     except Exception as error:  # whatever a config that makes no sense causes in diffusers
         raise InputError(f"{name} has a config that makes no sense: {_in_a_line(error)}") from error
 
 
-def _size_of_file(transformer: nn.Module, config: Config, name: str) -> ModelSize:
-    kind = type(transformer).__name__
+def _size_of_file(transformer: Transformer, name: str) -> ModelSize:
+    config, kind = transformer.config, type(transformer).__name__
     family, (time, space), (frames, height, width) = FILES[kind]
     patch, limits = config["patch_size"], config.get("rope_max_seq_len")
     more: dict[str, Any] = {"least_frames": 5} if kind == "ChronoEditTransformer3DModel" else {}
@@ -146,15 +144,15 @@ def _size_of_file(transformer: nn.Module, config: Config, name: str) -> ModelSiz
     )
 
 
-def on_meta(kind: str, config: Config) -> Any:
-    """What diffusers makes of a config, a network on the meta device."""
+def on_meta(kind: str, config: Mapping[str, Any]) -> Any:
+    """Build what a config of diffusers describes, a network on the meta device."""
     made: Any = getattr(diffusers, kind)
     with torch.device("meta") if issubclass(getattr(diffusers, kind), nn.Module) else nullcontext():
         return made.from_config(config)
 
 
-def model_of_folder(folder: Path, index: Config) -> PipelineModel:
-    """The family's model of a folder's configs, its weights on the meta device; index: its model_index.json.
+def model_of_folder(folder: Path, index: Mapping[str, Any]) -> PipelineModel:
+    """Build a folder's model of its configs, with weights on the meta device; index: its model_index.json.
 
     Raises InputError naming the folder where there is no known family, or its configs make no model.
     """

@@ -12,7 +12,7 @@ MATRIX_RATE = 750e12
 NARROW_RATE, NARROW_HEAD = 490e12, 64
 """FLOP/s of attention with heads of 64 or less, where exp takes as long as the products (FlashAttention 3, H100)."""
 MULTIPROCESSORS, EXP_PER_CLOCK, CLOCK = 132, 16, 1.755e9
-"""Of an H200: exponentials a clock of each, and Hz under load."""
+"""Figures of an H200: exponentials a clock of each, and Hz under load."""
 COPY_BANDWIDTH = 4.3e12
 """Bytes/s that a copy inside the GPU's memory reaches, of 4.8e12."""
 LINK_BANDWIDTH = 50e9
@@ -30,7 +30,14 @@ RATES = {
 
 
 def attention_seconds(queries: int, tokens: int, heads: int, head_dim: int) -> float:
-    """One layer's self-attention: the slowest of products, exponentials and traffic (q, k, v, output in bf16)."""
+    """Seconds of one layer's self-attention: the slowest of products, exponentials and traffic in bf16.
+
+    Args:
+        queries: tokens that are computed.
+        tokens: tokens that they see.
+        heads: attention heads.
+        head_dim: channels a head.
+    """
     dim = heads * head_dim
     products = 4 * queries * tokens * dim / (NARROW_RATE if head_dim <= NARROW_HEAD else MATRIX_RATE)
     exponentials = queries * tokens * heads / (MULTIPROCESSORS * EXP_PER_CLOCK * CLOCK)
@@ -39,31 +46,23 @@ def attention_seconds(queries: int, tokens: int, heads: int, head_dim: int) -> f
 
 
 def matrix_seconds(queries: int, model: ModelSize) -> float:
-    """One layer's projections and feed-forward, of so many tokens."""
+    """Seconds of one layer's projections and feed-forward, of so many tokens."""
     return 2 * queries * model.matrix_weights / MATRIX_RATE
 
 
 def forward_seconds(model: ModelSize, tokens: int, queries: int | None = None) -> float:
-    """One forward of one sample. tokens: of video and text; queries: those computed, all if None."""
+    """Seconds of one forward of one sample. tokens: of video and text; queries: those computed, all if None."""
     queries = tokens if queries is None else queries
     attention = attention_seconds(queries, tokens, model.heads, model.head_dim)
     return model.layers * (attention + matrix_seconds(queries, model))
 
 
 def lock_seconds(cache_bytes: int, rows: int) -> float:
-    """What locking adds to a step: each row's prologue reads the step's cache once."""
+    """Seconds that locking adds to a step: each row's prologue reads the step's cache once."""
     return rows * cache_bytes / COPY_BANDWIDTH
 
 
 def transfer_seconds(tier: str, cache_bytes: int) -> float:
-    """To bring a step's cache to the GPU, or to bring it away; reading a disk and crossing the link overlap."""
+    """Seconds that a step's cache takes to or from the GPU; reading a disk and crossing the link overlap."""
     bandwidth = {"host": LINK_BANDWIDTH, "disk": min(LINK_BANDWIDTH, DISK_BANDWIDTH)}.get(tier)
     return cache_bytes / bandwidth if bandwidth else 0.0
-
-
-def foreground_gain(model: ModelSize, tokens: int, queries: int, rows: int, source_rows: int) -> float:
-    """How many times faster a step is if only `queries` of the tokens are computed in `rows`; the source's rows, if it
-    runs along, stay whole.
-    """
-    whole, part = forward_seconds(model, tokens), forward_seconds(model, tokens, queries)
-    return (source_rows + rows) * whole / (source_rows * whole + rows * part)

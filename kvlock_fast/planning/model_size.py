@@ -14,24 +14,23 @@ PEAKS = {
     "ltx": ((4, 2, 2),),
     "hunyuan-video": ((2, 2, 3),),
 }
-"""What is alive of a token at a block's peak, in the phases that can be it (self-attention, feed-forward): vectors of
+"""Memory alive per token at a block's peak, in the phases that can be it (self-attention, feed-forward): vectors of
 the hidden size in the model's dtype, vectors of it in fp32 (rotary tables and products), vectors of the feed-forward
 size. Counted by tracing diffusers' blocks; attention itself takes no S x S matrix.
 """
 
 
 ANY_PEAK = ((6, 4, 3),)
-"""Of a family that nobody traced: more than any that was."""
+"""The same for a family that nobody traced: more than any that was."""
 
 
 @dataclass(frozen=True)
 class ModelSize:
     """Sizes of a model.
 
-    layers: video self-attention layers; text_tokens: in self-attention; cross_tokens: text of cross-attention;
-    channels: of the latents; frames, height, width: the pipeline's defaults, in pixels; parameters: of one of the
-    `transformers`; dtype: what the weights are made for; two_branches: whether guidance runs one without the prompt, of
-    itself.
+    layers: video self-attention layers; text_tokens: in self-attention; channels: of the latents; frames, height,
+    width: the pipeline's defaults, in pixels; parameters: of one of the `transformers`; dtype: what the weights are
+    made for; two_branches: whether guidance runs one without the prompt, of itself.
     """
 
     name: str
@@ -60,6 +59,7 @@ class ModelSize:
 
     @property
     def cross_tokens(self) -> int:
+        """Number of text tokens in cross-attention."""
         return CROSS_TOKENS.get(self.family, 0)
 
     @property
@@ -70,12 +70,12 @@ class ModelSize:
         return (6 if self.cross_tokens else 4) * self.dim**2 + 2 * self.dim * self.feed_forward
 
     def activation_bytes(self, dtype: torch.dtype) -> int:
-        """Of a token, at the peak inside a block; see PEAKS."""
+        """Bytes of a token at the peak inside a block; see PEAKS."""
         dim, ffn = self.dim, self.feed_forward
         phases = PEAKS.get(self.family, ANY_PEAK)
         return max(int(dtype.itemsize * (own * dim + wide * ffn) + 4 * fp32 * dim) for own, fp32, wide in phases)
 
     def weight_bytes(self, dtype: torch.dtype, encoders: bool = True) -> int:
-        """Of the transformers in `dtype`; with `encoders` also the text encoders, and the autoencoder in fp32."""
+        """Bytes of the transformers in `dtype`; with `encoders` also the text encoders, and the autoencoder in fp32."""
         transformers = self.transformers * self.parameters * dtype.itemsize
         return transformers + (self.text_encoder_parameters * dtype.itemsize + self.vae_parameters * 4) * encoders

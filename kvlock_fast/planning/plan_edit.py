@@ -18,7 +18,7 @@ from kvlock_fast.planning.planner import TIERS, Plan, plan
 
 @dataclass(frozen=True)
 class Edits:
-    """How a source is edited.
+    """Edits of a source.
 
     lock, cache: the configs; steps: denoising steps asked for, skip_steps among them; foreground: tokens that may
     change; guided: whether a forward has two branches; prompts: edits made together; edits: how often, with the same

@@ -109,19 +109,11 @@ def _row_of_most_prompts(job: Job, machine: Machine, tier: str, format: str | No
     """The row of a way, with as many prompts in a forward as fit."""
     gpu = machine.gpu_bytes is not None
     fitting = (n for n in range(job.prompts, 0, -1) if not short_of(job.needed(tier, format, n, gpu), machine))
-    return make_row(job, machine, tier, format, next(fitting, 1))
+    return _make_row(job, machine, tier, format, next(fitting, 1))
 
 
-def make_row(job: Job, machine: Machine, tier: str, format: str | None, prompts: int) -> Row:
-    """Work out one way to run the job.
-
-    Args:
-        job: what is to be run.
-        machine: the memory there is, in bytes.
-        tier: where the source's keys and values come from.
-        format: how they are packed, None in lockstep.
-        prompts: prompts in a forward.
-    """
+def _make_row(job: Job, machine: Machine, tier: str, format: str | None, prompts: int) -> Row:
+    """The row of a way, with so many prompts in a forward."""
     needed = job.needed(tier, format, prompts, gpu=machine.gpu_bytes is not None)
     lockstep, forward = tier == "lockstep", job.forward_seconds
     rows = job.rows(prompts, lockstep)
@@ -134,12 +126,12 @@ def make_row(job: Job, machine: Machine, tier: str, format: str | None, prompts:
     exposed = max(0.0, transfer * job.steps_stored - compute * read) / read if read else 0.0
     others = along * job.rows(prompts, True) + (job.num_steps - job.locked) * job.rows(prompts, False)
     source = 0.0 if lockstep else job.steps_stored * max(forward, transfer)
-    seconds = source + uses(job, prompts) * (read * (compute + exposed) + others * forward)
+    seconds = source + _uses(job, prompts) * (read * (compute + exposed) + others * forward)
     short = short_of(needed, machine)
     return Row(tier, format, prompts, rows, needed, short, transfer, compute, exposed, source, seconds)
 
 
-def uses(job: Job, prompts: int) -> int:
+def _uses(job: Job, prompts: int) -> int:
     """Number of passes over the source's keys and values, with so many prompts in a forward."""
     return job.edits * ceil(job.prompts / prompts)
 
@@ -176,7 +168,7 @@ def choose(job: Job, rows: tuple[Row, ...], machine: Machine) -> Choice:
 
 
 def _why_lockstep(job: Job, rows: tuple[Row, ...], lockstep: Row, best: Row | None) -> str:
-    if uses(job, lockstep.prompts) == 1:
+    if _uses(job, lockstep.prompts) == 1:
         return "the source is needed once, so storing its keys and values would save no forward"
     if best is None:
         return f"{'no stored tier fits' if len(rows) > 1 else 'nothing else was asked for'}: the source runs along"
@@ -251,7 +243,7 @@ def ladder(plan: Plan, tier: str, format: str | None, prompts: int) -> list[Rung
 
 def _append(plan: Plan, rungs: list[Rung], rung: Rung) -> None:
     """Append a rung if it takes less of the device than the last, and what it takes elsewhere is there."""
-    before, after = (make_row(plan.job, plan.machine, r.tier, r.format, r.prompts) for r in (rungs[-1], rung))
+    before, after = (_make_row(plan.job, plan.machine, r.tier, r.format, r.prompts) for r in (rungs[-1], rung))
     device, name = ("host", "host") if plan.machine.gpu_bytes is None else ("GPU", "gpu")
     if getattr(after.needed, name) < getattr(before.needed, name) and set(after.short) <= {device}:
         rungs.append(rung)

@@ -88,7 +88,7 @@ def _tiers(plan: Plan) -> str:
 
 
 def _remarks(plan: Plan) -> str:
-    """What the columns mean, and whether foreground-only computation pays."""
+    """Meaning of the columns, and whether foreground-only computation pays."""
     job = plan.job
     branches = "two a prompt (guidance needs both)" if job.guided else "one a prompt"
     columns = (
@@ -118,11 +118,10 @@ def _choice(plan: Plan) -> str:
 def foreground_gains(job: Job) -> dict[str, float]:
     """Speed-up of a step that computes foreground and text only, with a stored cache and in lockstep."""
     queries = max(1, job.foreground_tokens + job.model.text_tokens)
-    rows = job.rows(job.prompts, False)
-    return {
-        name: costs.foreground_gain(job.model, job.all_tokens, queries, rows, source)
-        for name, source in (("stored", 0), ("lockstep", 1))
-    }
+    rows, whole = job.rows(job.prompts, False), job.forward_seconds
+    part = rows * costs.forward_seconds(job.model, job.all_tokens, queries)
+    # In lockstep the source's row stays whole.
+    return {"stored": rows * whole / part, "lockstep": (1 + rows) * whole / (whole + part)}
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -191,20 +190,16 @@ def _format_figures(plan: Plan) -> dict[str, dict[str, float | int | None]]:
 
 
 def _row_figures(row: Row) -> dict[str, Any]:
-    needed = row.needed
+    times = {name: getattr(row, name) for name in ("transfer_seconds", "compute_seconds", "exposed_seconds")}
     return {
         "tier": row.tier,
         "format": row.format,
-        "gpu_bytes": needed.gpu,
-        "host_bytes": needed.host,
-        "disk_bytes": needed.disk,
+        **{f"{place}_bytes": count for place, count in vars(row.needed).items()},
         "fits": row.fits,
         "short": list(row.short),
         "prompts_at_once": row.prompts,
         "forwards_per_step": row.rows,
-        "transfer_seconds_per_step": row.transfer_seconds,
-        "compute_seconds_per_step": row.compute_seconds,
-        "exposed_seconds_per_step": row.exposed_seconds,
+        **{f"{name}_per_step": seconds for name, seconds in times.items()},
         "source_seconds": row.source_seconds,
         "seconds": row.seconds,
     }

@@ -1,7 +1,7 @@
 """Room for an edit: which tier a call takes, and what is tried when memory runs out in spite of the plan."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from kvlock_fast.edits import Scene
 from kvlock_fast.errors import InputError, warn
 from kvlock_fast.files import user_cache_folder
 from kvlock_fast.locking.lock import kv_sizes
+from kvlock_fast.loop.graph import CapturedLoops
 from kvlock_fast.loop.task import Task
 from kvlock_fast.planning.extent import Extent
 from kvlock_fast.planning.find_model import from_model
@@ -25,7 +26,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Way:
-    """How to run a call: the cache's config with its tier decided, and whether to decode in tiles."""
+    """A way to run a call: the cache's config with its tier decided, and whether to decode in tiles."""
 
     cache: CacheConfig
     tiled_decoding: bool = False
@@ -106,8 +107,7 @@ def _first_way(planned: Plan | None, scene: Scene, cache: CacheConfig) -> Way:
     if choice.tier is not None:
         tier = _tier_of_saved(planned, cache) if scene.saved is not None else choice.tier
         if cache.tier not in ("auto", tier):
-            message = f"there is too little memory for the tier {cache.tier}: the source is run along instead"
-            warn(message)
+            warn(f"there is too little memory for the tier {cache.tier}: the source is run along instead")
         return Way(replace(cache, tier=tier, prompts_at_once=choice.prompts))
     if planned.machine.gpu_bytes is None and scene.saved is None:
         table = render(planned)
@@ -126,13 +126,10 @@ def _tier_of_saved(planned: Plan, cache: CacheConfig) -> str:
 
 
 def _unplanned(way: Way, prompts: int) -> list[Rung]:
-    """Of a clip in stretches, or of a model whose sizes are not known."""
-    below = []
-    if way.cache.tier in ("resident", "host"):
-        below.append(Rung("lockstep", None, prompts, False, "running the source along"))
-    if prompts > 1:
-        below.append(Rung("lockstep", None, 1, False, "running the source along, one prompt at a time"))
-    return below
+    """Rungs of a clip in stretches, or of a model whose sizes are not known."""
+    along = Rung("lockstep", None, prompts, False, "running the source along")
+    alone = replace(along, prompts=1, reason="running the source along, one prompt at a time")
+    return [along] * (way.cache.tier in ("resident", "host")) + [alone] * (prompts > 1)
 
 
 def _downwards(way: Way, rungs: Callable[[], list[Rung]], run: Callable[[Way], Result], scene: Scene) -> Result:
@@ -140,30 +137,31 @@ def _downwards(way: Way, rungs: Callable[[], list[Rung]], run: Callable[[Way], R
 
     Raises InputError when the last one fails.
     """
-    try:
-        return run(way)
-    except torch.OutOfMemoryError:
-        pass  # what it held is free once the handler is left
-    if scene.kept_loops is not None and scene.kept_loops.loops:
-        scene.kept_loops.clear()
-        _free()
+    for attempt in _attempts(way, rungs, scene.kept_loops):
         try:
-            return run(way)
+            return run(attempt)
         except torch.OutOfMemoryError:
-            scene.kept_loops.clear()
+            pass  # what it held is free once the handler is left
+    raise InputError("there is too little memory on the device: use a smaller size or fewer frames")
+
+
+def _attempts(way: Way, rungs: Callable[[], list[Rung]], kept: CapturedLoops | None) -> Iterator[Way]:
+    """The way itself, once more without the captured steps of earlier calls, then smaller ways."""
+    yield way
+    if kept is not None and kept.loops:
+        kept.clear()
+        _free()
+        yield way
     for rung in rungs():
+        if kept is not None:
+            kept.clear()
         _free()
         warn(f"memory ran out: {rung.reason}")
         changes: dict[str, Any] = {"tier": rung.tier, "prompts_at_once": rung.prompts}
         if way.cache.path is None and rung.format is not None:  # a cache that is there has its own
             changes["format"] = rung.format
         way = Way(replace(way.cache, **changes), rung.tiled_decoding)
-        try:
-            return run(way)
-        except torch.OutOfMemoryError:
-            if scene.kept_loops is not None:
-                scene.kept_loops.clear()
-    raise InputError("there is too little memory on the device: use a smaller size or fewer frames")
+        yield way
 
 
 def _free() -> None:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
@@ -34,16 +33,6 @@ from kvlock_fast.settings import MOST_STEPS
 from kvlock_fast.version import __version__
 
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class ProfileSettings:
-    """What to run, for how many steps, and where the files go."""
-
-    wanted: Wanted
-    steps: int
-    output: Path
-    device: str = "auto"
 
 
 class ProfilerSwitch:
@@ -68,44 +57,41 @@ class ProfilerSwitch:
             return
         self.running = on
         torch.cuda.synchronize(self.device)
-        cudart = torch.cuda.cudart()
+        cudart: Any = torch.cuda.cudart()
         torch.cuda.check_error(cudart.cudaProfilerStart() if on else cudart.cudaProfilerStop())
 
 
-def profile(settings: ProfileSettings, progress: Progress) -> tuple[Timeline, dict[str, Any]]:
-    """Run, and write profile.json, profile.txt, profile.png and trace.json; the figures are profile.json's."""
-    folder = output_folder(settings.output)
-    subject = prepare(settings, progress)
+def profile(wanted: Wanted, progress: Progress) -> tuple[Timeline, dict[str, Any]]:
+    """Run, and write profile.json, profile.txt, profile.png and trace.json; returns the figures of profile.json."""
+    folder = output_folder(wanted.output)
+    subject = prepare(wanted, progress)
     with atomic_path(folder / "trace.json") as path:
-        trace = traced(subject, settings.steps, path, progress)
+        trace = traced(subject, wanted.steps, path, progress)
     made = timeline.read_trace(trace)
     if subject.device.type == "cuda" and not made.on_gpu:
         message = "torch.profiler could not trace the GPU (is another profiler running?): times are the host's"
         warn(message)
-    data = figures(settings, subject, made)
+    data = figures(wanted, subject, made)
     write_text(folder / "profile.json", json.dumps(data, indent=1))
     write_text(folder / "profile.txt", render(data, made))
     draw(data, folder / "profile.png")
     return made, data
 
 
-def ranges_only(settings: ProfileSettings, progress: Progress) -> None:
-    """Run for a tool that looks on: ranges, and the denoising stage between start and stop."""
-    subject = prepare(settings, progress)
+def ranges_only(wanted: Wanted, progress: Progress) -> None:
+    """Run for an attached tool: with ranges, and the denoising stage between start and stop."""
+    subject = prepare(wanted, progress)
     with switched_on():
-        _run(subject, settings.steps, progress)
+        _run(subject, wanted.steps, progress)
 
 
-def prepare(settings: ProfileSettings, progress: Progress) -> Subject:
-    """The model in place, and past its first run of one step, which compiles, chooses and loads.
-
-    Raises InputError naming what is wrong.
-    """
-    if not 1 <= settings.steps <= MOST_STEPS:
-        raise InputError(f"--steps must be a whole number from 1 to {MOST_STEPS}, got {settings.steps}")
-    device = find_device(settings.device)
+def prepare(wanted: Wanted, progress: Progress) -> Subject:
+    """Load the model, and run one step, which compiles, chooses and loads. Raises InputError naming what is wrong."""
+    if not 1 <= wanted.steps <= MOST_STEPS:
+        raise InputError(f"--steps must be a whole number from 1 to {MOST_STEPS}, got {wanted.steps}")
+    device = find_device(wanted.device)
     progress("load", 0, 1)
-    subject = make_subject(settings.wanted, settings.steps, device)
+    subject = make_subject(wanted, wanted.steps, device)
     if device.type == "cuda" or isinstance(subject, PipelineSubject):
         with TemporaryDirectory(prefix="kvlock-") as folder:
             subject.run(1, Path(folder), lambda stage, done, total: None)
@@ -114,7 +100,17 @@ def prepare(settings: ProfileSettings, progress: Progress) -> Subject:
 
 
 def traced(subject: Subject, steps: int, path: Path, progress: Progress) -> dict[str, Any]:
-    """Run under torch.profiler; the Chrome trace, which is also written to `path`."""
+    """Run under torch.profiler, and write the Chrome trace.
+
+    Args:
+        subject: what to run.
+        steps: denoising steps.
+        path: where the trace is written.
+        progress: called along the way.
+
+    Returns:
+        The trace.
+    """
     from torch._C._profiler import _ExperimentalConfig
     from torch.profiler import ProfilerActivity
 
@@ -166,11 +162,11 @@ def _run(subject: Subject, steps: int, progress: Progress) -> None:
             capture.close()
 
 
-def figures(settings: ProfileSettings, subject: Subject, made: Timeline) -> dict[str, Any]:
-    """All of profile.json."""
-    extent, wanted = subject.extent, settings.wanted
+def figures(wanted: Wanted, subject: Subject, made: Timeline) -> dict[str, Any]:
+    """Give all of profile.json."""
+    extent = subject.extent
     cuda = subject.device.type == "cuda"
-    under_nsight = commands(_own_command(settings, subject), settings.output)
+    under_nsight = commands(_own_command(wanted, subject), wanted.output)
     return {
         "model": extent.model.name,
         "weights": "random" if wanted.config not in (None, "demo") else "its own",
@@ -178,7 +174,7 @@ def figures(settings: ProfileSettings, subject: Subject, made: Timeline) -> dict
         "frames": extent.frames,
         "size": [extent.height, extent.width],
         "tokens": extent.tokens,
-        "steps": settings.steps,
+        "steps": wanted.steps,
         "preset": wanted.preset,
         "cache_tier": wanted.tier,
         "cache_format": None if wanted.tier == "lockstep" else wanted.format,
@@ -192,7 +188,7 @@ def figures(settings: ProfileSettings, subject: Subject, made: Timeline) -> dict
 
 
 def render(data: dict[str, Any], made: Timeline) -> str:
-    """All of profile.txt: what ran, the table, the commands."""
+    """Write all of profile.txt: what ran, the table, the commands."""
     size, steps = "x".join(map(str, data["size"])), _count(data["steps"], "step")
     device = "a CPU" if data["device"] == "cpu" else data["device"]
     host = _count(data["threads"], "host thread")
@@ -215,24 +211,24 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}{'s' * (n != 1)}"
 
 
-def _own_command(settings: ProfileSettings, subject: Subject) -> list[str]:
+def _own_command(wanted: Wanted, subject: Subject) -> list[str]:
     """`kvlock-fast profile` of this very run, which writes nothing itself; defaults are left out but for the extent."""
-    wanted, extent, usual = settings.wanted, subject.extent, Wanted()
+    extent, usual = subject.extent, Wanted()
     source = ["--config", wanted.config] if wanted.config is not None else ["--model", wanted.model]
-    extent_words = ["--frames", extent.frames, "--size", f"{extent.height}x{extent.width}", "--steps", settings.steps]
+    extent_words = ["--frames", extent.frames, "--size", f"{extent.height}x{extent.width}", "--steps", wanted.steps]
     options = {"--layers": "layers", "--preset": "preset", "--cache-tier": "tier", "--cache-format": "format",
                "--dtype": "dtype"}  # fmt: skip
     changed = {option: name for option, name in options.items() if getattr(wanted, name) != getattr(usual, name)}
     words = [*source, *extent_words, *(word for o, name in changed.items() for word in (o, getattr(wanted, name)))]
-    words += ["--force"] * wanted.force + ["--device", settings.device] * (settings.device != "auto")
-    words += ["--output", settings.output, "--ranges-only", "--quiet"]
+    words += ["--force"] * wanted.force + ["--device", wanted.device] * (wanted.device != "auto")
+    words += ["--output", wanted.output, "--ranges-only", "--quiet"]
     installed = shutil.which("kvlock-fast")
     start = ["kvlock-fast"] if installed else [sys.executable, "-m", "kvlock_fast.cli"]
     return [*start, "profile", *map(str, words)]
 
 
 def checked(**values: Any) -> Wanted:
-    """What was asked for; InputError naming what is wrong."""
+    """Check what is asked for. Raises InputError naming what is wrong."""
     wanted = Wanted(**values)
     try:
         lock = LockConfig.preset(wanted.preset)
@@ -251,7 +247,7 @@ KERNELS = 64
 
 
 def commands(run: list[str], output: Path) -> dict[str, list[str]]:
-    """The command `run` under nsys and ncu, by the tool's name; their reports go to the folder `output`."""
+    """Put nsys and ncu in front of the command `run`, by the tool's name; their reports go to the folder `output`."""
     report = output / "profile"
     nsys = ["nsys", "profile", "--trace=cuda,nvtx,osrt,cublas,cudnn", "--capture-range=cudaProfilerApi",
             "--capture-range-end=stop", "--force-overwrite=true", f"--output={report}"]  # fmt: skip
@@ -261,7 +257,7 @@ def commands(run: list[str], output: Path) -> dict[str, list[str]]:
 
 
 def run_tools(asked: list[str], commands: dict[str, str]) -> list[str]:
-    """Run the tools that were asked for; a sentence for each that is missing or failed."""
+    """Run the tools that were asked for; returns a sentence for each that is missing or failed."""
     problems = []
     for name in asked:
         if shutil.which(name) is None:

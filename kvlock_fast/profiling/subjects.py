@@ -16,9 +16,6 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from diffusers.models.modeling_utils import get_parameter_dtype
-from diffusers.schedulers.scheduling_ddim_cogvideox import CogVideoXDDIMScheduler
-from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor, nn
 
 from kvlock_fast.conditioning import Conditioning
@@ -36,6 +33,7 @@ from kvlock_fast.media.clip import Clip
 from kvlock_fast.media.fitting import composite
 from kvlock_fast.models.base import PipelineModel
 from kvlock_fast.models.bundled import model_path
+from kvlock_fast.models.protocols import Scheduler, Transformer
 from kvlock_fast.models.registry import family_of_transformer
 from kvlock_fast.nvtx import span
 from kvlock_fast.pipeline import KVLockPipeline
@@ -52,18 +50,8 @@ Config = Mapping[str, Any]
 Progress = Callable[[str, int, int], None]
 
 
-def random_model(config: Config, extent: Extent, device: torch.device, dtype: torch.dtype) -> PipelineModel:
-    """Make a family's model around a random transformer, without text encoder and autoencoder.
-
-    Args:
-        config: of the transformer, with its class name.
-        extent: the clip and the sizes of the model, with its depth.
-        device: where the weights are.
-        dtype: of the weights.
-
-    Raises:
-        InputError: a family that is none of FAMILIES.
-    """
+def _random_model(config: Config, extent: Extent, device: torch.device, dtype: torch.dtype) -> PipelineModel:
+    """A family's model around a random transformer, without text encoder and autoencoder."""
     model, size = model_of(config["_class_name"]), extent.model
     time, space = size.geometry.temporal_stride, size.geometry.spatial_stride
     vae = SimpleNamespace(
@@ -71,8 +59,11 @@ def random_model(config: Config, extent: Extent, device: torch.device, dtype: to
         temporal_compression_ratio=time, block_out_channels=[1] * space.bit_length(),
     )  # fmt: skip
     transformer = random_transformer(config, size.layers, device, dtype)
-    pipe = {"transformer": transformer, "vae": SimpleNamespace(config=vae), "config": {}, "_execution_device": device}
-    return model(SimpleNamespace(**pipe, vae_scale_factor_spatial=space))
+    pipe: Any = SimpleNamespace(
+        transformer=transformer, vae=SimpleNamespace(config=vae), config={}, _execution_device=device,
+        vae_scale_factor_spatial=space,
+    )  # fmt: skip
+    return model(pipe)
 
 
 def model_of(transformer: str) -> type[PipelineModel]:
@@ -83,16 +74,16 @@ def model_of(transformer: str) -> type[PipelineModel]:
     return family.load()
 
 
-def usual_scheduler(family: str) -> Any:
+def usual_scheduler(family: str) -> Scheduler:
     """Make the scheduler that the family's checkpoints have."""
     if family == "wan":
-        return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    return CogVideoXDDIMScheduler(
-        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
-    )
+        name, config = "UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+        return getattr(diffusers, name)(**config, flow_shift=3.0)
+    name, config = "CogVideoXDDIMScheduler", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    return getattr(diffusers, name)(**config, timestep_spacing="trailing", clip_sample=False)
 
 
-def random_transformer(config: Config, layers: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def random_transformer(config: Config, layers: int, device: torch.device, dtype: torch.dtype) -> Transformer:
     """Make a transformer with normal weights, norms of 1 and no bias; what diffusers keeps in fp32 is in fp32.
 
     Args:
@@ -103,7 +94,7 @@ def random_transformer(config: Config, layers: int, device: torch.device, dtype:
     """
     kind = getattr(diffusers, config["_class_name"])
     with init_empty_weights(include_buffers=False):
-        transformer: nn.Module = kind.from_config({**config, "num_layers": layers})
+        transformer: Transformer = kind.from_config({**config, "num_layers": layers})
     generator = torch.Generator(device).manual_seed(0)
     kept = set(kind._keep_in_fp32_modules or ())
     for name, module in transformer.named_modules():
@@ -120,7 +111,7 @@ def _filled(x: Tensor, name: str, generator: torch.Generator) -> Tensor:
     return x.fill_(1.0) if x.ndim == 1 else x.normal_(0.0, 0.02, generator=generator)
 
 
-def cut_depth(transformer: Any, arch: ArchSpec, layers: int) -> None:
+def cut_depth(transformer: Transformer, arch: ArchSpec, layers: int) -> None:
     """Keep the first layers of a diffusers transformer only."""
     blocks = arch.attentions(transformer)[0][0].partition(".")[0]
     if layers < len(getattr(transformer, blocks)):
@@ -143,7 +134,7 @@ class RandomSubject:
         """config: of the transformer; dtype: of the weights."""
         self.extent, self.lock, self.cache, self.device, self.dtype = extent, lock, cache, device, dtype
         self.clip = made_up_clip(extent)
-        self.model = random_model(config, extent, device, dtype)
+        self.model = _random_model(config, extent, device, dtype)
         geometry, generator = extent.model.geometry, torch.Generator().manual_seed(0)
         grid = geometry.token_grid(extent.frames, extent.height, extent.width)
         latents = [n * p for n, p in zip(grid, geometry.patch_size, strict=True)]
@@ -151,7 +142,7 @@ class RandomSubject:
         length = extent.model.cross_tokens + extent.model.text_tokens
         channels = config.get("text_dim") or config.get("text_embed_dim") or 4096
         texts = torch.randn(3, length, channels, generator=generator)
-        self.texts = texts.to(device, get_parameter_dtype(self.model.transformers[0]))
+        self.texts = texts.to(device, self.model.transformers[0].dtype)
 
     @torch.no_grad()
     def run(self, steps: int, folder: Path, progress: Progress) -> None:
@@ -184,7 +175,7 @@ class PipelineSubject:
         """texts: of the source and of the edit."""
         self.pipe, self.extent, self.clip, self.texts = pipe, extent, clip, texts
         self.lock, self.cache, self.guidance = lock, cache, guidance
-        self.device, self.dtype = pipe.model.device, get_parameter_dtype(pipe.model.transformers[0])
+        self.device, self.dtype = pipe.model.device, pipe.model.transformers[0].dtype
         for transformer in pipe.model.transformers:
             cut_depth(transformer, pipe.model.arch, extent.model.layers)
 
@@ -214,10 +205,11 @@ Subject = RandomSubject | PipelineSubject
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to profile.
+    """A request for a profile.
 
     config: a known size, a config file or a folder, run with random weights; model: a folder, a hub id or "demo", run
-    with its own ("demo" is that as a config too); frames, size, layers: None for the model's.
+    with its own ("demo" is that as a config too); frames, size, layers: None for the model's; output: the folder of the
+    results.
     """
 
     config: str | None = None
@@ -230,6 +222,9 @@ class Wanted:
     preset: str = "kvlock"
     dtype: str = "auto"
     force: bool = False
+    steps: int = 4
+    output: Path = Path()
+    device: str = "auto"
 
     @property
     def bundled(self) -> bool:
@@ -258,9 +253,7 @@ def make_subject(wanted: Wanted, steps: int, device: torch.device) -> Subject:
         pipe = load_pipeline(wanted.model or "", str(device), wanted.dtype)
         extent = find_extent(replace(from_model(pipe.model), name=f"'{wanted.model}'"), *given)
     if not wanted.force:
-        refuse_too_large(
-            extent, steps, device, get_parameter_dtype(pipe.model.transformers[0]), lock, cache, encoders=True
-        )
+        refuse_too_large(extent, steps, device, pipe.model.transformers[0].dtype, lock, cache, encoders=True)
     return PipelineSubject(pipe, extent, clip or made_up_clip(extent), texts, guidance, lock, cache)
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from bench.demo_model.data import psnr, round_trip, to_model
+from bench.demo_model.networks import vocabulary
 from bench.quality.judge import edit_is_right, judge
 from kvlock_fast.demo import GUIDANCE, STEPS, demo_case
-from kvlock_fast.demo.scene import HELD_OUT, sample_scene, vocabulary
+from kvlock_fast.demo.scene import HELD_OUT, sample_scene
 from kvlock_fast.demo.world import render
 from kvlock_fast.models.bundled import model_path
 

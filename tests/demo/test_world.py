@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.demo_model.networks import vocabulary
 from bench.quality.judge import edit_is_right, judge
 from kvlock_fast.demo.gallery import contact_sheet
-from kvlock_fast.demo.scene import COLOURS, HELD_OUT, PLACES, SHAPES, sample_scene, vocabulary
+from kvlock_fast.demo.scene import COLOURS, HELD_OUT, PLACES, SHAPES, sample_scene
 from kvlock_fast.demo.world import EDIT_KINDS, centres, coverage, render, render_background, sample_edit
 from tests.support.captions import parse_caption
 
@@ -71,8 +72,8 @@ def test_the_mask_is_exactly_the_pixels_whose_centre_is_inside(shape):
 @given(SEEDS)
 def test_outside_the_object_only_background_is_seen_and_inside_only_the_colour(seed):
     scene = sample_scene(seed, frames=5)
-    clip, cover = render(scene), coverage(scene.objects[0], 5, 64, 64)
-    behind = np.clip(render_background(scene.background, 5, 64, 64) * 255 + 0.5, 0, 255).astype(np.uint8)
+    clip, cover = render(scene), coverage(scene.objects[0], (5, 64, 64))
+    behind = np.clip(render_background(scene.background, (5, 64, 64)) * 255 + 0.5, 0, 255).astype(np.uint8)
     assert np.array_equal(clip.video[cover == 0], behind[cover == 0])
     whole = clip.video[cover == 1].astype(int)
     assert len(whole) > 0
@@ -105,7 +106,7 @@ def test_the_object_is_where_the_caption_says_and_stays_in_the_picture(seed):
     assert np.abs(path[0] - PLACES[thing.place]).max() < 0.05
     assert np.abs(path[-1] - PLACES[thing.goal]).max() < 0.05
     assert np.isfinite(path).all()
-    area = coverage(thing, 17, 64, 64).sum((1, 2))
+    area = coverage(thing, (17, 64, 64)).sum((1, 2))
     assert area.min() > 0.97 * area.max()
 
 
@@ -148,7 +149,7 @@ def test_the_judge_accepts_the_true_edit_and_no_other(kind):
         assert edit_is_right(case, case.target.video)
         assert not edit_is_right(case, case.source.video)
         assert not edit_is_right(case, case.target.video[:, ::-1, ::-1]) or _is_symmetric(case)
-        erased = render_background(case.target.scene.background, 17, 64, 64)
+        erased = render_background(case.target.scene.background, (17, 64, 64))
         assert not edit_is_right(case, (erased * 255).astype(np.uint8))
 
 
