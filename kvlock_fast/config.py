@@ -5,7 +5,7 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
-from kvlock_fast.parameters import LOCK, MEMORY, SPEED, check, documented, parameter
+from kvlock_fast.parameters import LOCK, MEMORY, SPEED, check, documented, is_whole, parameter
 from kvlock_fast.presets import PLAIN, PRESETS, NeighbourOptions
 from kvlock_fast.renamed import FIELDS, refuse_cache_steps, renamed
 
@@ -76,7 +76,7 @@ class LockConfig(NeighbourOptions):
         if self.layers is None:
             return
         listed = isinstance(self.layers, (tuple, list)) and len(self.layers) > 0
-        whole = listed and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in self.layers)
+        whole = listed and all(is_whole(n, 0) for n in self.layers)
         if not whole or len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers must be distinct whole numbers of at least 0, got {self.layers!r}")
         object.__setattr__(self, "layers", tuple(sorted(self.layers)))

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvlock_fast.parameters import is_whole
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -34,7 +36,7 @@ class Geometry:
 
     def __post_init__(self):
         sizes = (self.temporal_stride, self.spatial_stride, *self.patch_size)
-        if len(self.patch_size) != 3 or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        if len(self.patch_size) != 3 or not all(is_whole(n, 1) for n in sizes):
             raise ValueError(
                 f"strides and the three patch sizes must be whole numbers of at least 1, got temporal_stride="
                 f"{self.temporal_stride}, spatial_stride={self.spatial_stride}, patch_size={self.patch_size}"

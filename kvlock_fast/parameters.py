@@ -12,11 +12,16 @@ from functools import cache
 from inspect import cleandoc
 from os import PathLike
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Protocol, TypeVar, get_args
+from typing import Any, ClassVar, Protocol, TypeGuard, TypeVar, get_args
 
 EDIT, MASK, MODEL, LOCK = "What to edit", "Mask", "Model", "Lock"
 MEMORY, SPEED, OUTPUT, OTHERS = "Memory", "Speed", "Output", "Other methods"
 PANELS = (EDIT, MASK, MODEL, LOCK, MEMORY, SPEED, OUTPUT, OTHERS)
+
+
+def is_whole(value: object, low: float = -math.inf, high: float = math.inf) -> TypeGuard[int]:
+    """Say whether a value is a whole number from low to high; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 class DataclassInstance(Protocol):

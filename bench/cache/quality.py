@@ -31,13 +31,13 @@ from kvlock_fast.locking.lock import Mode, kv_sizes
 from kvlock_fast.loop import stored_source
 from kvlock_fast.loop.stored_source import steps_to_store, thinned_steps
 from kvlock_fast.loop.trace import Recorder
+from kvlock_fast.media.metrics import psnr
 
 BITS = ("bf16", "fp8_e4m3", "int8", "int4")
 FORMATS = ("native", *BITS)
 SMALL, STRIDES = ("fp8_e4m3", "int4"), (1, 2, 4)
 PACKINGS = {format: (format, 1) for format in BITS} | {"fp8_e4m3, a scale per 128": ("fp8_e4m3", 128)}
 STAGES = {"K before RoPE": "k", "K after RoPE": "k", "V": "v"}
-PEAK = 255.0
 
 
 @dataclass(frozen=True)
@@ -197,10 +197,9 @@ def cache_bytes(layout: StepLayout, stored_steps: int, all_tokens: int, num_step
     return {"bytes": stored, "naive_bytes": naive, "ratio": naive / stored if stored else None}
 
 
-def psnr(video: np.ndarray, truth: np.ndarray) -> float:
+def finite_psnr(video: np.ndarray, truth: np.ndarray) -> float:
     """dB between uint8 videos, 100 where they are the same."""
-    error = np.square(video.astype(np.float64) - truth.astype(np.float64)).mean()
-    return 10 * math.log10(PEAK**2 / max(float(error), PEAK**2 / 1e10))
+    return min(psnr(video, truth), 100.0)
 
 
 def edit(editor: Any, case: EditCase, seed: int, lock: LockConfig, cache: CacheConfig, setting: Setting) -> Any:
@@ -247,7 +246,9 @@ class Edits:
         if variant.format is None:
             np.save(self.reference(variant, i), video)
         lockstep = np.load(self.reference(variant, i))
-        return scores | {"right": right, "psnr_to_lockstep": psnr(video, lockstep)} | self._bytes(variant, tokens)
+        return (
+            scores | {"right": right, "psnr_to_lockstep": finite_psnr(video, lockstep)} | self._bytes(variant, tokens)
+        )
 
     def reference(self, variant: Variant, i: int) -> Path:
         """Where lockstep's video of a case is."""

@@ -30,12 +30,6 @@ def to_pixels(video: torch.Tensor) -> np.ndarray:
     return ((video.float().permute(0, 2, 3, 4, 1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 arrays, in dB."""
-    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return float(10 * np.log10(255**2 / max(error, 1e-10)))
-
-
 @torch.no_grad()
 def round_trip(vae: nn.Module, video: np.ndarray) -> np.ndarray:
     """uint8 [B, F, H, W, 3] through the autoencoder (posterior's mode) and back."""

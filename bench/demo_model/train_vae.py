@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bench.demo_model.checkpoint import Log, TrainState, load_bundled, load_state, save_state
-from bench.demo_model.data import ClipPool, psnr, round_trip
+from bench.demo_model.data import ClipPool, round_trip
 from bench.demo_model.networks import make_vae
 from bench.demo_model.optimisers import make_optimisers, set_rate
 from bench.demo_model.workers import Workers
 from kvlock_fast.demo.scene import HELD_OUT, sample_scene
 from kvlock_fast.demo.world import render
+from kvlock_fast.media.metrics import psnr
 
 # (share of the time at which the phase ends, clips in a batch, frames, side): nine frames are the fewest that pass
 # through every state of the causal caches.
@@ -35,8 +36,8 @@ OBJECT_WEIGHT = 3.0
 
 def held_out_psnr(vae: nn.Module, clips: int) -> float:
     """Mean PSNR over the first held-out clips, one by one."""
-    videos = [render(sample_scene(HELD_OUT + i)).video[None] for i in range(clips)]
-    return float(np.mean([psnr(round_trip(vae, v), v) for v in videos]))
+    videos = [render(sample_scene(HELD_OUT + i)).video for i in range(clips)]
+    return float(np.mean([psnr(round_trip(vae, v[None])[0], v) for v in videos]))
 
 
 def channels_last(module: nn.Module) -> nn.Module:

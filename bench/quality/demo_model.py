@@ -25,6 +25,7 @@ from bench.quality.judge import edit_is_right, judge
 from kvlock_fast.demo import GUIDANCE, STEPS
 from kvlock_fast.demo.scene import HELD_OUT, sample_scene
 from kvlock_fast.demo.world import EDIT_KINDS, render, sample_edit
+from kvlock_fast.media.metrics import psnr
 
 RESULTS = Path(__file__).parents[1] / "results" / "demo_quality.json"
 TAU = 0.01
@@ -67,8 +68,8 @@ def background_scores(video: np.ndarray, truth: np.ndarray, mask: np.ndarray) ->
         structural_similarity(a, b, channel_axis=-1, full=True)[1].mean(-1)[keep]
         for a, b, keep in zip(video, truth, outside, strict=True)
     ]
-    psnr, locked = (10 * math.log10(255**2 / max(float(error[m].mean()), 1e-10)) for m in (outside, ~touched(mask)))
-    return {"psnr": psnr, "ssim": float(np.concatenate(maps).mean()), "psnr_locked": locked}
+    whole, locked = (10 * math.log10(255**2 / max(float(error[m].mean()), 1e-10)) for m in (outside, ~touched(mask)))
+    return {"psnr": whole, "ssim": float(np.concatenate(maps).mean()), "psnr_locked": locked}
 
 
 def touched(mask: np.ndarray) -> np.ndarray:
@@ -82,7 +83,7 @@ def touched(mask: np.ndarray) -> np.ndarray:
 
 def measure_autoencoder(rows: Rows, pipe, cases: int) -> None:
     """Round trips of held-out clips; whether the judge still reads them right."""
-    from bench.demo_model.data import psnr, round_trip
+    from bench.demo_model.data import round_trip
 
     def one(seed: int) -> dict:
         clip = render(sample_scene(seed))
@@ -103,7 +104,7 @@ def measure_real(rows: Rows, pipe, folder: Path) -> None:
     """Round trips of the first 17 frames of each clip in a folder (masks aside), resized to 64x64 and to 128x128."""
     from PIL import Image
 
-    from bench.demo_model.data import psnr, round_trip
+    from bench.demo_model.data import round_trip
     from kvlock_fast.media import read_video
 
     def one(path: Path, size: int) -> dict:

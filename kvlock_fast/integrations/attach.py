@@ -21,6 +21,7 @@ from kvlock_fast.locking.compatibility import device_of
 from kvlock_fast.locking.discover import Sample, find_and_check
 from kvlock_fast.locking.lock import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.models.registry import arch_of
+from kvlock_fast.parameters import is_whole
 
 if TYPE_CHECKING:
     from kvlock_fast.models.protocols import Transformer
@@ -246,7 +247,7 @@ def _arch(
     transformer: nn.Module, family: str | ArchSpec | None, sample: Sample | None, tokens: int, ahead: int | None
 ) -> ArchSpec:
     """The description of the transformer. Raises InputError where it is not known."""
-    if ahead is not None and (isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 0):
+    if ahead is not None and not is_whole(ahead, 0):
         raise InputError(f"ahead must be a number of tokens of at least 0, got {ahead!r}")
     if family == "auto":
         if sample is None:

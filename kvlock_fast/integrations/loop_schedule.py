@@ -11,6 +11,7 @@ from kvlock_fast.kernels.guidance import cfg_projection_reference
 from kvlock_fast.loop.schedule import Controller, compares_with_source
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.ops import guided_prediction
+from kvlock_fast.parameters import is_whole
 
 
 class LoopSchedule:
@@ -29,7 +30,7 @@ class LoopSchedule:
         patch_size: tuple[int, int, int] | None,
     ):
         """foreground: bool [B or 1, S]; num_steps, guidance_scale: None where the loop decides by itself."""
-        if num_steps is not None and (isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1):
+        if num_steps is not None and not is_whole(num_steps, 1):
             raise InputError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
         if lock.compute != "full" or lock.halo:
             raise InputError(

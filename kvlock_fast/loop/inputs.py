@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvlock_fast import parameters
 from kvlock_fast.errors import InputError, warn
 from kvlock_fast.masks import Geometry
 from kvlock_fast.media import fit_frames, resize_mask, resize_video
@@ -41,7 +42,7 @@ def check_numbers(steps: Any, scale: Any, scale_2: Any, two_stages: bool) -> Non
 
 def is_whole(value: Any, low: int) -> bool:
     """Whether `value` is a whole number of at least `low`."""
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= low
+    return parameters.is_whole(int(value) if isinstance(value, np.integer) else value, low)
 
 
 def as_video(video: Any) -> np.ndarray:

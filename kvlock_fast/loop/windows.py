@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvlock_fast.errors import InputError
 from kvlock_fast.masks import Geometry, ProjectedMask
+from kvlock_fast.parameters import is_whole
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Windows:
             object.__setattr__(self, "overlap", max(1, self.frames // 4))
         for name in ("frames", "overlap"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not is_whole(value):
                 raise InputError(f"clip_{name} must be a whole number, got {value!r}")
         if self.frames < 2:
             raise InputError(f"clip_frames must be at least 2, got {self.frames}")

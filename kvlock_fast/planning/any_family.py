@@ -22,6 +22,7 @@ from kvlock_fast.models import wrap_pipeline
 from kvlock_fast.models.base import PipelineModel
 from kvlock_fast.models.protocols import Config, Transformer
 from kvlock_fast.models.registry import PIPELINES, arch_of
+from kvlock_fast.parameters import is_whole
 from kvlock_fast.planning.model_size import PEAKS, ModelSize
 
 GUIDED = 2.0
@@ -110,7 +111,7 @@ def transformer_size(config: Mapping[str, Any], name: str = "model") -> ModelSiz
     for key in NEEDED:
         if key not in config:
             raise InputError(f"{name} has a config without {key!r}")
-        if isinstance(config[key], bool) or not isinstance(config[key], int) or config[key] < 1:
+        if not is_whole(config[key], 1):
             raise InputError(f"{name} has a config that makes no sense: {key} is {config[key]!r}")
     try:
         return _size_of_file(on_meta(kind, config), name)
@@ -222,7 +223,7 @@ def _usual_extent(model: PipelineModel) -> tuple[int, int, int]:
     def usual(own: int | None, name: str, sample: str, stride: int, other: int) -> int:
         """The call's default, or else what the family says, or the transformer's sample in latents."""
         value, latents = call[name].default if name in call else None, config.get(sample)
-        if isinstance(value, int) and not isinstance(value, bool):
+        if is_whole(value):
             return value
         if own is not None:
             return own

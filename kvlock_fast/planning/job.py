@@ -4,6 +4,7 @@ Bytes of the cache are those of `StepLayout`: what is allocated. Activations are
 a block of diffusers' own, within 8 %.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
@@ -11,6 +12,7 @@ from math import prod
 import torch
 
 from kvlock_fast.cache.layout import KVShape, StepLayout
+from kvlock_fast.parameters import is_whole
 from kvlock_fast.planning import costs
 from kvlock_fast.planning.model_size import ModelSize
 
@@ -156,7 +158,6 @@ def _layout(shape: KVShape, format: str, dtype: torch.dtype) -> StepLayout:
 
 
 def _check_whole(name: str, value: int, least: int, most: int | None) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or not least <= value <= (value if most is None else most):
+    if not is_whole(value, least, math.inf if most is None else most):
         bound = f"of at least {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be a whole number {bound}, got {value!r}")

@@ -15,6 +15,7 @@ import numpy as np
 from kvlock_fast.errors import InputError, warn
 from kvlock_fast.media import MaskShape, is_box, read_video, resize_mask, resize_video
 from kvlock_fast.media.clip import read_clip
+from kvlock_fast.parameters import is_whole
 from kvlock_fast.report.contact_sheet import write_sheet
 from kvlock_fast.report.page import write_report
 
@@ -62,12 +63,12 @@ def _checked(data: Any) -> dict[str, Any]:
     if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise _Wrong("prompts is not a list of texts")
     steps, warmup = data["steps"], data["warmup_steps"]
-    if not _whole(steps, 1, MOST_STEPS) or not _whole(warmup, 0, MOST_STEPS):
+    if not is_whole(steps, 1, MOST_STEPS) or not is_whole(warmup, 0, MOST_STEPS):
         raise _Wrong(f"steps is {_short(steps)} and warmup_steps is {_short(warmup)}")
     records = data["records"]
     if not isinstance(records, list) or len(records) > steps * len(prompts):
         raise _Wrong("records is not a list with at most one of each step and prompt")
-    if not _whole(data.get("tokens", 0), 0, MOST_TOKENS):
+    if not is_whole(data.get("tokens", 0), 0, MOST_TOKENS):
         raise _Wrong(f"tokens is {_short(data['tokens'])}")
     for i, record in enumerate(records):
         _check_record(i, record, steps, len(prompts))
@@ -85,19 +86,15 @@ def _checked(data: Any) -> dict[str, Any]:
 def _check_record(index: int, record: object, steps: int, prompts: int) -> None:
     if not isinstance(record, dict):
         raise _Wrong(f"record {index} is {_short(record)}")
-    if not _whole(record.get("tokens", 0), 0, MOST_TOKENS):
+    if not is_whole(record.get("tokens", 0), 0, MOST_TOKENS):
         raise _Wrong(f"record {index} has {_short(record['tokens'])} as its tokens")
     for name, most in (("step", steps), ("sample", prompts)):
-        if not _whole(record.get(name), 0, most - 1):
+        if not is_whole(record.get(name), 0, most - 1):
             raise _Wrong(f"record {index} has {_short(record.get(name))} as its {name}")
     for name in _VALUES:
         value = record.get(name)
         if name not in record or not _number_or_none(value) or (name == "seconds" and value is None):
             raise _Wrong(f"record {index} has {_short(value)} as its {name}")
-
-
-def _whole(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def _number_or_none(value: object) -> bool:

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from bench.demo_model.data import psnr, round_trip, to_model
+from bench.demo_model.data import round_trip, to_model
 from bench.demo_model.networks import vocabulary
 from bench.quality.judge import edit_is_right, judge
 from kvlock_fast.demo import GUIDANCE, STEPS, demo_case
 from kvlock_fast.demo.scene import HELD_OUT, sample_scene
 from kvlock_fast.demo.world import render
+from kvlock_fast.media.metrics import psnr
 from kvlock_fast.models.bundled import model_path
 
 pytestmark = pytest.mark.skipif(not model_path().exists(), reason="no bundled model yet")
@@ -194,7 +195,7 @@ def test_the_demo_edit_shows_what_its_prompt_says_and_keeps_the_background(pipe)
     )
     video = np.asarray(out.frames[0])
     assert edit_is_right(case, video)
-    assert psnr(video[outside], case.source.video[outside]) > 22.0
+    assert psnr(video, case.source.video, outside) > 22.0
 
 
 def test_the_demo_case_is_a_held_out_edit():
