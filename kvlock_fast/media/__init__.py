@@ -5,22 +5,17 @@ is taken, colours keep their matrix and range, and outputs are whole or absent. 
 only when a call needs them.
 """
 
-from kvlock_fast.media.audio import Audio
 from kvlock_fast.media.fitting import fit_frames, fit_mask, resize_mask, resize_video
 from kvlock_fast.media.masks import box_mask, check_box, grow_mask, is_box, read_mask
-from kvlock_fast.media.video_in import MAX_BYTES, MAX_FRAMES, MAX_PIXELS, Video, read_video
+from kvlock_fast.media.video_in import MAX_FRAMES, read_video
 from kvlock_fast.media.video_out import ENCODERS, STILLS, check_video_output, write_video
 from kvlock_fast.settings import MaskShape
 
 __all__ = [
     "ENCODERS",
-    "MAX_BYTES",
     "MAX_FRAMES",
-    "MAX_PIXELS",
     "STILLS",
-    "Audio",
     "MaskShape",
-    "Video",
     "box_mask",
     "check_box",
     "check_video_output",

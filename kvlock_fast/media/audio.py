@@ -85,11 +85,11 @@ def leave_out(audio: Audio | None, output: Path, reason: str) -> None:
 
 def _guarded(packets: Iterator[Any], path: Path) -> Iterator[Any]:
     """The packets until one cannot be had."""
-    import av
+    from av.error import FFmpegError
 
     try:
         yield from packets
-    except av.error.FFmpegError as error:
+    except FFmpegError as error:
         message = f"the sound of '{path}' is damaged and ends early: {error.strerror or error}"
         warn(message)
 
@@ -166,5 +166,5 @@ def _encoder(container: Any, codec: str, stream: Any) -> Any:
         rate = max(known.audio_rates)
     target = container.add_stream(codec, rate=rate)
     target.codec_context.layout = "mono" if stream.codec_context.layout.nb_channels == 1 else "stereo"
-    target.codec_context.format = known.audio_formats[0]
+    target.codec_context.format = next(iter(known.audio_formats or ()))
     return target

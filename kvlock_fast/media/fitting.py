@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
 from kvlock_fast.errors import InputError
 
 
+def by_distance(mask: np.ndarray, result: Callable[[np.ndarray], np.ndarray], chessboard: bool = False) -> np.ndarray:
+    """A result `[F, H, W]` of every pixel's distance to the nearest set pixel of its frame, infinite where none is set.
+
+    mask: bool `[F, H, W]`; result: from distances `[H, W]` in pixels; chessboard: diagonal steps count 1 (else the
+    distances are Euclidean).
+    """
+    from scipy.ndimage import distance_transform_cdt, distance_transform_edt
+
+    transform = distance_transform_cdt if chessboard else distance_transform_edt
+    results: list[np.ndarray] = []
+    for i, frame in enumerate(mask):
+        if i > 0 and np.array_equal(frame, mask[i - 1]):  # still masks are common, and one frame of them is enough
+            results.append(results[-1])
+        else:
+            far = np.full(frame.shape, np.inf)
+            results.append(result(np.asarray(transform(~frame)) if frame.any() else far))
+    return np.stack(results)
+
+
 def feathered(mask: np.ndarray, feather: int) -> np.ndarray:
     """bool [F, H, W] to weights [F, H, W] fp32: 1 on the mask, falling to 0 within `feather` pixels outside it."""
-    import torch
-    import torch.nn.functional as F
-
-    grown = torch.from_numpy(np.ascontiguousarray(mask))[:, None].float()
-    weight = grown.clone()
-    for _ in range(feather):
-        grown = F.max_pool2d(grown, 3, stride=1, padding=1)
-        weight += grown
-    return (weight[:, 0] / (feather + 1)).numpy()
+    steps = np.float32(feather + 1)
+    return by_distance(mask, lambda d: np.maximum(steps - d, 0).astype(np.float32) / steps, chessboard=True)
 
 
 def composite(source: np.ndarray, edited: np.ndarray, mask: np.ndarray, feather: int = 8) -> np.ndarray:

@@ -16,6 +16,7 @@ import numpy as np
 
 from kvlock_fast.errors import InputError, one_line
 from kvlock_fast.media import images
+from kvlock_fast.media.fitting import by_distance
 from kvlock_fast.media.video_in import MAX_BYTES, MAX_PIXELS, decode_video, read_images
 
 FORMS = "box:x,y,w,h or box:FRAME=x,y,w,h;FRAME=x,y,w,h;... with whole numbers"
@@ -59,16 +60,15 @@ def box_mask(spec: str, frames: int, height: int, width: int) -> np.ndarray:
 def _keyframes(spec: str) -> dict[int, tuple[int, int, int, int]]:
     """The boxes (x, y, w, h) by frame; a box without a frame is that of frame 0."""
     boxes = spec.removeprefix("box:").split(";") if is_box(spec) else []
-    found = [_BOX.fullmatch(box) for box in boxes]
-    timed = len(boxes) > 1
-    if not found or any(match is None or (timed and match[1] is None) for match in found):
+    found = [match for match in map(_BOX.fullmatch, boxes) if match and (len(boxes) == 1 or match[1] is not None)]
+    if not found or len(found) < len(boxes):
         raise InputError(f"the mask '{spec}' is not of the form {FORMS}")
     keys: dict[int, tuple[int, int, int, int]] = {}
     for match in found:
-        frame = int(match[1] or 0)
+        frame, x, y, w, h = (int(number or 0) for number in match.groups())
         if frame in keys:
             raise InputError(f"the mask '{spec}' gives the box at frame {frame} twice")
-        keys[frame] = tuple(int(number) for number in match.groups()[1:])
+        keys[frame] = x, y, w, h
     return keys
 
 
@@ -80,29 +80,7 @@ def grow_mask(mask: np.ndarray, radius: int) -> np.ndarray:
     """
     if radius < 0:
         return ~grow_mask(~mask, -radius)
-    if radius == 0:
-        return mask
-    grown = np.empty_like(mask)
-    for i, frame in enumerate(mask):
-        # Still masks are common, and one frame of them is enough.
-        still = i > 0 and np.array_equal(frame, mask[i - 1])
-        grown[i] = grown[i - 1] if still else _grow_frame(frame, radius)
-    return grown
-
-
-def _grow_frame(frame: np.ndarray, radius: int) -> np.ndarray:
-    """Pixels whose distance along the row, in some row nearby, leaves them within the disc."""
-    height, width = frame.shape
-    columns, far = np.arange(width), 2 * (width + radius)
-    before = np.maximum.accumulate(np.where(frame, columns, -far), axis=1)
-    after = np.minimum.accumulate(np.where(frame, columns, far)[:, ::-1], axis=1)[:, ::-1]
-    distance = np.minimum(columns - before, after - columns)
-    grown = distance <= radius
-    for rows in range(1, min(radius, height - 1) + 1):
-        near = distance <= math.isqrt(radius * radius - rows * rows)
-        grown[rows:] |= near[:-rows]
-        grown[:-rows] |= near[rows:]
-    return grown
+    return mask if radius == 0 else by_distance(mask, lambda distance: distance <= radius)
 
 
 def read_mask(path: str | os.PathLike, *, threshold: float = 0.5, max_frames: int | None = None) -> np.ndarray:

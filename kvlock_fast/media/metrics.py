@@ -80,25 +80,18 @@ def _checked(a: np.ndarray, b: np.ndarray, where: np.ndarray | None) -> np.ndarr
 
 def _ssim_map(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """SSIM of two pictures `[H, W, C]` or `[H, W]` at every pixel, the mean over channels: float64 `[H, W]`."""
+    from scipy.ndimage import gaussian_filter
+
     # Variances are differences of large squares: around zero they lose less in float32.
     first, second = (p.reshape(*p.shape[:2], -1).transpose(2, 0, 1).astype(np.float32) - 127.5 for p in (x, y))
     stack = np.stack([first, second, first * first, second * second, first * second])
-    mean_x, mean_y, xx, yy, xy = _blurred(_blurred(stack, 2), 3).astype(np.float64)
+    # Beyond the edge by reflection: d c b a | a b c d | d c b a.
+    blurred = gaussian_filter(stack, _SIGMA, mode="reflect", radius=_RADIUS, axes=(2, 3))
+    mean_x, mean_y, xx, yy, xy = blurred.astype(np.float64)
     xx, yy, xy = xx - mean_x**2, yy - mean_y**2, xy - mean_x * mean_y
     mean_x, mean_y = mean_x + 127.5, mean_y + 127.5
     similarity = (2 * mean_x * mean_y + _C1) * (2 * xy + _C2) / ((mean_x**2 + mean_y**2 + _C1) * (xx + yy + _C2))
     return similarity.mean(0)
-
-
-def _blurred(stack: np.ndarray, axis: int) -> np.ndarray:
-    """The Gaussian window along one axis, which reaches over the edge by reflection: d c b a | a b c d | d c b a."""
-    taps = np.exp(-0.5 * (np.arange(-_RADIUS, _RADIUS + 1) / _SIGMA) ** 2)
-    taps = (taps / taps.sum()).astype(np.float32)
-    size = stack.shape[axis]
-    index = np.arange(-_RADIUS, size + _RADIUS) % (2 * size)
-    wide = np.moveaxis(np.take(stack, np.minimum(index, 2 * size - 1 - index), axis=axis), axis, 0)
-    # In numpy and not in torch: so many small sums would each wait for all of torch's threads.
-    return np.moveaxis(sum(tap * wide[i : i + size] for i, tap in enumerate(taps)), 0, axis)
 
 
 def measure_edit(source: np.ndarray, mask: np.ndarray, edited: np.ndarray) -> dict[str, float | None]:

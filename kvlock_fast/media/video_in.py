@@ -92,6 +92,7 @@ def decode_video(
 ) -> Video:
     """A video file, each frame converted. Limits and errors as `read_video`."""
     import av
+    from av.error import ArgumentError, FFmpegError
 
     if max_frames is not None and max_frames < 1:
         raise InputError(f"the number of frames to read must be at least 1, not {max_frames}")
@@ -110,10 +111,10 @@ def decode_video(
             most = _frames_allowed(container, path, max_frames, max_pixels, max_bytes)
             frames = _collect(map(convert, _pictures(container, stream, path)), path, most, max_frames)
             return Video(frames, _rate(stream), Audio.of(container, stream, path))
-    except av.error.ArgumentError as error:
+    except ArgumentError as error:
         # What the white list answers.
         raise InputError(f"'{path}' is not a video file of a kind that can be read") from error
-    except av.error.FFmpegError as error:
+    except FFmpegError as error:
         raise InputError(f"the video '{path}' cannot be decoded: {error.strerror or error}") from error
     except (InputError, MemoryError):
         raise

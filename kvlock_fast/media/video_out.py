@@ -108,7 +108,8 @@ def _with_palette(picture: np.ndarray) -> Any:
     palette = np.zeros((256, 4), dtype=np.uint8)
     palette[:, 0] = 255
     palette[: len(table), 1:] = table
-    return av.VideoFrame.from_ndarray((index.reshape(colours.shape).astype(np.uint8), palette), format="pal8")
+    pictured = index.reshape(colours.shape).astype(np.uint8), palette
+    return av.VideoFrame.from_ndarray(pictured, format="pal8")  # pyright: ignore[reportArgumentType]
 
 
 ENCODERS = {
@@ -119,7 +120,7 @@ ENCODERS = {
     ".mkv": ffv1,
     ".gif": gif,
 }
-STILLS = {".png": {"compress_level": 3}, ".jpg": {"quality": 95, "subsampling": 0}}
+STILLS: dict[str, dict[str, Any]] = {".png": {"compress_level": 3}, ".jpg": {"quality": 95, "subsampling": 0}}
 STILLS[".jpeg"] = STILLS[".jpg"]
 """How Pillow saves a video of one frame."""
 KINDS = (
@@ -211,19 +212,19 @@ def _encoder(path: Path) -> Encoder | None:
 
 
 def _write_file(path: Path, frames: np.ndarray, rate: Fraction, quality: int, audio: Audio | None, named: Path) -> None:
-    import av
+    from av.error import FFmpegError
 
     with atomic_path(path) as temporary:
         try:
             try:
                 _encode(temporary, frames, rate, quality, audio)
-            except av.error.FFmpegError as error:
+            except FFmpegError as error:
                 if audio is None or error.errno in LOST:
                     raise
                 # Whether a container takes a sound after all shows when its header is written.
                 _encode(temporary, frames, rate, quality, None)
                 leave_out(audio, named, f"it cannot be written there ({error.strerror or error})")
-        except av.error.FFmpegError as error:
+        except FFmpegError as error:
             kind = OutputLost if error.errno in LOST else OutputError
             raise kind(f"cannot write '{path}': {error.strerror or error}") from error
 

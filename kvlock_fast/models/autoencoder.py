@@ -47,9 +47,9 @@ def decode_each(
     return torch.cat(decoded).movedim(1, -1)
 
 
-def picture(frames: Tensor, index: int = 0) -> Image.Image:
-    """One of frames uint8 [F, H, W, 3], by default the first."""
-    return Image.fromarray(frames[index].cpu().numpy())
+def picture(frame: Tensor) -> Image.Image:
+    """A frame uint8 [H, W, 3] as a picture."""
+    return Image.fromarray(frame.cpu().numpy())
 
 
 @contextmanager

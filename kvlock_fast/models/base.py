@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
 from kvlock_fast.locking.arch import ArchSpec
+from kvlock_fast.locking.foreground import View, processors, whole_forward
 from kvlock_fast.locking.lock import TransformerLock
 from kvlock_fast.masks import Geometry, ProjectedMask, Region, project_mask
 from kvlock_fast.models.autoencoder import decode_each, encode_mode
@@ -44,6 +45,8 @@ def check_guider(guider: Guider | None) -> None:
 
 
 Made = TypeVar("Made")
+Rope = tuple[Tensor, Tensor] | None
+"""Cosine and sine of positions, each [1, S, 1, D]; None where tokens are given theirs otherwise."""
 
 
 class PerClip:
@@ -336,7 +339,14 @@ class PipelineModel:
 
 
 class ForegroundModel(PipelineModel):
-    """A model that can compute some of its tokens alone."""
+    """A model that can compute some of its tokens alone, by the transformer's own parts on rows of the sequence.
+
+    All but self-attention works token by token; self-attention sees the rest of the sequence as the source's keys and
+    values, which the lock holds (locking/foreground.py). The blocks are the transformer's own, compiled or not.
+    """
+
+    processor: Any
+    """Attention processor in place of diffusers' own, while not all tokens are there."""
 
     def predict_foreground(
         self, lock: TransformerLock, latents: Tensor, timestep: Tensor, told: Conditioning, region: Region,
@@ -353,7 +363,44 @@ class ForegroundModel(PipelineModel):
             background: indices of the tokens that the lock holds.
             rows: which of these lie outside the mask; None: all.
         """
+        transformer, computed = lock.transformer, region.computed
+        assert isinstance(transformer, Transformer)
+        x, beside = self.entering(latents, told).to(transformer.dtype), self.beside(told, latents)
+        seen = background if rows is None else background.index_select(0, rows)
+        words = told["text"].shape[1] if self.arch.text == "prefix" else 0
+        with whole_forward(transformer):
+            rope = self.rope(transformer, x, beside)
+            lock.state.view = View(words + region.foreground, rows, _at(rope, seen))
+            with processors(lock.attentions, self.processor):
+                out = self.forward_some(transformer, x, timestep, beside, computed, _at(rope, computed))
+        grid = [size // patch for size, patch in zip(latents.shape[2:], self.geometry.patch_size, strict=True)]
+        whole = out.new_zeros(len(out), prod(grid), *out.shape[2:]).index_copy_(1, computed, out)
+        return whole.unflatten(1, grid).permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+    def rope(self, transformer: Transformer, x: Tensor, beside: Mapping[str, Any]) -> Rope:
+        """Cosine and sine of all tokens' positions."""
         raise NotImplementedError
+
+    def forward_some(
+        self, transformer: Transformer, x: Tensor, timestep: Tensor, beside: Mapping[str, Any], computed: Tensor,
+        rope: Rope,
+    ) -> Tensor:  # fmt: skip
+        """The transformer's forward at some tokens: [B, N, pt, ph, pw, C], of patches.
+
+        Args:
+            transformer: under the lock, with our processors.
+            x: its input, whole.
+            timestep: [].
+            beside: its other inputs, by its own names.
+            computed: numbers [N] of the tokens.
+            rope: cosine and sine of their positions.
+        """
+        raise NotImplementedError
+
+
+def _at(rope: Rope, tokens: Tensor) -> Rope:
+    """Cosine and sine of some tokens, each [1, N, 1, D]."""
+    return None if rope is None else (rope[0].index_select(1, tokens), rope[1].index_select(1, tokens))
 
 
 class ChannelNormModel(PipelineModel):

@@ -4,12 +4,9 @@ Facts of diffusers' `CogVideoXPipeline`: latents are the autoencoder's times its
 [B, F, C, h, w]; text and video share the self-attention, the text first; both branches of guidance are one forward,
 unconditional rows first; predictions are taken in fp32, latents kept in the model's dtype. In 1.5 a token holds two
 latent frames: an odd number gets one more in front, which is dropped before decoding.
-
-`foreground_forward` computes some of the tokens, as `CogVideoXTransformer3DModel.forward` does, on rows of the video's
-sequence. The text is computed whole, in front of the video's tokens, with keys and values of its own; the rest of the
-video is seen as the source's (locking/foreground.py). The blocks are the model's own, compiled or not.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,12 +16,12 @@ from torch import Tensor
 from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.errors import InputError
 from kvlock_fast.locking.arch import ArchSpec
-from kvlock_fast.locking.foreground import View, processors, rotate, whole_forward
-from kvlock_fast.locking.lock import TransformerLock, attend_kept
-from kvlock_fast.masks import Geometry, Region
+from kvlock_fast.locking.foreground import rotate
+from kvlock_fast.locking.lock import attend_kept
+from kvlock_fast.masks import Geometry
 from kvlock_fast.models.autoencoder import decode_each
-from kvlock_fast.models.base import ForegroundModel
-from kvlock_fast.models.protocols import Config, Part, Transformer
+from kvlock_fast.models.base import ForegroundModel, Rope
+from kvlock_fast.models.protocols import Part, Transformer
 
 COGVIDEOX = ArchSpec(
     family="cogvideox",
@@ -42,8 +39,26 @@ OFS = 2.0
 """The value that diffusers' pipelines give a transformer that embeds an "ofs"."""
 
 
-Rotary = tuple[Tensor, Tensor] | None
-"""Cosine and sine of positions; None where the patches are given theirs."""
+class ForegroundProcessor:
+    """In place of diffusers' `CogVideoXAttnProcessor2_0`, while not all tokens are there. The attention is locked."""
+
+    def __call__(
+        self,
+        attn: Part,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        words, x = encoder_hidden_states.shape[1], torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        q, k, v = (f(x).unflatten(2, (attn.heads, -1)) for f in (attn.to_q, attn.to_k, attn.to_v))
+        # The norms have heads in front of tokens, which is where the lock knows K's.
+        q, k = (norm(x.transpose(1, 2)).transpose(1, 2) for norm, x in ((attn.norm_q, q), (attn.norm_k, k)))
+        if image_rotary_emb is not None:
+            q, k = (torch.cat([x[:, :words], rotate(x[:, words:], *image_rotary_emb)], dim=1) for x in (q, k))
+        out = attend_kept(q, k, v, attn.norm_k)
+        out = attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(hidden_states)))
+        return out[:, words:], out[:, :words]
 
 
 class CogVideoXModel(ForegroundModel):
@@ -51,6 +66,7 @@ class CogVideoXModel(ForegroundModel):
 
     arch = COGVIDEOX
     in_model_dtype = True
+    processor = ForegroundProcessor()
 
     def check(self) -> None:
         config = self.config
@@ -109,25 +125,7 @@ class CogVideoXModel(ForegroundModel):
     def leaving(self, prediction: Tensor, latents: Tensor) -> Tensor:
         return prediction.float().transpose(1, 2)
 
-    def predict_foreground(
-        self, lock: TransformerLock, latents: Tensor, timestep: Tensor, told: Conditioning, region: Region,
-        background: Tensor, rows: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """The prediction [B, C, T, h, w] fp32 at the region's tokens, and 0 elsewhere."""
-        transformer, words = lock.transformer, told["text"].shape[1]
-        assert isinstance(transformer, Transformer)
-        x, beside = self.seen(latents, told), self.beside(told, latents)
-        seen = background if rows is None else background.index_select(0, rows)
-        rotary = beside["image_rotary_emb"]
-        with whole_forward(transformer):
-            lock.state.view = View(words + region.foreground, rows, _positions(rotary, seen))
-            with processors(lock.attentions, PROCESSOR):
-                return _forward(
-                    transformer, x, self.times(timestep, x), told["text"], beside["ofs"],
-                    _positions(rotary, region.computed), region.computed,
-                ).float()  # fmt: skip
-
-    def rotary(self, latents: Tensor) -> Rotary:
+    def rotary(self, latents: Tensor) -> tuple[Tensor, Tensor] | None:
         """Cosine and sine [S, D] of the tokens' positions."""
         if not self.config.use_rotary_positional_embeddings:
             return None
@@ -144,66 +142,24 @@ class CogVideoXModel(ForegroundModel):
             ),
         )
 
+    def rope(self, transformer: Transformer, x: Tensor, beside: Mapping[str, Any]) -> Rope:
+        rotary = beside["image_rotary_emb"]
+        return None if rotary is None else (rotary[0][None, :, None], rotary[1][None, :, None])
 
-class ForegroundProcessor:
-    """In place of diffusers' `CogVideoXAttnProcessor2_0`, while not all tokens are there. The attention is locked."""
-
-    def __call__(
-        self,
-        attn: Part,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        words, x = encoder_hidden_states.shape[1], torch.cat([encoder_hidden_states, hidden_states], dim=1)
-        q, k, v = (f(x).unflatten(2, (attn.heads, -1)) for f in (attn.to_q, attn.to_k, attn.to_v))
-        # The norms have heads in front of tokens, which is where the lock knows K's.
-        q, k = (norm(x.transpose(1, 2)).transpose(1, 2) for norm, x in ((attn.norm_q, q), (attn.norm_k, k)))
-        if image_rotary_emb is not None:
-            q, k = (torch.cat([x[:, :words], rotate(x[:, words:], *image_rotary_emb)], dim=1) for x in (q, k))
-        out = attend_kept(q, k, v, attn.norm_k)
-        out = attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(hidden_states)))
-        return out[:, words:], out[:, :words]
-
-
-PROCESSOR = ForegroundProcessor()
-
-
-def _forward(
-    transformer: Transformer,
-    latents: Tensor,
-    timestep: Tensor,
-    text: Tensor,
-    ofs: Tensor | None,
-    rope: Rotary,
-    computed: Tensor,
-) -> Tensor:
-    """The prediction [B, C, T, h, w] of the tokens `computed` [N], at their positions; 0 elsewhere."""
-    words = text.shape[1]
-    temb = transformer.time_embedding(transformer.time_proj(timestep).to(latents.dtype))
-    if ofs is not None:
-        temb = temb + transformer.ofs_embedding(transformer.ofs_proj(ofs).to(latents.dtype))
-    x = transformer.patch_embed(text, latents.transpose(1, 2).contiguous())
-    text, tokens, x = x[:, :words], x.shape[1] - words, x.index_select(1, computed + words)
-    for block in transformer.transformer_blocks:
-        x, text = block(x, text, temb, rope)
-    x = transformer.proj_out(transformer.norm_out(transformer.norm_final(x), temb=temb))
-    whole = x.new_zeros(x.shape[0], tokens, x.shape[2]).index_copy_(1, computed, x)
-    return _unpatchify(whole, latents.shape, transformer.config)
-
-
-def _positions(rotary: Rotary, tokens: Tensor) -> Rotary:
-    """Cosine and sine of some tokens, each [1, N, 1, D]."""
-    if rotary is None:
-        return None
-    cos, sin = (x.index_select(0, tokens)[None, :, None] for x in rotary)
-    return cos, sin
-
-
-def _unpatchify(x: Tensor, shape: torch.Size, config: Config) -> Tensor:
-    """Tokens [B, S, C * pt * p * p] as latents [B, C, T, h, w] of this shape (C may differ)."""
-    patch = config.patch_size_t or 1, config.patch_size, config.patch_size
-    t, h, w = (size // p for size, p in zip(shape[2:], patch, strict=True))
-    x = x.view(x.shape[0], t, h, w, -1, *patch).permute(0, 4, 1, 5, 2, 6, 3, 7)
-    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    def forward_some(
+        self, transformer: Transformer, x: Tensor, timestep: Tensor, beside: Mapping[str, Any], computed: Tensor,
+        rope: Rope,
+    ) -> Tensor:  # fmt: skip
+        """As `CogVideoXTransformer3DModel.forward` does; the text is computed whole, in front of the video's tokens."""
+        text, ofs, dtype = beside["encoder_hidden_states"], beside["ofs"], x.dtype
+        words = text.shape[1]
+        temb = transformer.time_embedding(transformer.time_proj(self.times(timestep, x)).to(dtype))
+        if ofs is not None:
+            temb = temb + transformer.ofs_embedding(transformer.ofs_proj(ofs).to(dtype))
+        x = transformer.patch_embed(text, x)
+        text, x = x[:, :words], x.index_select(1, computed + words)
+        for block in transformer.transformer_blocks:
+            x, text = block(x, text, temb, rope)
+        x = transformer.proj_out(transformer.norm_out(transformer.norm_final(x), temb=temb)).float()
+        config = transformer.config
+        return x.unflatten(2, (-1, config.patch_size_t or 1, config.patch_size, config.patch_size)).movedim(2, -1)

@@ -40,14 +40,14 @@ class CogVideoXImageModel(CogVideoXModel):
                 f"the model takes videos of {learned[0] * stride}x{learned[1] * stride} only, and was given one of "
                 f"{height * stride}x{width * stride}: give height and width"
             )
-        image = self._made((given.frames,), "image", lambda: self._image(given.frames)).unsqueeze(2)
+        image = self._made((given.frames,), "image", lambda: self._image(given.frames[0])).unsqueeze(2)
         image = torch.cat([image, image.new_zeros(*image.shape[:2], frames - 1, height, width)], dim=2)
         return Conditioning(text=self.encode_prompts(prompts), image=image.expand(len(prompts), -1, -1, -1, -1))
 
-    def _image(self, frames: Tensor) -> Tensor:
-        """The latent [1, C, h, w] of the first of frames uint8 [F, H, W, 3], in the transformer's dtype."""
-        vae, (height, width) = self.pipe.vae, frames.shape[1:3]
-        pixels = self.pipe.video_processor.preprocess(picture(frames), height, width)
+    def _image(self, frame: Tensor) -> Tensor:
+        """The latent [1, C, h, w] of a frame uint8 [H, W, 3], in the transformer's dtype."""
+        vae, (height, width) = self.pipe.vae, frame.shape[:2]
+        pixels = self.pipe.video_processor.preprocess(picture(frame), height, width)
         mode = vae.encode(pixels.unsqueeze(2).to(self.device, vae.dtype)).latent_dist.mode()[:, :, 0]
         scale = vae.config.scaling_factor
         return (1 / scale if vae.config.invert_scale_latents else scale) * mode.to(self.dtype)

@@ -68,7 +68,7 @@ class FramepackModel(HunyuanVideoI2VModel):
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """As HunyuanVideo's, and the image's latents [n, C, 1, h, w] fp32 and features [n, N, D]."""
-        pipe, image = self.pipe, picture(given.frames)
+        pipe, image = self.pipe, picture(given.frames[0])
         pixels = pipe.video_processor.preprocess(image, image.height, image.width)
         features = pipe.encode_image(pixels, device=self.device).to(self.dtype)
         latents = self._image_latents(given.frames)

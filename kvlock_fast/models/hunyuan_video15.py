@@ -73,7 +73,7 @@ class HunyuanVideo15I2VModel(HunyuanVideo15Model):
 
     def _image(self, rows: int, given: Given) -> dict[str, Tensor]:
         """The first frame's features [n, N, D], and its latents and their mask [n, C + 1, T, h, w]."""
-        pipe, image = self.pipe, picture(given.frames)
+        pipe, image = self.pipe, picture(given.frames[0])
         features = pipe.encode_image(image, rows, self.device, self.dtype)
         empty = torch.zeros(1, pipe.num_channels_latents, *given.mask.latents.shape[1:])
         channels = pipe.prepare_cond_latents_and_mask(

@@ -50,11 +50,13 @@ class HunyuanVideoI2VModel(HunyuanVideoModel):
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """As for text-to-video, and the image's latents [n, C, 1, h, w] or, with their mask, [n, C + 1, T, h, w]."""
-        return self._told(prompts, given, picture(given.frames), IMAGE_TOKENS_EVERY[self.config.image_condition_type])
+        return self._told(
+            prompts, given, picture(given.frames[0]), IMAGE_TOKENS_EVERY[self.config.image_condition_type]
+        )
 
     def condition_negative(self, prompt: str, prompts: list[str], given: Given) -> Conditioning:
         """The words are told a black image, with as many of its tokens as the pipeline takes then."""
-        black = Image.new("RGB", picture(given.frames).size, 0)
+        black = Image.new("RGB", picture(given.frames[0]).size, 0)
         return self._told([prompt], given, black, IMAGE_TOKENS_EVERY[CONCAT]).expand(len(prompts))
 
     def _told(self, prompts: list[str], given: Given, image: Image.Image, every: int) -> Conditioning:
@@ -74,7 +76,7 @@ class HunyuanVideoI2VModel(HunyuanVideoModel):
 
     def _image_latents(self, frames: Tensor) -> Tensor:
         """Latents [1, C, 1, h, w] fp32 of the first of frames uint8 [F, H, W, 3], as the pipeline makes them."""
-        image, vae = picture(frames), self.pipe.vae
+        image, vae = picture(frames[0]), self.pipe.vae
         pixels = self.pipe.video_processor.preprocess(image, image.height, image.width).to(self.device, vae.dtype)
         return vae.encode(pixels[:, :, None]).latent_dist.mode().float() * vae.config.scaling_factor
 

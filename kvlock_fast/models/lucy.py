@@ -35,7 +35,7 @@ class LucyModel(WanModel):
 
     def _show(self, frames: Tensor) -> Tensor:
         """The source's latents, as the pipeline makes them of pictures."""
-        pictures = [picture(frames, i) for i in range(len(frames))]
+        pictures = [picture(frame) for frame in frames]
         height, width = frames.shape[1:3]
         video = self.pipe.video_processor.preprocess_video(pictures, height=height, width=width)
         video = video.to(self.device, torch.float32)

@@ -3,10 +3,6 @@
 Facts of diffusers' `WanPipeline`: latents are normalised by the autoencoder's `latents_mean` and `latents_std`; the
 transformer takes (latents, timestep, text) and predicts the flow's velocity; Wan 2.2 A14B has two transformers, split
 at `boundary_ratio`; Wan 2.2 TI2V-5B takes one timestep a token (`expand_timesteps`).
-
-`foreground_forward` computes some of the tokens, as `WanTransformer3DModel.forward` and its kin do, on rows of the
-sequence. All but self-attention works token by token; self-attention sees the rest of the sequence as the source's keys
-and values, which are kept (locking/foreground.py). The blocks are the model's own, compiled or not.
 """
 
 from collections.abc import Mapping
@@ -16,22 +12,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlock_fast.conditioning import Conditioning, Given
+from kvlock_fast.conditioning import Given
 from kvlock_fast.errors import InputError
 from kvlock_fast.locking.arch import ArchSpec
-from kvlock_fast.locking.foreground import View, processors, rotate, whole_forward
-from kvlock_fast.locking.lock import TransformerLock, attend_kept
-from kvlock_fast.masks import Geometry, Region
-from kvlock_fast.models.base import ChannelNormModel, ForegroundModel
+from kvlock_fast.locking.foreground import rotate
+from kvlock_fast.locking.lock import attend_kept
+from kvlock_fast.masks import Geometry
+from kvlock_fast.models.base import ChannelNormModel, ForegroundModel, Rope
 from kvlock_fast.models.protocols import Part, Transformer
 
 WAN = ArchSpec(family="wan", transformers=("WanTransformer3DModel",), attention=r"blocks\.\d+\.attn1")
+
+
+class ForegroundProcessor:
+    """In place of diffusers' `WanAttnProcessor`, while not all tokens are there. The attention is locked."""
+
+    _attention_backend = None
+    _parallel_config = None
+
+    def __call__(
+        self,
+        attn: Part,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None,
+        attention_mask: Tensor | None,
+        rotary_emb: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        out = attend_kept(rotate(q, *rotary_emb), rotate(k, *rotary_emb), v, attn.norm_k)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(hidden_states)))
 
 
 class WanModel(ChannelNormModel, ForegroundModel):
     """A diffusers `WanPipeline`."""
 
     arch = WAN
+    processor = ForegroundProcessor()
 
     def check(self) -> None:
         if self.config.image_dim is not None or self.config.in_channels != self.latent_channels:
@@ -74,22 +91,6 @@ class WanModel(ChannelNormModel, ForegroundModel):
         """Number of the transformer that serves a stage; a pipeline may have been loaded with one of two."""
         return min(stage, len(self.transformers) - 1)
 
-    def predict_foreground(
-        self, lock: TransformerLock, latents: Tensor, timestep: Tensor, told: Conditioning, region: Region,
-        background: Tensor, rows: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        transformer = lock.transformer
-        assert isinstance(transformer, Transformer)
-        latents, beside = self.entering(latents, told).to(transformer.dtype), self.beside(told, latents)
-        timestep, computed = self.times(timestep, latents, region.computed), region.computed
-        with whole_forward(transformer):
-            cos, sin = transformer.rope(latents)
-            rope = cos.index_select(1, computed), sin.index_select(1, computed)
-            seen = background if rows is None else background.index_select(0, rows)
-            lock.state.view = View(region.foreground, rows, (cos.index_select(1, seen), sin.index_select(1, seen)))
-            with processors(lock.attentions, PROCESSOR):
-                return _forward(transformer, latents, timestep, beside, computed, rope)
-
     def times(self, timestep: Tensor, latents: Tensor, computed: Tensor | None = None) -> Tensor:
         """A timestep a sample [B], or a token [B, N]: of all tokens, or of those that are computed."""
         rows = latents.shape[0]
@@ -102,61 +103,34 @@ class WanModel(ChannelNormModel, ForegroundModel):
         sizes = zip(latents.shape[2:], self.geometry.patch_size, strict=True)
         return prod(size // patch for size, patch in sizes)
 
+    def rope(self, transformer: Transformer, x: Tensor, beside: Mapping[str, Any]) -> Rope:
+        return transformer.rope(x)
 
-class ForegroundProcessor:
-    """In place of diffusers' `WanAttnProcessor`, while not all tokens are there. The attention is locked."""
-
-    _attention_backend = None
-    _parallel_config = None
-
-    def __call__(
-        self,
-        attn: Part,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None,
-        attention_mask: Tensor | None,
-        rotary_emb: tuple[Tensor, Tensor],
-    ) -> Tensor:
-        q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
-        out = attend_kept(rotate(q, *rotary_emb), rotate(k, *rotary_emb), v, attn.norm_k)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(hidden_states)))
-
-
-PROCESSOR = ForegroundProcessor()
-
-
-def _forward(
-    transformer: Transformer,
-    latents: Tensor,
-    timestep: Tensor,
-    beside: Mapping[str, Tensor | None],
-    computed: Tensor,
-    rope: tuple[Tensor, Tensor],
-) -> Tensor:
-    """The velocity [B, C, T, h, w] of the tokens `computed` [N], at their positions; 0 elsewhere."""
-    x = transformer.patch_embedding(latents).flatten(2).transpose(1, 2)
-    tokens = x.shape[1]
-    x = x.index_select(1, computed)
-    per_token = timestep.shape[1] if timestep.ndim == 2 else None
-    more = {} if per_token is None else {"timestep_seq_len": per_token}
-    temb, timestep_proj, text, picture = transformer.condition_embedder(
-        timestep.flatten(), beside["encoder_hidden_states"], beside.get("encoder_hidden_states_image"), **more
-    )
-    text = text if picture is None else torch.cat([picture, text], dim=1)
-    timestep_proj = timestep_proj.unflatten(-1, (6, -1))
-    x = _blocks(transformer, x, text, timestep_proj, rope, _control(transformer, beside, computed))
-    table = transformer.scale_shift_table.to(temb.device)
-    if per_token is None:
-        shift, scale = (table + temb.unsqueeze(1)).chunk(2, dim=1)
-    else:
-        shift, scale = (part.squeeze(2) for part in (table.unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2))
-    x = transformer.proj_out((transformer.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
-    whole = x.new_zeros(x.shape[0], tokens, x.shape[2]).index_copy_(1, computed, x)
-    return _unpatchify(whole, latents.shape, transformer.config.patch_size)
+    def forward_some(
+        self, transformer: Transformer, x: Tensor, timestep: Tensor, beside: Mapping[str, Any], computed: Tensor,
+        rope: Rope,
+    ) -> Tensor:  # fmt: skip
+        """As `WanTransformer3DModel.forward` and its kin do."""
+        times = self.times(timestep, x, computed)
+        x = transformer.patch_embedding(x).flatten(2).transpose(1, 2).index_select(1, computed)
+        per_token = times.shape[1] if times.ndim == 2 else None
+        more = {} if per_token is None else {"timestep_seq_len": per_token}
+        temb, timestep_proj, text, picture = transformer.condition_embedder(
+            times.flatten(), beside["encoder_hidden_states"], beside.get("encoder_hidden_states_image"), **more
+        )
+        text = text if picture is None else torch.cat([picture, text], dim=1)
+        timestep_proj = timestep_proj.unflatten(-1, (6, -1))
+        x = _blocks(transformer, x, text, timestep_proj, rope, _control(transformer, beside, computed))
+        table = transformer.scale_shift_table.to(temb.device)
+        if per_token is None:
+            shift, scale = (table + temb.unsqueeze(1)).chunk(2, dim=1)
+        else:
+            shift, scale = (part.squeeze(2) for part in (table.unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2))
+        x = transformer.proj_out((transformer.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
+        return x.unflatten(2, (*transformer.config.patch_size, -1))
 
 
-def _control(transformer: Transformer, beside: Mapping[str, Tensor | None], computed: Tensor) -> Tensor | None:
+def _control(transformer: Transformer, beside: Mapping[str, Any], computed: Tensor) -> Tensor | None:
     """VACE's input for the tokens `computed`."""
     shown = beside.get("control_hidden_states")
     if shown is None:
@@ -169,7 +143,7 @@ def _blocks(
     x: Tensor,
     text: Tensor,
     temb: Tensor,
-    rope: tuple[Tensor, Tensor],
+    rope: Rope,
     control: Tensor | None,
 ) -> Tensor:
     """Through all blocks; the hints of VACE's own blocks are added after those that they belong to."""
@@ -184,10 +158,3 @@ def _blocks(
         if layer in hints:
             x = x + hints[layer]
     return x
-
-
-def _unpatchify(x: Tensor, shape: torch.Size, patch: tuple[int, int, int]) -> Tensor:
-    """Tokens [B, S, pt * ph * pw * C] as latents [B, C, T, h, w] of this shape (C may differ)."""
-    t, h, w = (size // p for size, p in zip(shape[2:], patch, strict=True))
-    x = x.view(x.shape[0], t, h, w, *patch, -1).permute(0, 7, 1, 4, 2, 5, 3, 6)
-    return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)

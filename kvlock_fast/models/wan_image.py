@@ -96,7 +96,7 @@ class WanImageModel(WanModel):
 
     def _pictures(self, given: Given) -> list[Image.Image]:
         """The first frame, and the last one where the model takes it."""
-        return [picture(given.frames, i) for i in ((0, -1) if self.sees_last else (0,))]
+        return [picture(given.frames[i]) for i in ((0, -1) if self.sees_last else (0,))]
 
     def entering(self, latents: Tensor, told: Conditioning) -> Tensor:
         """The latents [B, ...] with what is shown: behind them, or in the place of the first frame."""

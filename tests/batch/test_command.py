@@ -284,7 +284,7 @@ def test_check_decodes_nothing_twice_and_loads_no_model(folder, model, monkeypat
     read, loaded = [], []
     monkeypatch.setattr(check, "read_video", lambda path, **more: read.append(str(path)) or read_video(path, **more))
     monkeypatch.setattr(check, "read_mask", lambda path, **more: read.append(str(path)) or read_mask(path))
-    monkeypatch.setattr("kvlock_fast.models.loading.load_diffusers", lambda *a: loaded.append(a))
+    monkeypatch.setattr("kvlock_fast.pipeline.load_diffusers", lambda *a: loaded.append(a))
     for i in range(2, 8):
         (folder / f"s{i}.mkv").write_bytes((folder / "s0.mkv").read_bytes())
     lines = [job(i, source=i % 8, seed=i % 3, mask="m.npy" if i % 2 else "box:1,1,5,5") for i in range(2000)]
