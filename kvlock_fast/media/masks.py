@@ -95,8 +95,7 @@ def read_mask(path: str | os.PathLike, *, threshold: float = 0.5, max_frames: in
         InputError: missing, unreadable, too large, or of another kind; it names the file. A `threshold` outside
             0 <= threshold < 1.
     """
-    if not 0 <= threshold < 1:
-        raise InputError(f"the mask threshold must be at least 0 and below 1, not {threshold}")
+    MaskShape(threshold)  # checks it
     path = Path(path)
     suffix = path.suffix.lower()
 

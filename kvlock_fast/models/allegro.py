@@ -63,9 +63,9 @@ class AllegroModel(PipelineModel):
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """text [n, 1, L, C] in the transformer's dtype, mask [n, L] of its tokens."""
-        length = min(DEFAULTS["max_sequence_length"].default, int(self.pipe.tokenizer.model_max_length))
-        text, mask, _, _ = self.words(prompts, max_sequence_length=length, clean_caption=self._cleans)
-        return Conditioning(text=text.to(self.dtype)[:, None], mask=mask)
+        most = min(DEFAULTS["max_sequence_length"].default, int(self.pipe.tokenizer.model_max_length))
+        told = self.masked_text(prompts, most, clean_caption=self._cleans)
+        return told.replace(text=told["text"][:, None])
 
     def encode_video(self, frames: Tensor) -> Tensor:
         """uint8 [F, H, W, 3] to normalised latents [1, C, T, h, w] fp32, by the posterior's mode.

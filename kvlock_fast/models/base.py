@@ -241,6 +241,16 @@ class PipelineModel:
         """Conditioning of the transformer for each of the prompts."""
         return Conditioning(text=self.encode_prompts(prompts))
 
+    def text_and(self, prompts: list[str], **shared: Tensor) -> Conditioning:
+        """Text of each of the prompts, beside tensors [1, ...] that they share."""
+        every = {name: x.expand(len(prompts), *x.shape[1:]) for name, x in shared.items()}
+        return Conditioning(text=self.encode_prompts(prompts), **every)
+
+    def masked_text(self, prompts: list[str], most: int, **more: Any) -> Conditioning:
+        """Text [n, L, C] in the transformer's dtype and its mask [n, L], of at most so many tokens."""
+        text, mask, _, _ = self.words(prompts, max_sequence_length=most, **more)
+        return Conditioning(text=text.to(self.dtype), mask=mask)
+
     def condition_source(self, prompts: list[str], given: Given) -> Conditioning:
         """Conditioning for the source's own pass, in which nothing is to be changed."""
         return self.condition(prompts, given)
@@ -255,20 +265,16 @@ class PipelineModel:
 
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Noise [1, C, T, h, w] fp32, as the family's pipeline draws it."""
-        return self.drawn(shape, generator, device).float()
+        return self._drawn(shape, generator, device).float()
 
-    def drawn(
-        self, shape: tuple[int, ...], generator: torch.Generator | None, device: torch.device,
+    def _drawn(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator | None,
+        device: torch.device,
         dtype: torch.dtype | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Noise of a shape, as diffusers draws it.
-
-        Args:
-            shape: of the noise.
-            generator: on the CPU or the device; None: torch's own.
-            device: where the noise goes.
-            dtype: in which it is drawn; None: that of the latents between steps.
-        """
+    ) -> Tensor:
+        """Noise as diffusers draws it, in a dtype, by default that of the latents between steps."""
         from diffusers.utils.torch_utils import randn_tensor
 
         return randn_tensor(shape, generator=generator, device=device, dtype=dtype or self.latents_dtype)
@@ -369,32 +375,28 @@ class ForegroundModel(PipelineModel):
         seen = background if rows is None else background.index_select(0, rows)
         words = told["text"].shape[1] if self.arch.text == "prefix" else 0
         with whole_forward(transformer):
-            rope = self.rope(transformer, x, beside)
+            rope = self._rope(transformer, x, beside)
             lock.state.view = View(words + region.foreground, rows, _at(rope, seen))
             with processors(lock.attentions, self.processor):
-                out = self.forward_some(transformer, x, timestep, beside, computed, _at(rope, computed))
+                out = self._forward_some(transformer, x, timestep, beside, computed, _at(rope, computed))
         grid = [size // patch for size, patch in zip(latents.shape[2:], self.geometry.patch_size, strict=True)]
         whole = out.new_zeros(len(out), prod(grid), *out.shape[2:]).index_copy_(1, computed, out)
         return whole.unflatten(1, grid).permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
-    def rope(self, transformer: Transformer, x: Tensor, beside: Mapping[str, Any]) -> Rope:
+    def _rope(self, transformer: Transformer, x: Tensor, beside: Mapping[str, Any]) -> Rope:
         """Cosine and sine of all tokens' positions."""
         raise NotImplementedError
 
-    def forward_some(
-        self, transformer: Transformer, x: Tensor, timestep: Tensor, beside: Mapping[str, Any], computed: Tensor,
+    def _forward_some(
+        self,
+        transformer: Transformer,
+        x: Tensor,
+        timestep: Tensor,
+        beside: Mapping[str, Any],
+        computed: Tensor,
         rope: Rope,
-    ) -> Tensor:  # fmt: skip
-        """The transformer's forward at some tokens: [B, N, pt, ph, pw, C], of patches.
-
-        Args:
-            transformer: under the lock, with our processors.
-            x: its input, whole.
-            timestep: [].
-            beside: its other inputs, by its own names.
-            computed: numbers [N] of the tokens.
-            rope: cosine and sine of their positions.
-        """
+    ) -> Tensor:
+        """The output for the tokens `computed` [N], as patches [B, N, pt, ph, pw, C]; x: the input, whole."""
         raise NotImplementedError
 
 

@@ -97,7 +97,7 @@ class CogVideoXModel(ForegroundModel):
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Noise [1, C, T, h, w] fp32, drawn frame by frame."""
         batch, channels, frames, *size = shape
-        noise = self.drawn((batch, frames, channels, *size), generator, device)
+        noise = self._drawn((batch, frames, channels, *size), generator, device)
         return noise.transpose(1, 2).float().contiguous()
 
     def encode_video(self, frames: Tensor) -> Tensor:
@@ -142,14 +142,19 @@ class CogVideoXModel(ForegroundModel):
             ),
         )
 
-    def rope(self, transformer: Transformer, x: Tensor, beside: Mapping[str, Any]) -> Rope:
+    def _rope(self, transformer: Transformer, x: Tensor, beside: Mapping[str, Any]) -> Rope:
         rotary = beside["image_rotary_emb"]
         return None if rotary is None else (rotary[0][None, :, None], rotary[1][None, :, None])
 
-    def forward_some(
-        self, transformer: Transformer, x: Tensor, timestep: Tensor, beside: Mapping[str, Any], computed: Tensor,
+    def _forward_some(
+        self,
+        transformer: Transformer,
+        x: Tensor,
+        timestep: Tensor,
+        beside: Mapping[str, Any],
+        computed: Tensor,
         rope: Rope,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """As `CogVideoXTransformer3DModel.forward` does; the text is computed whole, in front of the video's tokens."""
         text, ofs, dtype = beside["encoder_hidden_states"], beside["ofs"], x.dtype
         words = text.shape[1]

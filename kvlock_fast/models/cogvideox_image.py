@@ -42,7 +42,7 @@ class CogVideoXImageModel(CogVideoXModel):
             )
         image = self._made((given.frames,), "image", lambda: self._image(given.frames[0])).unsqueeze(2)
         image = torch.cat([image, image.new_zeros(*image.shape[:2], frames - 1, height, width)], dim=2)
-        return Conditioning(text=self.encode_prompts(prompts), image=image.expand(len(prompts), -1, -1, -1, -1))
+        return self.text_and(prompts, image=image)
 
     def _image(self, frame: Tensor) -> Tensor:
         """The latent [1, C, h, w] of a frame uint8 [H, W, 3], in the transformer's dtype."""
@@ -55,7 +55,7 @@ class CogVideoXImageModel(CogVideoXModel):
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Noise [1, C, T, h, w] fp32, drawn after that for the image."""
         batch, channels, _, *size = shape
-        self.drawn((batch, channels, 1, *size), generator, device, self.pipe.vae.dtype)
+        self._drawn((batch, channels, 1, *size), generator, device, self.pipe.vae.dtype)
         return super().draw_noise(shape, generator, device)
 
     def seen(self, latents: Tensor, told: Conditioning) -> Tensor:

@@ -48,7 +48,9 @@ class CosmosModel(ChannelNormModel):
     """A diffusers `CosmosTextToWorldPipeline`."""
 
     arch = COSMOS
+    makes_images: bool = False
     _mask_channels: int = 0
+    _vae_names: tuple[str, str, str] = "latent_channels", "temporal_compression_ratio", "spatial_compression_ratio"
 
     def check(self) -> None:
         """Raise InputError for a pipeline without its safety checker or torchvision, or shown more than text."""
@@ -56,24 +58,15 @@ class CosmosModel(ChannelNormModel):
             raise InputError("the pipeline has no safety_checker, which the licence of Cosmos asks for")
         if self.config.concat_padding_mask and find_spec("torchvision") is None:
             raise InputError("the model's transformer needs torchvision, which is not installed")
-        if self.config.in_channels != self._latent_channels + self._mask_channels:
+        if self.config.in_channels != self.pipe.vae.config[self._vae_names[0]] + self._mask_channels:
             raise InputError("the model is shown a video beside the text: use the pipeline for text alone")
 
     @property
-    def _latent_channels(self) -> int:
-        return self.pipe.vae.config.latent_channels
-
-    @property
     def geometry(self) -> Geometry:
-        vae = self.pipe.vae.config
-        return Geometry(vae.temporal_compression_ratio, vae.spatial_compression_ratio, **self._tokens)
-
-    @property
-    def _tokens(self) -> dict[str, Any]:
-        """The token's size in latents, and the most tokens along each axis."""
+        time, space = (self.pipe.vae.config[name] for name in self._vae_names[1:])
         patch = tuple(self.config.patch_size)
         most = tuple(size // p for size, p in zip(self.config.max_size, patch, strict=True))
-        return {"patch_size": patch, "most_tokens": most}
+        return Geometry(time, space, patch, most_tokens=most, one_frame=self.makes_images)
 
     def omega0(self, guidance_scale: float) -> float:
         """The pipelines' own scale is what is added beyond the conditional prediction."""
@@ -131,19 +124,11 @@ class CosmosModel(ChannelNormModel):
         """The clean latents [B, C, T, h, w] fp32 at latents [B, ...] of sigma `timestep` []."""
         scheduler = self.pipe.scheduler
         rows = scheduler.precondition_inputs(latents, timestep)
-        output = self.ask(which, rows, scheduler.precondition_noise(timestep), told, fps=FRAME_RATE)
+        output = self._ask(which, rows, scheduler.precondition_noise(timestep), told, fps=FRAME_RATE)
         return scheduler.precondition_outputs(latents, output, timestep)
 
-    def ask(self, which: int, rows: Tensor, time: Tensor, told: Conditioning, **more: Any) -> Tensor:
-        """The transformer's output [B, C, T, h, w] in its dtype.
-
-        Args:
-            which: the transformer's number.
-            rows: its input [B, ...].
-            time: [], or [B, 1, T, 1, 1].
-            told: the conditioning of each sample.
-            more: further arguments of the transformer.
-        """
+    def _ask(self, which: int, rows: Tensor, time: Tensor, told: Conditioning, **more: Any) -> Tensor:
+        """The transformer's output [B, C, T, h, w] in its dtype, at rows [B, ...] and time [] or [B, 1, T, 1, 1]."""
         transformer = self.transformers[which]
         stride = self.geometry.spatial_stride
         height, width = (size * stride for size in rows.shape[3:])
@@ -162,18 +147,8 @@ class Cosmos2Model(CosmosModel):
     """A diffusers `Cosmos2TextToImagePipeline`."""
 
     arch = replace(COSMOS, family="cosmos2-image")
-    makes_images: bool = True
-
-    @property
-    def _latent_channels(self) -> int:
-        return self.pipe.vae.config.z_dim
-
-    @property
-    def geometry(self) -> Geometry:
-        vae = self.pipe.vae.config
-        return Geometry(
-            vae.scale_factor_temporal, vae.scale_factor_spatial, one_frame=self.makes_images, **self._tokens
-        )
+    makes_images = True
+    _vae_names = "z_dim", "scale_factor_temporal", "scale_factor_spatial"
 
     def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
         """Evenly spaced places along the scheduler's own range."""
@@ -185,7 +160,7 @@ class Cosmos2Model(CosmosModel):
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The clean latents [B, C, T, h, w] in the transformer's dtype at latents [B, ...] of sigma `timestep` []."""
         time = _flow_time(timestep)
-        output = self.ask(which, latents * (1 - time), time, told)
+        output = self._ask(which, latents * (1 - time), time, told)
         return ((1 - time) * latents + -time * output.float()).to(output.dtype)
 
 
@@ -213,7 +188,7 @@ class Cosmos25Model(Cosmos2Model):
         """The velocity [B, C, T, h, w] fp32 at latents [B, ...] of sigma `timestep` []."""
         time = timestep.expand(len(latents), 1, latents.shape[2], 1, 1)
         mask = latents.new_zeros(len(latents), 1, *latents.shape[2:], dtype=self.dtype)
-        return self.ask(which, latents, time, told, condition_mask=mask).float()
+        return self._ask(which, latents, time, told, condition_mask=mask).float()
 
 
 class Cosmos2VideoModel(Cosmos2Model):
@@ -239,7 +214,7 @@ class Cosmos2VideoModel(Cosmos2Model):
         first = torch.zeros_like(latents[:, :1])
         first[:, :, 0] = 1
         held = first[:, :, :, :1, :1]
-        output = self.ask(
+        output = self._ask(
             which,
             torch.cat([image, (latents * (1 - time))[:, :, 1:]], dim=2),
             (held * picture_time + (1 - held) * time).to(dtype),

@@ -82,7 +82,7 @@ class FramepackModel(HunyuanVideoI2VModel):
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Noise [1, C, T, h, w] fp32, drawn for the section alone."""
         rows, channels, frames, *size = shape
-        noise = self.drawn((rows, channels, frames - 1, *size), generator, device)
+        noise = self._drawn((rows, channels, frames - 1, *size), generator, device)
         return torch.cat([torch.zeros_like(noise[:, :, :1]), noise], dim=2)
 
     def first_latents(self, noise: Tensor, given: Given) -> Tensor:
@@ -104,13 +104,16 @@ class FramepackModel(HunyuanVideoI2VModel):
         """The image's features, and its latents with an empty history, each with numbers in time."""
         rows, size = latents.shape[:2], latents.shape[3:]
         near, far, farther = (latents.new_zeros(*rows, n, *size, dtype=self.dtype) for n in HISTORY)
-        section, clean, at_far, at_farther = self._times(latents.shape[2] - 1, latents.device)
+        sizes, device = [1, latents.shape[2] - 1, *HISTORY], latents.device
+        # They are made on the host.
+        times = self.kept((*sizes, device), lambda: torch.arange(sum(sizes), device=device).split(sizes))
+        at_image, section, at_near, at_far, at_farther = times
         return {
             **super().beside(told, latents),
             "image_embeds": told["features"],
             "indices_latents": section,
             "latents_clean": torch.cat([told["image"].to(self.dtype), near], dim=2),
-            "indices_latents_clean": clean,
+            "indices_latents_clean": torch.cat([at_image, at_near]),
             "latents_history_2x": far,
             "indices_latents_history_2x": at_far,
             "latents_history_4x": farther,
@@ -121,16 +124,3 @@ class FramepackModel(HunyuanVideoI2VModel):
         """fp32, with 0 in the first frame."""
         velocity = prediction.float()
         return torch.cat([torch.zeros_like(velocity[:, :, :1]), velocity], dim=2)
-
-    def _times(self, frames: int, device: torch.device) -> list[Tensor]:
-        """Numbers in time of a section's frames, of the image with the history next to it, and of the history's rest.
-
-        They are made on the host.
-        """
-
-        def numbers() -> list[Tensor]:
-            times = torch.arange(1 + frames + sum(HISTORY), device=device)
-            image, section, near, far, farther = times.split([1, frames, *HISTORY])
-            return [section, torch.cat([image, near]), far, farther]
-
-        return self.kept((frames, device), numbers)

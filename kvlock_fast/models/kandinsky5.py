@@ -77,7 +77,7 @@ class Kandinsky5Model(PipelineModel):
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Noise [1, C, T, h, w] fp32, drawn with channels last."""
         batch, channels, *size = shape
-        noise = self.drawn((batch, *size, channels), generator, device)
+        noise = self._drawn((batch, *size, channels), generator, device)
         return noise.float().permute(0, 4, 1, 2, 3).contiguous()
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:

@@ -41,7 +41,7 @@ class LongCatImageModel(PackedModel):
 
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Noise [1, C, 1, h, w] fp32, drawn in fp32 and then rounded."""
-        return self.drawn(shape, generator, device, torch.float32).to(self.dtype).float()
+        return self._drawn(shape, generator, device, torch.float32).to(self.dtype).float()
 
     def text_positions(self, length: int) -> Tensor:
         return prepare_pos_ids(modality_id=0, type="text", start=(0, 0), num_token=length)

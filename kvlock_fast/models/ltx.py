@@ -41,10 +41,8 @@ class LTXModel(PipelineModel):
         return self.shifted_sigmas(num_steps, latents * (width // geometry.spatial_stride))
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
-        """text [n, L, C] in the transformer's dtype, mask [n, L] of its tokens."""
-        length = min(DEFAULTS["max_sequence_length"].default, self.pipe.tokenizer_max_length)
-        text, mask, _, _ = self.words(prompts, max_sequence_length=length)
-        return Conditioning(text=text.to(self.dtype), mask=mask)
+        most = min(DEFAULTS["max_sequence_length"].default, self.pipe.tokenizer_max_length)
+        return self.masked_text(prompts, most)
 
     def _normalised(self, latents: Tensor) -> Tensor:
         vae = self.pipe.vae

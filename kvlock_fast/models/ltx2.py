@@ -74,8 +74,8 @@ class LTX2Model(LTXModel):
         """Noise [1, C, T, h, w] fp32: the video's is drawn first, then the sound's."""
         batch, channels, total, *size = shape
         frames = self._split(total, *size)
-        video = self.drawn((batch, channels, frames, *size), generator, device)
-        sound = self.drawn((batch, *self._sound_shape(frames)), generator, device)
+        video = self._drawn((batch, channels, frames, *size), generator, device)
+        sound = self._drawn((batch, *self._sound_shape(frames)), generator, device)
         return self._joined(video, LTX2Pipeline._pack_audio_latents(sound))
 
     def encode_video(self, frames: Tensor) -> Tensor:

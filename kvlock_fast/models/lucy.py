@@ -30,8 +30,7 @@ class LucyModel(WanModel):
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """text [n, L, C]; shown [n, C, T, h, w] fp32."""
-        shown = self._made((given.frames,), "shown", lambda: self._show(given.frames))
-        return Conditioning(text=self.encode_prompts(prompts), shown=shown.expand(len(prompts), *shown.shape[1:]))
+        return self.text_and(prompts, shown=self._made((given.frames,), "shown", lambda: self._show(given.frames)))
 
     def _show(self, frames: Tensor) -> Tensor:
         """The source's latents, as the pipeline makes them of pictures."""

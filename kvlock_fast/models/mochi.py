@@ -57,14 +57,12 @@ class MochiModel(ChannelNormModel):
         return {"sigmas": np.array(linear_quadratic_schedule(num_steps, THRESHOLD_NOISE))}
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
-        """text [n, L, C] in the transformer's dtype, mask bool [n, L] of its tokens."""
-        length = min(DEFAULTS["max_sequence_length"].default, self.pipe.tokenizer_max_length)
-        text, mask, _, _ = self.words(prompts, max_sequence_length=length)
-        return Conditioning(text=text.to(self.dtype), mask=mask)
+        most = min(DEFAULTS["max_sequence_length"].default, self.pipe.tokenizer_max_length)
+        return self.masked_text(prompts, most)
 
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Noise [1, C, T, h, w], drawn in fp32."""
-        return self.drawn(shape, generator, device, torch.float32)
+        return self._drawn(shape, generator, device, torch.float32)
 
     def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the autoencoder's latents, which are 0 and 1 where it does not say."""

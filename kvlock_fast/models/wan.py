@@ -103,13 +103,18 @@ class WanModel(ChannelNormModel, ForegroundModel):
         sizes = zip(latents.shape[2:], self.geometry.patch_size, strict=True)
         return prod(size // patch for size, patch in sizes)
 
-    def rope(self, transformer: Transformer, x: Tensor, beside: Mapping[str, Any]) -> Rope:
+    def _rope(self, transformer: Transformer, x: Tensor, beside: Mapping[str, Any]) -> Rope:
         return transformer.rope(x)
 
-    def forward_some(
-        self, transformer: Transformer, x: Tensor, timestep: Tensor, beside: Mapping[str, Any], computed: Tensor,
+    def _forward_some(
+        self,
+        transformer: Transformer,
+        x: Tensor,
+        timestep: Tensor,
+        beside: Mapping[str, Any],
+        computed: Tensor,
         rope: Rope,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """As `WanTransformer3DModel.forward` and its kin do."""
         times = self.times(timestep, x, computed)
         x = transformer.patch_embedding(x).flatten(2).transpose(1, 2).index_select(1, computed)

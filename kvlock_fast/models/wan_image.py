@@ -66,13 +66,10 @@ class WanImageModel(WanModel):
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """text [n, L, C]; shown [n, c, T or 1, h, w] fp32, of the given frames; features [n, pictures, N, C]."""
-        told = {
-            "text": self.encode_prompts(prompts),
-            "shown": self._made((given.frames,), "shown", lambda: self._show(given)),
-        }
+        told = {"shown": self._made((given.frames,), "shown", lambda: self._show(given))}
         if self.sees_picture:
             told["features"] = self._made((given.frames,), "features", lambda: self._look(given))
-        return Conditioning(**{name: x.expand(len(prompts), *x.shape[1:]) for name, x in told.items()})
+        return self.text_and(prompts, **told)
 
     def _show(self, given: Given) -> Tensor:
         """The mask of given frames and their latents [1, c, T, h, w], or the first frame's latent [1, C, 1, h, w]."""

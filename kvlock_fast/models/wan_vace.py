@@ -48,8 +48,7 @@ class WanVACEModel(WanModel):
 
     def _told(self, prompts: list[str], given: Given, pixels: Tensor, name: str) -> Conditioning:
         clip = (given.frames,) if given.pixels is None else (given.frames, given.pixels)
-        shown = self._made(clip, name, lambda: self._show(given.frames, pixels))
-        return Conditioning(text=self.encode_prompts(prompts), shown=shown.expand(len(prompts), *shown.shape[1:]))
+        return self.text_and(prompts, shown=self._made(clip, name, lambda: self._show(given.frames, pixels)))
 
     def _show(self, frames: Tensor, pixels: Tensor) -> Tensor:
         """[1, c, T, h, w]: latents of what is kept, of what is not (grey), and the mask."""
