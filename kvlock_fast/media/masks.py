@@ -18,6 +18,7 @@ from kvlock_fast.errors import InputError, one_line
 from kvlock_fast.media import images
 from kvlock_fast.media.fitting import by_distance
 from kvlock_fast.media.video_in import MAX_BYTES, MAX_PIXELS, decode_video, read_images
+from kvlock_fast.settings import MaskShape
 
 FORMS = "box:x,y,w,h or box:FRAME=x,y,w,h;FRAME=x,y,w,h;... with whole numbers"
 
