@@ -79,8 +79,7 @@ def carried(container: Any, suffix: str, audio: Audio | None, seconds: float) ->
 def leave_out(audio: Audio | None, output: Path, reason: str) -> None:
     """Say that the output has no sound although the source has."""
     if audio is not None:
-        message = f"'{output}' is without the sound of '{audio.path}': {reason}"
-        warn(message)
+        warn(f"'{output}' is without the sound of '{audio.path}': {reason}")
 
 
 def _guarded(packets: Iterator[Any], path: Path) -> Iterator[Any]:
@@ -90,8 +89,7 @@ def _guarded(packets: Iterator[Any], path: Path) -> Iterator[Any]:
     try:
         yield from packets
     except FFmpegError as error:
-        message = f"the sound of '{path}' is damaged and ends early: {error.strerror or error}"
-        warn(message)
+        warn(f"the sound of '{path}' is damaged and ends early: {error.strerror or error}")
 
 
 def _copied(source: Any, stream: Any, target: Any, start: float, seconds: float) -> Iterator[Any]:

@@ -10,6 +10,8 @@ import numpy as np
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import refuse_special
 
+MAX_PIXELS = 4096 * 4096
+"""The largest picture that is read, in pixels."""
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 
 
@@ -24,12 +26,12 @@ def images_in(folder: Path) -> list[Path]:
     return sorted(found, key=_natural)
 
 
-def image_size(path: Path, max_pixels: int) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
     """(height, width) as shown, EXIF orientation applied, read from the header alone.
 
-    Raises InputError naming the file if it is no image or has more than `max_pixels` pixels.
+    Raises InputError naming the file if it is no image or has more than MAX_PIXELS pixels.
     """
-    with _opened(path, max_pixels) as image:
+    with _opened(path) as image:
         # EXIF tag 274 is the orientation; 5 to 8 turn the picture on its side.
         turned = image.getexif().get(274, 1) >= 5
         return (image.width, image.height) if turned else (image.height, image.width)
@@ -47,14 +49,14 @@ def is_still(path: Path) -> bool:
         return True
 
 
-def read_image(path: Path, max_pixels: int) -> np.ndarray:
+def read_image(path: Path) -> np.ndarray:
     """The image as uint8 RGB `[H, W, 3]`: EXIF orientation applied, transparency over black, 16 bit scaled to 8.
 
-    Raises InputError naming the file if it cannot be read or has more than `max_pixels` pixels.
+    Raises InputError naming the file if it cannot be read or has more than MAX_PIXELS pixels.
     """
     from PIL import ImageOps
 
-    with _opened(path, max_pixels) as image:
+    with _opened(path) as image:
         try:
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
@@ -74,7 +76,7 @@ def over_black(rgba: np.ndarray) -> np.ndarray:
     return ((weighted + 127) // 255).astype(np.uint8)
 
 
-def _opened(path: Path, max_pixels: int):
+def _opened(path: Path):
     refuse_special(path)
     from PIL import Image
 
@@ -83,13 +85,13 @@ def _opened(path: Path, max_pixels: int):
     except FileNotFoundError as error:
         raise InputError(f"the image '{path}' does not exist") from error
     except Image.DecompressionBombError as error:
-        raise InputError(f"the image '{path}' is larger than the limit of {max_pixels} pixels") from error
+        raise InputError(f"the image '{path}' is larger than the limit of {MAX_PIXELS} pixels") from error
     except Exception as error:  # UnidentifiedImageError, and whatever else a stranger's bytes cause
         raise InputError(f"'{path}' is not an image that can be read") from error
-    if image.width * image.height > max_pixels:
+    if image.width * image.height > MAX_PIXELS:
         image.close()
         raise InputError(
-            f"the image '{path}' is {image.height}x{image.width}, more than the limit of {max_pixels} pixels"
+            f"the image '{path}' is {image.height}x{image.width}, more than the limit of {MAX_PIXELS} pixels"
         )
     return image
 

@@ -17,7 +17,7 @@ import numpy as np
 from kvlock_fast.errors import InputError, one_line
 from kvlock_fast.media import images
 from kvlock_fast.media.fitting import by_distance
-from kvlock_fast.media.video_in import MAX_BYTES, MAX_PIXELS, decode_video, read_images
+from kvlock_fast.media.video_in import MAX_BYTES, decode_video, read_images
 from kvlock_fast.settings import MaskShape
 
 FORMS = "box:x,y,w,h or box:FRAME=x,y,w,h;FRAME=x,y,w,h;... with whole numbers"
@@ -104,12 +104,12 @@ def read_mask(path: str | os.PathLike, *, threshold: float = 0.5, max_frames: in
         return picture.max(axis=-1) > threshold * 255
 
     if path.is_dir():
-        return read_images(path, max_frames, MAX_PIXELS, MAX_BYTES, marked)
+        return read_images(path, max_frames, marked)
     if suffix in images.SUFFIXES:
-        return marked(images.read_image(path, MAX_PIXELS))[None]
+        return marked(images.read_image(path))[None]
     if suffix in (".npy", ".npz"):
         return _from_array(_load_array(path), path, threshold)[:max_frames]
-    return decode_video(path, max_frames, MAX_PIXELS, MAX_BYTES, marked).frames
+    return decode_video(path, max_frames, marked).frames
 
 
 def _load_array(path: Path) -> np.ndarray:

@@ -15,9 +15,6 @@ from kvlock_fast.errors import InputError, one_line
 from kvlock_fast.media import images
 from kvlock_fast.media.audio import Audio
 
-MAX_PIXELS = 4096 * 4096
-"""The largest picture that is read, in pixels."""
-
 MAX_BYTES = 1 << 30
 """The most memory one clip may take, in bytes of uint8 RGB."""
 
@@ -41,44 +38,37 @@ class Video:
 
 
 Convert = Callable[[np.ndarray], np.ndarray]
-"""What each picture, uint8 RGB `[H, W, 3]`, is turned into as soon as it is read."""
+"""Conversion of each picture, uint8 RGB `[H, W, 3]`, as soon as it is read."""
 
 
-def read_video(
-    path: str | os.PathLike, *, max_frames: int | None = None, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES
-) -> Video:
+def read_video(path: str | os.PathLike, *, max_frames: int | None = None) -> Video:
     """Read a video file (mp4, mov, mkv, webm, avi, gif, ...), a folder of images, or an image: a video of one frame.
 
     Frames come as shown: rotation applied, colours by the file's own matrix and range (untagged: BT.601 up to 576
-    rows, BT.709 above), transparency over black. A variable rate keeps its frames and gives the average rate.
-
-    Args:
-        max_frames: read only the first so many.
-        max_pixels: the largest picture, in pixels.
-        max_bytes: the most memory for all frames. These limits, and MAX_FRAMES, are checked before memory is taken.
+    rows, BT.709 above), transparency over black. A variable rate keeps its frames and gives the average rate. Only the
+    first `max_frames` are read. The limits, images.MAX_PIXELS, MAX_BYTES and MAX_FRAMES, are checked before memory is
+    taken.
 
     Raises:
         InputError: missing, empty, truncated, undecodable, no video, or over a limit; it names the file.
     """
     path = Path(path)
     if path.is_dir():
-        return Video(read_images(path, max_frames, max_pixels, max_bytes), FOLDER_FPS)
+        return Video(read_images(path, max_frames), FOLDER_FPS)
     if path.suffix.lower() in images.SUFFIXES and images.is_still(path):
-        return Video(images.read_image(path, max_pixels)[None], FOLDER_FPS)
-    return decode_video(path, max_frames, max_pixels, max_bytes)
+        return Video(images.read_image(path)[None], FOLDER_FPS)
+    return decode_video(path, max_frames)
 
 
-def read_images(
-    folder: Path, max_frames: int | None, max_pixels: int, max_bytes: int, convert: Convert = np.asarray
-) -> np.ndarray:
+def read_images(folder: Path, max_frames: int | None, convert: Convert = np.asarray) -> np.ndarray:
     """The images of a folder, all of one size, each converted and stacked. Raises InputError naming the offender."""
     paths = images.images_in(folder)[:max_frames]
-    height, width = images.image_size(paths[0], max_pixels)
-    _check_memory(folder, len(paths), height, width, max_bytes)
+    height, width = images.image_size(paths[0])
+    _check_memory(folder, len(paths), height, width)
 
     def pictures() -> Iterator[np.ndarray]:
         for path in paths:
-            image = images.read_image(path, max_pixels)
+            image = images.read_image(path)
             if image.shape[:2] != (height, width):
                 size = f"{height}x{width}"
                 raise InputError(f"the image '{path}' is {_size(image)}, but the first of its folder is {size}")
@@ -87,9 +77,7 @@ def read_images(
     return _collect(pictures(), folder, len(paths), None)
 
 
-def decode_video(
-    path: Path, max_frames: int | None, max_pixels: int, max_bytes: int, convert: Convert = np.asarray
-) -> Video:
+def decode_video(path: Path, max_frames: int | None, convert: Convert = np.asarray) -> Video:
     """A video file, each frame converted. Limits and errors as `read_video`."""
     import av
     from av.error import ArgumentError, FFmpegError
@@ -100,15 +88,15 @@ def decode_video(
         raise InputError(f"'{path}' is not a file" if path.exists() else f"the video '{path}' does not exist")
     if path.stat().st_size == 0:
         raise InputError(f"the video '{path}' is empty")
-    # "file:" keeps a name with a colon from being taken for a protocol; max_pixels stops a bomb while probing.
-    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(max_pixels)}
+    # "file:" keeps a name with a colon from being taken for a protocol; its max_pixels stops a bomb while probing.
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", "max_pixels": str(images.MAX_PIXELS)}
     try:
         # Tags are text of any encoding; none of them is used.
         with av.open(f"file:{path}", options=options, metadata_errors="replace") as container:
             if not container.streams.video:
                 raise InputError(f"'{path}' has no video stream")
             stream = container.streams.video[0]
-            most = _frames_allowed(container, path, max_frames, max_pixels, max_bytes)
+            most = _frames_allowed(container, path, max_frames)
             frames = _collect(map(convert, _pictures(container, stream, path)), path, most, max_frames)
             return Video(frames, _rate(stream), Audio.of(container, stream, path))
     except ArgumentError as error:
@@ -129,26 +117,26 @@ def _rate(stream) -> Fraction:
     return Fraction(stream.average_rate or stream.guessed_rate or FOLDER_FPS)
 
 
-def _frames_allowed(container, path: Path, max_frames: int | None, max_pixels: int, max_bytes: int) -> int:
-    """How many frames fit into `max_bytes`; refuses by what the container states, before anything is decoded."""
+def _frames_allowed(container, path: Path, max_frames: int | None) -> int:
+    """How many frames fit into MAX_BYTES; refuses by what the container states, before anything is decoded."""
     stream = container.streams.video[0]
     height, width = stream.codec_context.height, stream.codec_context.width
     if height * width == 0:
         raise InputError(f"the video '{path}' cannot be decoded: it states no picture size")
-    if height * width > max_pixels:
-        raise InputError(f"the video '{path}' is {height}x{width}, more than the limit of {max_pixels} pixels")
+    if height * width > images.MAX_PIXELS:
+        raise InputError(f"the video '{path}' is {height}x{width}, more than the limit of {images.MAX_PIXELS} pixels")
     stated = stream.frames or int((container.duration or 0) / 1e6 * _rate(stream))
-    return _check_memory(path, min(stated, max_frames or stated), height, width, max_bytes)
+    return _check_memory(path, min(stated, max_frames or stated), height, width)
 
 
-def _check_memory(path: Path, count: int, height: int, width: int, max_bytes: int) -> int:
-    """The most frames of this size that `max_bytes` holds. Raises InputError if `count` is more."""
+def _check_memory(path: Path, count: int, height: int, width: int) -> int:
+    """The most frames of this size that MAX_BYTES holds. Raises InputError if `count` is more."""
     if count > MAX_FRAMES:
         raise InputError(f"'{path}' has {count} frames, more than the limit of {MAX_FRAMES}")
-    most = min(max_bytes // (height * width * 3), MAX_FRAMES)
+    most = min(MAX_BYTES // (height * width * 3), MAX_FRAMES)
     if count > most:
         raise InputError(
-            f"'{path}' has {count} frames of {height}x{width}, but only {most} fit into the limit of {max_bytes} bytes"
+            f"'{path}' has {count} frames of {height}x{width}, but only {most} fit into the limit of {MAX_BYTES} bytes"
         )
     return most
 

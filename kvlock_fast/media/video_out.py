@@ -250,8 +250,7 @@ def _encode(file: Path, frames: np.ndarray, rate: Fraction, quality: int, audio:
 def _gif_rate(path: Path, rate: Fraction) -> Fraction:
     if rate <= FASTEST_GIF:
         return rate
-    message = f"'{path}' plays at {FASTEST_GIF} frames per second, the most of a GIF, not at {float(rate):g}"
-    warn(message)
+    warn(f"'{path}' plays at {FASTEST_GIF} frames per second, the most of a GIF, not at {float(rate):g}")
     return Fraction(FASTEST_GIF)
 
 

@@ -25,7 +25,7 @@ AURA_FLOW = ArchSpec(
 )
 DEFAULTS = inspect.signature(AuraFlowPipeline.__call__).parameters
 TIMESTEPS = 1000
-"""What AuraFlowPipeline divides a timestep by, whatever the scheduler counts to."""
+"""Divisor of timesteps in AuraFlowPipeline, whatever the scheduler counts to."""
 
 
 class AuraFlowModel(ImageModel):

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ def encode_pictures(vae: Autoencoder, frames: Tensor, device: torch.device, at_o
 
 
 def decode_each(
-    vae: Autoencoder, latents: Tensor, tiled: bool, at_once: int = 1, told: Mapping[str, Any] = MappingProxyType({})
+    vae: Autoencoder, latents: Tensor, tiled: bool, at_once: int = 1, told: Mapping[str, Any] | None = None
 ) -> Tensor:
     """Latents [B, C, ...] as the autoencoder made them to uint8 [B, ..., 3] on the CPU.
 
@@ -42,7 +41,7 @@ def decode_each(
     decoded = []
     with tiling(vae, tiled):
         for some in latents.to(vae.dtype).split(at_once):
-            pixels = vae.decode(some, return_dict=False, **told)[0]
+            pixels = vae.decode(some, return_dict=False, **(told or {}))[0]
             decoded.append(((pixels.float() + 1) * 127.5).round_().clamp_(0, 255).to(torch.uint8).cpu())
     return torch.cat(decoded).movedim(1, -1)
 

@@ -85,7 +85,7 @@ class PipelineModel:
     has_guider: bool = False
     """Whether the pipeline guides by a component, which may be off or missing."""
     why_not_captured: str | None = None
-    """What in a forward of diffusers' own, such as a read from the device, a captured step would miss."""
+    """Reason why a step cannot be captured, such as a read from the device in diffusers' forward; None: it can."""
     guided_if_asked: bool = False
     """Whether a negative branch is run only where a negative prompt is given: by models that may be distilled."""
     most_text: int = 512

@@ -155,7 +155,7 @@ class CogVideoXModel(ForegroundModel):
         computed: Tensor,
         rope: Rope,
     ) -> Tensor:
-        """As `CogVideoXTransformer3DModel.forward` does; the text is computed whole, in front of the video's tokens."""
+        """Follows `CogVideoXTransformer3DModel.forward`; the text is computed whole, in front of the video's tokens."""
         text, ofs, dtype = beside["encoder_hidden_states"], beside["ofs"], x.dtype
         words = text.shape[1]
         temb = transformer.time_embedding(transformer.time_proj(self.times(timestep, x)).to(dtype))

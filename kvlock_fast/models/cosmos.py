@@ -154,8 +154,7 @@ class Cosmos2Model(CosmosModel):
         """Evenly spaced places along the scheduler's own range."""
         return {"sigmas": torch.linspace(0, 1, num_steps, dtype=torch.float64)}
 
-    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        return ChannelNormModel._latent_statistics(self, latents)
+    _latent_statistics = ChannelNormModel._latent_statistics
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The clean latents [B, C, T, h, w] in the transformer's dtype at latents [B, ...] of sigma `timestep` []."""

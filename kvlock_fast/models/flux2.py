@@ -19,7 +19,7 @@ from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models.base import TEXT
-from kvlock_fast.models.images import ImageModel, padded_length
+from kvlock_fast.models.images import PackedModel, padded_length
 
 FLUX2 = ArchSpec(
     family="flux2",
@@ -29,21 +29,19 @@ FLUX2 = ArchSpec(
     text="prefix",
     fused=("to_qkv_mlp_proj",),
 )
-TEXT_TOKENS = 512
-"""What the pipelines pad a prompt to."""
 FOLD = 2
 """Latents of the autoencoder that become channels of one, down and across."""
 
 
-class Flux2Model(ImageModel):
+class Flux2Model(PackedModel):
     """A diffusers `Flux2Pipeline`."""
 
     arch = FLUX2
-    shifts_by_size = True
-    time_in_model_dtype = True
-    time_unit = 1000
     told_scale = True
     told_names = TEXT | {"guidance": "guidance"}
+
+    def check(self) -> None:
+        """Any transformer of the class will do."""
 
     @property
     def geometry(self) -> Geometry:
@@ -61,7 +59,7 @@ class Flux2Model(ImageModel):
         return told.replace(guidance=scales) if self.told_scale else told
 
     def encode_prompts(self, prompts: list[str]) -> Tensor:
-        length = padded_length(TEXT_TOKENS, self.pipe.tokenizer)
+        length = padded_length(self.most_words, self.pipe.tokenizer)
         text, _ = self.pipe.encode_prompt(prompts, device=self.device, max_sequence_length=length)
         return text.to(self.dtype)
 
@@ -80,20 +78,16 @@ class Flux2Model(ImageModel):
         mean, variance = (x.float().view(1, -1, 1, 1).to(self.device) for x in (norm.running_mean, norm.running_var))
         return mean, torch.sqrt(variance + self.pipe.vae.config.batch_norm_eps)
 
+    def text_positions(self, length: int) -> Tensor:
+        """Positions [L, 4] of so many text tokens."""
+        return self.pipe._prepare_text_ids(torch.empty(1, length, 0))[0]
+
+    def image_positions(self, height: int, width: int) -> Tensor:
+        """Positions [S, 4] of an image of so many latents."""
+        return self.pipe._prepare_latent_ids(torch.empty(1, 0, height, width))[0]
+
     def entering(self, latents: Tensor, told: Conditioning) -> Tensor:
         return self.pipe._pack_latents(latents[:, :, 0])
-
-    def beside(self, told: Conditioning, latents: Tensor) -> dict[str, Any]:
-        """Positions [L, 4] of the text's tokens and [S, 4] of the image's go along."""
-        text, (height, width) = told["text"].shape[1], latents.shape[3:]
-
-        def ids() -> list[Tensor]:
-            words = self.pipe._prepare_text_ids(torch.empty(1, text, 0))
-            image = self.pipe._prepare_latent_ids(torch.empty(1, 0, height, width))
-            return [x[0].to(self.device) for x in (words, image)]
-
-        text_ids, image_ids = self.kept((text, height, width, self.device), ids)
-        return {**super().beside(told, latents), "txt_ids": text_ids, "img_ids": image_ids}
 
     def leaving(self, prediction: Tensor, latents: Tensor) -> Tensor:
         return prediction.transpose(1, 2).unflatten(2, (1, *latents.shape[3:]))

@@ -23,6 +23,7 @@ from kvlock_fast.conditioning import Conditioning, Given
 from kvlock_fast.errors import InputError
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models.autoencoder import picture
+from kvlock_fast.models.base import PipelineModel
 from kvlock_fast.models.hunyuan_video import HUNYUAN_VIDEO, HunyuanVideoModel
 from kvlock_fast.models.hunyuan_video_i2v import HunyuanVideoI2VModel
 from kvlock_fast.models.schedulers import shift_of
@@ -67,7 +68,7 @@ class FramepackModel(HunyuanVideoI2VModel):
         return {**super().timesteps_settings(num_steps, frames, height, width), "mu": shift}
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
-        """As HunyuanVideo's, and the image's latents [n, C, 1, h, w] fp32 and features [n, N, D]."""
+        """HunyuanVideo's conditioning, and the image's latents [n, C, 1, h, w] fp32 and features [n, N, D]."""
         pipe, image = self.pipe, picture(given.frames[0])
         pixels = pipe.video_processor.preprocess(image, image.height, image.width)
         features = pipe.encode_image(pixels, device=self.device).to(self.dtype)
@@ -76,8 +77,7 @@ class FramepackModel(HunyuanVideoI2VModel):
             image=latents.expand(len(prompts), -1, -1, -1, -1), features=features.expand(len(prompts), -1, -1)
         )
 
-    def condition_negative(self, prompt: str, prompts: list[str], given: Given) -> Conditioning:
-        return self.condition([prompt], given).expand(len(prompts))
+    condition_negative = PipelineModel.condition_negative
 
     def draw_noise(self, shape: torch.Size, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Noise [1, C, T, h, w] fp32, drawn for the section alone."""

@@ -22,7 +22,7 @@ HUNYUAN_IMAGE = ArchSpec(
 )
 SHIPPED = "AdaptiveProjectedMixGuidance"
 TOLD = 1000.0
-"""What the scale is multiplied by where the transformer is told it."""
+"""Factor of the scale where the transformer is told it."""
 
 
 class HunyuanImageModel(ImageModel):
@@ -41,8 +41,7 @@ class HunyuanImageModel(ImageModel):
         if self.config.use_meanflow:
             raise InputError("a model that is told where a step ends (use_meanflow=True) is not supported")
         if type(guider).__name__ == SHIPPED:
-            message = f"the pipeline's guider {SHIPPED} is left out: an edit takes classifier-free guidance"
-            warn(message)
+            warn(f"the pipeline's guider {SHIPPED} is left out: an edit takes classifier-free guidance")
         elif guider is not None:
             check_guider(guider)
 

@@ -27,7 +27,7 @@ HUNYUAN_VIDEO = ArchSpec(
 )
 TEXT_LENGTH = inspect.signature(HunyuanVideoPipeline.__call__).parameters["max_sequence_length"].default
 GUIDANCE_UNIT = 1000.0
-"""What diffusers' pipelines multiply the guidance scale by, before the transformer embeds it."""
+"""Factor of the guidance scale in diffusers' pipelines, before the transformer embeds it."""
 
 
 class HunyuanVideoModel(PipelineModel):
@@ -56,7 +56,7 @@ class HunyuanVideoModel(PipelineModel):
 
     @property
     def time_in_model_dtype(self) -> bool:
-        """As the pipeline's latents are rounded after a step: by Euler's to the prediction's dtype."""
+        """Follows the pipeline's latents after a step, which Euler's rounds to the prediction's dtype."""
         return type(self.pipe.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:

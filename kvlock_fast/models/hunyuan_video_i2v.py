@@ -49,10 +49,9 @@ class HunyuanVideoI2VModel(HunyuanVideoModel):
         return not self.replaces and super().time_in_model_dtype
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
-        """As for text-to-video, and the image's latents [n, C, 1, h, w] or, with their mask, [n, C + 1, T, h, w]."""
-        return self._told(
-            prompts, given, picture(given.frames[0]), IMAGE_TOKENS_EVERY[self.config.image_condition_type]
-        )
+        """Text, and the image's latents [n, C, 1, h, w] or, with their mask, [n, C + 1, T, h, w]."""
+        every = IMAGE_TOKENS_EVERY[self.config.image_condition_type]
+        return self._told(prompts, given, picture(given.frames[0]), every)
 
     def condition_negative(self, prompt: str, prompts: list[str], given: Given) -> Conditioning:
         """The words are told a black image, with as many of its tokens as the pipeline takes then."""

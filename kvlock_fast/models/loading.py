@@ -43,8 +43,7 @@ def _without_noise(pipe: Pipeline) -> None:
     import diffusers
 
     other, changes = WITHOUT_NOISE[name]
-    message = f"scheduler {name} adds noise at every step: taking {other} of its config"
-    warn(message)
+    warn(f"scheduler {name} adds noise at every step: taking {other} of its config")
     pipe.scheduler = getattr(diffusers, other).from_config(pipe.scheduler.config, **changes)
 
 

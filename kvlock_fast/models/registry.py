@@ -77,15 +77,13 @@ REGISTRY: tuple[Family, ...] = tuple(
 """All families. The table above has names without their endings, which are alike."""
 PIECES = "it makes a clip piece by piece, so that no step has one latent of the whole source"
 MEAN_VELOCITY = "it predicts the mean velocity of a step, from which no clean latent follows"
-DRIVEN = "it is driven by videos of a pose and a face, which an edit does not have"
 FORCING = "every frame has a time of its own (diffusion forcing), so that no step has one latent of the source"
 CONTROLLED = "it is driven by a control video, which an edit does not have"
 LINEAR = (
     "its self-attention is linear: keys and values of all tokens end in one sum, where no token's can be the source's"
 )
-COSMOS_CONTROL = "its transformer is led by a control network and by a clip beside the text"
 REFUSED = {
-    "Cosmos2_5_TransferPipeline": COSMOS_CONTROL,
+    "Cosmos2_5_TransferPipeline": "its transformer is led by a control network and by a clip beside the text",
     "SkyReelsV2DiffusionForcingPipeline": FORCING,
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": FORCING,
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": FORCING,
@@ -93,7 +91,7 @@ REFUSED = {
     "AnyFlowFARPipeline": MEAN_VELOCITY,
     "HeliosPipeline": PIECES,
     "HeliosPyramidPipeline": PIECES,
-    "WanAnimatePipeline": DRIVEN,
+    "WanAnimatePipeline": "it is driven by videos of a pose and a face, which an edit does not have",
     "CogVideoXFunControlPipeline": CONTROLLED,
     "EasyAnimateControlPipeline": CONTROLLED,
     "CogVideoXVideoToVideoPipeline": "it starts from a noised video of its own: load the model by CogVideoXPipeline",

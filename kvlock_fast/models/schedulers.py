@@ -1,4 +1,4 @@
-"""Which of diffusers' schedulers an edit can follow: deterministic ones, of a flow or of a diffusion.
+"""The schedulers of diffusers that an edit can follow: deterministic ones, of a flow or of a diffusion.
 
 x_k = a_k x0 + b_k n. A flow has a = 1 - sigma, b = sigma and predicts v = n - x0 ("flow_prediction"), or counts sigma
 from noise to data, a = sigma, b = 1 - sigma, and predicts x0 - n ("reversed_flow", as Mochi); a diffusion has

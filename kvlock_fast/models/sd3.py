@@ -26,8 +26,6 @@ SD3 = ArchSpec(
     one_call=True,
     blocks=("JointTransformerBlock",),
 )
-TEXT_TOKENS = 256
-"""What StableDiffusion3Pipeline pads a prompt to for T5."""
 
 
 class SD3Model(ImageModel):
@@ -56,6 +54,6 @@ class SD3Model(ImageModel):
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """text [n, L, C] of the CLIPs and T5, pooled [n, C] of the CLIPs, in the transformer's dtype."""
-        length = padded_length(TEXT_TOKENS, self.pipe.tokenizer_3)
+        length = padded_length(256, self.pipe.tokenizer_3)
         text, _, pooled, _ = self.words(prompts, prompt_2=None, prompt_3=None, max_sequence_length=length)
         return Conditioning(text=text.to(self.dtype), pooled=pooled.to(self.dtype))

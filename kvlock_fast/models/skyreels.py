@@ -8,7 +8,6 @@ is refused: there a step has no one latent of the source.
 from dataclasses import replace
 
 from kvlock_fast.errors import InputError
-from kvlock_fast.models.protocols import Config
 from kvlock_fast.models.wan import WAN, WanModel
 from kvlock_fast.models.wan_image import WanImageModel
 
@@ -16,29 +15,24 @@ SKYREELS = replace(WAN, family="skyreels-v2", transformers=("SkyReelsV2Transform
 SKYREELS_IMAGE = replace(SKYREELS, family="skyreels-v2-i2v")
 
 
-class SkyReelsModel(WanModel):
+class Unforced(WanModel):
+    """A model without diffusion forcing."""
+
+    def check(self) -> None:
+        super().check()
+        for name, plain in (("num_frame_per_block", 1), ("inject_sample_info", False)):
+            value = self.config.get(name, plain)
+            if value != plain:
+                raise InputError(f"the transformer is made for diffusion forcing ({name}={value}), which is not known")
+
+
+class SkyReelsModel(Unforced):
     """A diffusers `SkyReelsV2Pipeline`."""
 
     arch = SKYREELS
 
-    def check(self) -> None:
-        super().check()
-        _refuse_forcing(self.config)
 
-
-class SkyReelsImageModel(WanImageModel):
+class SkyReelsImageModel(Unforced, WanImageModel):
     """A diffusers `SkyReelsV2ImageToVideoPipeline`."""
 
     arch = SKYREELS_IMAGE
-
-    def check(self) -> None:
-        super().check()
-        _refuse_forcing(self.config)
-
-
-def _refuse_forcing(config: Config) -> None:
-    for name, plain in (("num_frame_per_block", 1), ("inject_sample_info", False)):
-        if config.get(name, plain) != plain:
-            raise InputError(
-                f"the transformer is made for diffusion forcing ({name}={config[name]}), which is not known"
-            )

@@ -10,7 +10,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvlock_fast.conditioning import Given
 from kvlock_fast.errors import InputError
@@ -115,9 +115,15 @@ class WanModel(ChannelNormModel, ForegroundModel):
         computed: Tensor,
         rope: Rope,
     ) -> Tensor:
-        """As `WanTransformer3DModel.forward` and its kin do."""
+        """Follows `WanTransformer3DModel.forward` and its kin."""
         times = self.times(timestep, x, computed)
-        x = transformer.patch_embedding(x).flatten(2).transpose(1, 2).index_select(1, computed)
+
+        def tokens(embedding: nn.Module, x: Tensor) -> Tensor:
+            return embedding(x).flatten(2).transpose(1, 2).index_select(1, computed)
+
+        shown = beside.get("control_hidden_states")
+        control = None if shown is None else tokens(transformer.vace_patch_embedding, shown)
+        x = tokens(transformer.patch_embedding, x)
         per_token = times.shape[1] if times.ndim == 2 else None
         more = {} if per_token is None else {"timestep_seq_len": per_token}
         temb, timestep_proj, text, picture = transformer.condition_embedder(
@@ -125,7 +131,7 @@ class WanModel(ChannelNormModel, ForegroundModel):
         )
         text = text if picture is None else torch.cat([picture, text], dim=1)
         timestep_proj = timestep_proj.unflatten(-1, (6, -1))
-        x = _blocks(transformer, x, text, timestep_proj, rope, _control(transformer, beside, computed))
+        x = _blocks(transformer, x, text, timestep_proj, rope, control)
         table = transformer.scale_shift_table.to(temb.device)
         if per_token is None:
             shift, scale = (table + temb.unsqueeze(1)).chunk(2, dim=1)
@@ -133,14 +139,6 @@ class WanModel(ChannelNormModel, ForegroundModel):
             shift, scale = (part.squeeze(2) for part in (table.unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2))
         x = transformer.proj_out((transformer.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
         return x.unflatten(2, (*transformer.config.patch_size, -1))
-
-
-def _control(transformer: Transformer, beside: Mapping[str, Any], computed: Tensor) -> Tensor | None:
-    """VACE's input for the tokens `computed`."""
-    shown = beside.get("control_hidden_states")
-    if shown is None:
-        return None
-    return transformer.vace_patch_embedding(shown).flatten(2).transpose(1, 2).index_select(1, computed)
 
 
 def _blocks(

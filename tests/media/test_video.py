@@ -15,7 +15,7 @@ from PIL import Image
 
 from kvlock_fast import files, media
 from kvlock_fast.errors import InputError, OutputError
-from kvlock_fast.media import video_out
+from kvlock_fast.media import images, video_in, video_out
 from tests.support.clipmaker import encode, encode_planes, noise, turn
 
 KINDS = {
@@ -390,15 +390,19 @@ def test_a_bad_image_in_a_folder_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_limits_are_by_picture_and_by_clip(tmp_path, name):
+def test_limits_are_by_picture_and_by_clip(tmp_path, name, monkeypatch):
     path = make(tmp_path, name)
+    monkeypatch.setattr(video_in, "MAX_BYTES", 48 * 64 * 3 * 19)
     with pytest.raises(InputError, match=f"{name}.*limit"):
-        media.read_video(path, max_bytes=48 * 64 * 3 * 19)
-    assert len(media.read_video(path, max_bytes=48 * 64 * 3 * 20).frames) == 20
-    assert len(media.read_video(path, max_bytes=48 * 64 * 3 * 19, max_frames=19).frames) == 19
+        media.read_video(path)
+    assert len(media.read_video(path, max_frames=19).frames) == 19
+    monkeypatch.setattr(video_in, "MAX_BYTES", 48 * 64 * 3 * 20)
+    assert len(media.read_video(path).frames) == 20
+    monkeypatch.setattr(images, "MAX_PIXELS", 48 * 64 - 1)
     with pytest.raises(InputError, match=name):
-        media.read_video(path, max_pixels=48 * 64 - 1)
-    media.read_video(path, max_pixels=48 * 64)
+        media.read_video(path)
+    monkeypatch.setattr(images, "MAX_PIXELS", 48 * 64)
+    media.read_video(path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak memory from /proc")
