@@ -24,8 +24,6 @@ AURA_FLOW = ArchSpec(
     blocks=("AuraFlowJointTransformerBlock", "AuraFlowSingleTransformerBlock"),
 )
 DEFAULTS = inspect.signature(AuraFlowPipeline.__call__).parameters
-TIMESTEPS = 1000
-"""Divisor of timesteps in AuraFlowPipeline, whatever the scheduler counts to."""
 
 
 class AuraFlowModel(ImageModel):
@@ -46,4 +44,5 @@ class AuraFlowModel(ImageModel):
         return text.to(self.dtype)
 
     def times(self, timestep: Tensor, latents: Tensor) -> Tensor:
-        return (timestep / TIMESTEPS).expand(len(latents)).to(self.dtype)
+        # By 1000 whatever the scheduler counts to, and in this order: it decides how they are rounded.
+        return (timestep / 1000).expand(len(latents)).to(self.dtype)

@@ -105,7 +105,6 @@ class FramepackModel(HunyuanVideoI2VModel):
         rows, size = latents.shape[:2], latents.shape[3:]
         near, far, farther = (latents.new_zeros(*rows, n, *size, dtype=self.dtype) for n in HISTORY)
         sizes, device = [1, latents.shape[2] - 1, *HISTORY], latents.device
-        # They are made on the host.
         times = self.kept((*sizes, device), lambda: torch.arange(sum(sizes), device=device).split(sizes))
         at_image, section, at_near, at_far, at_farther = times
         return {

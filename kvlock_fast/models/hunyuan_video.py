@@ -39,10 +39,9 @@ class HunyuanVideoModel(PipelineModel):
     told_names = MASKED_TEXT | {"pooled_projections": "pooled", "guidance": "guidance"}
 
     def check(self) -> None:
-        if self.config.patch_size_t != 1:
-            raise InputError(
-                f"the model has tokens of {self.config.patch_size_t} latent frames, which is not supported"
-            )
+        frames = self.config.patch_size_t
+        if frames != 1:
+            raise InputError(f"the model has tokens of {frames} latent frames, which is not supported")
         self._check_image()
 
     def _check_image(self) -> None:

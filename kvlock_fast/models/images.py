@@ -6,6 +6,7 @@ the latents as a sequence, a patch of 2 x 2 a token.
 
 import inspect
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,7 @@ class ImageModel(PipelineModel):
 
     def tokens(self, height: int, width: int) -> int:
         """Number of tokens of an image of so many pixels."""
-        _, down, across = self.geometry.token_grid(1, height, width)
-        return down * across
+        return prod(self.geometry.token_grid(1, height, width))
 
     def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
         if self.shifts_by_size:

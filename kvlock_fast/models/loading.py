@@ -24,15 +24,15 @@ def load_diffusers(path: str | Path, torch_dtype: torch.dtype | dict | None) -> 
         torch_dtype = {"default": torch_dtype, "vae": torch.float32}
     _check_index(Path(path))
     try:
-        pipe = DiffusionPipeline.from_pretrained(str(path), dtype=torch_dtype, use_safetensors=True)
+        loaded = DiffusionPipeline.from_pretrained(str(path), dtype=torch_dtype, use_safetensors=True)
     except Exception as error:  # diffusers lets whatever a bad file causes through, from TypeError to SafetensorError
         raise InputError(f"model {str(path)!r} cannot be loaded: {_one_line(error)}") from error
+    pipe = cast(Pipeline, loaded)  # its parts are attributes that from_pretrained adds
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module) and any(p.is_meta for p in part.parameters()):
             raise InputError(f"model {str(path)!r} cannot be loaded: weights of its {name} are missing")
-    known = cast(Pipeline, pipe)  # its parts are attributes that from_pretrained adds
-    _without_noise(known)
-    return known
+    _without_noise(pipe)
+    return pipe
 
 
 def _without_noise(pipe: Pipeline) -> None:

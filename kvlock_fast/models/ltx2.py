@@ -85,12 +85,12 @@ class LTX2Model(LTXModel):
 
     def decode(self, latents: Tensor, frames: int, tiled: bool = False) -> Tensor:
         """The video of normalised latents [B, C, T, h, w], uint8 [B, F, H, W, 3] on the CPU."""
-        return super().decode(latents[:, :, : self._video_frames(latents)], frames, tiled)
+        return super().decode(latents[:, :, : self._split(*latents.shape[2:])], frames, tiled)
 
     def predict(self, which: int, latents: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
         """The velocity [B, C, T, h, w] fp32 of video and sound, at latents [B, ...], timestep []."""
         transformer, rows = self.transformers[which], len(latents)
-        frames, (height, width) = self._video_frames(latents), latents.shape[3:]
+        frames, (height, width) = self._split(*latents.shape[2:]), latents.shape[3:]
         timestep = timestep.expand(rows)
         sound = self._sound_of(latents, frames).to(transformer.dtype).contiguous()
         # Positions: where tokens of video [1, 3, S, 2] and sound [1, 1, L, 2] begin and end.
@@ -138,9 +138,6 @@ class LTX2Model(LTXModel):
     def _split(self, total: int, height: int, width: int) -> int:
         """Number of the video's latent frames among all."""
         return next(n for n in range(total, 0, -1) if n + self.sound_frames(n, height, width) == total)
-
-    def _video_frames(self, latents: Tensor) -> int:
-        return self._split(*latents.shape[2:])
 
     def _joined(self, video: Tensor, sound: Tensor) -> Tensor:
         """The video's latents [B, C, T, h, w] and, behind, the sound's [B, L, D]."""

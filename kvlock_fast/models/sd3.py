@@ -48,9 +48,8 @@ class SD3Model(ImageModel):
 
     def timesteps_settings(self, num_steps: int, frames: int, height: int, width: int) -> Mapping[str, Any]:
         """The shift for so many tokens, where the scheduler asks for it."""
-        scheduler = self.pipe.scheduler
-        asked = scheduler.config.get("use_dynamic_shifting")
-        return {"mu": shift_of(scheduler, self.tokens(height, width))} if asked else {}
+        asked = self.pipe.scheduler.config.get("use_dynamic_shifting")
+        return {"mu": shift_of(self.pipe.scheduler, self.tokens(height, width))} if asked else {}
 
     def condition(self, prompts: list[str], given: Given) -> Conditioning:
         """text [n, L, C] of the CLIPs and T5, pooled [n, C] of the CLIPs, in the transformer's dtype."""
