@@ -51,7 +51,8 @@ def box_mask(spec: str, frames: int, height: int, width: int) -> np.ndarray:
     times = sorted(keys)
     # Edges, not corner and size: each then stays within the picture after rounding.
     edges = np.array([(x, y, x + w, y + h) for x, y, w, h in (keys[time] for time in times)], dtype=np.float64)
-    at = [np.floor(np.interp(np.arange(frames), times, column) + 0.5).astype(int) for column in edges.T]
+    # Halves go up, also those that interpolation misses by a rounding.
+    at = [np.floor(np.interp(np.arange(frames), times, column) + (0.5 + 1e-9)).astype(int) for column in edges.T]
     mask = np.zeros((frames, height, width), dtype=bool)
     for frame, (left, top, right, bottom) in enumerate(zip(*at, strict=True)):
         mask[frame, top:bottom, left:right] = True
