@@ -343,3 +343,14 @@ ELSEWHERE = {"lock", "cache", "mask_shape", "prompts", "graph", "compile", "proc
 def test_a_job_can_say_all_that_an_edit_can():
     said = {f.name for f in dataclass_fields(EditSettings)} - ELSEWHERE
     assert said <= set(JobFields.model_fields)
+
+
+def test_a_job_reads_in_a_ledger_as_before():
+    """In another order, every job that is done would count as changed."""
+    from kvlock_fast.batch.jobs import Setup
+
+    names = (
+        "id prompt output composite feather audio source mask source_prompt model dtype negative_prompt steps guidance "
+        "guidance_2 seed size max_frames frames_policy lock cache mask_shape clip_frames clip_overlap"
+    )
+    assert list(json.loads(Job("a", "b", "a.mp4", Setup("s", "m", "p")).spec())) == names.split()
