@@ -191,13 +191,16 @@ def _no_notes() -> Iterator[None]:
 def _part(folder: Path, name: str, entry: Any) -> Any:
     """A component of a pipeline, or a value of its config: networks without weights, no tokenizers.
 
-    Parts for images are stand-ins, since only their presence counts; a judge of outputs is left out.
+    Parts for images are stand-ins, since only their presence counts; a judge of outputs is left out, and so is a
+    scheduler without a config, as where only configs that tell sizes were fetched.
     """
     if name == "safety_checker":
         return nn.Identity()
     if not isinstance(entry, list):
         return entry
     library, kind = entry
+    if name == "scheduler" and not (folder / name).exists():
+        return None
     if library == "diffusers":
         return on_meta(kind, getattr(diffusers, kind).load_config(str(folder / name), local_files_only=True))
     return nn.Identity() if kind is not None and name.startswith("image_") else None

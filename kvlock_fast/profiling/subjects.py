@@ -76,11 +76,13 @@ def model_of(transformer: str) -> type[PipelineModel]:
 
 def usual_scheduler(family: str) -> Scheduler:
     """Make the scheduler that the family's checkpoints have."""
-    if family == "wan":
-        name, config = "UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-        return getattr(diffusers, name)(**config, flow_shift=3.0)
-    name, config = "CogVideoXDDIMScheduler", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
-    return getattr(diffusers, name)(**config, timestep_spacing="trailing", clip_sample=False)
+    kind, config = {
+        "wan": ("UniPCMultistepScheduler", {"prediction_type": "flow_prediction", "use_flow_sigmas": True,
+                                            "flow_shift": 3.0}),
+        "cogvideox": ("CogVideoXDDIMScheduler", {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True,
+                                                 "timestep_spacing": "trailing", "clip_sample": False}),
+    }[family]  # fmt: skip
+    return getattr(diffusers, kind)(**config)
 
 
 def random_transformer(config: Config, layers: int, device: torch.device, dtype: torch.dtype) -> Transformer:

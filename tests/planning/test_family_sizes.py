@@ -81,6 +81,17 @@ def test_a_scale_that_is_told_needs_no_second_branch(flux):
     assert from_pipeline(tiny_wan()).two_branches
 
 
+@pytest.mark.parametrize("make", [tiny_wan, CASES["cogvideox-5b"].make, CASES["ltx"].make, CASES["hunyuan-video"].make])
+def test_the_configs_that_are_fetched_from_the_hub_are_enough(make, tmp_path):
+    make().save_pretrained(tmp_path / "whole")
+    for pattern in ("model_index.json", "transformer*/config.json", "vae/config.json"):
+        for path in (tmp_path / "whole").glob(pattern):
+            copy = tmp_path / "fetched" / path.relative_to(tmp_path / "whole")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_text(path.read_text())
+    assert from_config(tmp_path / "fetched").geometry == from_config(tmp_path / "whole").geometry
+
+
 BAD = {
     "no family": (lambda folder: index(folder, _class_name="OtherPipeline"), "is a OtherPipeline, of no known family"),
     "no vae": (lambda folder: (folder / "vae/config.json").unlink(), "makes no sense"),
