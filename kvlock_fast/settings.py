@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kvlock_fast.config import FORMATS, PRESETS, CacheConfig, LockConfig
+from kvlock_fast.config import FORMATS, PRESETS, TIERS, CacheConfig, LockConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.parameters import (
     EDIT,
@@ -294,3 +294,24 @@ class PlanSettings(Checked):
     def __post_init__(self):
         refuse_cache_steps("--cache-steps", self.cache_steps)
         super().__post_init__()
+
+
+RUN = "What to run"
+
+
+@documented
+@dataclass(frozen=True, kw_only=True)
+class ProfileSettings(Place, Preset):
+    """Request for a profile. A config is run with random weights, a model with its own."""
+
+    output: Path = parameter(Path("out/profile"), "PATH", "The folder for the results; files in it stay", RUN)
+    config: str | None = parameter(None, "TEXT", "A known size like wan-1.3b, or a config file: random weights", RUN)
+    model: str | None = parameter(None, "TEXT", "A folder, a hub id, or demo: its own weights", RUN)
+    frames: int | None = again(PlanSettings, "frames", panel=RUN)
+    size: tuple[int, int] | None = again(PlanSettings, "size", panel=RUN)
+    steps: int = parameter(4, f"1..{MOST_STEPS}", "Denoising steps", RUN, said="--steps")
+    layers: int | None = parameter(None, "N", "Layers to run, from the first on", RUN, unset="all")
+    tier: str = parameter("lockstep", "|".join(TIERS), "Where the source's K and V are kept", MEMORY, name="cache_tier")
+    format: str = again(CacheConfig, "format")
+    dtype: str = again(RunConfig, "dtype")
+    force: bool = parameter(False, "", "Run even what looks too large", RUN)

@@ -51,10 +51,6 @@ class Given:
         """A dataclass from what was given. more: further values, which count more."""
         return kind(**{**self.values(kind), **more})
 
-    def named(self, **names: str) -> dict[str, Any]:
-        """Options as typed, by other names: only what was given."""
-        return {other: self[name] for other, name in names.items() if self[name] is not None}
-
     def lock(self) -> LockConfig:
         """The preset with the values that were given. Raises InputError naming the bad one."""
         values = self.values(LockConfig)
@@ -162,10 +158,8 @@ def parsed(one: Parameter, value: Any) -> Any:
     return number_or(one.words[0], value, one.option) if one.words and one.is_number else value
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
+def parse_size(text: str) -> tuple[int, int]:
     """HEIGHTxWIDTH as (height, width)."""
-    if text is None:
-        return None
     height, cross, width = text.lower().partition("x")
     if not (cross and _is_number(height, 5) and _is_number(width, 5) and int(height) and int(width)):
         raise InputError(f"--size must be HEIGHTxWIDTH in pixels, like 480x832, got '{_short(text)}'")

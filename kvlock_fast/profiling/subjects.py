@@ -43,6 +43,7 @@ from kvlock_fast.planning.find_model import find_model, from_model
 from kvlock_fast.planning.known_models import CONFIGS
 from kvlock_fast.planning.model_size import ModelSize
 from kvlock_fast.profiling.extent import FOREGROUND, find_extent, refuse_too_large
+from kvlock_fast.settings import ProfileSettings
 
 FAMILIES = ("wan", "cogvideox")
 """Families whose models can be made without an autoencoder and text encoders."""
@@ -206,27 +207,8 @@ Subject = RandomSubject | PipelineSubject
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A request for a profile.
-
-    config: a known size, a config file or a folder, run with random weights; model: a folder, a hub id or "demo", run
-    with its own ("demo" is that as a config too); frames, size, layers: None for the model's; output: the folder of the
-    results.
-    """
-
-    config: str | None = None
-    model: str | None = None
-    frames: int | None = None
-    size: tuple[int, int] | None = None
-    layers: int | None = None
-    tier: str = "lockstep"
-    format: str = "fp8_e4m3"
-    preset: str = "kvlock"
-    dtype: str = "auto"
-    force: bool = False
-    steps: int = 4
-    output: Path = Path()
-    device: str = "auto"
+class Wanted(ProfileSettings):
+    """Request for a profile, by the command line or a program."""
 
     @property
     def bundled(self) -> bool:

@@ -176,9 +176,6 @@ def literals(path: Path) -> list[str]:
 OWN_DEFAULTS = {
     "demo.py: demo(output=Path('out/demo'))",
     "mask.py: show_mask(model='demo')",
-    "profile.py: profile(output=Path('out/profile'))",
-    "profile.py: profile(steps=4)",
-    "profile.py: profile(cache_tier='lockstep')",
 }
 """Where a command means something else by the word, or something less."""
 
