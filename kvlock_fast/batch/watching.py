@@ -19,6 +19,7 @@ from kvlock_fast.batch.worker import Running
 from kvlock_fast.errors import OutputError, warn
 from kvlock_fast.files import write_text
 from kvlock_fast.progress import STAGES
+from kvlock_fast.units import text_table
 
 SECONDS_PER_LINE = 30
 SECONDS_PER_FILE = 5
@@ -160,9 +161,8 @@ class _Figures(Collector):
 
 def failures_table(failures: Sequence[tuple[str, int, str]]) -> str:
     """Write id, tries and error of what failed in columns."""
-    width = min(40, max(len("job"), *(len(id) for id, _, _ in failures)))
-    lines = [("job", "tries", "error"), *failures]
-    return "\n".join(f"{id:<{width}}  {tries:>5}  {error}" for id, tries, error in lines)
+    rows = [(id, str(tries), error) for id, tries, error in failures]
+    return text_table([("job", "tries", "error"), *rows], "<>")
 
 
 def all_of(watchers: Sequence[Watcher]) -> Watcher:

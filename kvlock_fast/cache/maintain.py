@@ -12,8 +12,9 @@ from kvlock_fast.cache.manifest import DamagedCache, MissingCache
 from kvlock_fast.cache.root import Slot, slot_of
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import check_json, write_json
-from kvlock_fast.units import parse_bytes, text_bytes
+from kvlock_fast.units import parse_bytes, text_bytes, text_table
 
+_HEAD = ("entry", "size", "created", "used", "model", "steps", "format", "source prompt", "")
 _PROMPT_LENGTH = 40
 
 
@@ -22,7 +23,7 @@ def list_entries(folder: Path, json_file: str | None) -> None:
     check_json(json_file)
     rows = [_row(slot) for slot in _slots(find_entries(folder))]
     if json_file != "-":
-        print(_table(rows))
+        print(text_table([_HEAD, *map(_line, rows)]))
     write_json(json_file, {"entries": rows, "bytes": sum(row["bytes"] for row in rows)})
 
 
@@ -155,13 +156,6 @@ def _remove(entries: list[Path], limit: int | None, everything: bool) -> list[di
             removed.append({"entry": str(slot.folder), "reason": "least recently used", "bytes": freed})
             excess -= freed or 0
     return removed
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [("entry", "size", "created", "used", "model", "steps", "format", "source prompt", "")]
-    lines += [_line(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def _line(row: dict[str, Any]) -> tuple[str, ...]:
