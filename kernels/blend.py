@@ -112,7 +112,7 @@ def _blend_op(
     tokens_per_scale: int,
     backend: str,
 ) -> None:
-    if runs_triton(backend, x, codes, weight):
+    if not (backend == "auto" and x.is_cpu) and runs_triton(backend, x, codes, weight):
         if format == "native":
             codes = as_heads(codes, token_dim, 1)
         rows = as_heads(x, token_dim, codes.shape[2])
@@ -150,7 +150,7 @@ def blend_(
     _check(x, ref, weight, token_dim, index)
     if isinstance(ref, QuantizedKV) and ref.format == "native":
         ref = (ref.codes.flatten(2) if x.ndim == 3 else ref.codes).movedim(1, token_dim)
-    codes, scales, *layout = codes_of(ref)
+    codes, scales, *layout = (ref, [], "native", "k", 1) if isinstance(ref, Tensor) else codes_of(ref)
     _blend_op(x, codes, scales, weight, index, token_dim, *layout, backend)
     return x
 

@@ -245,7 +245,9 @@ def _step_epilogue_op(*arguments: Any) -> None:
     schedule = Schedule(*numbers)
     if tau_at is not None:
         schedule = replace(schedule, tau=tau_at)
-    advance = launch_step_epilogue if runs_triton(backend, state.latents, cond, foreground) else step_epilogue_reference
+    on_cpu = backend == "auto" and state.latents.is_cpu
+    triton = not on_cpu and runs_triton(backend, state.latents, cond, foreground)
+    advance = launch_step_epilogue if triton else step_epilogue_reference
     advance(state, cond, uncond, foreground, schedule, source_path)
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.kernels.epilogue_state import Schedule, StepState
-from kvlock_fast.kernels.guidance import cfg_projection_reference, guided_prediction_reference
 from kvlock_fast.kernels.language import require_package_name
 
 require_package_name(__name__)
 
+EPS = 1e-8  # of s*
 LEAST_TAU = 1e-12  # a source that does not move at all would divide by zero
 
 
@@ -121,3 +121,20 @@ def scheduled_alpha(ratio: Tensor, floor: float, snap: float) -> Tensor:
 def scheduled_omega(ratio: Tensor, omega0: float | Tensor, b: float, floor: float) -> Tensor:
     """omega [B] of var / tau [B] and the guidance scale asked for; floor: omega_floor."""
     return (omega0 * ratio.clamp(0.0, b)).clamp_min(floor)
+
+
+def cfg_projection_reference(cond: Tensor, uncond: Tensor, eps: float = EPS, inside: Tensor | None = None) -> Tensor:
+    """s* as [B] fp32 of cond, uncond [B, ...]; inside: the elements that count, bool, broadcast to these; None: all."""
+    wide = torch.promote_types(cond.dtype, torch.float32)
+    if inside is not None:
+        cond, uncond = (torch.where(inside, x, 0.0) for x in (cond, uncond))
+    c, u = cond.flatten(1).to(wide), uncond.flatten(1).to(wide)
+    return ((c * u).sum(1) / (u.square().sum(1) + eps)).float()
+
+
+def guided_prediction_reference(cond: Tensor, uncond: Tensor, omega: Tensor, s_star: Tensor) -> Tensor:
+    """The guided prediction of cond, uncond [B, ...] by omega, s_star [B]; fp32 (fp64 stays fp64)."""
+    wide = torch.promote_types(cond.dtype, torch.float32)
+    per_sample = (-1,) + (1,) * (cond.ndim - 1)
+    base = s_star.to(wide).reshape(per_sample) * uncond.to(wide)
+    return base + omega.to(wide).reshape(per_sample) * (cond.to(wide) - base)

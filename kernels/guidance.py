@@ -14,6 +14,7 @@ import math
 import torch
 from torch import Tensor
 
+from kvlock_fast.kernels.epilogue_reference import EPS, cfg_projection_reference, guided_prediction_reference
 from kvlock_fast.kernels.language import require_package_name, tl, triton
 from kvlock_fast.kernels.launch import launch, runs_triton
 from kvlock_fast.kernels.tiles import SUM_BLOCK, alignment, dense, narrow, samples, sum_partials
@@ -23,24 +24,6 @@ require_package_name(__name__)
 # Not swept yet: 16 elements of each tensor a thread; 512 programs give every SM of an H200 about 4.
 BLOCK, NUM_WARPS = 2048, 4
 MOST_PROGRAMS = 512
-EPS = 1e-8
-
-
-def cfg_projection_reference(cond: Tensor, uncond: Tensor, eps: float = EPS, inside: Tensor | None = None) -> Tensor:
-    """s* as [B] fp32 of cond, uncond [B, ...]; inside: the elements that count, bool, broadcast to these; None: all."""
-    wide = torch.promote_types(cond.dtype, torch.float32)
-    if inside is not None:
-        cond, uncond = (torch.where(inside, x, 0.0) for x in (cond, uncond))
-    c, u = cond.flatten(1).to(wide), uncond.flatten(1).to(wide)
-    return ((c * u).sum(1) / (u.square().sum(1) + eps)).float()
-
-
-def guided_prediction_reference(cond: Tensor, uncond: Tensor, omega: Tensor, s_star: Tensor) -> Tensor:
-    """The guided prediction of cond, uncond [B, ...] by omega, s_star [B]; fp32 (fp64 stays fp64)."""
-    wide = torch.promote_types(cond.dtype, torch.float32)
-    per_sample = (-1,) + (1,) * (cond.ndim - 1)
-    base = s_star.to(wide).reshape(per_sample) * uncond.to(wide)
-    return base + omega.to(wide).reshape(per_sample) * (cond.to(wide) - base)
 
 
 @triton.jit

@@ -83,7 +83,7 @@ def _prologue_op(
     by = QKNorm(norm, q_weight, k_weight, q_bias, k_bias, eps)
     rope = None if cos is None or sin is None else RoPE(cos, sin, layout)
     kept = None if capture is None else Capture(capture, capture_stage)
-    if runs_triton(backend, q, k, v):
+    if not (backend == "auto" and q.is_cpu) and runs_triton(backend, q, k, v):
         source = None
         if k_source:
             arch = architecture(q)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bench.steps.families import STEPS, WanSteps
 from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import CacheConfig, LockConfig
-from kvlock_fast.edits import Scene, edit_prompts
+from kvlock_fast.edits import edit_prompts
 from kvlock_fast.loop.graph import CapturedLoops, CudaCapture
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.task import Task
@@ -26,6 +26,7 @@ from kvlock_fast.masks import project_mask
 from kvlock_fast.planning.find_model import find_model
 from kvlock_fast.profiling.extent import find_extent
 from kvlock_fast.profiling.subjects import RandomSubject, transformer_config
+from kvlock_fast.scene import Scene
 
 Mark = Callable[[], None]
 Contender = Callable[[int, Mark], Tensor]

@@ -24,9 +24,9 @@ class Setup(RunConfig, Inputs):
 
     def windows(self) -> Windows | None:
         """Cut of a long clip; None where it is not cut. Raises InputError where it cannot be."""
-        from kvlock_fast.loop.windows import Windows
+        from kvlock_fast.loop.windows import asked_for
 
-        return None if self.clip_frames is None else Windows(self.clip_frames, self.clip_overlap)
+        return asked_for(self.clip_frames, self.clip_overlap)
 
     def edit_settings(self, prompts: list[str]) -> EditSettings:
         """Settings for the room `edit`."""

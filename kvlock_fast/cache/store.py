@@ -55,7 +55,9 @@ class ResidentStore:
         """Take the memory of all steps at once: if there is too little, that shows before any work is done."""
         self.layout, self.steps, self.device = layout, steps, device
         self._arenas = {step: layout.new_arena(device) for step in steps}
+        self._views = {step: layout.packed(arena) for step, arena in self._arenas.items()}
         self._slot: Tensor | None = None
+        self._slot_view: Packed = {}
 
     @property
     def nbytes(self) -> int:
@@ -65,7 +67,7 @@ class ResidentStore:
     @contextmanager
     def write(self, step: int) -> Iterator[Packed]:
         """Give the place for the keys and values of a step."""
-        yield self.layout.packed(self._arenas[step])
+        yield self._views[step]
 
     def written(self) -> None:
         """Say that all steps have been written."""
@@ -73,25 +75,28 @@ class ResidentStore:
     def fixed_slots(self) -> list[Tensor]:
         """Read every step at one address from now on, for graphs: a copy on the device each."""
         if self._slot is None:
-            self._slot = self.layout.new_arena(self.device)
+            self.use_slots([self.layout.new_arena(self.device)])
+        assert self._slot is not None
         return [self._slot]
 
     def use_slots(self, slots: list[Tensor]) -> None:
         """Read at these addresses instead of those of `fixed_slots`, as many and as large."""
         (self._slot,) = slots
+        self._slot_view = self.layout.packed(self._slot)
 
     @contextmanager
     def read(self, step: int) -> Iterator[Packed]:
         """Give the keys and values of a step, while the context is open."""
         if self._slot is None:
-            yield self.layout.packed(self._arenas[step])
+            yield self._views[step]
             return
         self._slot.copy_(self._arenas[step])
-        yield self.layout.packed(self._slot)
+        yield self._slot_view
 
     def close(self) -> None:
         self._arenas.clear()
-        self._slot = None
+        self._views.clear()
+        self._slot, self._slot_view = None, {}
 
 
 class _Slot:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvlock_fast.config import LockConfig
 from kvlock_fast.errors import InputError
-from kvlock_fast.kernels.guidance import cfg_projection_reference
+from kvlock_fast.kernels.epilogue_reference import cfg_projection_reference
 from kvlock_fast.loop.schedule import Controller, compares_with_source
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.ops import guided_prediction

@@ -98,7 +98,9 @@ class Prologue:
     def _offset(self, tokens: int) -> tuple[int, int]:
         """Number of tokens in front of the video's and behind them, of `tokens`."""
         state = self.state
-        return (0, 0) if state.tokens is None else around_video(tokens, state.text, state.tokens, state.ahead)
+        if state.tokens is None or (state.tokens == tokens and not state.ahead):
+            return 0, 0
+        return around_video(tokens, state.text, state.tokens, state.ahead)
 
     def _weight(self, tokens: int, rows: int) -> Tensor:
         """The source's weight for every token [rows, n]."""

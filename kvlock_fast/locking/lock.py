@@ -95,7 +95,7 @@ class TransformerLock:
         self.forwards = 0
         self.use_background(background)
         self._around = _with_parents(transformer, [attentions[layer][0] for layer in self.layers])
-        self._targets: list[tuple[Attention, tuple[str, ...], nn.Module]] = []
+        self._targets: list[tuple[Attention, str, nn.Module]] = []
         self._entries: list[Entry] = []
         self._locked: list[tuple[nn.Module, type[nn.Module]]] = []
         # Runs when the lock is forgotten, so it must not hold the lock itself.
@@ -123,11 +123,12 @@ class TransformerLock:
 
     def _attach(self, attention: Attention, names: tuple[str, ...], entry: Entry, where: str) -> None:
         target = first_submodule(attention, names)
+        name = next(name for name in names if getattr(attention, name, None) is target)
         if isinstance(target, Locked):
             gc.collect()  # a lock that is forgotten may wait for it
             if isinstance(target, Locked):
                 raise InputError(f"{where} is locked already: detach the other lock first")
-        self._targets.append((attention, names, target))
+        self._targets.append((attention, name, target))
         self._locked.append((target, type(target)))
         self._entries.append(entry)
         lock_module(target, entry)
@@ -175,9 +176,10 @@ class TransformerLock:
         Raises RuntimeError where modules were skipped or replaced, as by an adapter that was added later; InputError
         where a cache was switched on meanwhile.
         """
-        refuse_caches(self._around)
-        for attention, names, target in self._targets:
-            if first_submodule(attention, names) is not target:
+        if any(hasattr(x, "_diffusers_hook") or getattr(x, "is_cache_enabled", False) for x in self._around):
+            refuse_caches(self._around)  # which may have been switched on meanwhile
+        for attention, name, target in self._targets:
+            if getattr(attention, name, None) is not target:
                 raise RuntimeError(
                     f"a projection of {type(attention).__name__} was replaced after the lock was attached, as by an "
                     "adapter: load adapters first, then lock"
@@ -208,7 +210,8 @@ class TransformerLock:
 
     def _own_part(self, mode: Mode, weight: Tensor | None, tokens: int | None) -> tuple[Tensor | None, int | None]:
         """Weight and tokens of this process's part, which becomes the state's background as well."""
-        shard = shard_of(self.transformer)
+        parallel = getattr(self.transformer, "_parallel_config", None)
+        shard = None if parallel is None else shard_of(self.transformer)
         if shard is None or mode is Mode.OFF:
             return weight, tokens
         if tokens is None or mode is Mode.FOREGROUND:

@@ -91,7 +91,8 @@ class LockState:
         rows = self.rows.get(key[0])
         weight, background = self.weight, self.background
         if rows is None:
-            x = without_text(x, token_dim, self.text, self.tokens, self.ahead)
+            if self.tokens != x.shape[token_dim] or self.ahead:
+                x = without_text(x, token_dim, self.text, self.tokens, self.ahead)
         else:
             frames, x = x.shape[1], by_samples(x, self.tokens)
             if rows == PLACES:

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import Tensor
 
-from kvlock_fast.loop.epilogue import Stepper, new_stepper
+from kvlock_fast.loop.epilogue import DeviceStepper, Stepper, new_stepper
 from kvlock_fast.loop.foreground import Saturation
 from kvlock_fast.loop.forwards import Forwards, Part, Predictor, Velocities
 from kvlock_fast.loop.graph import CapturedLoops, hold
@@ -80,6 +80,7 @@ def denoise(
     saturation = Saturation(lock, steps, task.batch, timestep.device) if lock.compute == "foreground" else None
     graphs = None
     if loops is not None:
+        assert isinstance(stepper, DeviceStepper)  # why_not_captured has made sure
         graphs = hold(loops, task, predict, forwards[0], stepper)
         timestep = forwards[0].timestep
     run = recorder.begin()

@@ -6,21 +6,25 @@ and for schedulers that have no table.
 """
 
 from dataclasses import fields
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kvlock_fast.config import LockConfig
 from kvlock_fast.kernels.epilogue import step_epilogue
+from kvlock_fast.kernels.epilogue_reference import cfg_projection_reference, guided_prediction_reference
 from kvlock_fast.kernels.epilogue_state import Schedule, StepState, new_step_state
-from kvlock_fast.kernels.guidance import cfg_projection_reference, guided_prediction_reference
 from kvlock_fast.loop.foreground import mix_seam, seam_weights
 from kvlock_fast.loop.schedule import (
     Controller,
     VarianceWindow,
     compares_with_source,
     first_dynamic_step,
+    fixed_alpha,
+    fixed_tau,
     locked_steps,
+    window_size,
 )  # fmt: skip
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath
@@ -32,46 +36,67 @@ LEAST_VARIANCE = 1e-12
 """Of the source, where tau follows it: one that does not move at all would divide by zero."""
 
 
+class Stepper(Protocol):
+    """Holds the edit's latents and takes its steps, once their predictions are there."""
+
+    @property
+    def latents(self) -> Tensor:
+        """[B, C, T, H, W], at the step that comes next."""
+        ...
+
+    @property
+    def alpha(self) -> Tensor:
+        """[B] fp32, of the step that comes next."""
+        ...
+
+    @property
+    def later_alpha(self) -> Tensor:
+        """[B] fp32, of the step after that, where alpha lags."""
+        ...
+
+    def advance(self, k: int, source: Tensor | None, cond: Tensor | None, uncond: Tensor | None) -> None:
+        """Take step k by the predictions of the source [1, ...] (where tau follows it) and of both branches [B, ...].
+
+        cond is None in the steps whose prediction is taken as 0.
+        """
+        ...
+
+    def trace(self) -> Tensor:
+        """[steps, B, 5]: variance, alpha, omega, s* and whether the latents hold NaN or inf, of each step."""
+        ...
+
+
 def schedule_of(lock: LockConfig, steps: int, tau: float | Tensor) -> Schedule:
-    """A lock in plain numbers; tau: its own, or a tensor that follows the source's variance."""
-    return Schedule(
-        variance_window=max(2, min(lock.variance_window, steps)),
-        alpha=None if lock.alpha == "dynamic" else lock.alpha,
-        dynamic_omega=lock.omega == "dynamic",
-        tau=tau,
-        b=lock.b,
-        first_dynamic_step=first_dynamic_step(lock, steps),
-        warmup_alpha=lock.warmup_alpha,
-        alpha_floor=lock.alpha_floor,
-        omega_floor=lock.omega_floor,
-        s_star=lock.s_star,
-        s_star_region=lock.projection_region,
-        detection=lock.detection,
-        zero_init_steps=lock.zero_init_steps,
-        alpha_snap=lock.alpha_snap,
-        alpha_lag=lock.alpha_lag,
-    )
+    """The lock's values as the kernels take them; tau: its own, or a tensor that follows the source's variance."""
+    same = {f.name: getattr(lock, f.name) for f in fields(Schedule) if hasattr(lock, f.name)}
+    return Schedule(**{
+        **same,
+        "variance_window": window_size(lock, steps),
+        "alpha": fixed_alpha(lock),
+        "dynamic_omega": lock.omega == "dynamic",
+        "tau": tau,
+        "first_dynamic_step": first_dynamic_step(lock, steps),
+        "s_star_region": lock.projection_region,
+    })  # fmt: skip
 
 
 class DeviceStepper:
-    """No host reads: the step's number, alpha, omega, the window and the solver's coefficients are device tensors."""
+    """Steps without host reads: step number, alpha, omega, window and the solver's coefficients are device tensors."""
 
     def __init__(self, task: Task, solver: Solver, source: SourcePath, omega0: list[float]):
         """omega0: the guidance scale of each step."""
         lock, steps = task.lock, solver.num_steps
+        assert solver.table is not None
         self.solver, self.lock, self.source = solver, lock, source
         self.foreground = task.mask.token_latents.contiguous()
         self.path = source.path if lock.keeps_background else None
         self.seam = seam_weights(task.mask, lock)
-        window = max(2, min(lock.variance_window, steps))
-        self.source_window, self.tau = None, lock.tau
-        if lock.tau == "auto":
-            self.tau = 1.0  # where nothing follows the variance
-            if compares_with_source(lock):
-                self.tau = torch.ones(1, device=solver.sigmas.device)
-                region = torch.ones_like(self.foreground) if lock.detection == "global" else self.foreground
-                self.source_window = VarianceWindow(window, region)
-        self.schedule = schedule_of(lock, steps, self.tau)
+        self.source_window, tau = None, fixed_tau(lock)
+        if compares_with_source(lock):
+            tau = torch.ones(1, device=solver.sigmas.device)
+            region = torch.ones_like(self.foreground) if lock.detection == "global" else self.foreground
+            self.source_window = VarianceWindow(window_size(lock, steps), region)
+        self.schedule = schedule_of(lock, steps, tau)
         self.state = new_step_state(_start(task, source), solver.table, omega0, self.schedule)
 
     @property
@@ -96,14 +121,15 @@ class DeviceStepper:
         """
         if self.source_window is not None and source is not None:
             variance = self.source_window.push(self.solver.predict_clean(k, source, self.source.at(k)))
-            if variance is not None:
-                self.tau.copy_(variance.clamp_min(LEAST_VARIANCE))
+            if variance is not None and isinstance(self.schedule.tau, Tensor):
+                self.schedule.tau.copy_(variance.clamp_min(LEAST_VARIANCE))
         cond = torch.zeros_like(self.latents) if cond is None else _by_rows(cond)
+        uncond = None if uncond is None else _by_rows(uncond)
         path = self.path if self.seam is None else None
-        step_epilogue(self.state, cond, _by_rows(uncond), self.foreground, self.schedule, path)
-        if self.seam is not None:
-            source = self.path.index_select(0, self.state.step)[0]
-            latents = mix_seam(self.state.latents, source, self.seam)
+        step_epilogue(self.state, cond, uncond, self.foreground, self.schedule, path)
+        if self.seam is not None and self.path is not None:
+            kept = self.path.index_select(0, self.state.step)[0]
+            latents = mix_seam(self.state.latents, kept, self.seam)
             self.state.latents.copy_(latents)
             bad = (~latents.isfinite()).flatten(1).any(1).float()  # the epilogue counted what is gone now
             self.state.trace[..., -1].index_copy_(0, self.state.step.long() - 1, bad[None])
@@ -120,7 +146,7 @@ class DeviceStepper:
 
     def use(self, tensors: dict[str, Tensor]) -> None:
         """Read and write these instead."""
-        self.state = StepState(**{field.name: tensors.get(field.name) for field in fields(StepState)})
+        self.state = StepState(**{f.name: tensors[f.name] for f in fields(StepState) if f.name in tensors})
         self.foreground, self.path, self.seam = tensors["foreground"], tensors.get("path"), tensors.get("seam")
 
 
@@ -171,22 +197,19 @@ class SchedulerStepper:
         return unlocked_after_share(torch.stack(self._trace), self.task.lock)
 
 
-Stepper = DeviceStepper | SchedulerStepper
-
-
 def new_stepper(task: Task, solver: Solver, source: SourcePath, omega0: list[float]) -> Stepper:
     """On the device, unless diffusers' own bits are wanted or its scheduler has no table."""
     return stepper_kind(task.lock, solver)(task, solver, source, omega0)
 
 
-def stepper_kind(lock: LockConfig, solver: Solver) -> type[Stepper]:
+def stepper_kind(lock: LockConfig, solver: Solver) -> type[DeviceStepper] | type[SchedulerStepper]:
     """Which of the two takes an edit's steps."""
     return SchedulerStepper if lock.stock or solver.table is None else DeviceStepper
 
 
-def _by_rows(x: Tensor | None) -> Tensor | None:
+def _by_rows(x: Tensor) -> Tensor:
     """With T, H, W contiguous: where a patch is a single latent, diffusers returns its tokens transposed."""
-    return x if x is None or x[:1, :1].is_contiguous() else x.contiguous()
+    return x if x[:1, :1].is_contiguous() else x.contiguous()
 
 
 def _start(task: Task, source: SourcePath) -> Tensor:

@@ -70,7 +70,7 @@ class Saturation:
         self.waited = 0.0
         cuda = device.type == "cuda"
         self._alphas = [torch.zeros(batch, dtype=torch.float32, pin_memory=cuda) for _ in range(lock.alpha_lag)]
-        self._arrived = [torch.cuda.Event() if cuda else None for _ in range(lock.alpha_lag)]
+        self._arrived = [torch.cuda.Event() for _ in range(lock.alpha_lag)] if cuda else None
 
     def samples(self, k: int) -> tuple[int, ...]:
         """Those whose alpha is 1 at step k."""
@@ -79,7 +79,7 @@ class Saturation:
             return self.everyone if known else ()
         slot = k % self.lock.alpha_lag
         start = time.perf_counter()
-        if self._arrived[slot] is not None:
+        if self._arrived is not None:
             self._arrived[slot].synchronize()
         self.waited += time.perf_counter() - start
         return tuple(i for i, alpha in enumerate(self._alphas[slot].numpy()) if alpha == 1)
@@ -90,5 +90,5 @@ class Saturation:
             return
         slot = k % self.lock.alpha_lag
         self._alphas[slot].copy_(alpha, non_blocking=True)
-        if self._arrived[slot] is not None:
+        if self._arrived is not None:
             self._arrived[slot].record(torch.cuda.current_stream(alpha.device))

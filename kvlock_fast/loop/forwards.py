@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvlock_fast.cache.store import Packed
 from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import LockConfig
 from kvlock_fast.locking.lock import KeptKV, Mode, TransformerLock, blend_weight
@@ -27,6 +26,7 @@ from kvlock_fast.loop.task import Task, Texts
 from kvlock_fast.loop.trace import Recorder
 from kvlock_fast.loop.windows import Stretch
 from kvlock_fast.masks import Region
+from kvlock_fast.models.base import ForegroundModel, PipelineModel
 from kvlock_fast.nvtx import span
 
 
@@ -35,7 +35,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: Any,
+        model: PipelineModel,
         solver: Solver,
         lock: LockConfig,
         background: Tensor,
@@ -136,6 +136,7 @@ class Predictor:
         """Predict for the region's tokens, 0 elsewhere; rows: which of the tokens kept are background."""
         self.recorder.forwards += latents.shape[0]
         lock = self.locks[self._serving[k]]
+        assert isinstance(self.model, ForegroundModel)
         with lock.forward(Mode.FOREGROUND, kept=kept):
             return self.model.predict_foreground(lock, latents, timestep, text, region, self.background, rows)
 
@@ -192,12 +193,15 @@ class Forwards:
         steps = predict.solver.num_steps
         self.zero_init_steps, self.compares = lock.zero_init_steps, compares_with_source(lock)
         self.locks = [k >= lock.zero_init_steps and can_lock(lock, steps, k) for k in range(steps)]
+        self.covered = [
+            part.stored is not None and part.stored.covers(k, self.locks[k], self.compares) for k in range(steps)
+        ]
         self.source_latent = part.path.at(0).clone()
         self.tokens, self.everything = part.stretch.mask.tokens, part.stretch.mask.tokens.shape[1]
         # Of the step whose inputs are in place:
         self.way = "zero"
         self.saturated: tuple[int, ...] = ()
-        self.kept: Packed | None = None
+        self.kept: KeptKV | None = None
         self.region: Region | None = None
         self.rows: Tensor | None = None
         if lock.compute == "foreground":
@@ -216,21 +220,22 @@ class Forwards:
         kind = self.way, self.predict.stage(k), saturated
         if self.way == "stored":
             assert self.stored is not None
-            with self.stored.store.read(self.stored.slots[k]) as self.kept:
-                yield *kind, next(iter(self.kept.values())).codes.data_ptr()
+            with self.stored.store.read(self.stored.slots[k]) as packed:
+                self.kept = {**packed}
+                yield *kind, next(iter(packed.values())).codes.data_ptr()
         else:
             yield kind
 
     def _way(self, k: int) -> str:
         """Where step k has the source from."""
-        locks, stored = self.locks[k], self.stored
+        locks = self.locks[k]
         if k < self.zero_init_steps:
             return "zero"
         if not (locks or self.compares) or (
             self._is_untouched and len(self.saturated) == self.batch and not self.compares
         ):
             return "unlocked"
-        if stored is None or not stored.covers(k, locks, self.compares):
+        if not self.covered[k]:
             return "along"
         return "stored" if locks else "compared"
 

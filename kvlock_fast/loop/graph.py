@@ -21,6 +21,8 @@ from kvlock_fast.loop.forwards import Forwards, Predictor
 from kvlock_fast.loop.schedule import compares_with_source
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.task import Task
+from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.protocols import Transformer
 
 MOST_GRAPHS = 8
 """Kinds of steps in a run that are captured: warm-up and locked, two stages, two slots. Others run as they are."""
@@ -128,7 +130,7 @@ def hold(
     return held.graphs
 
 
-def why_not_captured(model: Any, lock: LockConfig, solver: Solver) -> str | None:
+def why_not_captured(model: PipelineModel, lock: LockConfig, solver: Solver) -> str | None:
     """Name what in an edit a replay of its steps would miss; None if nothing."""
     if lock.method != "lock":
         return f"the method {lock.method!r} has a loop of its own"
@@ -165,7 +167,7 @@ class CudaCapture:
         return graph.replay
 
 
-def launch_facts(transformer: Any) -> Hashable:
+def launch_facts(transformer: Transformer) -> Hashable:
     """What a captured forward of a transformer took along by value: where its weights are, how adapters weigh, whose
     attention and which numerics it runs by, which of its parts are compiled.
     """

@@ -4,8 +4,6 @@ Every process runs the same edit on the same inputs. Nothing may be decided by w
 it draws unseeded, room in its memory, a file that holds its part of the tokens.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,13 +15,14 @@ from kvlock_fast.locking.parallel import Shard, shard_of, splits_text_mask, ulys
 from kvlock_fast.locking.parallel import share_video as share_video
 from kvlock_fast.loop.windows import Windows, stretches
 from kvlock_fast.masks import Geometry, ProjectedMask
+from kvlock_fast.models.base import PipelineModel
 
 CAPTURED = "the transformer runs in context parallelism"
 """Why steps are not captured."""
 
 
 def check_transformers(
-    model: Any, lock: LockConfig, cache: CacheConfig, noise: tuple[Tensor | None, torch.Generator | None]
+    model: PipelineModel, lock: LockConfig, cache: CacheConfig, noise: tuple[Tensor | None, torch.Generator | None]
 ) -> Shard | None:
     """This process's part of the tokens, None where it has all.
 
@@ -44,7 +43,7 @@ def check_transformers(
 
 
 def _check_parallel(
-    model: Any, lock: LockConfig, cache: CacheConfig, noise: tuple[Tensor | None, torch.Generator | None]
+    model: PipelineModel, lock: LockConfig, cache: CacheConfig, noise: tuple[Tensor | None, torch.Generator | None]
 ) -> None:
     if lock.compute == "foreground":
         raise InputError("compute 'foreground' does not go with context parallelism, which splits the whole sequence")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning
+from kvlock_fast.loop.schedule import fixed_alpha, fixed_tau
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.task import Task
 from kvlock_fast.models.base import PipelineModel
@@ -35,13 +36,14 @@ def denoise_reference(task: Task, model: PipelineModel, path: Tensor, start: Ten
     branches = [x for x in (task.negative, task.prompt) if x is not None]
     texts = Conditioning.cat([task.source_prompt, *branches])
     x = torch.where(inside, start, path[0]) if lock.keeps_background else start
-    x, ratio, predictions = x.expand(batch, -1, -1, -1, -1), None, []
+    x, predictions = x.expand(batch, -1, -1, -1, -1), []
+    fixed, ratio = fixed_alpha(lock), torch.ones(batch)
     solver.restart()
     for k in range(steps):
         stage = model.stage_at(float(solver.timesteps[k]), solver.num_train_timesteps)
-        omega0, dynamic = task.guidance[stage], ratio is not None and k >= steps - lock.kappa
-        alpha = torch.full((batch,), lock.warmup_alpha if lock.alpha == "dynamic" else lock.alpha)
-        if lock.alpha == "dynamic" and dynamic:
+        omega0, dynamic = task.guidance[stage], len(predictions) > 1 and k >= steps - lock.kappa
+        alpha = torch.full((batch,), lock.warmup_alpha if fixed is None else fixed)
+        if fixed is None and dynamic:
             alpha = ratio.clamp(lock.alpha_floor, 1)
             alpha = torch.where(alpha >= lock.alpha_snap, 1.0, alpha)
         omega = torch.full((batch,), omega0)
@@ -60,7 +62,7 @@ def denoise_reference(task: Task, model: PipelineModel, path: Tensor, start: Ten
         x = torch.where(inside, x, path[k + 1]) if lock.keeps_background else x
         if len(predictions) > 1:
             variance = torch.stack(predictions[-lock.variance_window :]).var(0)  # unbiased, [B, C, t, h, w]
-            ratio = (variance * seen).sum((1, 2, 3, 4)) / (seen.sum() * x.shape[1]) / lock.tau
+            ratio = (variance * seen).sum((1, 2, 3, 4)) / (seen.sum() * x.shape[1]) / fixed_tau(lock)
     return x
 
 

@@ -14,7 +14,23 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.config import LockConfig
+from kvlock_fast.kernels.epilogue_reference import scheduled_alpha, scheduled_omega, variance_ratio
 from kvlock_fast.kernels.variance import windowed_variance_reference
+
+
+def fixed_alpha(lock: LockConfig) -> float | None:
+    """alpha where it is a number, None where it follows the variance."""
+    return None if isinstance(lock.alpha, str) else lock.alpha
+
+
+def fixed_tau(lock: LockConfig) -> float:
+    """tau where it is a number; where it follows the source, what stands in for it before the source is known."""
+    return 1.0 if isinstance(lock.tau, str) else lock.tau
+
+
+def window_size(lock: LockConfig, num_steps: int) -> int:
+    """W, the predictions that the variance is taken over: no more than there are steps."""
+    return max(2, min(lock.variance_window, num_steps))
 
 
 def first_dynamic_step(lock: LockConfig, num_steps: int) -> int:
@@ -36,8 +52,9 @@ def can_lock(lock: LockConfig, num_steps: int, step: int) -> bool:
     """Whether alpha can exceed 0 at this step; known before the run (two predictions exist from step 2 on)."""
     if step >= locked_steps(lock, num_steps):
         return False
-    if lock.alpha != "dynamic":
-        return lock.alpha > 0
+    alpha = fixed_alpha(lock)
+    if alpha is not None:
+        return alpha > 0
     return lock.warmup_alpha > 0 or step >= max(first_dynamic_step(lock, num_steps), 1 + lock.alpha_lag)
 
 
@@ -68,15 +85,14 @@ class VarianceWindow:
 
 
 class Controller:
-    """alpha and omega of every step, as tensors [B] fp32."""
+    """alpha and omega of every step, as tensors [B] fp32, for loops that are not advanced by the step epilogue."""
 
     def __init__(self, lock: LockConfig, num_steps: int, batch: int, region: Tensor):
         """region: bool [1, T, H, W], the foreground in latents (all True for global detection)."""
-        self.lock = lock
-        self.num_steps = num_steps
+        self.lock, self.num_steps = lock, num_steps
         if lock.detection == "global":
             region = torch.ones_like(region)
-        size = max(2, min(lock.variance_window, num_steps))
+        size = window_size(lock, num_steps)
         self.window = VarianceWindow(size, region)
         self.source_window = VarianceWindow(size, region) if compares_with_source(lock) else None
         self.variance: Tensor | None = None
@@ -96,33 +112,31 @@ class Controller:
 
     def alpha(self, step: int) -> Tensor:
         """How much of the source's K and V the background takes at this step."""
-        if self.lock.alpha != "dynamic":
-            return self.ones * self.lock.alpha
-        ratio = self._ratio(step, self.lock.alpha_lag)
+        fixed, ratio = fixed_alpha(self.lock), self._ratio(step, self.lock.alpha_lag)
+        if fixed is not None:
+            return self.ones * fixed
         if ratio is None:
             return self.ones * self.lock.warmup_alpha
-        alpha = ratio.clamp(self.lock.alpha_floor, 1.0)
-        return torch.where(alpha >= self.lock.alpha_snap, 1.0, alpha)
+        return scheduled_alpha(ratio, self.lock.alpha_floor, self.lock.alpha_snap)
 
     def omega(self, step: int, omega0: float, guided: bool = True) -> Tensor:
         """The guidance scale at this step; omega0 untouched where guidance is off (`guided`)."""
-        if self.lock.omega == "constant" or not guided or not self.is_dynamic(step):
+        ratio = self._ratio(step, 1)
+        if self.lock.omega == "constant" or not guided or ratio is None:
             return self.ones * omega0
-        return (omega0 * self._ratio(step, 1).clamp(0.0, self.lock.b)).clamp_min(self.lock.omega_floor)
+        return scheduled_omega(ratio, omega0, self.lock.b, self.lock.omega_floor)
 
     def observe(self, x0hat: Tensor, source_x0hat: Tensor | None = None) -> Tensor:
         """Take in the step's predictions [B, C, T, H, W] (source: [1, ...]); the variance [B], NaN before it exists."""
-        self.variance = self.window.push(x0hat)
-        tau = self.lock.tau
-        if self.source_window is not None:
+        self.variance, tau = self.window.push(x0hat), fixed_tau(self.lock)
+        if self.source_window is not None and source_x0hat is not None:
             tau = self.source_window.push(source_x0hat)
-        if self.variance is None or not self.lock.follows_variance:
+        if self.variance is None or tau is None or not self.lock.follows_variance:
             self.ratios.append(None)
             return self.no_variance if self.variance is None else self.variance
-        # A source that does not move at all would divide by zero.
-        self.ratios.append(self.variance / (tau if self.source_window is None else tau.clamp_min(1e-12)))
+        self.ratios.append(variance_ratio(self.variance, tau))
         return self.variance
 
     def skip(self) -> None:
-        """A step whose prediction does not count."""
+        """Leave a step out whose prediction does not count."""
         self.ratios.append(None)

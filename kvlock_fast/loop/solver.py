@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.errors import InputError
+from kvlock_fast.models.protocols import Scheduler
 from kvlock_fast.models.schedulers import (
     EDM,
     EXPLODING,
@@ -33,7 +34,7 @@ X, V, CORRECTED, PAST = 0, 1, 2, 3
 CLEAN, NEXT, KEPT = 0, 1, 2
 
 
-def solver_table(scheduler: Any) -> Tensor:
+def solver_table(scheduler: Scheduler) -> Tensor:
     """The table of a diffusers scheduler whose timesteps are set and no step taken: fp32, on the CPU.
 
     Raises InputError for a scheduler without a table: an unknown one, one that is not linear, one on its way.
@@ -53,7 +54,7 @@ def solver_table(scheduler: Any) -> Tensor:
     return table.float()
 
 
-def _flow_euler(scheduler: Any) -> Tensor:
+def _flow_euler(scheduler: Scheduler) -> Tensor:
     """x0hat = x - sigma v, or x + (1 - sigma) v where time is reversed;  x' = x + (sigma' - sigma) v."""
     if prediction_of(scheduler) == EXPLODING:
         return _exploding_euler(scheduler)
@@ -63,19 +64,19 @@ def _flow_euler(scheduler: Any) -> Tensor:
     return _one_step(clean=(ones, to_clean), next=(ones, after - sigma))
 
 
-def _exploding_euler(scheduler: Any) -> Tensor:
+def _exploding_euler(scheduler: Scheduler) -> Tensor:
     """x0hat is the prediction;  x' = x + (sigma' - sigma) (x - x0hat) / sigma."""
     sigma, after = (s.double().cpu() for s in (scheduler.sigmas[:-1], scheduler.sigmas[1:]))
     kept = after / sigma
     return _one_step(clean=(torch.zeros_like(sigma), torch.ones_like(sigma)), next=(kept, 1 - kept))
 
 
-def _ddim(scheduler: Any) -> Tensor:
+def _ddim(scheduler: Scheduler) -> Tensor:
     """x' = sqrt(a') x0hat + sqrt(1 - a') eps, with x0hat and eps as the prediction type has them (DDIM, eq. 12)."""
     kept, after = ddim_levels(scheduler)
     clean, eps = clean_and_noise(scheduler.config.prediction_type, kept.sqrt(), (1 - kept).sqrt())
-    both = (after.sqrt() * c + (1 - after).sqrt() * e for c, e in zip(clean, eps, strict=True))
-    return _one_step(clean, next=tuple(both))
+    of_sample, of_prediction = (after.sqrt() * c + (1 - after).sqrt() * e for c, e in zip(clean, eps, strict=True))
+    return _one_step(clean, next=(of_sample, of_prediction))
 
 
 Weights = tuple[Tensor, Tensor]
@@ -105,7 +106,7 @@ def _one_step(clean: tuple[Tensor, Tensor], next: tuple[Tensor, Tensor]) -> Tens
     return table
 
 
-def _multistep(scheduler: Any) -> Tensor:
+def _multistep(scheduler: Scheduler) -> Tensor:
     """UniPC and DPM-Solver++, by their own steps on unit vectors, in fp64 as far as they let us."""
     scheduler = copy.deepcopy(scheduler)
     scheduler.sigmas = scheduler.sigmas.double()
@@ -141,7 +142,7 @@ LINEAR = {
 # Settings that diffusers has for a scheduler, and does not follow.
 IGNORED = {("CogVideoXDDIMScheduler", "clip_sample")}
 
-TABLES: dict[str, Callable[[Any], Tensor]] = {
+TABLES: dict[str, Callable[[Scheduler], Tensor]] = {
     "FlowMatchEulerDiscreteScheduler": _flow_euler,
     EDM: _exploding_euler,
     "DDIMScheduler": _ddim,
@@ -162,7 +163,7 @@ class Solver:
 
     def __init__(
         self,
-        scheduler: Any,
+        scheduler: Scheduler,
         num_steps: int,
         device: torch.device,
         settings: Mapping[str, Any] = NO_SETTINGS,
@@ -277,10 +278,10 @@ class Solver:
         return of_sample * sample.float() + of_prediction * prediction.float()
 
 
-def _table(scheduler: Any, num_steps: int, settings: Mapping[str, Any] = NO_SETTINGS, skip: int = 0) -> Tensor | None:
+def _table(scheduler: Scheduler, num_steps: int, settings: Mapping[str, Any], skip: int) -> Tensor | None:
     """The solver's coefficients [T, 3, 3 + J]; None for a scheduler that has to be called itself."""
     fresh = copy.deepcopy(scheduler)
-    make_ready(fresh, num_steps, None, settings, skip)
+    make_ready(fresh, num_steps, torch.device("cpu"), settings, skip)
     try:
         return solver_table(fresh)
     except InputError:

@@ -26,6 +26,7 @@ from kvlock_fast.loop.forwards import Predictor
 from kvlock_fast.loop.schedule import can_lock, compares_with_source, first_dynamic_step
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath, StoredSource, renoise
+from kvlock_fast.models.base import PipelineModel
 from kvlock_fast.nvtx import span
 from kvlock_fast.version import __version__
 
@@ -91,7 +92,7 @@ class Source:
 
 
 def source_facts(
-    model: Any, solver: Solver, lock: LockConfig, given: Given, source_prompt: str, noise: Tensor
+    model: PipelineModel, solver: Solver, lock: LockConfig, given: Given, source_prompt: str, noise: Tensor
 ) -> dict[str, Any]:
     """The facts that an edit and a cache must share; given: the source as the model takes it."""
     scheduler = solver.scheduler

@@ -176,8 +176,9 @@ class Recorder:
         self, prompts: list[str], warmup_steps: int, mask: ProjectedMask, timesteps: Tensor, sigmas: Tensor
     ) -> Trace:
         """The whole trace."""
-        share, tokens, waited = mask.share, mask.tokens.shape[1], sum(run.waited for run in self.runs)
-        timesteps, sigmas, records, sample = timesteps.tolist(), sigmas.tolist(), [], 0
+        times, noise = timesteps.tolist(), sigmas.tolist()
+        records: list[StepRecord] = []
+        sample = 0
         for run in self.runs:
             variance, alpha, omega, s_star = (run.steps[..., i].tolist() for i in range(4))
             seconds, size = run.clock.intervals(), run.steps.shape[1]
@@ -185,8 +186,8 @@ class Recorder:
                 StepRecord(
                     step=k,
                     sample=sample + i,
-                    timestep=float(timesteps[k]),
-                    sigma=sigmas[k],
+                    timestep=float(times[k]),
+                    sigma=noise[k],
                     variance=None if math.isnan(variance[k][i]) else variance[k][i],
                     alpha=alpha[k][i],
                     omega=omega[k][i],
@@ -199,15 +200,6 @@ class Recorder:
             ]
             sample += size
         records.sort(key=lambda record: (record.step, record.sample))
-        return Trace(
-            prompts,
-            len(timesteps),
-            warmup_steps,
-            share,
-            self.forwards,
-            self.stages,
-            records,
-            self.cache,
-            tokens,
-            waited,
-        )
+        waited = sum(run.waited for run in self.runs)
+        return Trace(prompts, len(times), warmup_steps, mask.share, self.forwards, self.stages, records, self.cache,
+                     mask.tokens.shape[1], waited)  # fmt: skip

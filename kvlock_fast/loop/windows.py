@@ -31,14 +31,12 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Windows:
-    """At most `frames` pixel frames at once, `overlap` of them shared with the stretch before (None: a quarter)."""
+    """At most `frames` pixel frames at once, `overlap` of them shared with the stretch before."""
 
     frames: int
-    overlap: int | None = None
+    overlap: int
 
     def __post_init__(self):
-        if self.overlap is None and isinstance(self.frames, int):
-            object.__setattr__(self, "overlap", max(1, self.frames // 4))
         for name in ("frames", "overlap"):
             value = getattr(self, name)
             if not is_whole(value):
@@ -70,10 +68,16 @@ class Windows:
 
 
 def asked_for(frames: int | None, overlap: int | None) -> Windows | None:
-    """The windows of a call, None for the whole clip at once. InputError for numbers that cannot be."""
-    if frames is None and overlap is not None:
-        raise InputError(f"clip_overlap is {overlap!r}, but clip_frames is not given")
-    return None if frames is None else Windows(frames, overlap)
+    """The windows of a call, None for the whole clip at once; an overlap that is not given is a quarter.
+
+    Raises InputError for numbers that cannot be.
+    """
+    if frames is None:
+        if overlap is not None:
+            raise InputError(f"clip_overlap is {overlap!r}, but clip_frames is not given")
+        return None
+    quarter = max(1, frames // 4) if isinstance(frames, int) else 1
+    return Windows(frames, quarter if overlap is None else overlap)
 
 
 def stretches(mask: ProjectedMask, windows: Windows | None, geometry: Geometry) -> list[Stretch]:

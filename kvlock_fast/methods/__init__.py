@@ -8,18 +8,21 @@ Encoding, the source's path, guidance scales, masks, decoding and the trace are 
 
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError
+from kvlock_fast.loop.solver import Solver
+from kvlock_fast.models.base import PipelineModel
 
 
 def load_method(name: str) -> ModuleType:
-    """The file of a method that is not "lock"."""
+    """Import the file of a method that is not "lock"."""
     return import_module(f"kvlock_fast.methods.{name}")
 
 
-def refuse_method(lock: LockConfig, model: Any, solver: Any, cache: CacheConfig, parted: str | None) -> None:
+def refuse_method(
+    lock: LockConfig, model: PipelineModel, solver: Solver, cache: CacheConfig, parted: str | None
+) -> None:
     """Raise InputError where a lock, or another method, is not for this model, cache or clip.
 
     parted: what parts the clip, such as "clip_frames"; None where it goes through the model whole.

@@ -5,22 +5,25 @@ self-attention of the transformer; all else is plain classifier-free guidance an
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.locking.foreground import rotate, swapped
 from kvlock_fast.loop.epilogue import new_stepper
+from kvlock_fast.loop.solver import Solver
 from kvlock_fast.methods.job import Job
+from kvlock_fast.models.base import PipelineModel
+from kvlock_fast.models.protocols import Part
 from kvlock_fast.nvtx import span
 
 FAMILIES = ("wan",)
 """Whose self-attention is written down here."""
 
-Rope = tuple[Tensor, Tensor] | None
+Rope = tuple[Tensor, Tensor]
 
 
 class Mixer(Protocol):
@@ -31,9 +34,10 @@ class Mixer(Protocol):
 
         Row 0 is the source's, the others the edits'.
         """
+        ...
 
 
-def why_not(model: Any, solver: Any) -> str | None:
+def why_not(model: PipelineModel, solver: Solver) -> str | None:
     """See the package."""
     if model.arch.family not in FAMILIES:
         return f"it changes the attention of {', '.join(FAMILIES)}, and the model is of the family {model.arch.family}"
@@ -77,12 +81,13 @@ class Processor:
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Part,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        rotary_emb: Rope = None,
+        rotary_emb: Rope | None = None,
     ) -> Tensor:
+        assert rotary_emb is not None  # of a Wan's self-attention
         q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(hidden_states)), attn.to_v(hidden_states)
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
         q, k = rotate(q, *rotary_emb), rotate(k, *rotary_emb)

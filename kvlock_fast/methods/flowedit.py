@@ -13,18 +13,18 @@ The paper has no mask and edits images; frames of a video are one sample here. W
 counts: outside of it z is x_src in every step. Steps are Euler's, whatever the scheduler, at the scheduler's sigmas.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning
+from kvlock_fast.loop.solver import Solver
 from kvlock_fast.methods.job import Job
+from kvlock_fast.models.base import PipelineModel
 from kvlock_fast.models.schedulers import FLOW, REVERSED_FLOW
 from kvlock_fast.nvtx import span
 
 
-def why_not(model: Any, solver: Any) -> str | None:
+def why_not(model: PipelineModel, solver: Solver) -> str | None:
     """See the package."""
     if solver.prediction in (FLOW, REVERSED_FLOW):
         return None

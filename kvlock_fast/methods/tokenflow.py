@@ -71,15 +71,16 @@ class Flow:
         """The output of a frame; features: the source's, of length 1, [frames, N, C]."""
         if frame in extended:
             return extended[frame]
-        before = max((key for key in self.keyframes if key < frame), default=None)
-        after = min((key for key in self.keyframes if key > frame), default=None)
+        around = [max((key for key in self.keyframes if key < frame), default=-1)]
+        around += [min((key for key in self.keyframes if key > frame), default=-1)]
         taken = {
             key: extended[key].index_select(1, (features[frame] @ features[key].T).argmax(dim=1))
-            for key in (before, after)
-            if key is not None
+            for key in around
+            if key >= 0
         }
         if len(taken) == 1:
             return next(iter(taken.values()))
+        before, after = around
         distance = torch.tensor((frame - before) / (after - before))
         weight = distance.sigmoid().item()
         return weight * taken[after] + (1 - weight) * taken[before]

@@ -96,6 +96,8 @@ class PipelineModel:
     """Whether the pipeline draws noise and keeps latents between steps in the transformer's dtype, and not in fp32."""
     time_in_model_dtype: bool = False
     """Whether the transformer is given the time in its own dtype."""
+    time_by_token: bool = False
+    """Whether the transformer is given a timestep for each token, by `token_times`."""
     time_unit: int = 1
     """Divides the time that the transformer is given."""
 
@@ -338,10 +340,16 @@ class PipelineModel:
         return {name: told.get(key) for name, key in self.told_names.items()}
 
     def times(self, timestep: Tensor, latents: Tensor) -> Tensor:
-        """The timestep [] as the transformer takes it, for each sample of latents [B, ...]."""
+        """The timestep [] as the transformer takes it, for each sample of latents [B, ...], or each of its tokens."""
+        if self.time_by_token:
+            return self.token_times(timestep, latents)
         timestep = timestep.expand(len(latents))
         timestep = timestep.to(self.dtype) if self.time_in_model_dtype else timestep
         return timestep if self.time_unit == 1 else timestep / self.time_unit
+
+    def token_times(self, timestep: Tensor, latents: Tensor, computed: Tensor | None = None) -> Tensor:
+        """The timestep [] for each of the tokens [B, N] of latents [B, ...], or for those that are computed."""
+        raise NotImplementedError
 
 
 class ForegroundModel(PipelineModel):

@@ -44,11 +44,13 @@ class Scheduler(Protocol):
     config: Config
     timesteps: Tensor
     sigmas: Tensor
+    model_outputs: list[Tensor]
+    last_sample: Tensor
 
     def set_timesteps(self, num_inference_steps: int = ..., *, device: torch.device, **settings: Any) -> None: ...
     def set_begin_index(self, begin_index: int = 0) -> None: ...
     def step(
-        self, model_output: Tensor, timestep: Tensor, sample: Tensor, *, return_dict: bool
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, *, return_dict: bool, **more: Tensor
     ) -> tuple[Tensor, ...]: ...
     def __getattr__(self, name: str, /) -> Any: ...
 

@@ -6,6 +6,7 @@ at `boundary_ratio`; Wan 2.2 TI2V-5B takes one timestep a token (`expand_timeste
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -19,7 +20,7 @@ from kvlock_fast.locking.foreground import rotate
 from kvlock_fast.locking.lock import attend_kept
 from kvlock_fast.masks import Geometry
 from kvlock_fast.models.base import ChannelNormModel, ForegroundModel, Rope
-from kvlock_fast.models.protocols import Part, Transformer
+from kvlock_fast.models.protocols import Part, Pipeline, Transformer
 
 WAN = ArchSpec(family="wan", transformers=("WanTransformer3DModel",), attention=r"blocks\.\d+\.attn1")
 
@@ -50,6 +51,10 @@ class WanModel(ChannelNormModel, ForegroundModel):
     arch = WAN
     processor = ForegroundProcessor()
 
+    def __init__(self, pipe: Pipeline):
+        super().__init__(pipe)
+        self.time_by_token = bool(pipe.config.get("expand_timesteps"))
+
     def check(self) -> None:
         if self.config.image_dim is not None or self.config.in_channels != self.latent_channels:
             raise InputError("the model takes an image beside the text: load it by WanImageToVideoPipeline")
@@ -58,7 +63,7 @@ class WanModel(ChannelNormModel, ForegroundModel):
         """Settings that decide which forward serves a step."""
         return {name: self.pipe.config.get(name) for name in ("boundary_ratio", "expand_timesteps")}
 
-    @property
+    @cached_property
     def geometry(self) -> Geometry:
         config, patch = self.pipe.vae.config, tuple(self.config.patch_size)
         most = min(t.config.rope_max_seq_len for t in self.transformers)
@@ -91,12 +96,8 @@ class WanModel(ChannelNormModel, ForegroundModel):
         """Number of the transformer that serves a stage; a pipeline may have been loaded with one of two."""
         return min(stage, len(self.transformers) - 1)
 
-    def times(self, timestep: Tensor, latents: Tensor, computed: Tensor | None = None) -> Tensor:
-        """A timestep a sample [B], or a token [B, N]: of all tokens, or of those that are computed."""
-        rows = latents.shape[0]
-        if not self.pipe.config.get("expand_timesteps"):
-            return timestep.expand(rows)
-        return timestep.expand(rows, self.tokens(latents) if computed is None else len(computed))
+    def token_times(self, timestep: Tensor, latents: Tensor, computed: Tensor | None = None) -> Tensor:
+        return timestep.expand(latents.shape[0], self.tokens(latents) if computed is None else len(computed))
 
     def tokens(self, latents: Tensor) -> int:
         """Number of a sample's tokens; patches that are not whole are none."""
@@ -116,7 +117,7 @@ class WanModel(ChannelNormModel, ForegroundModel):
         rope: Rope,
     ) -> Tensor:
         """Follows `WanTransformer3DModel.forward` and its kin."""
-        times = self.times(timestep, x, computed)
+        times = self.token_times(timestep, x, computed) if self.time_by_token else self.times(timestep, x)
 
         def tokens(embedding: nn.Module, x: Tensor) -> Tensor:
             return embedding(x).flatten(2).transpose(1, 2).index_select(1, computed)

@@ -108,10 +108,8 @@ class WanImageModel(WanModel):
             named["encoder_hidden_states_image"] = told["features"].flatten(0, 1)
         return named
 
-    def times(self, timestep: Tensor, latents: Tensor, computed: Tensor | None = None) -> Tensor:
-        """A timestep a sample, or a token, where those of the first frame are at 0."""
-        if not self.holds_first:
-            return super().times(timestep, latents)
+    def token_times(self, timestep: Tensor, latents: Tensor, computed: Tensor | None = None) -> Tensor:
+        """A timestep a token; those of the first frame are at 0."""
         tokens = self.tokens(latents)
         first = tokens // (latents.shape[2] // self.geometry.patch_size[0])
         held = torch.arange(tokens, device=latents.device) < first

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 import torch
 
 from kvlock_fast.config import CacheConfig
-from kvlock_fast.edits import Scene
 from kvlock_fast.errors import InputError, warn
 from kvlock_fast.files import user_cache_folder
 from kvlock_fast.locking.lock import kv_sizes
@@ -20,6 +19,7 @@ from kvlock_fast.planning.machine import Machine
 from kvlock_fast.planning.plan_edit import Edits, plan_edit
 from kvlock_fast.planning.planner import Plan, Rung, ladder
 from kvlock_fast.planning.render import render
+from kvlock_fast.scene import Scene
 
 Result = TypeVar("Result")
 

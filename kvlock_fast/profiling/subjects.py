@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.edit import load_pipeline
-from kvlock_fast.edits import Scene, edit_prompts
+from kvlock_fast.edits import edit_prompts
 from kvlock_fast.errors import InputError
 from kvlock_fast.locking.arch import ArchSpec
 from kvlock_fast.loop.solver import Solver
@@ -43,6 +43,7 @@ from kvlock_fast.planning.find_model import find_model, from_model
 from kvlock_fast.planning.known_models import CONFIGS
 from kvlock_fast.planning.model_size import ModelSize
 from kvlock_fast.profiling.extent import FOREGROUND, find_extent, refuse_too_large
+from kvlock_fast.scene import Scene
 from kvlock_fast.settings import ProfileSettings
 
 FAMILIES = ("wan", "cogvideox")

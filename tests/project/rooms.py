@@ -22,7 +22,7 @@ ORDER = [
         "models cache",
         "loop",
         "methods",
-        "edits",
+        "scene open_scene edits",
         "planning",
         "pipeline",
         "integrations report",
