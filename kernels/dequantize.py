@@ -105,8 +105,8 @@ def dequantize_kv_op(
     backend: str,
 ) -> Tensor:
     # The dtype counts as well: Triton writes it.
-    on_cpu = backend == "auto" and codes.is_cpu
-    if format != "native" and not on_cpu and runs_triton(backend, codes, codes.new_empty(0, dtype=dtype)):
+    skip = format == "native" or (backend == "auto" and codes.is_cpu)
+    if not skip and runs_triton(backend, codes, codes.new_empty(0, dtype=dtype)):
         return launch_dequantize_kv(codes, scales, format, kind, channels, tokens_per_scale, dtype)
     values = dequantize_kv_reference(codes, scales, format, kind, channels, tokens_per_scale)
     return values.to(dtype).contiguous()

@@ -245,8 +245,7 @@ def _step_epilogue_op(*arguments: Any) -> None:
     schedule = Schedule(*numbers)
     if tau_at is not None:
         schedule = replace(schedule, tau=tau_at)
-    on_cpu = backend == "auto" and state.latents.is_cpu
-    triton = not on_cpu and runs_triton(backend, state.latents, cond, foreground)
+    triton = not (backend == "auto" and cond.is_cpu) and runs_triton(backend, state.latents, cond, foreground)
     advance = launch_step_epilogue if triton else step_epilogue_reference
     advance(state, cond, uncond, foreground, schedule, source_path)
 

@@ -1,7 +1,7 @@
 """The step's epilogue in plain torch: the specification and the CPU implementation. See epilogue.py.
 
-No host reads: the step's number stays on the device here too. `variance_ratio`, `scheduled_alpha` and
-`scheduled_omega` are the schedule's formula for every loop, which decides whose variance counts, and in which steps.
+No host reads: the step's number stays on the device here too. The formulas at the end are every loop's: guidance, and
+the schedule, of which a loop decides whose variance counts, and in which steps.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,7 @@ from kvlock_fast.kernels.language import require_package_name
 
 require_package_name(__name__)
 
-EPS = 1e-8  # of s*
-LEAST_TAU = 1e-12  # a source that does not move at all would divide by zero
+EPS, LEAST_TAU = 1e-8, 1e-12  # in s*, and where a source that does not move at all would divide by zero
 
 
 def step_epilogue_reference(

@@ -22,8 +22,7 @@ from kvlock_fast.kernels.tiles import SUM_BLOCK, alignment, dense, narrow, sampl
 require_package_name(__name__)
 
 # Not swept yet: 16 elements of each tensor a thread; 512 programs give every SM of an H200 about 4.
-BLOCK, NUM_WARPS = 2048, 4
-MOST_PROGRAMS = 512
+BLOCK, NUM_WARPS, MOST_PROGRAMS = 2048, 4, 512
 
 
 @triton.jit

@@ -13,10 +13,11 @@ Triton's interpreter is on (TRITON_INTERPRET=1 before the first import), so that
 
 from torch import Tensor
 
+from kvlock_fast.kernels import epilogue_state
 from kvlock_fast.kernels.attention import attention
 from kvlock_fast.kernels.attention_fp8 import attention_fp8
 from kvlock_fast.kernels.epilogue import step_epilogue
-from kvlock_fast.kernels.epilogue_state import Schedule, StepState, new_step_state
+from kvlock_fast.kernels.epilogue_state import StepState, new_step_state
 from kvlock_fast.kernels.guidance import cfg_projection, guided_prediction
 from kvlock_fast.kernels.launch import BACKENDS
 from kvlock_fast.kernels.locked_attention import locked_attention
@@ -50,7 +51,9 @@ __all__ = [
 ]
 
 
-renamed(window="variance_window")(Schedule)
+@renamed(window="variance_window")
+class Schedule(epilogue_state.Schedule):
+    __doc__ = epilogue_state.Schedule.__doc__
 
 
 def token_mask(

@@ -32,6 +32,7 @@ from kvlock_fast.loop import stored_source
 from kvlock_fast.loop.stored_source import steps_to_store, thinned_steps
 from kvlock_fast.loop.trace import Recorder
 from kvlock_fast.media.metrics import psnr
+from kvlock_fast.open_scene import Wanted, open_scene
 
 BITS = ("bf16", "fp8_e4m3", "int8", "int4")
 FORMATS = ("native", *BITS)
@@ -157,10 +158,13 @@ def capture(
 ) -> Iterator[tuple[int, str, int, Tensor]]:
     """(step, stage, layer, [1, N, H, D]) of the source's background tokens, as the source's pass sees them."""
     recorder, model, variant = Recorder(editor.model.device), editor.model, Variant("model")
-    clip, noise = (case.source.video, case.mask, None, None, "pad"), (None, torch.Generator().manual_seed(seed))
-    how = variant.lock(setting), variant.cache, recorder, lambda *_: None, setting.guidance
+    wanted = Wanted(
+        video=case.source.video, mask=case.mask, source_prompt=case.source_prompt, num_inference_steps=setting.steps,
+        guidance_scale=setting.guidance, generator=torch.Generator().manual_seed(seed), latents=None, height=None,
+        width=None, frames_policy="pad", lock=variant.lock(setting), cache=variant.cache, processors="auto",
+    )  # fmt: skip
     with (
-        editor._scene(clip, case.source_prompt, setting.steps, noise, *how) as scene,
+        open_scene(model, wanted, recorder, lambda *_: None) as scene,
         scene.predictor(recorder) as predict,
     ):
         text = model.condition_source([case.source_prompt], scene.given_source)

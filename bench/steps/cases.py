@@ -65,12 +65,12 @@ class Steps:
         self.lock = LockConfig.preset("kvlock")
         extent = find_extent(find_model(shape.config), shape.frames, shape.size, shape.layers)
         config = transformer_config(shape.config, extent.model)
-        self.subject = RandomSubject(config, extent, self.lock, CacheConfig(), (device, dtype))
+        self.subject = RandomSubject(config, extent, self.lock, CacheConfig(), device, dtype)
         self.device, self.extent, self.model = device, extent, self.subject.model
         self.transformer: nn.Module = self.model.transformers[0]
         pixels = torch.from_numpy(self.subject.clip.mask).to(device)
         self.mask = project_mask(pixels, extent.model.geometry)
-        self.prompt, self.negative, self.source_prompt = self.subject.texts
+        self.prompt, self.negative, self.source_prompt = self.subject.texts.split(1)
         generator = torch.Generator().manual_seed(1)
         self.noise = torch.randn(self.subject.clean.shape, generator=generator).to(device)
 

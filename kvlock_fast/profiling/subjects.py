@@ -263,8 +263,8 @@ def transformer_config(name: str, model: ModelSize) -> Config:
         raise InputError(
             f"{model.name} is of the family {model.family}; profile by sizes alone runs {', '.join(FAMILIES)}"
         )
-    path = Path(name)
-    if not path.exists() or name == model.name:
+    path = model_path() if name == "demo" else Path(name)
+    if not path.exists() or (name == model.name and name != "demo"):
         return CONFIGS[model.name]
     config = json.loads((path / "transformer" / "config.json" if path.is_dir() else path).read_text())
     if config.get("image_dim") is not None or config["in_channels"] != config.get("out_channels"):

@@ -643,7 +643,8 @@ EXAMPLE = "--config wan-1.3b --frames 81 --size 480x832 --mask-share 0.2 --steps
 
 
 def test_the_figures_as_json(capsys):
-    status, out, err = run(capsys, *EXAMPLE, "--json", "-")
+    machine = "--gpu-memory 80GB --host-memory 64GB --disk 900GB".split()
+    status, out, err = run(capsys, *EXAMPLE, *machine, "--json", "-")
     data = json.loads(out, parse_constant=pytest.fail)
     assert status == 0 and err == ""
     assert (data["tokens"], data["text_tokens"], data["background_tokens"]) == (32760, 0, 26208)
