@@ -51,6 +51,12 @@ class LockConfig(NeighbourOptions):
     source_path: str = _lock(
         "renoise", "renoise|invert", "Source latents: the source with noise added, or its inverted ODE"
     )
+    edit_path: str = _lock(
+        "free", "free|coupled", "Latents of the edit: by its own velocity, or the source's plus a difference"
+    )
+    source_noise: int | str = _lock(
+        1, "fresh|>=1", "Noises of the source's path, taken in turn; fresh draws one for each step"
+    )
     inversion_solver: str = _lock("euler", "euler|heun", "Solver of the inverted ODE")
     zero_init_steps: int = _lock(0, ">=0", "First steps whose prediction is taken as 0 (CFG-Zero*)")
     guidance_batching: str = _speed(
@@ -69,6 +75,7 @@ class LockConfig(NeighbourOptions):
     def __post_init__(self):
         check(self)
         self._check_layers()
+        self._check_path()
         self._check_compute()
         self._check_method()
 
@@ -80,6 +87,22 @@ class LockConfig(NeighbourOptions):
         if not whole or len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers must be distinct whole numbers of at least 0, got {self.layers!r}")
         object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+
+    def _check_path(self):
+        if self.edit_path == "coupled" and self.latents_shift:
+            raise ValueError(
+                f"latents_shift {self.latents_shift} does not go with edit_path 'coupled', which starts at the source"
+            )
+        if self.source_noise == 1:
+            return
+        if self.edit_path == "free":
+            raise ValueError(
+                f"source_noise {self.source_noise!r} needs edit_path 'coupled': a free edit's latents hold one noise"
+            )
+        if self.source_path == "invert":
+            raise ValueError(
+                f"source_noise {self.source_noise!r} does not go with source_path 'invert', which draws none"
+            )
 
     def _check_compute(self):
         if self.halo and not self.keeps_background:

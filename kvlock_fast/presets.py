@@ -36,7 +36,15 @@ class NeighbourOptions:
         return {name: value for name, value, default in named if value != default}
 
 
-PLAIN = {"alpha": 0, "omega": "constant", "s_star": False, "zero_init_steps": 0, "compute": "full", "halo": 0}
+PLAIN = {
+    "alpha": 0,
+    "omega": "constant",
+    "s_star": False,
+    "zero_init_steps": 0,
+    "compute": "full",
+    "halo": 0,
+    "edit_path": "free",
+}
 """Values of the lock that a method other than KV-Lock needs."""
 
 PAPER: dict[str, Any] = {"background_latents": "model", "tau": 0.01, "b": 2.0, "omega_floor": 0.0}
@@ -81,6 +89,7 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "kvlock": {},
+    "coupled": {"edit_path": "coupled", "source_noise": 3, "skip_steps": 2},
     "paper": PAPER,
     "variance-kv": {**PAPER, "omega": "constant", "s_star": False},
     "omega-only": {**PAPER, "alpha": 1.0, "s_star": False},

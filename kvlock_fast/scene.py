@@ -1,5 +1,6 @@
 """A source made ready for edits: fitted to the model, encoded or taken from a cache, with its starting noise."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,7 +40,7 @@ class Scene:
         windows: of a clip that goes through the model in stretches.
         loops: where steps are captured.
         kept_loops: those of earlier calls, whose memory can be had back.
-        clean, noise: the clean latent [1, C, T, h, w] and the starting noise, from `place` on.
+        clean, noise: the clean latent [1, C, T, h, w] and the noises [N, C, T, h, w], from `place` on.
         pixels: the mask bool [F, H, W].
         guidance_scale: the call's.
         processors: the attention of locked layers.
@@ -72,14 +73,13 @@ class Scene:
         if self.saved is None:
             assert clean is not None
             drawn = start_noise(self.model, latents, clean, generator)
-            self.clean, self.noise = clean, self.model.first_latents(drawn, self.given)
+            self.clean, self.noise = clean, self._noises(drawn, seeded=latents is not None)
             return
         start = self.saved.start
         seeded = latents is not None or generator is not None
         if seeded and not self.saved.inverted:  # an inverted source ends in a noise of its own
             drawn = start_noise(self.model, latents, start.to(self.mask.tokens.device), generator)
-            noise = self.model.first_latents(drawn, self.given)
-            if not torch.equal(noise.cpu(), start):
+            if not torch.equal(self.model.first_latents(drawn, self.given).cpu(), start):
                 folder = self.saved.folder
                 raise InputError(f"cache '{folder}' was made with other noise than generator or latents give")
         layers = select_layers(len(self.model.arch.attentions(self.model.transformers[0])), self.lock.layers)
@@ -88,13 +88,25 @@ class Scene:
                 f"cache '{self.saved.folder}' holds the background's tokens only, and foreground_mix "
                 f"{self.lock.foreground_mix} needs the foreground's too: make it with the same foreground_mix"
             )
-        check_saved(self.saved, self.facts(start), layers, self.mask.tokens)
+        check_saved(self.saved, self.facts(self.saved.latents.get("noise", start)), layers, self.mask.tokens)
 
     @property
     def placed(self) -> tuple[Tensor, Tensor]:
-        """The clean latent and the starting noise, once `place` has fixed them for a source that is not saved."""
+        """The clean latent and the noises, once `place` has fixed them for a source that is not saved."""
         assert self.clean is not None and self.noise is not None
         return self.clean, self.noise
+
+    def _noises(self, drawn: Tensor, seeded: bool) -> Tensor:
+        """The noises [N, C, T, h, w] of the source's path: the one that was drawn, and more where the lock asks.
+
+        Number i comes from a generator seeded by the call's seed and i, so that every way of running draws the same.
+        seeded: whether the first was given, and nothing is to be left to chance.
+        """
+        count = self.solver.num_steps if self.lock.source_noise == "fresh" else int(self.lock.source_noise)
+        seed = 0 if seeded or count == 1 else int(torch.randint(2**62, ()))
+        seed = seed if self.generator is None else self.generator.initial_seed()
+        more = (self.model.draw_noise(drawn.shape, generator_of(seed, i), drawn.device) for i in range(1, count))
+        return torch.cat([self.model.first_latents(noise, self.given) for noise in (drawn, *more)])
 
     def facts(self, noise: Tensor) -> dict[str, Any]:
         """What makes this source what it is, for a cache."""
@@ -157,7 +169,7 @@ class Scene:
             path = self._path(predict, text, negative)
             if not self.lock.latents_shift:
                 return path
-            fresh = self.draw() if self.noise is None else self.noise
+            fresh = self.draw() if self.noise is None else self.noise[:1]
             shifted = shift_latents(path.start, fresh, self.mask.token_latents, self.lock.latents_shift)
             return SourcePath(path.path, shifted, path.noise)
 
@@ -224,3 +236,9 @@ def start_noise(
     if latents.shape != clean.shape:
         raise InputError(f"latents must be {tuple(clean.shape)}, got {tuple(latents.shape)}")
     return latents.to(device=clean.device, dtype=torch.float32)
+
+
+def generator_of(seed: int, number: int) -> torch.Generator:
+    """The generator of one of several noises, on the CPU: draws of one seed that do not meet those of another."""
+    mixed = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(mixed[:8], "little") >> 1)

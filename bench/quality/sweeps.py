@@ -1,6 +1,6 @@
 """What the values of the lock do: one of them changed at a time, 32 held-out edits a point, judged as in the table.
 
-    python -m bench.quality.sweeps                              # every value, from `paper` and from `kvlock`
+    python -m bench.quality.sweeps                              # every value, from each of BASES
     python -m bench.quality.sweeps --bases paper --parameters tau,b --cases 8
 
 Cases are the table's first ones (bench/quality/cases.py), finished points are kept in `--work` as there. Writes
@@ -27,7 +27,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.files import atomic_path, write_text
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality_sweeps.json"
-BASES = ("paper", "kvlock")
+BASES = ("paper", "kvlock", "coupled")
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "tau": (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, "auto"),
     "kappa": (0, 5, 10, 20),
@@ -38,6 +38,8 @@ SWEEPS: dict[str, tuple[Any, ...]] = {
     "omega_floor": (0.0, 1.0, 2.0, 3.0),
     "background_latents": ("model", "source"),
     "source_path": ("renoise", "invert"),
+    "source_noise": (1, 2, 3, 4, "fresh"),
+    "skip_steps": (0, 1, 2, 3, 4),
 }
 """By the lock's own names; variance_window is W, warmup_alpha is alpha of the warm-up."""
 Point = tuple[str, str, Any]
@@ -52,7 +54,10 @@ def points_of(bases: list[str], parameters: list[str], steps: int) -> dict[str, 
             also = {"kappa": max(1, steps // 2)} if parameter == "warmup_alpha" else {}
             own = getattr(LockConfig.preset(base), parameter)
             for value in dict.fromkeys((*SWEEPS[parameter], own)):
-                lock = LockConfig.preset(base, **{**also, parameter: value})
+                try:
+                    lock = LockConfig.preset(base, **{**also, parameter: value})
+                except ValueError:  # more than one noise, of a free edit
+                    continue
                 found[f"{base} {parameter}={value}"] = (base, parameter, value), lock
     return found
 

@@ -101,7 +101,7 @@ class SavedSource:
     @property
     def start(self) -> Tensor:
         """Latents [1, C, T, h, w] fp32 that the edit starts from: the noise, or the end of the inverted path."""
-        return self.latents["path"][0] if self.inverted else self.latents["noise"]
+        return self.latents["path"][0] if self.inverted else self.latents["noise"][:1]
 
     @property
     def size(self) -> tuple[int, int]:

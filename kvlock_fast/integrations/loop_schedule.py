@@ -36,6 +36,8 @@ class LoopSchedule:
             raise InputError(
                 f"compute {lock.compute!r}, halo {lock.halo}: only KVLockPipeline computes a part of the tokens"
             )
+        if lock.edit_path != "free":
+            raise InputError(f"edit_path {lock.edit_path!r}: only KVLockPipeline couples an edit to the source's path")
         for name, value in lock.neighbour_values.items():
             raise InputError(
                 f"{name} is {value!r}, which only KVLockPipeline has: a loop of your own decides it itself"

@@ -5,6 +5,7 @@
 and for schedulers that have no table.
 """
 
+import copy
 from dataclasses import fields
 from typing import Protocol
 
@@ -98,6 +99,9 @@ class DeviceStepper:
             self.source_window = VarianceWindow(window_size(lock, steps), region)
         self.schedule = schedule_of(lock, steps, tau)
         self.state = new_step_state(_start(task, source), solver.table, omega0, self.schedule)
+        self.coupling = None
+        if lock.edit_path == "coupled":
+            self.coupling = Coupling(lock, solver, source.path, self.foreground)
 
     @property
     def latents(self) -> Tensor:
@@ -127,11 +131,15 @@ class DeviceStepper:
         uncond = None if uncond is None else _by_rows(uncond)
         path = self.path if self.seam is None else None
         step_epilogue(self.state, cond, uncond, self.foreground, self.schedule, path)
+        latents = self.state.latents
+        if self.coupling is not None:
+            moved = latents + self.coupling.correction(source)
+            latents = moved if path is None else torch.where(self.foreground[:, None], moved, latents)
         if self.seam is not None and self.path is not None:
-            kept = self.path.index_select(0, self.state.step)[0]
-            latents = mix_seam(self.state.latents, kept, self.seam)
+            latents = mix_seam(latents, self.path.index_select(0, self.state.step)[0], self.seam)
+        if latents is not self.state.latents:
             self.state.latents.copy_(latents)
-            bad = (~latents.isfinite()).flatten(1).any(1).float()  # the epilogue counted what is gone now
+            bad = (~latents.isfinite()).flatten(1).any(1).float()  # the epilogue counted other latents
             self.state.trace[..., -1].index_copy_(0, self.state.step.long() - 1, bad[None])
 
     def trace(self) -> Tensor:
@@ -142,12 +150,45 @@ class DeviceStepper:
         """All that `advance` reads and writes, by name (but for the source's window); the mask as a copy."""
         own = {"foreground": self.foreground.clone(), "path": self.path, "seam": self.seam}
         named = {**vars(self.state), **own}
+        if self.coupling is not None:
+            named |= {f"source {name}": x for name, x in vars(self.coupling.state).items()}
+            named |= {"source path": self.coupling.path, "source volume": self.coupling.volume}
         return {name: x for name, x in named.items() if x is not None}
 
     def use(self, tensors: dict[str, Tensor]) -> None:
         """Read and write these instead."""
         self.state = StepState(**{f.name: tensors[f.name] for f in fields(StepState) if f.name in tensors})
         self.foreground, self.path, self.seam = tensors["foreground"], tensors.get("path"), tensors.get("seam")
+        if self.coupling is not None:
+            held = {f.name: tensors.get(f"source {f.name}") for f in fields(StepState)}
+            self.coupling.state = StepState(**{name: x for name, x in held.items() if x is not None})
+            self.coupling.path, self.coupling.volume = tensors["source path"], tensors["source volume"]
+
+
+class Coupling:
+    """The source's own steps, which a coupled edit follows: x_{k+1} += path_{k+1} - step(path_k, v_src).
+
+    A step is linear, so the difference to the source is stepped along the difference of the velocities, and all that
+    the source's steps get wrong cancels. Its state is a run of one sample, set back to the path after each step.
+    """
+
+    def __init__(self, lock: LockConfig, solver: Solver, path: Tensor, volume: Tensor):
+        """path: [T + 1, 1, C, T, H, W]; volume: bool [1, T, H, W], any."""
+        assert solver.table is not None
+        self.path, self.volume = path, torch.ones_like(volume)
+        self.schedule = Schedule(
+            variance_window=2, alpha=1.0, dynamic_omega=False, s_star=False, zero_init_steps=lock.zero_init_steps
+        )
+        self.state = new_step_state(path[0], solver.table, 1.0, self.schedule)
+
+    def correction(self, prediction: Tensor | None) -> Tensor:
+        """The difference [1, C, T, H, W] between the path and the source's step; prediction: its own, None for 0."""
+        prediction = torch.zeros_like(self.state.latents) if prediction is None else _by_rows(prediction)
+        step_epilogue(self.state, prediction, None, self.volume, self.schedule)
+        there = self.path.index_select(0, self.state.step)[0]
+        difference = there - self.state.latents
+        self.state.latents.copy_(there)
+        return difference
 
 
 class SchedulerStepper:
@@ -162,6 +203,7 @@ class SchedulerStepper:
         self.alpha = self.controller.alpha(0)
         self._trace: list[Tensor] = []
         self._taken = 0
+        self.source_solver = copy.deepcopy(solver) if task.lock.edit_path == "coupled" else None
 
     def advance(self, k: int, source: Tensor | None, cond: Tensor | None, uncond: Tensor | None) -> None:
         """Take step k, as `DeviceStepper.advance` does."""
@@ -177,6 +219,10 @@ class SchedulerStepper:
             source_clean = None if source is None else solver.predict_clean(k, source, self.source.at(k))
             variance = controller.observe(clean, source_clean)
         latents = solver.step(k, prediction, self.latents)
+        if self.source_solver is not None:  # as `Coupling`
+            there = self.source.at(k)
+            own = torch.zeros_like(there) if source is None else source.float()
+            latents = latents + self.source.at(k + 1) - self.source_solver.step(k, own, there)
         self.latents = self._as_diffusers(keep_background(task, latents, self.source.at(k + 1)))
         bad = (~self.latents.isfinite()).flatten(1).any(1).float()
         self._trace.append(torch.stack([variance, self.alpha, omega, s_star, bad], dim=-1))
@@ -214,6 +260,8 @@ def _by_rows(x: Tensor) -> Tensor:
 
 def _start(task: Task, source: SourcePath) -> Tensor:
     """The latents before step 0."""
+    if task.lock.edit_path == "coupled":
+        return source.at(0).expand(task.batch, -1, -1, -1, -1)
     return keep_background(task, source.start.expand(task.batch, -1, -1, -1, -1), source.at(0))
 
 

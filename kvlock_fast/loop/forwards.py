@@ -19,7 +19,7 @@ from kvlock_fast.locking.lock import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.locking.parallel import shard_of
 from kvlock_fast.loop.foreground import edit_region
 from kvlock_fast.loop.ranges import layer_ranges
-from kvlock_fast.loop.schedule import can_lock, compares_with_source
+from kvlock_fast.loop.schedule import asks_source, can_lock
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath, StoredSource
 from kvlock_fast.loop.task import Task, Texts
@@ -191,10 +191,10 @@ class Forwards:
         self.texts = Texts.of(task, self.batched)
         self.branches = 1 if task.negative is None else 2
         steps = predict.solver.num_steps
-        self.zero_init_steps, self.compares = lock.zero_init_steps, compares_with_source(lock)
+        self.zero_init_steps, self.asked = lock.zero_init_steps, asks_source(lock)
         self.locks = [k >= lock.zero_init_steps and can_lock(lock, steps, k) for k in range(steps)]
         self.covered = [
-            part.stored is not None and part.stored.covers(k, self.locks[k], self.compares) for k in range(steps)
+            part.stored is not None and part.stored.covers(k, self.locks[k], self.asked) for k in range(steps)
         ]
         self.source_latent = part.path.at(0).clone()
         self.tokens, self.everything = part.stretch.mask.tokens, part.stretch.mask.tokens.shape[1]
@@ -202,6 +202,9 @@ class Forwards:
         self.way = "zero"
         self.saturated: tuple[int, ...] = ()
         self.kept: KeptKV | None = None
+        self.prediction: Tensor | None = None
+        if part.stored is not None and part.stored.predictions:
+            self.prediction = next(iter(part.stored.predictions.values())).clone()
         self.region: Region | None = None
         self.rows: Tensor | None = None
         if lock.compute == "foreground":
@@ -217,6 +220,8 @@ class Forwards:
         """
         self.source_latent.copy_(self.path.path[k])
         self.way, self.saturated, self.kept = self._way(k), saturated, None
+        if self.asked and self.stored is not None and self.prediction is not None and self.covered[k]:
+            self.prediction.copy_(self.stored.predictions[k])
         kind = self.way, self.predict.stage(k), saturated
         if self.way == "stored":
             assert self.stored is not None
@@ -231,9 +236,7 @@ class Forwards:
         locks = self.locks[k]
         if k < self.zero_init_steps:
             return "zero"
-        if not (locks or self.compares) or (
-            self._is_untouched and len(self.saturated) == self.batch and not self.compares
-        ):
+        if not (locks or self.asked) or (self._is_untouched and len(self.saturated) == self.batch and not self.asked):
             return "unlocked"
         if not self.covered[k]:
             return "along"
@@ -253,21 +256,23 @@ class Forwards:
             return SourceKV()
         if self.way != "along":
             assert self.stored is not None
-            return SourceKV(self.stored.predictions.get(k), self.kept)
+            return SourceKV(self.prediction if self.asked else None, self.kept)
         if self.batched and not self.saturated:
             return SourceKV(row=source_latent)
         kept: KeptKV = {}
         with span("forward source"):
-            prediction = self._predict(k, source_latent, self.texts.source, self._locked(Mode.CAPTURE), kept=kept)
-        return SourceKV(prediction, kept)
+            mode = self._locked(Mode.CAPTURE) if self.locks[k] else Mode.OFF
+            prediction = self._predict(k, source_latent, self.texts.source, mode, kept=kept)
+        return SourceKV(prediction, kept if self.locks[k] else None)
 
     def edit(self, k: int, latents: Tensor, alpha: Tensor, kv: SourceKV) -> Velocities:
         """Predict at latents [B, C, n, h, w], the background's K and V blended with the source's by alpha [B]."""
         if kv.row is not None:
             with span("forward all"):
                 rows = torch.cat([kv.row, *[latents.float()] * self.branches])
-                weight = self._weight(alpha.repeat(self.branches))
-                out = self._predict(k, rows, self.texts.all, self._locked(Mode.IN_BATCH), weight)
+                weight = self._weight(alpha.repeat(self.branches)) if self.locks[k] else None
+                mode = Mode.OFF if weight is None else self._locked(Mode.IN_BATCH)
+                out = self._predict(k, rows, self.texts.all, mode, weight)
             return out[:1], *self._split(out[1:])
         if self.saturated:
             return kv.prediction, *self._partly(k, latents, alpha, kv.kept)
@@ -351,7 +356,8 @@ class Forwards:
         """All that a captured step reads of this, by name; the mask as a copy."""
         named = {
             "tokens": self.tokens.clone(), "background": self.background, "source latent": self.source_latent,
-            "timestep": self.timestep, "computed": self.region and self.region.computed, "rows": self.rows,
+            "timestep": self.timestep, "prediction": self.prediction, "rows": self.rows,
+            "computed": self.region and self.region.computed,
             **self.texts.tensors(),
         }  # fmt: skip
         return {name: x for name, x in named.items() if x is not None}
@@ -361,5 +367,6 @@ class Forwards:
         self.texts = self.texts.use(tensors)
         self.tokens, self.background, self.rows = tensors["tokens"], tensors["background"], tensors.get("rows")
         self.source_latent, self.timestep = tensors["source latent"], tensors["timestep"]
+        self.prediction = tensors.get("prediction")
         if self.region is not None:
             self.region = replace(self.region, computed=tensors["computed"])

@@ -3,6 +3,7 @@
 Lockstep only: the source is row 0 of every batch. No kernel, no cache, no graph, no stretches; two hooks a layer.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,9 +37,11 @@ def denoise_reference(task: Task, model: PipelineModel, path: Tensor, start: Ten
     branches = [x for x in (task.negative, task.prompt) if x is not None]
     texts = Conditioning.cat([task.source_prompt, *branches])
     x = torch.where(inside, start, path[0]) if lock.keeps_background else start
+    x = path[0] if lock.edit_path == "coupled" else x
     x, predictions = x.expand(batch, -1, -1, -1, -1), []
     fixed, ratio = fixed_alpha(lock), torch.ones(batch)
     solver.restart()
+    alongside = copy.deepcopy(solver)
     for k in range(steps):
         stage = model.stage_at(float(solver.timesteps[k]), solver.num_train_timesteps)
         omega0, dynamic = task.guidance[stage], len(predictions) > 1 and k >= steps - lock.kappa
@@ -50,15 +53,17 @@ def denoise_reference(task: Task, model: PipelineModel, path: Tensor, start: Ten
         if lock.omega == "dynamic" and dynamic and task.guided(omega0):
             omega = (omega0 * ratio.clamp(0, lock.b)).clamp_min(lock.omega_floor)
         if k < lock.zero_init_steps:
-            v = torch.zeros_like(x)
+            v, v_source = torch.zeros_like(x), torch.zeros_like(path[k])
         else:
             rows = torch.cat([path[k], *[x] * len(branches)])
             weight = torch.where(task.mask.tokens, lock.foreground_mix * alpha[:, None], alpha[:, None])  # [B, S]
             with locked(model, weight if k < lock.lock_share * steps else torch.zeros_like(weight)):
-                v = model.predict(model.transformer_of(stage), rows, model.time_at(solver, k), texts)[1:].float()
-            v = guide(task, v, omega, omega0, inside)
+                said = model.predict(model.transformer_of(stage), rows, model.time_at(solver, k), texts).float()
+            v_source, v = said[:1], guide(task, said[1:], omega, omega0, inside)
             predictions.append(solver.predict_clean(k, v, x))
         x = solver.step(k, v, x)
+        if lock.edit_path == "coupled":  # the difference to the source is what is stepped
+            x = x + path[k + 1] - alongside.step(k, v_source, path[k])
         x = torch.where(inside, x, path[k + 1]) if lock.keeps_background else x
         if len(predictions) > 1:
             variance = torch.stack(predictions[-lock.variance_window :]).var(0)  # unbiased, [B, C, t, h, w]

@@ -63,6 +63,11 @@ def compares_with_source(lock: LockConfig) -> bool:
     return lock.tau == "auto" and lock.follows_variance
 
 
+def asks_source(lock: LockConfig) -> bool:
+    """Whether the source's own predictions are needed at every step: compared with, or coupled to."""
+    return compares_with_source(lock) or lock.edit_path == "coupled"
+
+
 class VarianceWindow:
     """The last W predictions of B samples and the variance over them."""
 

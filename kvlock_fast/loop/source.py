@@ -29,12 +29,13 @@ class SourcePath:
 
 
 def renoise(clean: Tensor, noise: Tensor, solver: Solver) -> SourcePath:
-    """x_k = a_k x0 + b_k n with one noise n, the one the edit starts from (as the paper does).
+    """Noise the source for every step: x_k = a_k x0 + b_k n, with one noise n (as the paper does) or several in turn.
 
-    clean, noise: [1, C, T, H, W] fp32. Where first steps are left out, the edit starts from x_0, not from n.
+    clean: [1, C, T, H, W] fp32; noise: [N, C, T, H, W] fp32, of which step k takes number k mod N, and the edit starts
+    from the first. Where first steps are left out, it starts from x_0 instead.
     """
-    noisy = [solver.add_noise(k, clean, noise) for k in range(solver.num_steps)]
-    start = noisy[0] if solver.skip else solver.start(noise)
+    noisy = [solver.add_noise(k, clean, noise[k % len(noise)][None]) for k in range(solver.num_steps)]
+    start = noisy[0] if solver.skip else solver.start(noise[:1])
     return SourcePath(torch.stack([*noisy, clean]), start, noise)
 
 

@@ -23,7 +23,7 @@ from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError, OutputError
 from kvlock_fast.locking.lock import Mode, kv_sizes
 from kvlock_fast.loop.forwards import Predictor
-from kvlock_fast.loop.schedule import can_lock, compares_with_source, first_dynamic_step
+from kvlock_fast.loop.schedule import asks_source, can_lock, first_dynamic_step
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath, StoredSource, renoise
 from kvlock_fast.models.base import PipelineModel
@@ -99,6 +99,7 @@ def source_facts(
     inverts = lock.source_path == "invert"
     guided = "" if lock.source_guidance is None else f" guided {lock.source_guidance:g}"
     skipped = {"skipped": solver.skip} if solver.skip else {}
+    several = "" if lock.source_noise == 1 else f", source_noise {lock.source_noise}"
     return {
         "model": {
             "family": model.arch.family,
@@ -118,7 +119,7 @@ def source_facts(
         "video": digest(given.frames),
         "size": list(given.frames.shape[:3]),
         "source_prompt": source_prompt,
-        "source_path": f"invert {lock.inversion_solver}{guided}" if inverts else "renoise",
+        "source_path": f"invert {lock.inversion_solver}{guided}" if inverts else f"renoise{several}",
         "noise": None if inverts else digest(noise),
     }
 
@@ -143,7 +144,7 @@ class SourceMaker:
         model, lock, solver = predict.model, predict.lock, predict.solver
         self.device = source.background.device
         self.slots = steps_to_store(lock, cache, solver.num_steps, predict.stage)
-        watches = compares_with_source(lock)
+        watches = asks_source(lock)
         self.watched = frozenset(range(lock.zero_init_steps, solver.num_steps)) if watches else frozenset()
         sizes = {kv_sizes(t, model.arch) for t in model.transformers}
         if len(sizes) > 1:

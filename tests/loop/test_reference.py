@@ -71,9 +71,15 @@ WAYS = {
 }
 
 
+COUPLED = {"edit_path": "coupled", "source_noise": 2}
+
+
+@pytest.mark.parametrize("path", ["free", "coupled"])
 @pytest.mark.parametrize("way", list(WAYS))
-def test_every_way_is_the_reference(monkeypatch, tmp_path, way):
+def test_every_way_is_the_reference(monkeypatch, tmp_path, way, path):
     arguments = {"lock": KVLOCK, "steps": 7} | WAYS[way]
+    if path == "coupled":
+        arguments["lock"] = replace(arguments["lock"], **COUPLED)
     pipe = arguments.pop("pipe", None)
     arguments["pipe"] = keen_wan(second=True) if pipe is True else keen_wan(pipe() if pipe else None)
     if "cache" in arguments and arguments["cache"].tier == "disk":
@@ -81,11 +87,13 @@ def test_every_way_is_the_reference(monkeypatch, tmp_path, way):
     check(monkeypatch, **arguments)
 
 
+@pytest.mark.parametrize("path", ["free", "coupled"])
 @pytest.mark.parametrize("tier", ["lockstep", "resident"])
-def test_captured_steps_are_the_reference(monkeypatch, tier):
+def test_captured_steps_are_the_reference(monkeypatch, tier, path):
     capture = RecordedCapture()
     monkeypatch.setattr(pipeline, "choose_capture", lambda wish, device, why: None if why else capture)
-    check(monkeypatch, lock=KVLOCK, steps=9, graph="on", cache=CacheConfig(tier=tier, **FORMAT), prompt=PROMPTS[:2])
+    lock = replace(KVLOCK, **COUPLED) if path == "coupled" else KVLOCK
+    check(monkeypatch, lock=lock, steps=9, graph="on", cache=CacheConfig(tier=tier, **FORMAT), prompt=PROMPTS[:2])
     assert capture.replays > 3
 
 
@@ -123,7 +131,8 @@ def test_stretches_are_the_reference(monkeypatch):
     monkeypatch.setattr(reference, "locked", remembered)
     clip = {"video": a_video(17), "mask": a_mask(17), "clip_frames": 9, "clip_overlap": 3}
     for cache in (CacheConfig(tier="lockstep"), CacheConfig(tier="resident", **FORMAT)):
-        check(monkeypatch, model_of=InStretches, lock=KVLOCK, steps=6, cache=cache, **clip)
+        for lock in (KVLOCK, replace(KVLOCK, **COUPLED)):
+            check(monkeypatch, model_of=InStretches, lock=lock, steps=6, cache=cache, **clip)
 
 
 LOCKS = st.builds(
@@ -145,6 +154,7 @@ LOCKS = st.builds(
     zero_init_steps=st.integers(0, 2),
     foreground_mix=st.sampled_from([0.0, 0.5]),
     lock_share=st.sampled_from([0.5, 1.0]),
+    edit_path=st.sampled_from(["free", "coupled"]),
 )
 
 
@@ -163,7 +173,7 @@ def test_the_reference_can_tell(monkeypatch):
     _, expected = latents_of(monkeypatch, lock=KVLOCK, steps=6)
     size = float(expected.abs().max())
     alike = {"tau": 0.2}, {"alpha": 1.0}, {"variance_window": 3}, {"kappa": 2}, {"s_star": False}
-    for changes in (*alike, {"background_latents": "model"}):
+    for changes in (*alike, {"background_latents": "model"}, COUPLED):
         other, _ = latents_of(monkeypatch, lock=replace(KVLOCK, **changes), steps=6)
         assert (other - expected).abs().max() > 1e-3 * size, changes
     moved, _ = latents_of(monkeypatch, lock=KVLOCK, steps=6, mask=np.roll(a_mask(), 8, axis=1))
