@@ -27,7 +27,8 @@ def take_step(k: int, forwards: Sequence[Forwards], stepper: Stepper) -> None:
         K, V     of the background's tokens in every self-attention <- alpha_k K_src + (1 - alpha_k) K, V alike
         s*       = <c, u> / (|u|^2 + eps), the projection of the prompt's prediction c on the negative prompt's u
         v        = s* u + omega_k (c - s* u)
-        x_{k+1}  = the solver's step from x_k along v; outside the mask the source's, where the background is kept
+        x_{k+1}  = the solver's step from x_k along v, for a coupled edit plus what the same step along the source's
+                   velocity misses the source's path by; outside the mask the source's, where the background is kept
         var_k    = variance of the last W predicted clean latents, averaged over the foreground
         alpha_{k+1}, omega_{k+1} = clamp(var_k / tau, 0, 1), omega_0 clamp(var_k / tau, 0, b)
 

@@ -463,10 +463,10 @@ def test_bad_values(changes, said):
     assert str(caught.value).startswith(said)
 
 
-@pytest.mark.parametrize("preset", list(NEIGHBOURS))
+@pytest.mark.parametrize("preset", [*NEIGHBOURS, "coupled"])
 def test_loops_of_other_people_refuse_them(preset):
     pipe, foreground = tiny_wan(), torch.tensor([True, False] * 9)
-    with pytest.raises(InputError, match=r"which only KVLockPipeline has|only KVLockPipeline computes"):
+    with pytest.raises(InputError, match=r"which only KVLockPipeline has|only KVLockPipeline (computes|couples)"):
         kvf.attach(pipe.transformer, foreground, lock=lock(preset), num_steps=4)
     assert not lock("kvlock").neighbour_values and "skip_steps" in lock("kv-edit").neighbour_values
 
