@@ -42,7 +42,7 @@ setup(
         "typer>=0.12",
         "rich>=13",
         "pydantic>=2",
-        "filelock>=4.3",
+        "filelock>=4.2",
         "psutil>=5.9",
         "prometheus-client>=0.20",
         "scipy>=1.11",

@@ -112,7 +112,8 @@ class Parameter:
         if not self.is_number or value in self.words:
             return None
         kinds = (int, float) if float in self.types else (int,)
-        if isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value) and self._within(value):
+        number = isinstance(value, kinds) and not isinstance(value, bool)
+        if number and (isinstance(value, int) or math.isfinite(value)) and self._within(value):
             return None
         return f"must be {self._bounds()}"
 

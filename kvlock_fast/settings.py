@@ -220,7 +220,7 @@ JOBS, MACHINES = "Jobs", "Machines"
 
 @documented
 @dataclass(frozen=True)
-class BatchSettings(Place):
+class BatchSettings(Place, Checked):
     """Settings of a batch.
 
     Args:

@@ -53,7 +53,7 @@ def text_table(rows: Iterable[Sequence[str]], justify: str = "", gap: int = 2) -
     for side in justify.ljust(max(map(len, rows), default=0), "<"):
         table.add_column(justify="right" if side == ">" else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(cell.expandtabs(1)) for cell in row))
     console = Console(width=10_000, color_system=None)
     with console.capture() as captured:
         console.print(table)

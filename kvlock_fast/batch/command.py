@@ -81,7 +81,7 @@ def _batch(settings: BatchSettings) -> int:
         remove_litter(folder)
         results = Results(settings.results or str(folder))
         if results.system is None and not results.folder.samefile(folder):
-            stack.enter_context(held(results.folder, f"another batch has its results in '{results.folder}'"))
+            stack.callback(held(results.folder, f"another batch has its results in '{results.folder}'").release)
         changes = ledger.take(reading.jobs, results.size, settings.retry_failed, settings.overwrite)
         _say_changes(changes, len(reading.jobs), settings.quiet)
         index = Index(folder, ledger, results, settings.manifest.name)

@@ -7,6 +7,7 @@ fsspec, whose packages for a scheme are the user's to install.
 from __future__ import annotations
 
 import contextlib
+import errno
 import re
 import shutil
 import tempfile
@@ -44,6 +45,8 @@ def held(folder: Path, refusal: str) -> BaseFileLock:
     except Timeout as error:
         raise InputError(refusal) from error
     except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise OutputError(f"cannot lock '{path}': {error.strerror or error}") from error
         warn(f"'{folder}' has no file locks ({error.strerror or error}): let one batch at a time write there")
     return lock
 

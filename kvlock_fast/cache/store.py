@@ -117,13 +117,13 @@ class _Slot:
 class SlottedStore:
     """A store with two slots on the device that take turns; a subclass's `_save` and `_load` know where the bytes wait.
 
-    Both run in one worker thread, in the order they were asked for, on a stream of their own. On the CPU streams and
-    events do nothing.
+    Both run in one worker thread, in the order they were asked for, on a stream of their own. On other devices than
+    CUDA's, streams and events are the CPU's, which do nothing.
     """
 
     def __init__(self, layout: StepLayout, steps: tuple[int, ...], device: torch.device):
         self.layout, self.steps, self.device = layout, steps, device
-        self._on = torch.get_device_module(device)
+        self._on = torch.get_device_module(device if device.type == "cuda" else "cpu")
         self._stream = self._on.Stream(device)
         self._slots = [_Slot(layout, layout.new_arena(device), self._on) for _ in range(2)]
         self._turn = 0

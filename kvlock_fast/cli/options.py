@@ -123,8 +123,7 @@ def _annotation(one: Parameter, required: bool, also: str | None) -> Any:
     more: dict[str, Any] = {"metavar": one.values}
     if bool in one.types:
         kind = bool
-        names += [f"--no-{one.option[2:]}"] if one.default else []
-        names = ["/".join(names)]
+        names = ["/".join([*names, f"--no-{one.option[2:]}"])]
     elif list[str] in one.types or tuple[str, ...] in one.types:
         kind = list[str]
     elif Path in one.types:

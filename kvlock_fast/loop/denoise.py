@@ -36,15 +36,17 @@ def take_step(k: int, forwards: Sequence[Forwards], stepper: Stepper) -> None:
     Source: KV-Lock (arXiv 2603.09657).
     """
     latents, alpha = stepper.latents, stepper.alpha  # x_k [B, C, T, h, w] fp32, alpha_k [B] fp32
-    said: list[Velocities] = []
-    for part in forwards if forwards[0].way != "zero" else ():  # CFG-Zero*: the first steps' predictions are 0
+    predictions: list[Velocities] = []
+    for part in forwards:
+        if part.way == "zero":  # CFG-Zero*: the first steps' predictions are taken as 0
+            continue
         x, x_source = latents[:, :, part.stretch.frames], part.source_latent
         # The source's keys and values at x_source: an earlier pass kept them, a forward makes them now, or a row of the
         # batch below will.
         kv = part.source_kv(k, x_source)
         # The edit's branches at x, their background's keys and values blended with the source's by alpha.
-        said.append(part.edit(k, x, alpha, kv))
-    source, cond, uncond = blended(said, forwards)  # each [B or 1, C, T, h, w], or None
+        predictions.append(part.edit(k, x, alpha, kv))
+    source, cond, uncond = blended(predictions, forwards)  # each [B or 1, C, T, h, w], or None
 
     # Guidance, the solver's step, the variance, the next alpha and omega: one operation on the device.
     with span("epilogue"):
@@ -81,9 +83,9 @@ def denoise(
     saturation = Saturation(lock, steps, task.batch, timestep.device) if lock.compute == "foreground" else None
     graphs = None
     if loops is not None:
-        assert isinstance(stepper, DeviceStepper)  # why_not_captured has made sure
+        assert isinstance(stepper, DeviceStepper) and len(forwards) == 1  # as why_not_captured and open_scene make sure
         graphs = hold(loops, task, predict, forwards[0], stepper)
-        timestep = forwards[0].timestep
+        timestep = forwards[0].timestep  # the memory that captured steps read it from
     run = recorder.begin()
     for k in range(steps):
         timestep.copy_(predict.times[k])
@@ -95,11 +97,10 @@ def denoise(
                 before = recorder.forwards
                 graphs.run(kind, partial(take_step, k, forwards, stepper))
                 recorder.forwards = before + graphs.rows.setdefault(kind, recorder.forwards - before)
-            tokens = [sum(counts) for counts in zip(*(part.computed for part in forwards), strict=True)]
+            tokens = [sum(counts) for counts in zip(*(part.token_counts for part in forwards), strict=True)]
         if saturation is not None:
             saturation.publish(k + lock.alpha_lag, stepper.alpha if lock.alpha_lag == 1 else stepper.later_alpha)
-        run.tokens.append(tokens)
-        run.clock.mark()
+        run.mark(tokens)
         if progress is not None:
             progress(k)
     recorder.end(stepper.trace(), 0.0 if saturation is None else saturation.waited)
@@ -113,10 +114,10 @@ def _inputs(forwards: Sequence[Forwards], k: int, saturated: tuple[int, ...]) ->
         yield tuple(stack.enter_context(part.inputs(k, saturated)) for part in forwards)
 
 
-def blended(said: Sequence[Velocities], forwards: Sequence[Forwards]) -> tuple[Tensor | None, ...]:
+def blended(predictions: Sequence[Velocities], forwards: Sequence[Forwards]) -> tuple[Tensor | None, ...]:
     """Mix the predictions of overlapping stretches into the whole clip's; None for what was not predicted."""
-    if len(said) < 2:
-        return said[0] if said else (None, None, None)
+    if len(predictions) < 2:
+        return predictions[0] if predictions else (None, None, None)
     stretches = [part.stretch for part in forwards]
-    each = ([x for x in parts if x is not None] for parts in zip(*said, strict=True))
-    return tuple(blend(parts, stretches) if len(parts) == len(said) else None for parts in each)
+    each = ([x for x in parts if x is not None] for parts in zip(*predictions, strict=True))
+    return tuple(blend(parts, stretches) if len(parts) == len(predictions) else None for parts in each)

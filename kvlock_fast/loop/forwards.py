@@ -61,7 +61,7 @@ class Predictor:
         self._stages = [model.stage_at(t, solver.num_train_timesteps) for t in solver.timesteps.tolist()]
         self._stages.append(self._stages[-1])
         self._serving = [model.transformer_of(stage) for stage in self._stages]
-        self._tokens: dict[torch.Size, tuple[int, int | None]] = {}
+        self._sizes: dict[torch.Size, tuple[int, int | None]] = {}
 
     def __enter__(self) -> "Predictor":
         with ExitStack() as attached:  # what is attached comes off again if one of two transformers is refused
@@ -123,9 +123,9 @@ class Predictor:
         self.recorder.forwards += latents.shape[0]
         if not self.locks:
             return self.model.predict(which, latents, at, text)
-        if latents.shape not in self._tokens:
-            self._tokens[latents.shape] = self.model.tokens_of(latents), self.model.tokens_ahead(latents)
-        tokens, ahead = self._tokens[latents.shape]
+        if latents.shape not in self._sizes:
+            self._sizes[latents.shape] = self.model.tokens_of(latents), self.model.tokens_ahead(latents)
+        tokens, ahead = self._sizes[latents.shape]
         with self.locks[which].forward(mode, weight, kept, tokens, ahead=ahead):
             return self.model.predict(which, latents, at, text)
 
@@ -176,53 +176,74 @@ Branches = tuple[Tensor, Tensor | None]
 
 
 class Forwards:
-    """The forwards of a step, of the whole clip or of one stretch. Whatever changes from step to step stays at one
-    address, so that a step can be captured.
+    """The forwards of a step, of the whole clip or of one stretch.
+
+    Whatever changes from step to step stays at one address, so that a step can be captured. `inputs` puts step k's in
+    place, with its way:
+
+        zero        no forward: the prediction is taken as 0
+        unlocked    the edit's forwards alone, nothing of the source
+        along       the source runs along: its forward gives K, V and prediction, or its row in the edit's batch does
+        stored      its K and V, and its prediction where that is asked for, come from an earlier pass
+        compared    the same of a step that does not lock: its prediction alone
     """
 
     def __init__(self, task: Task, predict: Predictor, part: Part, timestep: Tensor):
         """timestep: where each step's is read from []."""
         lock, self.predict, self.timestep = task.lock, predict, timestep
         self.stretch, self.path, self.stored, self.background = part.stretch, part.path, part.stored, part.background
-        self.mask, self.mix, self.batch = part.stretch.mask, lock.foreground_mix, task.batch
+        self.foreground, self.mix, self.batch = part.stretch.mask.tokens, lock.foreground_mix, task.batch
+        steps, sparse = range(predict.solver.num_steps), lock.compute == "foreground"
+        self.asked = asks_source(lock)
+        self.locks = [k >= lock.zero_init_steps and can_lock(lock, len(steps), k) for k in steps]
+        self.ways = ["zero" if k < lock.zero_init_steps else self._way(k) for k in steps]
+
         told = [x for x in (task.source_prompt, task.negative, task.prompt) if x is not None]
         together = (lock.locks or predict.model.arch.one_call) and Conditioning.fit(told)
         self.batched = lock.guidance_batching == "batched" or (lock.guidance_batching == "auto" and together)
-        self.texts = Texts.of(task, self.batched)
         self.branches = 1 if task.negative is None else 2
-        steps = predict.solver.num_steps
-        self.zero_init_steps, self.asked = lock.zero_init_steps, asks_source(lock)
-        self.locks = [k >= lock.zero_init_steps and can_lock(lock, steps, k) for k in range(steps)]
-        self.covered = [
-            part.stored is not None and part.stored.covers(k, self.locks[k], self.asked) for k in range(steps)
-        ]
-        self.source_latent = part.path.at(0).clone()
-        self.tokens, self.everything = part.stretch.mask.tokens, part.stretch.mask.tokens.shape[1]
+        apart = sparse or any(way not in ("zero", "along") for way in self.ways)
+        self.texts = Texts.of(task, both=self.batched and apart, all=self.batched and "along" in self.ways)
+
         # Of the step whose inputs are in place:
-        self.way = "zero"
-        self.saturated: tuple[int, ...] = ()
+        self.way, self.saturated = "zero", ()
         self.kept: KeptKV | None = None
+        self.source_latent = part.path.at(0).clone()
         self.prediction: Tensor | None = None
-        if part.stored is not None and part.stored.predictions:
+        if self.asked and part.stored is not None and part.stored.predictions:
             self.prediction = next(iter(part.stored.predictions.values())).clone()
+
         self.region: Region | None = None
         self.rows: Tensor | None = None
-        if lock.compute == "foreground":
-            self.region = edit_region(self.mask, lock)
-            outside = ~self.tokens[0].index_select(0, self.background)
+        if sparse:
+            self.region = edit_region(part.stretch.mask, lock)
+            outside = ~self.foreground[0].index_select(0, self.background)
             self.rows = None if outside.all() else outside.nonzero()[:, 0]
+
+    def _way(self, k: int) -> str:
+        locks = self.locks[k]
+        if not (locks or self.asked):
+            return "unlocked"
+        if self.stored is None or not self.stored.covers(k, locks, self.asked):
+            return "along"
+        return "stored" if locks else "compared"
 
     @contextmanager
     def inputs(self, k: int, saturated: tuple[int, ...]) -> Iterator[Hashable]:
-        """Put step k's inputs in place while the context is open; yields its kind, which decides the kernels.
+        """Put step k's inputs in place while the context is open.
+
+        Yields the step's kind: steps of one kind take the same kernels at the same addresses. It holds all that a step
+        takes of k by value, since a captured step has the k that it was captured with.
 
         saturated: the samples whose alpha is 1, for which the foreground is enough.
         """
         self.source_latent.copy_(self.path.path[k])
-        self.way, self.saturated, self.kept = self._way(k), saturated, None
-        if self.asked and self.stored is not None and self.prediction is not None and self.covered[k]:
+        self.way, self.saturated, self.kept = self.ways[k], saturated, None
+        if self._is_untouched and len(saturated) == self.batch and not self.asked:
+            self.way = "unlocked"  # nothing is computed at all
+        if self.stored is not None and self.prediction is not None and self.way in ("stored", "compared"):
             self.prediction.copy_(self.stored.predictions[k])
-        kind = self.way, self.predict.stage(k), saturated
+        kind = self.way, self.predict.stage(k), self.locks[k], saturated
         if self.way == "stored":
             assert self.stored is not None
             with self.stored.store.read(self.stored.slots[k]) as packed:
@@ -231,21 +252,10 @@ class Forwards:
         else:
             yield kind
 
-    def _way(self, k: int) -> str:
-        """Where step k has the source from."""
-        locks = self.locks[k]
-        if k < self.zero_init_steps:
-            return "zero"
-        if not (locks or self.asked) or (self._is_untouched and len(self.saturated) == self.batch and not self.asked):
-            return "unlocked"
-        if not self.covered[k]:
-            return "along"
-        return "stored" if locks else "compared"
-
     @property
-    def computed(self) -> list[int]:
-        """Tokens that are computed of each sample, in the step whose inputs are there."""
-        whole = 0 if self.way == "zero" else self.everything
+    def token_counts(self) -> list[int]:
+        """Tokens that are computed of each sample, in the step whose inputs are in place."""
+        whole = 0 if self.way == "zero" else self.foreground.shape[1]
         alone = whole if self.region is None else len(self.region.computed)
         return [alone if i in self.saturated else whole for i in range(self.batch)]
 
@@ -345,7 +355,7 @@ class Forwards:
 
     def _weight(self, alpha: Tensor) -> Tensor:
         """The blend's weight [rows, S] fp32, of alpha [rows]."""
-        return blend_weight(alpha, self.tokens, self.mix)
+        return blend_weight(alpha, self.foreground, self.mix)
 
     def _split(self, out: Tensor) -> Branches:
         """Conditional and unconditional rows of a batch of both."""
@@ -355,7 +365,7 @@ class Forwards:
     def tensors(self) -> dict[str, Tensor]:
         """All that a captured step reads of this, by name; the mask as a copy."""
         named = {
-            "tokens": self.tokens.clone(), "background": self.background, "source latent": self.source_latent,
+            "tokens": self.foreground.clone(), "background": self.background, "source latent": self.source_latent,
             "timestep": self.timestep, "prediction": self.prediction, "rows": self.rows,
             "computed": self.region and self.region.computed,
             **self.texts.tensors(),
@@ -365,7 +375,7 @@ class Forwards:
     def use(self, tensors: dict[str, Tensor]) -> None:
         """Read these instead."""
         self.texts = self.texts.use(tensors)
-        self.tokens, self.background, self.rows = tensors["tokens"], tensors["background"], tensors.get("rows")
+        self.foreground, self.background, self.rows = tensors["tokens"], tensors["background"], tensors.get("rows")
         self.source_latent, self.timestep = tensors["source latent"], tensors["timestep"]
         self.prediction = tensors.get("prediction")
         if self.region is not None:

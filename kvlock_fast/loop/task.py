@@ -72,13 +72,12 @@ class Texts:
     all: Conditioning | None = None
 
     @classmethod
-    def of(cls, task: Task, batched: bool) -> "Texts":
-        """The task's texts, in one batch too where branches are batched."""
+    def of(cls, task: Task, both: bool, all: bool) -> "Texts":
+        """The task's texts, each by itself and, where asked, those of both branches or of all rows in one batch."""
         texts = cls(task.prompt, task.negative, task.source_prompt)
-        if not batched:
-            return texts
-        both = texts._together()
-        return replace(texts, both=both, all=Conditioning.cat([texts.source, both]))
+        together = texts._together() if both or all else None
+        everything = Conditioning.cat([texts.source, together]) if all and together is not None else None
+        return replace(texts, both=together if both else None, all=everything)
 
     def samples(self, some: tuple[int, ...]) -> "Texts":
         """The edit's texts of some samples. By slices, as an index made here would be a copy from the host."""

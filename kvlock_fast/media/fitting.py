@@ -26,7 +26,7 @@ def by_distance(mask: np.ndarray, result: Callable[[np.ndarray], np.ndarray], ch
         else:
             far = np.full(frame.shape, np.inf)
             results.append(result(np.asarray(transform(~frame)) if frame.any() else far))
-    return np.stack(results)
+    return np.stack(results) if results else result(np.full(mask.shape, np.inf))
 
 
 def feathered(mask: np.ndarray, feather: int) -> np.ndarray:

@@ -22,19 +22,19 @@ class Crossed:
     def __init__(self, monkeypatch, step: int):
         self.files: dict[str, Counter] = {}
         self._profile = sys.getprofile()
-        span, mark = denoise.span, trace.Clock.mark
+        span, mark = denoise.span, trace.Run.mark
 
         def spanned(name, number=None):
             if name == "step" and number == step:
                 sys.setprofile(self._count)
             return span(name, number)
 
-        def marked(clock):
+        def marked(run, tokens):
             sys.setprofile(self._profile)
-            mark(clock)
+            mark(run, tokens)
 
         monkeypatch.setattr(denoise, "span", spanned)
-        monkeypatch.setattr(trace.Clock, "mark", marked)
+        monkeypatch.setattr(trace.Run, "mark", marked)
 
     def _count(self, frame, event, argument):
         if event != "call":
