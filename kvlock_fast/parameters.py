@@ -7,6 +7,7 @@ options page of the docs.
 
 import math
 import re
+import sys
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache
 from inspect import cleandoc
@@ -111,10 +112,11 @@ class Parameter:
             return None if isinstance(value, (str, PathLike)) and str(value) else f"must be {self.what}"
         if not self.is_number or value in self.words:
             return None
-        kinds = (int, float) if float in self.types else (int,)
-        number = isinstance(value, kinds) and not isinstance(value, bool)
-        if number and (isinstance(value, int) or math.isfinite(value)) and self._within(value):
-            return None
+        if is_whole(value) or (isinstance(value, float) and float in self.types):
+            # Neither NaN, nor infinite, nor too large for a float.
+            fits = float not in self.types or abs(value) <= sys.float_info.max
+            if fits and self._within(value):
+                return None
         return f"must be {self._bounds()}"
 
     def _within(self, value: float) -> bool:

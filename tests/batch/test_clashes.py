@@ -1,5 +1,6 @@
 """No output of a batch is an input, or another job's output: by whatever name it goes."""
 
+import errno
 import json
 import os
 import subprocess
@@ -15,9 +16,9 @@ from kvlock_fast.batch.clashes import enter_clashes
 from kvlock_fast.batch.jobs import Job, Setup
 from kvlock_fast.batch.ledger import Ledger
 from kvlock_fast.batch.manifest import Reading, read_manifest
-from kvlock_fast.batch.places import Results
+from kvlock_fast.batch.places import Results, held
 from kvlock_fast.cli import main
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, InputWarning, OutputError
 from tests.support.batch_parts import job, write_clips, write_manifest
 
 
@@ -207,3 +208,31 @@ def test_two_batches_on_one_results_folder_refuse(tmp_path, capsys):
         assert main(arguments) == 2
         assert "another batch has its results in" in capsys.readouterr().err
         other.stdin.close()
+
+
+def test_the_lock_of_a_results_folder_is_given_back(tmp_path):
+    """A batch that has ended holds nothing, in the same process too."""
+    first = held(tmp_path, "another batch")
+    with pytest.raises(InputError, match="another batch"):
+        held(tmp_path, "another batch")
+    first.release()
+    held(tmp_path, "another batch").release()
+    write_clips(tmp_path, 1)
+    manifest, results = write_manifest(tmp_path, [job(0)]), tmp_path / "results"
+    results.mkdir()
+    assert main(["batch", str(manifest), "--output", str(tmp_path / "o"), "--results", str(results), "--quiet"]) == 0
+    held(results, "another batch").release()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EACCES, errno.ELOOP])
+def test_a_folder_without_file_locks_is_warned_of_and_one_that_refuses_is_an_error(tmp_path, monkeypatch, number):
+    def acquire(self):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("kvlock_fast.batch.places.FileLock.acquire", acquire)
+    if number in (errno.ENOLCK, errno.ENOSYS):
+        with pytest.warns(InputWarning, match="has no file locks"):
+            held(tmp_path, "another batch").release()
+    else:
+        with pytest.raises(OutputError, match="cannot lock"):
+            held(tmp_path, "another batch")

@@ -230,3 +230,26 @@ def test_a_parameter_is_added_in_one_file(tmp_path):
     assert said[0] == "error: wobble must be between 0 and 1, got 2.0"
     assert "--wobbel" in said[1] and "--wobble" in said[1]
     assert said[2] == "error: --set: wobbel: is no field of a job; did you mean 'wobble'?"
+
+
+HUGE = "1" + "0" * 400
+
+
+@pytest.mark.parametrize("option", [one.option for one in ALL.values() if one.is_number])
+def test_a_number_beyond_all_floats_is_one_sentence(capsys, option):
+    """Or it is taken: what has no upper bound is refused by the files that are not there."""
+    assert main([*EDIT_COMMAND, option, HUGE]) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said and len(said.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", [one.attribute for one in declared(LockConfig) if one.is_number])
+def test_and_in_python(name):
+    for value in (10**400, -(10**400), float("inf"), float("nan")):
+        try:
+            LockConfig(**{name: value})
+        except ValueError as error:
+            assert str(error).startswith(name)
+        else:
+            kinds = LockConfig.__dataclass_fields__[name].metadata["parameter"].types
+            assert isinstance(value, int) and float not in kinds
