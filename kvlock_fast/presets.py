@@ -89,8 +89,8 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "kvlock": {},
-    "coupled": {"edit_path": "coupled", "source_noise": 3, "skip_steps": 2},
     "paper": PAPER,
+    "coupled": {"edit_path": "coupled", "source_noise": 3, "skip_steps": 2},
     "variance-kv": {**PAPER, "omega": "constant", "s_star": False},
     "omega-only": {**PAPER, "alpha": 1.0, "s_star": False},
     "s-star-only": {**PAPER, "alpha": 1.0, "omega": "constant"},

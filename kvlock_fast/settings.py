@@ -220,7 +220,7 @@ JOBS, MACHINES = "Jobs", "Machines"
 
 @documented
 @dataclass(frozen=True)
-class BatchSettings(Place, Checked):
+class BatchSettings(Place):
     """Settings of a batch.
 
     Args:

@@ -27,6 +27,7 @@ from kvlock_fast.batch.worker import Worker
 from kvlock_fast.edit import find_device
 from kvlock_fast.errors import InputError, InputWarning, OutputError
 from kvlock_fast.files import check_writable, output_folder, user_cache_folder, write_json
+from kvlock_fast.parameters import declared
 from kvlock_fast.planning.machine import Machine
 from kvlock_fast.progress import progress_bar
 from kvlock_fast.settings import BatchSettings
@@ -123,6 +124,9 @@ def make_engine(settings: BatchSettings) -> Engine:
 def _check_settings(settings: BatchSettings) -> None:
     if settings.engine not in ("local", "ray"):
         raise InputError(f"--engine must be local or ray, got '{settings.engine}'")
+    problem = next(one for one in declared(BatchSettings) if one.attribute == "dtype").problem(settings.dtype)
+    if problem is not None:
+        raise InputError(f"--dtype {problem}, got '{settings.dtype}'")
     for option, value in (("--address", settings.address), ("--workers", settings.workers),
                           ("--cpus-per-worker", settings.cpus_per_worker)):  # fmt: skip
         if value is not None and settings.engine != "ray":

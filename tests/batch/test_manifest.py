@@ -270,6 +270,7 @@ BAD_DEFAULTS = {
     "set twice": (["--set", "seed=1", "--set", "seed=2"], "--set names 'seed' twice"),
     "size": (["--size", "10"], "size: must be HEIGHTxWIDTH"),
     "engine": (["--engine", "slurm"], "--engine must be local or ray, got 'slurm'"),
+    "dtype": (["--dtype", "fp7"], "--dtype must be one of bf16, fp16, fp32, auto, got 'fp7'"),
     "address without ray": (["--address", "auto"], "--address is for --engine ray only, got 'auto'"),
     "model": (["--model", "./no-model"], "./no-model"),
     "device": (["--device", "toaster"], "device 'toaster'"),

@@ -62,9 +62,13 @@ OTHER = {
     "mask_invert": True, "mask_grow": 1, "mask_feather": 1, "cache_tier": "host", "cache_format": "int8",
     "cache_stride": 2, "cache_steps": "dynamic", "prompts_at_once": 1, "method": "fatezero", "family": "wan",
     "skip_steps": 1, "source_guidance": 2.0, "lock_share": 0.5, "foreground_mix": 0.1, "latents_shift": 0.25,
+    "edit_path": "coupled", "source_noise": 3,
     "noise_samples": 2, "free_steps": 1, "inject_share": 0.5, "keyframe_stride": 3,
 }  # fmt: skip
-BOTH = {"method": {"preset": "tokenflow"}, "source_guidance": {"source_path": "invert"}}
+BOTH = {
+    "method": {"preset": "tokenflow"}, "source_guidance": {"source_path": "invert"},
+    "source_noise": {"edit_path": "coupled"},
+}  # fmt: skip
 """What both jobs need for a value to be allowed."""
 SHARED = {"prompt": "another", "composite": True, "feather": 3, "audio": False, "output": "elsewhere.mp4"}
 

@@ -179,8 +179,8 @@ def test_every_preset_edits(preset):
     pipe = tiny_wan()
     out = call(pipe, lock=kvf.LockConfig.preset(preset, kappa=3), steps=6, output="frames")
     assert out.frames[0].shape == (FRAMES, HEIGHT, WIDTH, 3) and out.frames[0].dtype == np.uint8
-    assert out.latents.isfinite().all() and len(out.trace.records) == 6
-    rows = {"cfg": 6 * 2, "cfg-zero-star": (6 - 2) * 2}
+    assert out.latents.isfinite().all() and len(out.trace.records) == (4 if preset == "coupled" else 6)
+    rows = {"cfg": 6 * 2, "cfg-zero-star": (6 - 2) * 2, "coupled": 4 * 3}
     assert out.trace.forwards == rows.get(preset, 6 * 3)
 
 
