@@ -48,7 +48,7 @@ class Conditioning(dict[str, Tensor]):
         return self._like({name: x[first:end] for name, x in self.items()})
 
     def expand(self, rows: int) -> "Conditioning":
-        """The one sample repeated for `rows`, as views."""
+        """Repeat the sample for `rows`, as views."""
         return self._like({name: x.expand(rows, *x.shape[1:]) for name, x in self.items()})
 
     def replace(self, **tensors: Tensor) -> "Conditioning":

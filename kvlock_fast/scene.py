@@ -109,12 +109,12 @@ class Scene:
         return torch.cat([self.model.first_latents(noise, self.given) for noise in (drawn, *more)])
 
     def facts(self, noise: Tensor) -> dict[str, Any]:
-        """What makes this source what it is, for a cache."""
+        """Collect what tells this source from others, for a cache."""
         return source_facts(self.model, self.solver, self.lock, self.given, self.source_prompt, noise)
 
     @property
     def given(self) -> Given:
-        """What the model may be told of the source."""
+        """The source and its mask, as a model may be conditioned on them."""
         return Given(self.frames, self.pixels, self.mask, self.guidance_scale)
 
     @property
@@ -124,7 +124,7 @@ class Scene:
         return self.given if scale is None else replace(self.given, guidance_scale=scale)
 
     def source_negative(self, prompt: str) -> Conditioning | None:
-        """What the model is told of the negative prompt where the source is guided by itself; None where it is not."""
+        """Encode the negative prompt of a source that is guided by itself; None where it is not guided."""
         scale = self.lock.source_guidance
         if scale is None and self.lock.method == "flowedit":
             scale = self.guidance_scale
@@ -150,7 +150,7 @@ class Scene:
         return kept[0].nonzero()[:, 0]
 
     def stretches(self) -> list[Stretch]:
-        """What goes through the model at once."""
+        """Cut the clip into what goes through the model at once."""
         return stretches(self.mask, self.windows, self.model.geometry)
 
     def stage(self, k: int) -> int:
@@ -221,7 +221,7 @@ def _guided_prediction(
     latents: Tensor,
     k: int,
 ) -> Tensor:
-    """Of the source guided by itself, as the family's pipeline guides."""
+    """Guide the source by its own two predictions, as the family's pipeline guides."""
     return combine(cond(latents, k), uncond(latents, k), scale)
 
 

@@ -105,10 +105,6 @@ class Controller:
         self.ones = torch.ones(batch, device=region.device)
         self.no_variance = self.ones * float("nan")
 
-    def is_dynamic(self, step: int) -> bool:
-        """Whether the variance decides at this step."""
-        return self._ratio(step, 1) is not None
-
     def _ratio(self, step: int, lag: int) -> Tensor | None:
         """var / tau as it was `lag` steps before, where that decides."""
         if step < first_dynamic_step(self.lock, self.num_steps) or not 0 <= step - lag < len(self.ratios):

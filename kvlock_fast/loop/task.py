@@ -23,7 +23,7 @@ def classifier_free(cond: Tensor, uncond: Tensor | None, scale: float, latents: 
 
 @dataclass(frozen=True)
 class Task:
-    """What one run of the loop is asked for, on the device.
+    """The prompts, mask, scales and lock of one run of the loop, on the device.
 
     Args:
         mask: where the edit may change the clip.
@@ -59,7 +59,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Texts:
-    """What the model is told of each row of a batch. In a batch of both branches, unconditional rows come first, as in
+    """The conditioning of each row of a batch. In a batch of both branches, unconditional rows come first, as in
     diffusers.
 
     both: negative and prompt in one batch; all: the source's in front of them; None where branches run one by one.
