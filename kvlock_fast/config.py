@@ -1,6 +1,6 @@
 """Lock and cache as the user asked for them: frozen dataclasses, checked when made."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -51,11 +51,17 @@ class LockConfig(NeighbourOptions):
     source_path: str = _lock(
         "renoise", "renoise|invert", "Source latents: the source with noise added, or its inverted ODE"
     )
-    edit_path: str = _lock(
-        "free", "free|coupled", "Latents of the edit: by its own velocity, or the source's plus a difference"
+    edit_path: str | None = _lock(
+        None,
+        "free|coupled",
+        "Latents of the edit: by its own velocity, or the source's plus a difference",
+        unset="coupled; free where nothing is locked, and in a loop of your own",
     )
-    source_noise: int | str = _lock(
-        1, "fresh|>=1", "Noises of the source's path, taken in turn; fresh draws one for each step"
+    source_noise: int | str | None = _lock(
+        None,
+        "fresh|>=1",
+        "Noises of the source's path, taken in turn; fresh draws one for each step",
+        unset="3 for a coupled, renoised edit; else 1",
     )
     inversion_solver: str = _lock("euler", "euler|heun", "Solver of the inverted ODE")
     zero_init_steps: int = _lock(0, ">=0", "First steps whose prediction is taken as 0 (CFG-Zero*)")
@@ -89,13 +95,13 @@ class LockConfig(NeighbourOptions):
         object.__setattr__(self, "layers", tuple(sorted(self.layers)))
 
     def _check_path(self):
-        if self.edit_path == "coupled" and self.latents_shift:
+        if self.coupled and self.latents_shift:
             raise ValueError(
-                f"latents_shift {self.latents_shift} does not go with edit_path 'coupled', which starts at the source"
+                f"latents_shift {self.latents_shift} needs edit_path 'free': a coupled edit starts at the source"
             )
-        if self.source_noise == 1:
+        if self.noises == 1:
             return
-        if self.edit_path == "free":
+        if not self.coupled:
             raise ValueError(
                 f"source_noise {self.source_noise!r} needs edit_path 'coupled': a free edit's latents hold one noise"
             )
@@ -123,7 +129,7 @@ class LockConfig(NeighbourOptions):
         """Refuse what does not go with a method, once every value is right by itself."""
         if self.method != "lock":
             for name, wanted in PLAIN.items():
-                if getattr(self, name) != wanted:
+                if getattr(self, name) not in (wanted, None):
                     wrong = f"{name} {getattr(self, name)!r}"
                     raise ValueError(f"{wrong} does not go with the method {self.method!r}: it must be {wanted!r}")
         if self.foreground_mix and self.compute == "foreground":
@@ -153,6 +159,20 @@ class LockConfig(NeighbourOptions):
         return self.alpha != 0.0 and self.lock_share > 0
 
     @property
+    def coupled(self) -> bool:
+        """Whether the edit is the source's path plus a difference."""
+        if self.edit_path is not None:
+            return self.edit_path == "coupled"
+        return self.method == "lock" and not self._changes_nothing
+
+    @property
+    def noises(self) -> int | str:
+        """Number of noises that the source's path takes in turn, or "fresh"."""
+        if self.source_noise is not None:
+            return self.source_noise
+        return 3 if self.coupled and self.source_path == "renoise" else 1
+
+    @property
     def stock_guidance(self) -> bool:
         """Whether guidance is plain classifier-free guidance at a constant scale."""
         return self.omega == "constant" and not self.s_star and self.zero_init_steps == 0
@@ -160,12 +180,20 @@ class LockConfig(NeighbourOptions):
     @property
     def stock(self) -> bool:
         """Whether nothing is changed at all: the latents are diffusers' own, bit for bit."""
+        return self._changes_nothing and not self.coupled
+
+    @property
+    def _changes_nothing(self) -> bool:
         return self.stock_guidance and not self.locks and self.background_latents == "model"
 
     @property
     def follows_variance(self) -> bool:
         """Whether the variance decides anything."""
         return "dynamic" in (self.alpha, self.omega)
+
+    def in_own_loop(self) -> "LockConfig":
+        """The same lock for a denoising loop of one's own, whose edit is free unless it says otherwise."""
+        return replace(self, edit_path="free") if self.edit_path is None else self
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "LockConfig":
@@ -182,7 +210,9 @@ class LockConfig(NeighbourOptions):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for reports and manifests."""
-        return asdict(self) | {"s_star_region": self.projection_region}
+        path = "coupled" if self.coupled else "free"
+        chosen = {"s_star_region": self.projection_region, "edit_path": path, "source_noise": self.noises}
+        return asdict(self) | chosen
 
 
 @documented

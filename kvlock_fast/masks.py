@@ -104,15 +104,14 @@ class Geometry:
 class ProjectedMask:
     """A mask at each stage, True on the foreground.
 
-    latents: [B, T, h, w] by pixels alone (with the model's lead-in); tokens: [B, S] in (t, h, w) raster order;
-    token_latents: [B, T, h, w], the latents of the foreground tokens (what the model can change); patch_size: latents a
-    token, along each axis; beside: how many of the latent frames, at the end, hold something else than the video, such
-    as its sound: they are of no token.
+    latents: [B, T, h, w] (with the model's lead-in), what an edit may change where the background is kept: of a token
+    that straddles the mask's edge, a part; tokens: [B, S] in (t, h, w) raster order, those whose K and V are their own;
+    patch_size: latents a token, along each axis; beside: how many of the latent frames, at the end, hold something else
+    than the video, such as its sound: they are of no token.
     """
 
     latents: Tensor
     tokens: Tensor
-    token_latents: Tensor
     patch_size: tuple[int, int, int] = (1, 1, 1)
     beside: int = 0
 
@@ -150,9 +149,7 @@ class ProjectedMask:
 
     def with_beside(self, frames: int) -> "ProjectedMask":
         """The same, of latents that have so many frames at the end which are not the video's."""
-        longer = (F.pad(x, (0, 0, 0, 0, 0, frames)) for x in (self.latents, self.token_latents))
-        latents, token_latents = longer
-        return replace(self, latents=latents, token_latents=token_latents, beside=frames)
+        return replace(self, latents=F.pad(self.latents, (0, 0, 0, 0, 0, frames)), beside=frames)
 
 
 def _any_pool(x: Tensor, size: tuple[int, int, int]) -> Tensor:
@@ -189,9 +186,12 @@ def project_mask(mask: Tensor, geometry: Geometry) -> ProjectedMask:
         raise ValueError(f"mask must be a non-empty [F, H, W] or [B, F, H, W], got {tuple(mask.shape)}")
     latents = latent_mask(mask if mask.ndim == 4 else mask[None], geometry)
     latents = torch.cat([latents[:, :1]] * geometry.lead(latents.shape[1]) + [latents], dim=1)
-    tokens = _any_pool(latents, geometry.patch_size)
-    projected = ProjectedMask(latents, tokens.flatten(1), latents, geometry.patch_size)
-    return replace(projected, token_latents=projected.on_latents(projected.tokens))
+    return ProjectedMask(latents, tokens_of(latents, geometry.patch_size), geometry.patch_size)
+
+
+def tokens_of(latents: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
+    """Project a latent mask bool [B, T, h, w] to tokens [B, S]: those with any such latent."""
+    return _any_pool(latents, patch_size).flatten(1)
 
 
 @dataclass(frozen=True)

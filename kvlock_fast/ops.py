@@ -2,13 +2,14 @@
 
 Every function takes `backend="auto" | "reference" | "triton"`. "reference" is plain torch with fp32 inside: the
 specification and the CPU implementation. "auto" takes the fastest implementation there is for the tensor's device.
-Wrong shapes, dtypes or names raise ValueError saying what was given. All but `token_mask` are custom operators
+Wrong shapes, dtypes or names raise ValueError saying what was given. All but the masks are custom operators
 (`torch.ops.kvlock_fast.*`), opaque to torch.compile. No gradients: editing is inference.
 
-By themselves: token_mask, locked_attention, cfg_projection, guided_prediction, windowed_variance, quantize_kv. For the
-fast path of a loop of one's own: `prologue` (norm, RoPE and blend in one pass) in front of `attention` or
-`attention_fp8`, and `step_epilogue` (all that follows a step's forwards). "triton" also takes CPU tensors while
-Triton's interpreter is on (TRITON_INTERPRET=1 before the first import), so that anyone can check a kernel.
+By themselves: token_mask, latent_mask, locked_attention, cfg_projection, guided_prediction, windowed_variance,
+quantize_kv. For the fast path of a loop of one's own: `prologue` (norm, RoPE and blend in one pass) in front of
+`attention` or `attention_fp8`, and `step_epilogue` (all that follows a step's forwards). "triton" also takes CPU
+tensors while Triton's interpreter is on (TRITON_INTERPRET=1 before the first import), so that anyone can check a
+kernel.
 """
 
 from torch import Tensor
@@ -41,6 +42,7 @@ __all__ = [
     "attention_fp8",
     "cfg_projection",
     "guided_prediction",
+    "latent_mask",
     "locked_attention",
     "new_step_state",
     "prologue",
@@ -86,3 +88,16 @@ def token_mask(
         raise ValueError(f"unknown backend {backend!r}: one of {', '.join(BACKENDS)}")
     geometry = Geometry(temporal_stride, spatial_stride, patch_size, causal)
     return project_mask(mask, geometry).tokens
+
+
+def latent_mask(mask: Tensor, *, temporal_stride: int = 4, spatial_stride: int = 8, causal: bool = True) -> Tensor:
+    """Project a pixel mask to latents: a latent is foreground where any pixel under it is.
+
+    Args:
+        mask: bool [F, H, W] or [B, F, H, W], True on the foreground.
+        temporal_stride, spatial_stride, causal: as for `token_mask`.
+
+    Returns: bool [B, T, h, w] (B = 1 for a mask of three dimensions).
+    Raises ValueError on another dtype or shape.
+    """
+    return project_mask(mask, Geometry(temporal_stride, spatial_stride, (1, 1, 1), causal)).latents

@@ -47,7 +47,13 @@ PLAIN = {
 }
 """Values of the lock that a method other than KV-Lock needs."""
 
-PAPER: dict[str, Any] = {"background_latents": "model", "tau": 0.01, "b": 2.0, "omega_floor": 0.0}
+PAPER: dict[str, Any] = {
+    "background_latents": "model",
+    "edit_path": "free",
+    "tau": 0.01,
+    "b": 2.0,
+    "omega_floor": 0.0,
+}
 """The paper's exact settings, where they differ from the default."""
 UNLOCKED: dict[str, Any] = {**PAPER, "alpha": 0.0, "omega": "constant", "s_star": False}
 
@@ -90,7 +96,7 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "kvlock": {},
     "paper": PAPER,
-    "coupled": {"edit_path": "coupled", "source_noise": 3, "skip_steps": 2},
+    "free-path": {"edit_path": "free"},
     "variance-kv": {**PAPER, "omega": "constant", "s_star": False},
     "omega-only": {**PAPER, "alpha": 1.0, "s_star": False},
     "s-star-only": {**PAPER, "alpha": 1.0, "omega": "constant"},

@@ -102,7 +102,7 @@ class Scene:
         Number i comes from a generator seeded by the call's seed and i, so that every way of running draws the same.
         seeded: whether the first was given, and nothing is to be left to chance.
         """
-        count = self.solver.num_steps if self.lock.source_noise == "fresh" else int(self.lock.source_noise)
+        count = self.solver.num_steps if self.lock.noises == "fresh" else int(self.lock.noises)
         seed = 0 if seeded or count == 1 else int(torch.randint(2**62, ()))
         seed = seed if self.generator is None else self.generator.initial_seed()
         more = (self.model.draw_noise(drawn.shape, generator_of(seed, i), drawn.device) for i in range(1, count))
@@ -170,7 +170,7 @@ class Scene:
             if not self.lock.latents_shift:
                 return path
             fresh = self.draw() if self.noise is None else self.noise[:1]
-            shifted = shift_latents(path.start, fresh, self.mask.token_latents, self.lock.latents_shift)
+            shifted = shift_latents(path.start, fresh, self.mask.latents, self.lock.latents_shift)
             return SourcePath(path.path, shifted, path.noise)
 
     def _path(self, predict: Predictor, text: Conditioning, negative: Conditioning | None) -> SourcePath:

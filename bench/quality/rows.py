@@ -17,7 +17,7 @@ from kvlock_fast.config import PRESETS, CacheConfig, LockConfig
 
 CEILING = "ceiling"
 """The true answer through the autoencoder and back: what no edit can be better than."""
-OURS = ("paper", "kvlock", "coupled", "variance-kv", "omega-only", "s-star-only", "fixed-alpha", "global-detection")
+OURS = ("paper", "kvlock", "free-path", "variance-kv", "omega-only", "s-star-only", "fixed-alpha", "global-detection")
 OTHERS = ("cfg", "cfg-zero-star", "kv-edit", "proedit", "flowedit", "tokenflow", "fatezero", "vace")
 LATENTS = {"source": "model", "model": "source"}
 """By a preset's own background latents, the others. KV-Edit always takes the source's."""

@@ -27,7 +27,7 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.files import atomic_path, write_text
 
 RESULTS = Path(__file__).parents[1] / "results" / "quality_sweeps.json"
-BASES = ("paper", "kvlock", "coupled")
+BASES = ("paper", "kvlock", "free-path")
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "tau": (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, "auto"),
     "kappa": (0, 5, 10, 20),
@@ -52,7 +52,7 @@ def points_of(bases: list[str], parameters: list[str], steps: int) -> dict[str, 
     for base in bases:
         for parameter in parameters:
             also = {"kappa": max(1, steps // 2)} if parameter == "warmup_alpha" else {}
-            own = getattr(LockConfig.preset(base), parameter)
+            own = LockConfig.preset(base).as_dict()[parameter]
             for value in dict.fromkeys((*SWEEPS[parameter], own)):
                 try:
                     lock = LockConfig.preset(base, **{**also, parameter: value})

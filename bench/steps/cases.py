@@ -123,7 +123,7 @@ class Steps:
         """The lock as one would write it on top of diffusers: hooks, lines of torch, numbers read by the host."""
         transformer, lock = transformer or self.transformer, self.lock
         family, latents, history = self.family(steps), self.noise, []
-        inside, clean = self.mask.token_latents[:, None], self.subject.clean
+        inside, clean = self.mask.latents[:, None], self.subject.clean
         latents = torch.where(inside, latents, self.renoised(family, 0))
         alpha, omega, first = lock.warmup_alpha, GUIDANCE, max(0, steps - lock.kappa)
         with plain_lock(transformer, self.mask.tokens[0], family) as state:

@@ -20,6 +20,7 @@ from kvlock_fast.locking.arch import ArchSpec, refuse_linear
 from kvlock_fast.locking.compatibility import device_of
 from kvlock_fast.locking.discover import Sample, find_and_check
 from kvlock_fast.locking.lock import KeptKV, Mode, TransformerLock, blend_weight
+from kvlock_fast.masks import tokens_of
 from kvlock_fast.models.registry import arch_of
 from kvlock_fast.parameters import is_whole
 
@@ -56,11 +57,14 @@ def attach(
 
     Args:
         transformer: one model, or those that take turns.
-        foreground: bool [S], [1, S] or [B, S] in the model's order of tokens, as `kvf.ops.token_mask` makes it.
+        foreground: bool [S], [1, S] or [B, S] in the model's order of tokens, as `kvf.ops.token_mask` makes it; or bool
+            [T, h, w] or [B, T, h, w] of latents, as `kvf.ops.latent_mask` makes it: the schedule and
+            `kv.keep_background` then go by these, and the tokens are those with any such latent.
         family: None (by the transformer's class), a name of `kvf.capabilities()["families"]`, a description
             (`ArchSpec`), or "auto" for an unknown class: its self-attentions are found and checked by `sample`.
         layers: the locked layers by number; None: `lock`'s.
-        lock: the configuration; None: the preset "kvlock".
+        lock: the configuration; None: the preset "kvlock". An edit of your own loop is never coupled: `edit_path` is
+            "free".
         num_steps: number of the loop's steps.
         guidance_scale: omega0.
         patch_size: the latents (t, h, w) of a token; None: by the transformer's config.
@@ -81,14 +85,13 @@ def attach(
     if lock is not None and not isinstance(lock, LockConfig):
         raise InputError(f"lock must be a LockConfig, got {type(lock).__name__}")
     transformers = tuple(transformer) if isinstance(transformer, Sequence) else (transformer,)
-    foreground = _foreground(foreground).to(device_of(transformers[0]))
+    patch_size = _patch_size(transformers[0]) if patch_size is None else patch_size
+    foreground, latents = _foreground(foreground, patch_size, device_of(transformers[0]))
     lock = LockConfig() if lock is None else lock
     layers = lock.layers if layers is None else layers
     # Tokens that are foreground in all samples are not cached.
     background = (~foreground).any(0).nonzero()[:, 0]
-    kv = AttachedLock(
-        lock, foreground, num_steps, guidance_scale, _patch_size(transformers[0]) if patch_size is None else patch_size
-    )
+    kv = AttachedLock(lock, foreground, num_steps, guidance_scale, patch_size, latents)
     for each in transformers:
         arch = _arch(each, family, sample, foreground.shape[1], ahead)
         kv.attachments.append(partial(TransformerLock, each, arch, layers, background, processors, format))
@@ -106,9 +109,10 @@ class AttachedLock(LoopSchedule):
         num_steps: int | None,
         guidance_scale: float | None,
         patch_size: tuple[int, int, int] | None,
+        latents: Tensor | None,
     ):
-        """Made by `attach`, whose arguments these are; foreground: bool [B or 1, S]."""
-        super().__init__(lock, foreground, num_steps, guidance_scale, patch_size)
+        """Made by `attach`, whose arguments these are; foreground: bool [B or 1, S]; latents: [B or 1, T, h, w]."""
+        super().__init__(lock, foreground, num_steps, guidance_scale, patch_size, latents)
         self.attachments: list[Callable[[], TransformerLock]] = []
         self.ahead: int | None = None
         self._locks: list[TransformerLock] = []
@@ -218,17 +222,26 @@ class AttachedLock(LoopSchedule):
         ran += [lock.forwards for lock in self._locks]
 
 
-def _foreground(foreground: Any) -> Tensor:
-    """The foreground as bool [B or 1, S]. Raises InputError where it is not one."""
-    if not isinstance(foreground, torch.Tensor) or foreground.dtype != torch.bool or foreground.ndim not in (1, 2):
+def _foreground(
+    foreground: Any, patch_size: tuple[int, int, int] | None, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """The foreground's tokens bool [B or 1, S], and its latents [B or 1, T, h, w] where it was given by these."""
+    if not isinstance(foreground, torch.Tensor) or foreground.dtype != torch.bool or not 1 <= foreground.ndim <= 4:
         given = f"{foreground.dtype} {list(foreground.shape)}" if isinstance(foreground, torch.Tensor) else foreground
-        raise InputError(f"foreground must be a bool tensor [S] or [B, S] of tokens, got {given!s:.80}")
-    foreground = foreground if foreground.ndim == 2 else foreground[None]
+        raise InputError(
+            "foreground must be a bool tensor [S] or [B, S] of tokens, or [T, h, w] or [B, T, h, w] of latents, got "
+            f"{given!s:.80}"
+        )
+    latents, foreground = None, (foreground if foreground.ndim in (2, 4) else foreground[None]).to(device)
+    if foreground.ndim == 4:
+        if patch_size is None:
+            raise InputError("patch_size must be given for a foreground of latents: the transformer's config has none")
+        latents, foreground = foreground, tokens_of(foreground, patch_size)
     if not foreground.numel() or not foreground.any(1).all():
         raise InputError(f"foreground {list(foreground.shape)} has a sample without any foreground token")
     if foreground.all():
         warn("the foreground is every token: nothing is locked")
-    return foreground
+    return foreground, latents
 
 
 def _patch_size(transformer: nn.Module) -> tuple[int, int, int] | None:

@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 def lock_of(lock: str | Mapping[str, Any] | LockConfig) -> LockConfig:
     """A preset by name, or fields of a `LockConfig`, with `preset` among them to begin with (else "kvlock")."""
     if isinstance(lock, LockConfig):
-        return lock
+        return lock.in_own_loop()
     if isinstance(lock, str):
         lock = {"preset": lock}
     if not isinstance(lock, Mapping):
         raise InputError(f"lock must be a preset's name, fields of a LockConfig or one, got {type(lock).__name__}")
     try:
-        return LockConfig.preset(lock.get("preset", "kvlock"), **{k: v for k, v in lock.items() if k != "preset"})
+        return LockConfig.preset(
+            lock.get("preset", "kvlock"), **{k: v for k, v in lock.items() if k != "preset"}
+        ).in_own_loop()
     except ValueError as error:
         raise InputError(f"lock: {error}") from error
 
@@ -68,7 +70,7 @@ class KVLockGuidance(ClassifierFreeGuidance):
         self.guidance_scale = guidance_scale
         self.lock = lock_of(lock)
         if isinstance(lock, LockConfig):
-            self.register_to_config(lock=lock.as_dict())
+            self.register_to_config(lock=self.lock.as_dict())
         self.num_train_timesteps = num_train_timesteps
         self.run: LockedRun | None = None
         self._own: LoopSchedule | None = None

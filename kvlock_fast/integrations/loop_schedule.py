@@ -28,21 +28,27 @@ class LoopSchedule:
         num_steps: int | None,
         guidance_scale: float | None,
         patch_size: tuple[int, int, int] | None,
+        latents: Tensor | None = None,
     ):
-        """foreground: bool [B or 1, S]; num_steps, guidance_scale: None where the loop decides by itself."""
+        """foreground: bool [B or 1, S]; latents: bool [B or 1, T, h, w], that of its latents, None for those of its
+        tokens; num_steps, guidance_scale: None where the loop decides by itself.
+        """
         if num_steps is not None and not is_whole(num_steps, 1):
             raise InputError(f"num_steps must be a whole number of at least 1, got {num_steps!r}")
         if lock.compute != "full" or lock.halo:
             raise InputError(
                 f"compute {lock.compute!r}, halo {lock.halo}: only KVLockPipeline computes a part of the tokens"
             )
-        if lock.edit_path != "free":
+        if lock.edit_path == "coupled":
             raise InputError(f"edit_path {lock.edit_path!r}: only KVLockPipeline couples an edit to the source's path")
+        if lock.source_noise not in (None, 1):
+            raise InputError(f"source_noise {lock.source_noise!r}: a loop of your own draws the source's noise itself")
         for name, value in lock.neighbour_values.items():
             raise InputError(
                 f"{name} is {value!r}, which only KVLockPipeline has: a loop of your own decides it itself"
             )
-        self.lock, self.foreground, self.num_steps = lock, foreground, num_steps
+        self.lock, self.num_steps = lock.in_own_loop(), num_steps
+        self.foreground, self.latents = foreground, latents
         self.guidance_scale, self.patch_size = guidance_scale, patch_size
         self.restart()
 
@@ -106,7 +112,7 @@ class LoopSchedule:
         return self.variance
 
     def keep_background(self, latents: Tensor, source_latents: Tensor) -> Tensor:
-        """The latents with the source's outside of the foreground's tokens; both laid out as for `observe`."""
+        """The latents with the source's outside of the foreground; both laid out as for `observe`."""
         return torch.where(self._where(latents), latents, source_latents.to(latents.dtype))
 
     def _known(self) -> Controller:
@@ -143,9 +149,13 @@ class LoopSchedule:
                 "patch_size must be given: the transformer's config does not say of what latents a token is"
             )
         latents = torch.zeros((1, *video.shape[2:]), dtype=torch.bool, device=x.device)
-        mask = ProjectedMask(latents, self.foreground, latents, self.patch_size)
+        mask = ProjectedMask(latents, self.foreground, self.patch_size)
         self._check_tokens(x, mask.grid[0] * mask.grid[1] * mask.grid[2])
-        return mask.on_latents(self.foreground)
+        if self.latents is None:
+            return mask.on_latents(self.foreground)
+        if self.latents.shape[1:] != latents.shape[1:]:
+            raise InputError(f"latents {list(x.shape)} do not fit the foreground's, {list(self.latents.shape)}")
+        return self.latents
 
     def _check_tokens(self, x: Tensor, tokens: int) -> None:
         if tokens != self.foreground.shape[1]:

@@ -39,7 +39,9 @@ from kvlock_fast.masks import project_mask
 SOURCE = (
     InputParam("source_latents", required=True, type_hint=Tensor, description="Clean latents [1, C, T, h, w]."),
     InputParam("source_prompt_embeds", required=True, type_hint=Tensor, description="What the source is, [1, L, C]."),
-    InputParam("foreground", required=True, type_hint=Tensor, description="Tokens that may change, bool [1, S]."),
+    InputParam(
+        "foreground", required=True, type_hint=Tensor, description="Latents that may change, bool [1, T, h, w]."
+    ),
 )
 
 
@@ -58,7 +60,7 @@ class KVLockSourceStep(_Described, ModularPipelineBlocks):
     """Encodes the source and its prompt, and projects the mask."""
 
     model_name = "wan"
-    words = "Encodes the source video and its prompt, and projects the mask of what may change to tokens."
+    words = "Encodes the source video and its prompt, and projects the mask of what may change to latents."
 
     @property
     def expected_components(self) -> list[ComponentSpec]:
@@ -110,7 +112,7 @@ class KVLockSourceStep(_Described, ModularPipelineBlocks):
         block.source_latents = model.encode_video(video)
         if block.latents is None:
             block.latents = model.draw_noise(block.source_latents.shape, block.generator, device)
-        block.foreground = project_mask(mask, model.geometry).tokens.to(device)
+        block.foreground = project_mask(mask, model.geometry).latents.to(device)
         block.source_prompt_embeds = get_t5_prompt_embeds(
             components.text_encoder, components.tokenizer, block.source_prompt, block.max_sequence_length, device
         )

@@ -89,7 +89,7 @@ class DeviceStepper:
         lock, steps = task.lock, solver.num_steps
         assert solver.table is not None
         self.solver, self.lock, self.source = solver, lock, source
-        self.foreground = task.mask.token_latents.contiguous()
+        self.foreground = task.mask.latents.contiguous()
         self.path = source.path if lock.keeps_background else None
         self.seam = seam_weights(task.mask, lock)
         self.source_window, tau = None, fixed_tau(lock)
@@ -100,7 +100,7 @@ class DeviceStepper:
         self.schedule = schedule_of(lock, steps, tau)
         self.state = new_step_state(_start(task, source), solver.table, omega0, self.schedule)
         self.coupling = None
-        if lock.edit_path == "coupled":
+        if lock.coupled:
             self.coupling = Coupling(lock, solver, source.path, self.foreground)
 
     @property
@@ -198,12 +198,12 @@ class SchedulerStepper:
         """omega0: the guidance scale of each step."""
         solver.restart()
         self.task, self.solver, self.source, self.omega0 = task, solver, source, omega0
-        self.controller = Controller(task.lock, solver.num_steps, task.batch, task.mask.token_latents)
+        self.controller = Controller(task.lock, solver.num_steps, task.batch, task.mask.latents)
         self.latents = self._as_diffusers(_start(task, source))
         self.alpha = self.controller.alpha(0)
         self._trace: list[Tensor] = []
         self._taken = 0
-        self.source_solver = copy.deepcopy(solver) if task.lock.edit_path == "coupled" else None
+        self.source_solver = copy.deepcopy(solver) if task.lock.coupled else None
 
     def advance(self, k: int, source: Tensor | None, cond: Tensor | None, uncond: Tensor | None) -> None:
         """Take step k, as `DeviceStepper.advance` does."""
@@ -260,7 +260,7 @@ def _by_rows(x: Tensor) -> Tensor:
 
 def _start(task: Task, source: SourcePath) -> Tensor:
     """The latents before step 0."""
-    if task.lock.edit_path == "coupled":
+    if task.lock.coupled:
         return source.at(0).expand(task.batch, -1, -1, -1, -1)
     return keep_background(task, source.start.expand(task.batch, -1, -1, -1, -1), source.at(0))
 
@@ -278,7 +278,7 @@ def keep_background(task: Task, latents: Tensor, source_latent: Tensor) -> Tenso
     weights = seam_weights(task.mask, task.lock)
     if weights is not None:
         return mix_seam(latents, source_latent.to(latents.dtype), weights)
-    return torch.where(task.mask.token_latents[:, None], latents, source_latent.to(latents.dtype))
+    return torch.where(task.mask.latents[:, None], latents, source_latent.to(latents.dtype))
 
 
 def guide(
@@ -293,7 +293,7 @@ def guide(
         return task.combine(cond, uncond, omega0, latents, sigma), ones
     s_star = ones
     if lock.s_star:
-        where = task.mask.token_latents[:, None] if lock.projection_region == "foreground" else None
+        where = task.mask.latents[:, None] if lock.projection_region == "foreground" else None
         c, u = (x if where is None else torch.where(where, x, 0.0) for x in (cond, uncond))
         s_star = cfg_projection_reference(c, u)
     return guided_prediction_reference(cond, uncond, omega, s_star), s_star

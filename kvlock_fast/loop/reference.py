@@ -32,12 +32,12 @@ def denoise_reference(task: Task, model: PipelineModel, path: Tensor, start: Ten
         The clean latents [B, C, t, h, w] fp32.
     """
     lock, steps, batch = task.lock, solver.num_steps, task.batch
-    inside = task.mask.token_latents[:, None]  # [1, 1, t, h, w], the foreground
+    inside = task.mask.latents[:, None]  # [1, 1, t, h, w], the foreground
     seen = inside if lock.detection == "foreground" else torch.ones_like(inside)
     branches = [x for x in (task.negative, task.prompt) if x is not None]
     texts = Conditioning.cat([task.source_prompt, *branches])
     x = torch.where(inside, start, path[0]) if lock.keeps_background else start
-    x = path[0] if lock.edit_path == "coupled" else x
+    x = path[0] if lock.coupled else x
     x, predictions = x.expand(batch, -1, -1, -1, -1), []
     fixed, ratio = fixed_alpha(lock), torch.ones(batch)
     solver.restart()
@@ -62,7 +62,7 @@ def denoise_reference(task: Task, model: PipelineModel, path: Tensor, start: Ten
             v_source, v = said[:1], guide(task, said[1:], omega, omega0, inside)
             predictions.append(solver.predict_clean(k, v, x))
         x = solver.step(k, v, x)
-        if lock.edit_path == "coupled":  # the difference to the source is what is stepped
+        if lock.coupled:  # the difference to the source is what is stepped
             x = x + path[k + 1] - alongside.step(k, v_source, path[k])
         x = torch.where(inside, x, path[k + 1]) if lock.keeps_background else x
         if len(predictions) > 1:

@@ -65,7 +65,7 @@ def compares_with_source(lock: LockConfig) -> bool:
 
 def asks_source(lock: LockConfig) -> bool:
     """Whether the source's own predictions are needed at every step: compared with, or coupled to."""
-    return compares_with_source(lock) or lock.edit_path == "coupled"
+    return compares_with_source(lock) or lock.coupled
 
 
 class VarianceWindow:

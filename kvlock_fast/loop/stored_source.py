@@ -99,7 +99,7 @@ def source_facts(
     inverts = lock.source_path == "invert"
     guided = "" if lock.source_guidance is None else f" guided {lock.source_guidance:g}"
     skipped = {"skipped": solver.skip} if solver.skip else {}
-    several = "" if lock.source_noise == 1 else f", source_noise {lock.source_noise}"
+    several = "" if lock.noises == 1 else f", source_noise {lock.noises}"
     return {
         "model": {
             "family": model.arch.family,

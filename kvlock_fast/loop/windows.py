@@ -129,7 +129,7 @@ def _cut(mask: ProjectedMask, place: slice) -> ProjectedMask:
     patch, (_, rows, columns) = mask.patch_size[0], mask.grid
     tokens = mask.tokens.view(len(mask.tokens), -1, rows, columns)
     tokens = tokens[:, place.start // patch : -(-place.stop // patch)].flatten(1)
-    return replace(mask, latents=mask.latents[:, place], tokens=tokens, token_latents=mask.token_latents[:, place])
+    return replace(mask, latents=mask.latents[:, place], tokens=tokens)
 
 
 def blend(parts: Sequence[Tensor], of: Sequence[Stretch]) -> Tensor:

@@ -91,4 +91,4 @@ def _kept(job: Job, latents: Tensor, source: Tensor) -> Tensor:
     """With the source's background, where the lock keeps it."""
     if not job.lock.keeps_background:
         return latents
-    return torch.where(job.task.mask.token_latents[:, None], latents, source)
+    return torch.where(job.task.mask.latents[:, None], latents, source)

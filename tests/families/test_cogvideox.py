@@ -174,7 +174,7 @@ def test_every_step_sees_the_formulas(monkeypatch):
     spy = Spy(monkeypatch, pipe)
     out = call(pipe, prompt, lock=lock, guidance_scale=4.0, negative_prompt="a dog")
     noise = torch.randn(1, 3, 4, 4, 6, generator=torch.Generator().manual_seed(1)).transpose(1, 2)
-    inside = out.mask.token_latents[0].expand(4, -1, -1, -1)
+    inside = out.mask.latents[0].expand(4, -1, -1, -1)
     kept = pipe.scheduler.alphas_cumprod.double()
     timesteps = [999, 799, 599, 399, 199]
     a = torch.stack([*kept[timesteps].sqrt(), torch.ones(()).double()])
@@ -205,7 +205,7 @@ def test_every_step_sees_the_formulas(monkeypatch):
 def test_background_latents_source_ends_at_the_source(kind):
     pipe = half(tiny_cogvideox(kind))
     out, clean = call(pipe, lock="kvlock"), latent_of(pipe)
-    outside = ~out.mask.token_latents[0].expand(4, -1, -1, -1)
+    outside = ~out.mask.latents[0].expand(4, -1, -1, -1)
     assert torch.equal(out.latents[0][outside], clean[0][outside])
     assert not torch.isclose(out.latents[0][~outside], clean[0][~outside], atol=1e-3).all()
 

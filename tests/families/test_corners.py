@@ -78,7 +78,7 @@ def test_what_lies_beside_the_video_is_of_no_token():
     plain = project_mask(mask, Geometry(2, 8, (1, 2, 2)))
     longer = plain.with_beside(2)
     assert longer.grid == plain.grid and torch.equal(longer.tokens, plain.tokens)
-    assert longer.latents.shape[1] == 5 and not longer.token_latents[:, 3:].any()
+    assert longer.latents.shape[1] == 5 and not longer.latents[:, 3:].any()
     values = torch.rand(1, plain.tokens.shape[1])
     assert torch.equal(longer.on_latents(values)[:, :3], plain.on_latents(values))
     assert not longer.on_latents(values)[:, 3:].any()

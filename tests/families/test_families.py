@@ -229,7 +229,7 @@ def test_whole_edits(case):
         out = case.edit(pipe, lock=lock, cache=cache, output="latent" if format == "native" else "frames")
         assert out.latents.isfinite().all()
         assert format == "native" or out.frames[0].shape == (*case.size, 3)
-        outside = ~out.mask.token_latents[:, None].expand_as(out.latents)
+        outside = ~out.mask.latents[:, None].expand_as(out.latents)
         torch.testing.assert_close(out.latents[outside], clean.expand_as(out.latents)[outside], rtol=1e-5, atol=1e-5)
         locked = [record for record in out.trace.records if record.alpha > 0]
         assert locked and all(np.isfinite(record.s_star) for record in out.trace.records)

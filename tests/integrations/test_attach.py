@@ -407,7 +407,8 @@ PRESETS = ["kvlock", "paper", "fixed-alpha", "cfg-zero-star", "omega-only"]
 def test_a_loop_of_ones_own_is_the_pipelines_edit(preset):
     """With the schedule by `observe` and `guide`: the same latents as KVLockPipeline's."""
     steps, scale = 6, 4.0
-    lock = kvf.LockConfig.preset(preset, kappa=4, variance_window=3, guidance_batching="separate")
+    fields = dict(kappa=4, variance_window=3, guidance_batching="separate")
+    lock = kvf.LockConfig.preset(preset, **fields).in_own_loop()
     pipe = tiny_wan(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
     video = torch.randint(0, 256, (9, 32, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     noise = torch.randn(1, 4, 3, 4, 8, generator=torch.Generator().manual_seed(1))
@@ -423,7 +424,7 @@ def test_a_loop_of_ones_own_is_the_pipelines_edit(preset):
         dict(zip(said, model.encode_prompts([*said.values()]).split(1), strict=True)),
     )
     scheduler.set_timesteps(steps)
-    foreground = kvf.ops.token_mask(pixel_mask())
+    foreground = kvf.ops.latent_mask(pixel_mask())
 
     def predict(latents, name, t):
         return transformer(latents, t.expand(1), texts[name], return_dict=False)[0]

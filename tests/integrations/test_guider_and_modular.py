@@ -74,7 +74,8 @@ def test_a_modular_pipeline_edits_as_kvlock_pipeline(preset, scheduler):
     video, mask = video_and_mask()
     wanted = kvf.KVLockPipeline.from_pipe(pipe)(
         video, mask, **SAID, num_inference_steps=STEPS, guidance_scale=4.0, latents=drawn(1),
-        lock=kvf.LockConfig.preset(preset, **fields), cache=kvf.CacheConfig(tier="lockstep"), output="latent",
+        lock=kvf.LockConfig.preset(preset, **fields).in_own_loop(), cache=kvf.CacheConfig(tier="lockstep"),
+        output="latent",
     )  # fmt: skip
     made = modular(kvf.KVLockWanBlocks, pipe, guider=kvf.KVLockGuidance(4.0, lock=dict(preset=preset, **fields)))
     got = edited(made)
@@ -87,7 +88,8 @@ def test_two_transformers_take_turns_under_one_schedule():
     video, mask = video_and_mask()
     wanted = kvf.KVLockPipeline.from_pipe(pipe)(
         video, mask, **SAID, num_inference_steps=STEPS, guidance_scale=4.0, guidance_scale_2=3.0, latents=drawn(1),
-        lock=kvf.LockConfig.preset("kvlock", **fields), cache=kvf.CacheConfig(tier="lockstep"), output="latent",
+        lock=kvf.LockConfig.preset("kvlock", **fields).in_own_loop(), cache=kvf.CacheConfig(tier="lockstep"),
+        output="latent",
     )  # fmt: skip
     guiders = {
         name: kvf.KVLockGuidance(scale, lock=dict(preset="kvlock", **fields))
@@ -269,12 +271,12 @@ def test_a_config_comes_back(tmp_path):
     assert json.loads((tmp_path / "guider_config.json").read_text())["lock"]["layers"] == [0, 2]
     again = kvf.KVLockGuidance.from_pretrained(tmp_path)
     assert (
-        again.lock.as_dict() == guider.lock.as_dict() == lock.as_dict()
+        again.lock.as_dict() == guider.lock.as_dict() == lock.in_own_loop().as_dict()
         and again.guidance_scale == 3.0
         and again._stop == 0.9
     )
-    assert guider.new(guidance_scale=2.0).lock.as_dict() == lock.as_dict()
-    assert lock_of("paper") == paper() and lock_of({}) == kvf.LockConfig() == lock_of("kvlock")
+    assert guider.new(guidance_scale=2.0).lock.as_dict() == guider.lock.as_dict()
+    assert lock_of("paper") == paper() and lock_of({}) == kvf.LockConfig(edit_path="free") == lock_of("kvlock")
 
 
 def test_several_prompts_share_one_noise_and_source():

@@ -161,7 +161,7 @@ def test_mask_projection_by_brute_force(kind, quads, seed):
         expected[(latent + lead) // fold, y // 16, x // 16] = True
     found = project_mask(torch.from_numpy(mask), geometry)
     assert np.array_equal(found.tokens.view(expected.shape).numpy(), expected)
-    assert found.token_latents.shape[1] == quads + 1 + lead == found.latents.shape[1]
+    assert found.latents.shape[1] == quads + 1 + lead
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -179,7 +179,7 @@ def test_tokens_lie_as_the_model_has_them(kind):
         pixels[max(0, 4 * latent - 3), 16 * y, 16 * x] = True
         mask = project_mask(pixels, geometry)
         assert mask.tokens[0].nonzero().flatten().tolist() == [token]
-        changed = torch.where(mask.token_latents[:, None], latents + 1, latents)[:1]
+        changed = torch.where(mask.on_latents(mask.tokens)[:, None], latents + 1, latents)[:1]
         for one in (latents[:1], changed):
             embed(texts[:1], one.transpose(1, 2))
         before, after = patches[-2:]

@@ -170,7 +170,7 @@ def test_the_background_is_the_source_path_in_every_step():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DeviceStepper, "advance", watch)
         out = call(pipe, lock=paper(alpha=1.0, compute="foreground"))
-    outside = ~out.mask.token_latents[:, None].expand(out.latents.shape)
+    outside = ~out.mask.latents[:, None].expand(out.latents.shape)
     assert len(seen) == 5
     for latents, source in seen:
         assert torch.equal(latents[outside], source.expand_as(latents)[outside])
@@ -261,7 +261,7 @@ def test_a_halo_is_the_same_in_full(seam, tier):
     assert tokens(sparse).max() == int((full.mask.tokens[0] | near).sum()) > tokens(cut).max()
     ring = full.mask.on_latents(near[None])[:, None].expand(full.latents.shape)
     assert not torch.allclose(sparse.latents[ring], cut.latents[ring], atol=1e-3)
-    beyond = ~(ring | full.mask.token_latents[:, None])
+    beyond = ~(ring | full.mask.on_latents(full.mask.tokens)[:, None])
     assert torch.equal(sparse.latents[beyond], cut.latents[beyond])
 
 

@@ -185,7 +185,7 @@ def test_a_later_call_replays_what_an_earlier_one_captured(tmp_path, captured, m
         assert (a.alpha, a.omega, a.s_star, a.variance) == (b.alpha, b.omega, b.s_star, b.variance)
     assert torch.equal(first.latents, kept[0]), "the first call's results are its own"
     again = run(fresh, mask=a_mask(), steps=1).mask
-    assert torch.equal(first.mask.tokens, again.tokens) and torch.equal(first.mask.token_latents, again.token_latents)
+    assert torch.equal(first.mask.tokens, again.tokens) and torch.equal(first.mask.latents, again.latents)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 5.0])

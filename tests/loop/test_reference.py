@@ -50,7 +50,7 @@ def check(monkeypatch, **arguments) -> None:
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
-KVLOCK = LockConfig(kappa=4, tau=0.12, omega_floor=0.0)
+KVLOCK = LockConfig(kappa=4, tau=0.12, omega_floor=0.0, edit_path="free")
 FORMAT = {"format": "native"}
 WAYS = {
     "lockstep": {},

@@ -289,7 +289,7 @@ def test_an_unknown_scheduler_that_follows_the_flow_is_called_itself():
     with pytest.warns(InputWarning, match="scheduler PlainFlow has no table"):
         out = call(pipe, lock="kvlock", steps=6)
     assert out.latents.isfinite().all()
-    background = ~out.mask.token_latents[:, None].expand_as(out.latents)
+    background = ~out.mask.latents[:, None].expand_as(out.latents)
     with warnings.catch_warnings():
         warnings.simplefilter("error", InputWarning)
         plain = call(pipe, lock="cfg", steps=6).latents  # unlocked: every scheduler is called itself

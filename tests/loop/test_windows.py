@@ -89,9 +89,9 @@ def test_a_stretchs_mask_is_the_masks_own(frames, window, overlap, patch, seed):
         first, last = part.frames.start // patch[0], -(-part.frames.stop // patch[0])
         assert part.frames.start % patch[0] == 0
         assert torch.equal(part.mask.tokens.view(-1, *mask.grid[1:]), grid[first:last])
-        assert torch.equal(part.mask.token_latents, mask.token_latents[:, part.frames])
+        assert torch.equal(part.mask.latents, mask.latents[:, part.frames])
         again = part.mask.on_latents(part.mask.tokens)
-        assert torch.equal(again[:, : part.mask.latents.shape[1]], part.mask.token_latents)
+        assert torch.equal(again, mask.on_latents(mask.tokens)[:, part.frames])
 
 
 def test_a_window_as_long_as_the_clip_is_the_clip_bit_for_bit():
@@ -181,7 +181,7 @@ def test_tiers_agree_and_the_background_is_exact(tier, lock):
     assert untouched(pipe.transformer) and not torch.equal(out.latents[0], out.latents[1])
     if lock.background_latents == "source":
         clean = WanModel(pipe).encode_video(torch.from_numpy(a_video(FRAMES)))
-        outside = ~out.mask.token_latents[:, None].expand_as(out.latents)
+        outside = ~out.mask.latents[:, None].expand_as(out.latents)
         assert torch.equal(out.latents[outside], clean.expand_as(out.latents)[outside])
 
 

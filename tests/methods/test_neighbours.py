@@ -43,7 +43,7 @@ def test_every_neighbour_edits(preset):
     steps = STEPS - lock(preset).skip_steps
     assert out.trace.steps == steps and len(out.trace) == 2 * steps
     changed = (out.latents - clean_of(tiny_wan())).abs().amax((0, 1))
-    assert changed[out.mask.token_latents[0]].max() > 0.1
+    assert changed[out.mask.latents[0]].max() > 0.1
 
 
 @pytest.mark.parametrize("preset", OF_TEXT)
@@ -61,7 +61,7 @@ def test_several_prompts_equal_one_at_a_time(preset):
 @pytest.mark.parametrize("preset", ["flowedit", "tokenflow", "fatezero", "kv-edit", "proedit"])
 def test_the_backgrounds_latents_can_be_the_sources(preset):
     out = call(tiny_wan(), lock=lock(preset, background_latents="source"), steps=STEPS)
-    outside = ~out.mask.token_latents[:, None].expand_as(out.latents)
+    outside = ~out.mask.latents[:, None].expand_as(out.latents)
     assert torch.equal(out.latents[outside], clean_of(tiny_wan())[outside])
 
 
@@ -463,11 +463,13 @@ def test_bad_values(changes, said):
     assert str(caught.value).startswith(said)
 
 
-@pytest.mark.parametrize("preset", [*NEIGHBOURS, "coupled"])
-def test_loops_of_other_people_refuse_them(preset):
+@pytest.mark.parametrize("changes", [*NEIGHBOURS, {"edit_path": "coupled"}, {"source_noise": 2}], ids=str)
+def test_loops_of_other_people_refuse_them(changes):
     pipe, foreground = tiny_wan(), torch.tensor([True, False] * 9)
-    with pytest.raises(InputError, match=r"which only KVLockPipeline has|only KVLockPipeline (computes|couples)"):
-        kvf.attach(pipe.transformer, foreground, lock=lock(preset), num_steps=4)
+    asked = lock(changes) if isinstance(changes, str) else LockConfig(**changes)
+    said = r"which only KVLockPipeline has|only KVLockPipeline (computes|couples)|draws the source's noise itself"
+    with pytest.raises(InputError, match=said):
+        kvf.attach(pipe.transformer, foreground, lock=asked, num_steps=4)
     assert not lock("kvlock").neighbour_values and "skip_steps" in lock("kv-edit").neighbour_values
 
 

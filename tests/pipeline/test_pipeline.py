@@ -179,8 +179,8 @@ def test_every_preset_edits(preset):
     pipe = tiny_wan()
     out = call(pipe, lock=kvf.LockConfig.preset(preset, kappa=3), steps=6, output="frames")
     assert out.frames[0].shape == (FRAMES, HEIGHT, WIDTH, 3) and out.frames[0].dtype == np.uint8
-    assert out.latents.isfinite().all() and len(out.trace.records) == (4 if preset == "coupled" else 6)
-    rows = {"cfg": 6 * 2, "cfg-zero-star": (6 - 2) * 2, "coupled": 4 * 3}
+    assert out.latents.isfinite().all() and len(out.trace.records) == 6
+    rows = {"cfg": 6 * 2, "cfg-zero-star": (6 - 2) * 2}
     assert out.trace.forwards == rows.get(preset, 6 * 3)
 
 
@@ -215,7 +215,7 @@ def test_background_latents_source_ends_at_the_source():
     pipe = tiny_wan()
     out = call(pipe, lock="kvlock")
     clean = kvf.KVLockPipeline.from_pipe(pipe).model.encode_video(torch.as_tensor(a_video()))
-    outside = ~out.mask.token_latents[0].expand(4, -1, -1, -1)
+    outside = ~out.mask.latents[0].expand(4, -1, -1, -1)
     with torch.no_grad():
         assert torch.equal(out.latents[0][outside], clean[0][outside])
     assert not torch.isclose(out.latents[0][~outside], clean[0][~outside], atol=1e-3).all()
@@ -387,7 +387,7 @@ def test_every_step_sees_the_formulas(monkeypatch):
     spy = Spy(monkeypatch, pipe)
     out = call(pipe, prompt, lock=lock, guidance_scale=4.0, negative_prompt="a dog")
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
-    inside = out.mask.token_latents[0].expand(4, -1, -1, -1)
+    inside = out.mask.latents[0].expand(4, -1, -1, -1)
     sigmas = [record.sigma for record in out.trace] + [0.0]
     history, x = [], torch.where(inside, noise, (1 - sigmas[0]) * clean + sigmas[0] * noise).double()[0]
     for k, ((timestep, rows, text, answer), record) in enumerate(zip(spy.calls, out.trace, strict=True)):
@@ -445,7 +445,7 @@ def test_a_half_precision_model_ends_at_the_source_too(preset, guidance):
     pipe.transformer.to(torch.bfloat16)
     lock = kvf.LockConfig.preset(preset, background_latents="source")
     out = call(pipe, lock=lock, guidance_scale=guidance)
-    outside = ~out.mask.token_latents[0].expand(4, -1, -1, -1)
+    outside = ~out.mask.latents[0].expand(4, -1, -1, -1)
     assert torch.equal(out.latents[0][outside], latent_of(pipe)[0][outside])
 
 
