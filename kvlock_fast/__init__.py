@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvlock_fast.integrations.guider import KVLockGuidance
     from kvlock_fast.integrations.modular import KVLockDenoiseStep, KVLockSourceStep, KVLockWanBlocks
     from kvlock_fast.locking.arch import ArchSpec
+    from kvlock_fast.media.paste import composite
     from kvlock_fast.pipeline import EditOutput, KVLockPipeline
     from kvlock_fast.tools.doctor import capabilities
 
@@ -34,6 +35,7 @@ __all__ = [
     "__version__",
     "attach",
     "capabilities",
+    "composite",
     "ops",
 ]
 
@@ -49,6 +51,7 @@ _HOMES = {
     "CacheConfig": "config",
     "LockConfig": "config",
     "InputError": "errors",
+    "composite": "media.paste",
     "KVLockPipeline": "pipeline",
     "EditOutput": "pipeline",
     "capabilities": "tools.doctor",

@@ -14,8 +14,8 @@ import numpy as np
 from kvlock_fast.errors import InputError, warn
 from kvlock_fast.media import resize_mask, resize_video
 from kvlock_fast.media.clip import Clip
-from kvlock_fast.media.fitting import composite
-from kvlock_fast.media.metrics import measure_edit
+from kvlock_fast.media.metrics import measure_delivered, measure_edit
+from kvlock_fast.media.paste import composite
 from kvlock_fast.nvtx import span
 from kvlock_fast.progress import Report
 from kvlock_fast.settings import EditSettings
@@ -28,11 +28,11 @@ class EditResult:
     """Result of an edit.
 
     Args:
-        videos: One uint8 [F, h, w, 3] per prompt.
+        videos: One uint8 [F, h, w, 3] per prompt, as it is delivered.
         source: The clip's video at that size.
         mask: The clip's mask at that size.
         trace: Record of every step, as plain values.
-        metrics: Quality of each video, as plain values.
+        metrics: Quality of each video as plain values: of the model's frames, and as delivered (`delivered_...`).
     """
 
     videos: list[np.ndarray]
@@ -135,14 +135,15 @@ def call_pipeline(pipe: Any, clip: Clip, settings: EditSettings, progress: Repor
 
 def finish_edit(clip: Clip, videos: list[np.ndarray], trace: dict[str, Any], settings: EditSettings) -> EditResult:
     """The part that the model is not needed for: composite and metrics. videos: uint8 [F, h, w, 3], one a prompt."""
-    count = len(videos[0])
-    source, shown_mask = clip.video[:count], clip.mask[:count]
+    count, *size = videos[0].shape[:3]
+    whole, allowed = clip.video[:count], clip.mask[:count]
+    source, mask = resize_video(whole, *size), resize_mask(allowed, *size)
+    metrics = [measure_edit(source, mask, video) for video in videos]
     if settings.composite:
-        solid = shown_mask if clip.solid is None else clip.solid[:count]
+        source, mask = whole, allowed
+        solid = allowed if clip.solid is None else clip.solid[:count]
+        fade = (settings.composite_feather, settings.paste, settings.mask_shape.feather)
         with span("composite"):
-            videos = [composite(source, edited, solid, settings.composite_feather) for edited in videos]
-    else:
-        size = videos[0].shape[1:3]
-        source, shown_mask = resize_video(source, *size), resize_mask(shown_mask, *size)
-    metrics = [measure_edit(source, shown_mask, edited) for edited in videos]
-    return EditResult(videos, source, shown_mask, trace, metrics)
+            videos = [composite(source, edited, solid, *fade) for edited in videos]
+    metrics = [{**raw, **measure_delivered(source, mask, video)} for raw, video in zip(metrics, videos, strict=True)]
+    return EditResult(videos, source, mask, trace, metrics)

@@ -183,9 +183,14 @@ def trace_json(result: EditResult, settings: EditSettings, command: str, files: 
 
 
 def metrics_text(metrics: dict[str, float | None]) -> str:
-    decibels, similarity = metrics["background_psnr"], metrics["background_ssim"]
-    if decibels is None:
-        return ""
-    return (
-        f" (background {decibels:.1f} dB, SSIM {similarity:.3f})" if decibels < math.inf else " (background unchanged)"
+    """The background in the file and in the model's own frames, for the line about an edit; "" where there is none."""
+    delivered, raw = (
+        "background unchanged" if found == math.inf else None if found is None else f"background {found:.1f} dB"
+        for found in (metrics["delivered_psnr"], metrics["background_psnr"])
     )
+    if delivered is None or raw is None:
+        return ""
+    step, error = metrics["delivered_seam"], metrics["seam"]
+    delivered += "" if step is None else f", a step of {step:.1f} levels at the mask's edge"
+    raw += "" if error is None else f", {error:.1f} levels off around the mask"
+    return f" (delivered: {delivered}; raw, by the model: {raw})"

@@ -19,10 +19,11 @@ from kvlock_fast.locking.compatibility import compiled_blocks
 from kvlock_fast.locking.fast_path import check_processors
 from kvlock_fast.locking.turns import one_at_a_time
 from kvlock_fast.loop.graph import CapturedLoops, choose_capture
-from kvlock_fast.loop.inputs import check_numbers, check_texts
+from kvlock_fast.loop.inputs import as_mask, as_video, check_numbers, check_texts
 from kvlock_fast.loop.task import Task
 from kvlock_fast.loop.trace import Recorder, Trace
 from kvlock_fast.masks import ProjectedMask
+from kvlock_fast.media import paste
 from kvlock_fast.models import load_diffusers, wrap_pipeline
 from kvlock_fast.models.protocols import Pipeline
 from kvlock_fast.models.schedulers import check_scheduler
@@ -35,8 +36,8 @@ from kvlock_fast.settings import COMPILE, GRAPH
 
 @dataclass(frozen=True)
 class EditOutput:
-    """frames: one [F, H, W, 3] uint8 array a prompt (empty for output="latent"); latents: [B, C, T, h, w] fp32,
-    normalised; trace: what happened at each step; mask: the mask as the model saw it.
+    """frames: one [F, H, W, 3] uint8 array a prompt (empty for output="latent"), the model's or their composites;
+    latents: [B, C, T, h, w] fp32, normalised; trace: what happened at each step; mask: the mask as the model saw it.
     """
 
     frames: list[np.ndarray]
@@ -105,6 +106,7 @@ class KVLockPipeline:
         processors: str = "auto",
         ladder: bool = True,
         output: str = "frames",
+        composite: bool = False,
         progress: Progress | None = None,
     ) -> EditOutput:
         """Edit `video` where `mask` is True.
@@ -138,6 +140,8 @@ class KVLockPipeline:
             ladder: whether the cache is planned for, and smaller ways are tried when memory runs out; without it
                 `cache` is taken to the letter, and its tier "auto" is lockstep.
             output: "frames", or "latent" to skip decoding.
+            composite: whether frames have the video's size and, outside the mask, its own pixels, as `kvf.composite`
+                makes them and the command line delivers them; else they are the model's own.
             progress: called as progress(stage, done, total) along the way.
 
         Returns:
@@ -158,6 +162,8 @@ class KVLockPipeline:
         check_processors(processors, self.model)
         if output not in ("frames", "latent"):
             raise InputError(f"output must be frames or latent, got {output!r}")
+        if composite and output == "latent":
+            raise InputError("composite=True needs frames, got output='latent'")
         recorder = Recorder(self.model.device)
         wanted = Wanted(
             video=video, mask=mask, source_prompt=source_prompt, num_inference_steps=num_inference_steps,
@@ -197,6 +203,10 @@ class KVLockPipeline:
                 edited, decoded = run(Way(cache))
         warmup, solver = max(0, scene.solver.num_steps - lock.kappa), scene.solver
         trace = recorder.finish(prompts, warmup, scene.mask, solver.timesteps, solver.sigmas)
+        if composite:
+            source = as_video(video)
+            shown = as_mask(mask, *source.shape[:3])
+            decoded = [paste.composite(source[: len(one)], one, shown[: len(one)]) for one in decoded]
         return EditOutput(decoded, edited.float(), trace, scene.mask)
 
     @torch.no_grad()

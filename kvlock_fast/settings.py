@@ -28,8 +28,12 @@ from kvlock_fast.renamed import refuse_cache_steps
 
 MOST_STEPS = 10_000
 MOST_TEXT = 20_000
-FEATHER = 8
-"""Pixels over which a composite mixes, where nothing else was asked for."""
+FEATHER = 1
+"""Pixels inside the mask's edge over which a composite fades, where nothing else was asked for.
+
+By 42 edits of the demo's world (preset coupled, paste screened): with 0, 1, 2 the step at the edge is 14.4, 9.4, 8.4
+levels, the whole frame is 26.3, 26.3, 25.7 dB from the true answer, and 26, 26, 25 edits are right.
+"""
 _NOT_ONE = "{name} {value!r} is not one of {words}"
 _NUMBER = "{name} must be a number of at least {low}, got {value!r}"
 _LEAST = "{name} must be at least {low}, got {value!r}"
@@ -159,11 +163,24 @@ GRAPH, COMPILE, PROCESSORS = (one.words for one in declared(Speed))
 class Finish(Checked):
     """Treatment of the frames that the model has made; jobs of one pass may differ in it."""
 
-    composite: bool = _output(False, "", "Paste the source's background back, at its size")
+    composite: bool = _output(
+        True, "", "Deliver the source's own pixels outside the mask, at its size; off delivers the model's frames"
+    )
     feather: int | None = _output(
-        None, "0..256 pixels", "How far outside the mask --composite mixes", unset="--mask-feather, or else 8"
+        None,
+        "0..2 pixels",
+        "How far inside the mask's edge the composite fades",
+        unset=f"{FEATHER}, or 0 with --mask-feather",
+    )
+    paste: str = _output(
+        "screened",
+        "hard|screened|harmonic",
+        "Colours inside the mask: kept, or shifted to meet the source's at the edge, nearby or in all of the mask",
     )
     audio: bool = _output(True, "", "Keep the source's sound")
+
+
+[(PASTE, PASTES)] = ((one.default, one.words) for one in declared(Finish) if one.attribute == "paste")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,10 +201,10 @@ class EditSettings(Place, Finish, Speed, RunConfig):
 
     @property
     def composite_feather(self) -> int:
-        """Pixels outside the mask over which a composite mixes."""
+        """Pixels inside the mask's edge over which a composite fades."""
         if self.feather is not None:
             return self.feather
-        return self.mask_shape.feather or FEATHER
+        return 0 if self.mask_shape.feather else FEATHER
 
 
 JOB = (Inputs, RunConfig, Finish, MaskShape, CacheConfig, Preset, LockConfig)

@@ -42,7 +42,7 @@ def result_rows(ledger: Ledger) -> list[dict[str, Any]]:
                 "steps": job.setup.steps,
                 "tries": row["tries"],
                 "seconds": row["seconds"],
-                **dict.fromkeys(("background_psnr", "background_ssim")),
+                **dict.fromkeys(("background_psnr", "background_ssim", "delivered_psnr", "delivered_seam")),
                 **(json.loads(row["metrics"]) if row["metrics"] else {}),
                 "bytes": row["bytes"],
                 "error": row["error"],

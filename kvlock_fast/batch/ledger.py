@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 STATES = ("pending", "running", "done", "failed")
 MOST_CRASHES = 3
 """Number of deaths of a worker with a job after which the job is set aside."""
-_VERSION = 2
+_VERSION = 3
 _TABLES = """
 CREATE TABLE IF NOT EXISTS passes (
     id INTEGER PRIMARY KEY, width INTEGER NOT NULL, tier TEXT, format TEXT, at_once INTEGER, ladder INTEGER
@@ -87,14 +87,14 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     def _check_version(self) -> None:
         version = self.db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, 1, _VERSION):
+        if version not in (0, 1, 2, _VERSION):
             raise InputError(f"the ledger '{self.path}' is of version {version}, and this program reads {_VERSION}")
-        if version == 1:
+        if version in (1, 2):
             self._rename_fields()
         self.db.execute(f"PRAGMA user_version = {_VERSION}")
 
     def _rename_fields(self) -> None:
-        """Rewrite the jobs of a ledger of 0.1 under today's names, so that what is done stays done."""
+        """Rewrite the jobs of an older ledger under today's names, so that what is done stays done."""
         with self._transaction() as db:
             for row in db.execute("SELECT id, spec FROM jobs").fetchall():
                 try:
@@ -102,7 +102,7 @@ class Ledger(AbstractContextManager["Ledger"]):
                 except (ValueError, TypeError, AttributeError) as error:
                     raise InputError(f"the ledger '{self.path}' is damaged: job {row['id']!r}: {error}") from error
                 db.execute("UPDATE jobs SET spec = ? WHERE id = ?", (spec, row["id"]))
-            db.execute("PRAGMA user_version = 2")
+            db.execute(f"PRAGMA user_version = {_VERSION}")
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:

@@ -15,6 +15,7 @@ from kvlock_fast.batch.fields import no_constant, no_doubles
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import refuse_special, write_bytes
 from kvlock_fast.renamed import CACHE_STEPS, FIELDS
+from kvlock_fast.settings import PASTE
 
 BOM = b"\xef\xbb\xbf"
 
@@ -68,13 +69,27 @@ def migrate_fields(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def migrate_spec(spec: str) -> str:
-    """A job as a ledger of 0.1 has it, under today's names."""
-    data = json.loads(spec)
+    """A job as a ledger of version 1 or 2 has it, under today's names.
+
+    A raw result has no paste, so it is still what its line asks for. A composite of that time is not: it lacks a
+    paste, and its feather was wider and outside the mask.
+    """
+    data = _without_old_feather(json.loads(spec))
     cache = data.get("cache", {})
     cache = {**cache, "steps": CACHE_STEPS.get(cache["steps"], cache["steps"])} if "steps" in cache else cache
     lock = {FIELDS.get(name, name): value for name, value in data.get("lock", {}).items()}
     nested = {name: value for name, value in (("lock", lock), ("cache", cache)) if name in data}
     return json.dumps({FIELDS.get(name, name): value for name, value in {**data, **nested}.items()})
+
+
+def _without_old_feather(data: dict[str, Any]) -> dict[str, Any]:
+    if (data.get("feather") or 0) > 2:
+        data = {**data, "feather": None}
+    if data.get("composite") is not False or "paste" in data:
+        return data
+    items = list(data.items())
+    place = 1 + list(data).index("feather") if "feather" in data else len(items)
+    return dict([*items[:place], ("paste", PASTE), *items[place:]])
 
 
 def _json_lines(text: str, name: str) -> tuple[str, int]:

@@ -9,7 +9,7 @@ from kvlock_fast.settings import EditSettings
 
 
 @app.command()
-@takes("preset", "seed", "device", "json")
+@takes("preset", "seed", "device", "composite", "feather", "paste", "json")
 def demo(
     given: Given,
     output: Annotated[Path, option("The folder for the results; files in it stay")] = Path("out/demo"),
@@ -20,8 +20,8 @@ def demo(
     """Edit a procedurally made clip with the bundled model; writes videos, a report, a sheet and a trace."""
     from kvlock_fast.demo.command import run_demo, write_clips
 
-    settings = given.make(EditSettings, source_prompt="", prompts=[])
+    settings = given.make(EditSettings, source_prompt="", prompts=[], lock=given.lock())
     if world is not None:
         write_clips(world, output, settings.seed or 0)
     else:
-        run_demo(output, steps, given.lock(), settings.seed or 0, settings.device, command_line(), given["json"], quiet)
+        run_demo(output, steps, settings, command_line(), given["json"], quiet)

@@ -1,14 +1,14 @@
 """The command `kvlock-fast demo`: one edit of the demo's world, or clips of that world."""
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
-from kvlock_fast.config import LockConfig
 from kvlock_fast.demo import GUIDANCE, STEPS, demo_case
 from kvlock_fast.demo.gallery import contact_sheet
 from kvlock_fast.demo.scene import sample_scene
 from kvlock_fast.demo.world import render
-from kvlock_fast.edit import EditResult, EditSettings, find_device, load_pipeline, run_edit
+from kvlock_fast.edit import EditResult, find_device, load_pipeline, run_edit
 from kvlock_fast.edit_files import figures, metrics_text, trace_json, write_page
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import check_json, output_folder, write_json, write_text
@@ -18,14 +18,13 @@ from kvlock_fast.nvtx import span
 from kvlock_fast.progress import progress_bar
 from kvlock_fast.report.contact_sheet import write_sheet
 from kvlock_fast.report.drawing import as_pictures
+from kvlock_fast.settings import EditSettings
 
 
 def run_demo(
     output: Path,
     steps: int | None,
-    lock: LockConfig,
-    seed: int,
-    device: str,
+    settings: EditSettings,
     command: str,
     json_file: str | None,
     quiet: bool,
@@ -35,29 +34,26 @@ def run_demo(
     Args:
         output: folder for the files.
         steps: denoising steps, None for STEPS.
-        lock: the lock's config.
-        seed: of the noise.
-        device: name of the device, or "auto".
+        settings: the lock, the noise's seed, the device and how frames are finished; the rest is the demo's.
         command: the command line, for the report.
         json_file: where figures go, "-" for stdout, None for nowhere.
         quiet: whether to show no progress.
     """
-    find_device(device)
+    find_device(settings.device)
     folder = output_folder(output)
     check_json(json_file)
     case = demo_case()
     clip = Clip(case.source.video, case.mask, Fraction(8))
-    settings = EditSettings(
-        case.source_prompt,
-        [case.prompt],
+    settings = replace(
+        settings,
+        source_prompt=case.source_prompt,
+        prompts=[case.prompt],
         steps=STEPS if steps is None else steps,
         guidance=GUIDANCE,
-        seed=seed,
-        lock=lock,
     )
     with progress_bar(quiet) as progress:
         progress("load", 0, 1)
-        pipe = load_pipeline("demo", device, "fp32")
+        pipe = load_pipeline("demo", settings.device, "fp32")
         progress("load", 1, 1)
         result = run_edit(pipe, clip, settings, progress)
         progress("write", 0, 1)

@@ -1,4 +1,4 @@
-"""Frames and masks made to fit each other in size and length, and an edit pasted into its source."""
+"""Frames and masks made to fit each other in size and length."""
 
 from __future__ import annotations
 
@@ -27,29 +27,6 @@ def by_distance(mask: np.ndarray, result: Callable[[np.ndarray], np.ndarray], ch
             far = np.full(frame.shape, np.inf)
             results.append(result(np.asarray(transform(~frame)) if frame.any() else far))
     return np.stack(results) if results else result(np.full(mask.shape, np.inf))
-
-
-def feathered(mask: np.ndarray, feather: int) -> np.ndarray:
-    """bool [F, H, W] to weights [F, H, W] fp32: 1 on the mask, falling to 0 within `feather` pixels outside it."""
-    steps = np.float32(feather + 1)
-    return by_distance(mask, lambda d: np.maximum(steps - d, 0).astype(np.float32) / steps, chessboard=True)
-
-
-def composite(source: np.ndarray, edited: np.ndarray, mask: np.ndarray, feather: int = 8) -> np.ndarray:
-    """The edit, at the source's size, inside the mask and the source outside it.
-
-    Outside the mask, and the feather around it, every pixel is the source's own.
-    source: uint8 [F, H, W, 3]; edited: uint8 [F, h, w, 3], resized to the source; mask: bool [F, H, W]; feather: pixels
-    over which the two are mixed, outside the mask. Returns uint8 [F, H, W, 3].
-    """
-    height, width = source.shape[1:3]
-    result = np.empty_like(source)
-    for start in range(0, len(source), 8):  # fp32 copies of a whole clip would be the largest thing in memory
-        part = slice(start, start + 8)
-        weight = feathered(mask[part], feather)[..., None]
-        mixed = weight * resize_video(edited[part], height, width) + (1 - weight) * source[part]
-        result[part] = np.rint(mixed).astype(np.uint8)
-    return result
 
 
 def fit_frames(
@@ -125,16 +102,17 @@ def _resample_axis(mask: np.ndarray, axis: int, size: int) -> np.ndarray:
 
 
 def resize_video(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resample uint8 `[F, H, W, 3]` to uint8 `[F, height, width, 3]`, bicubic with antialiasing."""
+    """Resample `[F, H, W, 3]`, uint8 or float 0..1, to `[F, height, width, 3]`, bicubic with antialiasing."""
     if frames.shape[1:3] == (height, width):
         return frames
     import torch
     from torch.nn.functional import interpolate
 
-    result = np.empty((len(frames), height, width, 3), dtype=np.uint8)
+    result = np.empty((len(frames), height, width, 3), dtype=frames.dtype)
     # A few frames at a time: float32 copies of a whole clip would be the largest thing in memory.
     for start in range(0, len(frames), 8):
         chunk = torch.from_numpy(np.ascontiguousarray(frames[start : start + 8])).permute(0, 3, 1, 2).float()
         resized = interpolate(chunk, (height, width), mode="bicubic", antialias=True, align_corners=False)
-        result[start : start + 8] = resized.round_().clamp_(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        bounded = resized.round_().clamp_(0, 255) if frames.dtype == np.uint8 else resized.clamp_(0, 1)
+        result[start : start + 8] = bounded.permute(0, 2, 3, 1).numpy()
     return result

@@ -10,6 +10,11 @@ import math
 
 import numpy as np
 
+from kvlock_fast.media.fitting import by_distance
+
+RING = 4 / 64
+"""Width of the ring of a raw seam, as a share of the smaller side."""
+
 # Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", section III.C.
 _SIGMA, _RADIUS = 1.5, 5
 _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
@@ -66,6 +71,30 @@ def flicker(video: np.ndarray, where: np.ndarray | None = None) -> float:
     return total / count
 
 
+def seam(source: np.ndarray, mask: np.ndarray, edited: np.ndarray) -> float | None:
+    """Root mean square error, 0 to 255, in the ring around the mask; None where there is no ring.
+
+    source, edited: uint8 `[F, H, W, 3]`; mask: bool `[F, H, W]`. The ring is RING of the smaller side wide.
+    """
+    width = max(1, round(RING * min(mask.shape[1:])))
+    ring = by_distance(mask, lambda distance: distance <= width, chessboard=True) & ~mask
+    return math.sqrt(float(((edited[ring].astype(np.float64) - source[ring]) ** 2).mean())) if ring.any() else None
+
+
+def edge_step(mask: np.ndarray, edited: np.ndarray, answer: np.ndarray | None = None) -> float | None:
+    """Root mean square step, 0 to 255, between neighbouring pixels of which one is in the mask; None without such.
+
+    edited: uint8 `[F, H, W, 3]`; mask: bool `[F, H, W]`; answer: a true answer, whose own steps are taken away.
+    """
+    total, count = 0.0, 0
+    for i, inside in enumerate(mask):
+        frame = edited[i].astype(np.float32) - (0 if answer is None else answer[i])
+        for axis in (0, 1):
+            steps = np.diff(frame, axis=axis)[np.diff(inside, axis=axis)]
+            total, count = total + float(np.square(steps, dtype=np.float64).sum()), count + steps.size
+    return math.sqrt(total / count) if count else None
+
+
 def _checked(a: np.ndarray, b: np.ndarray, where: np.ndarray | None) -> np.ndarray:
     if a.shape != b.shape or a.ndim not in (3, 4):
         raise ValueError(f"two videos [F, H, W, 3] or [F, H, W] of one shape are needed, not {a.shape} and {b.shape}")
@@ -95,10 +124,11 @@ def _ssim_map(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def measure_edit(source: np.ndarray, mask: np.ndarray, edited: np.ndarray) -> dict[str, float | None]:
-    """How background and foreground of an edit compare with the source, and how calm they are.
+    """How background and foreground of the model's frames compare with the source, and how calm they are.
 
     source, edited: uint8 `[F, H, W, 3]`; mask: bool `[F, H, W]`, True on the foreground. For each region its PSNR (dB,
-    inf where equal), SSIM and flicker, and the source's flicker beside it. None: no pixel of the video counts.
+    inf where equal), SSIM and flicker, and the source's flicker beside it; and the seam around the mask. None: no pixel
+    of the video counts.
     """
     regions = {name: where for name, where in (("background", ~mask), ("foreground", mask)) if where.any()}
     similarity = dict(zip(regions, _ssim_in(source, edited, list(regions.values())), strict=True))
@@ -110,4 +140,18 @@ def measure_edit(source: np.ndarray, mask: np.ndarray, edited: np.ndarray) -> di
         still = where is None or len(source) < 2 or not (where[:-1] & where[1:]).any()
         measured[f"{name}_flicker"] = None if still else flicker(edited, where)
         measured[f"{name}_flicker_source"] = None if still else flicker(source, where)
+    measured["seam"] = seam(source, mask, edited)
     return measured
+
+
+def measure_delivered(source: np.ndarray, mask: np.ndarray, edited: np.ndarray) -> dict[str, float | None]:
+    """How well a delivered video keeps its source, and how well the edit joins it.
+
+    source, edited: uint8 `[F, H, W, 3]`; mask: bool `[F, H, W]`, True where the edit is. delivered_psnr: of the
+    background (dB, inf where equal); delivered_seam: the step across the mask's edge. None: no pixel counts.
+    """
+    outside = ~mask
+    return {
+        "delivered_psnr": psnr(source, edited, outside) if outside.any() else None,
+        "delivered_seam": edge_step(mask, edited),
+    }

@@ -30,7 +30,7 @@ from kvlock_fast.loop.trace import Recorder
 from kvlock_fast.masks import project_mask
 from kvlock_fast.media import resize_mask, resize_video, write_video
 from kvlock_fast.media.clip import Clip
-from kvlock_fast.media.fitting import composite
+from kvlock_fast.media.paste import composite
 from kvlock_fast.models.base import PipelineModel
 from kvlock_fast.models.bundled import model_path
 from kvlock_fast.models.protocols import Scheduler, Transformer

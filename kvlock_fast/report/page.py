@@ -15,7 +15,7 @@ import numpy as np
 
 from kvlock_fast.files import write_text
 from kvlock_fast.media import write_video
-from kvlock_fast.media.metrics import measure_edit
+from kvlock_fast.media.metrics import measure_delivered
 from kvlock_fast.report import charts, drawing
 from kvlock_fast.version import __version__
 
@@ -51,7 +51,8 @@ def write_report(
         trace: prompts, steps, warmup_steps and the records per step and sample, as in trace.json.
         settings: shown as a table; dictionaries within it become headings.
         command: shown at the end.
-        metrics: results of `metrics.measure_edit`, one per edit; with none, they are measured here if they can be.
+        metrics: results of `metrics.measure_edit` (raw) and `measure_delivered`, one per edit; with none, what was
+            delivered is measured here if it can be.
         fps: frames a second of all videos.
 
     Raises OutputError if the path cannot be written.
@@ -60,7 +61,7 @@ def write_report(
     count = max(len(edited), len(prompts), 1)
     still = any(len(edit) == 1 for edit in edited)
     if not metrics and source is not None and mask is not None:
-        metrics = [measure_edit(source, mask, edit) for edit in edited]
+        metrics = [measure_delivered(source, mask, edit) for edit in edited]
     page = template(Path(__file__).with_name("page.html.jinja")).render(
         version=__version__,
         prompts=[*prompts, *[""] * (count - len(prompts))],
@@ -114,35 +115,44 @@ def _clip(name: str, frames: np.ndarray, fps: Fraction | float) -> dict[str, Any
     return {"name": name, "uri": uri, "height": shown.shape[1], "width": shown.shape[2], "still": still}
 
 
-def _figures(values: Metrics, still: bool = False) -> list[dict[str, Any]]:
-    """The tiles of one edit, by region: label, value, and what it is to be read against; still: an image, which
-    cannot flicker.
+def _figures(values: Metrics, still: bool = False) -> list[list[dict[str, Any]]]:
+    """The tiles of one edit, delivered and raw (the model's own frames): label, value, and how to read it.
+
+    still: an image, which cannot flicker.
     """
 
     def number(key: str, digits: int) -> str:
         value = values.get(key)
         return "–" if value is None else "∞" if math.isinf(value) else f"{value:.{digits}f}"
 
-    def decibels(region: str) -> str:
+    def decibels(name: str, beside: str) -> str:
         # JSON has no infinity: from there an untouched region comes as null.
-        untouched = values.get(f"{region}_psnr") is None and values.get(f"{region}_ssim") is not None
-        return "∞" if untouched else number(f"{region}_psnr", 1)
+        untouched = name in values and values[name] is None and values.get(beside) is not None
+        return "∞" if untouched else number(name, 1)
 
     notes = {
         "background": ("dB against the source; higher is closer, ∞ untouched", "1 is equal; its windows see the edit"),
         "foreground": ("dB against the source; lower is more change", "1 is equal to the source"),
     }
     groups = []
+    if "delivered_psnr" in values:
+        groups.append([
+            ("Delivered background PSNR", decibels("delivered_psnr", "delivered_seam"),
+             "dB of the delivered video against the source, before its codec; ∞ untouched"),
+            ("Delivered seam", number("delivered_seam", 1), "root mean square step across the mask's edge, in levels"),
+        ])  # fmt: skip
     for region, (of_psnr, of_ssim) in notes.items():
+        if f"{region}_ssim" not in values:
+            continue
         calm = f"mean change from frame to frame, in levels; source {number(f'{region}_flicker_source', 2)}"
-        tiles = [
-            ("PSNR", decibels(region), of_psnr),
-            ("SSIM", number(f"{region}_ssim", 4), of_ssim),
-            *([] if still else [("Flicker", number(f"{region}_flicker", 2), calm)]),
-        ]
-        title = region.capitalize()
-        groups.append([{"label": f"{title} {label}", "value": value, "note": note} for label, value, note in tiles])
-    return groups
+        ring = "root mean square error just outside the mask, in levels; 0 is untouched"
+        groups.append([
+            (f"Raw {region} PSNR", decibels(f"{region}_psnr", f"{region}_ssim"), of_psnr),
+            (f"Raw {region} SSIM", number(f"{region}_ssim", 4), of_ssim),
+            *([("Raw seam", number("seam", 1), ring)] if region == "background" and "seam" in values else []),
+            *([] if still else [(f"Raw {region} flicker", number(f"{region}_flicker", 2), calm)]),
+        ])  # fmt: skip
+    return [[{"label": label, "value": value, "note": note} for label, value, note in tiles] for tiles in groups]
 
 
 def _facts(

@@ -71,10 +71,13 @@ def test_a_batch_from_files_to_files(folder, model, capsys):
         "results.jsonl",
     ]
     assert sorted(p.name for p in (folder / "out/reports").iterdir()) == [f"j{i}.html" for i in range(4)]
-    assert read_video(folder / "out/j0.mp4").frames.shape == (3, 32, 48, 3)
+    # As the sources, whatever the size that the model worked at.
+    assert read_video(folder / "out/j0.mp4").frames.shape == (3, 16, 16, 3)
     rows = [json.loads(line) for line in (folder / "out/results.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [f"j{i}" for i in range(5)]
     assert [row["state"] for row in rows] == ["done"] * 4 + ["failed"]
+    assert all(row["delivered_psnr"] is None and row["delivered_seam"] > 0 for row in rows[:4])  # nothing changed
+    assert all(row["background_psnr"] > 0 and row["seam"] > 0 for row in rows[:4])
     assert json.loads(figures.read_text())["counts"] == {"pending": 0, "running": 0, "done": 4, "failed": 1}
     samples = dict(line.rsplit(" ", 1) for line in metrics.read_text().splitlines() if not line.startswith("#"))
     assert float(samples['kvlock_batch_jobs{state="done"}']) == 4
@@ -88,10 +91,10 @@ def test_a_batch_from_files_to_files(folder, model, capsys):
 
 WAYS = {
     "as it is": ({}, ""),
-    "mask": ({"mask_grow": -1, "mask_feather": 2, "composite": True},
-             "--mask-grow -1 --mask-feather 2 --composite"),
-    "mask inverted": ({"mask_invert": True, "composite": True, "feather": 1},
-                      "--mask-invert --composite --feather 1"),
+    "mask": ({"mask_grow": -1, "mask_feather": 2, "paste": "harmonic"},
+             "--mask-grow -1 --mask-feather 2 --paste harmonic"),
+    "mask inverted": ({"mask_invert": True, "composite": False, "feather": 2},
+                      "--mask-invert --no-composite --feather 2"),
     "moving box": ({"mask": "box:0=2,2,4,4;16=8,8,6,6"}, "--mask box:0=2,2,4,4;16=8,8,6,6"),
     "compute": ({"compute": "foreground", "alpha_snap": 0.9, "alpha_lag": 2, "halo": 1, "seam": "blend"},
                 "--compute foreground --alpha-snap 0.9 --alpha-lag 2 --halo 1 --seam blend"),

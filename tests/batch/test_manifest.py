@@ -163,7 +163,8 @@ def test_a_line_with_several_faults_lists_them_all(clips):
 WHOLE = {
     "source_prompt": ["a", "ein Würfel, \"rot\"", "two\nlines"], "prompt": ["b", ["c", "d"], "[no list"],
     "negative_prompt": ["bad"], "seed": [0, 7, 2**63 - 1], "steps": [1, 50], "guidance": [0.0, 3.5], "size": ["32x48"],
-    "max_frames": [5], "composite": [True, False], "feather": [3], "preset": list(PRESETS), "alpha": ["dynamic", 0.5],
+    "max_frames": [5], "composite": [True, False], "feather": [2], "paste": ["hard", "harmonic"],
+    "preset": list(PRESETS), "alpha": ["dynamic", 0.5],
     "tau": ["auto", 0.02], "layers": [[0, 2]], "variance_window": [4], "s_star": [False], "cache_tier": ["host"],
     "cache_stride": [2], "prompts_at_once": [3], "frames_policy": ["trim"], "compute": ["foreground"],
     "alpha_snap": [0.95, 1.0], "alpha_lag": [1, 2], "halo": [0], "seam": ["blend"], "mask_threshold": [0, 0.25],
@@ -220,7 +221,7 @@ def test_settings_arrive_as_edit_takes_them(clips):
     )
     assert settings.mask_shape == MaskShape(0.25, True, -2, 4)
     assert (settings.clip_frames, settings.clip_overlap) == (17, 5)
-    assert (settings.composite, settings.feather, settings.composite_feather) == (True, None, 4)
+    assert (settings.composite, settings.feather, settings.composite_feather) == (True, None, 0)
     assert not found.finish.audio and found.setup.windows() == Windows(17, 5)
 
 
@@ -351,7 +352,7 @@ def test_a_job_reads_in_a_ledger_as_before():
     from kvlock_fast.batch.jobs import Setup
 
     names = (
-        "id prompt output composite feather audio source mask source_prompt model dtype negative_prompt steps guidance "
-        "guidance_2 seed size max_frames frames_policy lock cache mask_shape clip_frames clip_overlap"
+        "id prompt output composite feather paste audio source mask source_prompt model dtype negative_prompt steps "
+        "guidance guidance_2 seed size max_frames frames_policy lock cache mask_shape clip_frames clip_overlap"
     )
     assert list(json.loads(Job("a", "b", "a.mp4", Setup("s", "m", "p")).spec())) == names.split()

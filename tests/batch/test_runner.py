@@ -24,7 +24,6 @@ from kvlock_fast.batch.runner import Runner
 from kvlock_fast.batch.worker import Outcome
 from kvlock_fast.errors import InputError, InputWarning, OutputError
 from kvlock_fast.media import grow_mask, read_video
-from kvlock_fast.settings import FEATHER
 from tests.support.batch_parts import StandIn, frame_hashes, job, ledger_rows, run_batch, write_clips, write_manifest
 from tests.support.clipmaker import encode_with_tone
 
@@ -70,7 +69,14 @@ BOTH = {
     "source_noise": {"edit_path": "coupled"},
 }  # fmt: skip
 """What both jobs need for a value to be allowed."""
-SHARED = {"prompt": "another", "composite": True, "feather": 3, "audio": False, "output": "elsewhere.mp4"}
+SHARED = {
+    "prompt": "another",
+    "composite": False,
+    "feather": 2,
+    "paste": "hard",
+    "audio": False,
+    "output": "elsewhere.mp4",
+}
 
 
 def test_every_field_is_known_to_separate_passes_or_not_to():
@@ -192,17 +198,16 @@ def test_jobs_can_be_added(folder):
 
 def test_jobs_of_one_pass_are_finished_each_in_its_own_way(folder):
     log = folder / "log"
-    ways = [{}, {"composite": True, "feather": 0}, {"composite": True, "feather": 4}, {"composite": True}]
+    ways = [{"composite": False}, {"feather": 0, "paste": "hard"}, {"paste": "hard"}, {}]
     manifest = write_manifest(folder, [job(i, mask="box:0,0,3,3", **way) for i, way in enumerate(ways)])
     assert run_batch(manifest, folder / "out", lambda: StandIn(log, at_once=4))["done"] == 4
     assert len(log.read_text().splitlines()) == 1
     source = read_video(folder / "s0.mkv").frames
     same = [(read_video(folder / f"out/videos/j{i}.mkv").frames == source).all(axis=(0, 3)) for i in range(4)]
-    # A composite is the source's own beyond its feather: 0, 4, or 8 pixels where nothing is said.
-    beyond = [~np.pad(np.ones((3 + n, 3 + n), bool), (0, 13 - n)) for n in (0, 4, FEATHER)]
-    assert not same[0][beyond[2]].all()
-    assert [found[outside].all() for found, outside in zip(same[1:], beyond, strict=True)] == [True] * 3
-    assert not same[2][beyond[0] & ~beyond[1]].all() and not same[3][beyond[1] & ~beyond[2]].all()
+    # A composite is the source's own outside the mask.
+    outside = ~np.pad(np.ones((3, 3), bool), (0, 13))
+    assert [found[outside].all() for found in same] == [False, True, True, True]
+    assert not any(found[~outside].all() for found in same)
 
 
 def test_masks_arrive_in_the_shape_that_was_asked_for(folder):
@@ -213,7 +218,7 @@ def test_masks_arrive_in_the_shape_that_was_asked_for(folder):
         {"mask_threshold": 0.25},
         {"mask_threshold": 0.25, "mask_invert": True},
         {"mask_grow": 2, "mask": "m.npy"},
-        {"mask_grow": -1, "mask_feather": 3, "mask": "m.npy", "composite": True},
+        {"mask_grow": -1, "mask_feather": 3, "mask": "m.npy"},
         {"mask": "box:0=0,0,4,4;2=8,8,4,4"},
     ]
     seen = {}

@@ -1,6 +1,7 @@
 """The command line in process, on a tiny model saved to disk: files in, files out, and what is refused."""
 
 import json
+import re
 import shutil
 from fractions import Fraction
 
@@ -45,7 +46,8 @@ def edit(clip, model, output, *more, source=None, mask=None, prompts=("a blue ci
 
 def test_an_edit_from_files_to_files(clip, model, tmp_path, capsys):
     trace, report = tmp_path / "t.json", tmp_path / "r.html"
-    status = edit(clip, model, tmp_path / "o.mp4", "--trace", trace, "--report", report, "--size", "32x48")
+    flags = ("--trace", trace, "--report", report, "--size", "32x48", "--no-composite")
+    status = edit(clip, model, tmp_path / "o.mp4", *flags)
     captured = capsys.readouterr()
     assert status == 0, captured.err
     video = read_video(tmp_path / "o.mp4")
@@ -62,13 +64,33 @@ def test_an_edit_from_files_to_files(clip, model, tmp_path, capsys):
 
 
 def test_composite_has_the_sources_size_and_background(clip, model, tmp_path):
-    assert edit(clip, model, tmp_path / "o.mkv", "--size", "32x48", "--composite", "--feather", 3, "--quiet") == 0
-    source, out = read_video(clip / "source.mkv").frames, read_video(tmp_path / "o.mkv").frames
-    assert out.shape == source.shape
-    outside = np.ones(source.shape[:3], bool)
-    outside[:, 7:33, 17:48] = False
-    assert np.array_equal(out[outside], source[outside])
-    assert (out[:, 10:30, 20:45] != source[:, 10:30, 20:45]).mean() > 0.5
+    source = read_video(clip / "source.mkv").frames
+    for name, grown, flags in (
+        ("default", 0, ()), ("feather", 0, ("--feather", 2)), ("paste", 0, ("--paste", "harmonic")),
+        ("soft", 3, ("--mask-feather", 3)), ("both", 3, ("--mask-feather", 3, "--feather", 1, "--paste", "hard")),
+    ):  # fmt: skip
+        file, figures = tmp_path / f"{name}.mkv", tmp_path / f"{name}.json"
+        assert edit(clip, model, file, "--size", "32x48", "--quiet", "--json", figures, *flags) == 0
+        out = read_video(file).frames
+        outside = np.ones(source.shape[:3], bool)
+        outside[:, 10 - grown : 30 + grown, 20 - grown : 45 + grown] = False
+        assert out.shape == source.shape and np.array_equal(out[outside], source[outside]), name
+        assert (out[:, 10:30, 20:45] != source[:, 10:30, 20:45]).mean() > 0.5
+        assert grown == 0 or (out[:, 9, 20:45] != source[:, 9, 20:45]).any()
+        [metrics] = json.loads(figures.read_text())["metrics"]
+        assert metrics["delivered_psnr"] is None and metrics["delivered_seam"] > 0  # infinite: nothing changed
+        assert metrics["background_psnr"] < 40 and metrics["seam"] > 1  # the model's own
+
+
+def test_the_line_about_an_edit_tells_what_is_delivered_and_what_the_model_made(clip, model, tmp_path, capsys):
+    number = r"\d+\.\d"
+    for flags, delivered in (((), "background unchanged"), (("--no-composite",), f"background {number} dB")):
+        assert edit(clip, model, tmp_path / "o.mkv", "--size", "32x48", *flags) == 0
+        [line] = [line for line in capsys.readouterr().out.splitlines() if "o.mkv" in line]
+        wanted = rf"delivered: {delivered}, a step of {number} levels at the mask's edge; "
+        assert re.search(
+            wanted + rf"raw, by the model: background {number} dB, {number} levels off around the mask", line
+        )
 
 
 def test_several_prompts_make_several_files(clip, model, tmp_path, capsys):
@@ -131,7 +153,8 @@ BAD = {
     "seed": (["--seed", "-1"], "--seed"),
     "seed too large": (["--seed", str(2**64)], str(2**64)),
     "steps beyond reason": (["--steps", "10000000000000"], "10000000000000"),
-    "feather too large": (["--feather", "100000"], "100000"),
+    "feather too large": (["--feather", "3"], "3 is not in the range 0<=x<=2"),
+    "paste": (["--paste", "soft"], "paste must be one of hard, screened, harmonic, got 'soft'"),
     "size too large": (["--size", "99999999999x99999999999"], "99999999999x99999999999"),
     "size beyond the model": (["--size", "32x16384"], "1024x1024"),
     "layers backwards": (["--layers", "5-2"], "'5-2'"),

@@ -19,6 +19,7 @@ from kvlock_fast.batch.migrate import migrate_spec, migrate_text
 from kvlock_fast.cli import main
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.renamed import FIELDS, OPTIONS
+from kvlock_fast.settings import Finish
 from tests.pipeline.test_pipeline import a_mask, a_video
 from tests.support.tiny import tiny_wan
 
@@ -210,6 +211,24 @@ def old_spec(job: Job) -> str:
     return json.dumps(data)
 
 
+def test_a_raw_result_of_an_older_ledger_stays_done_and_a_composite_is_made_again(tmp_path):
+    ways = [Finish(composite=False), Finish(feather=2), Finish()]
+    jobs = [Job(str(i), "b", f"{i}.mp4", Setup("s", "m", "p"), way) for i, way in enumerate(ways)]
+    with Ledger(tmp_path) as ledger:
+        ledger.take(jobs, lambda output: 5)
+    with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
+        for job, feather in zip(jobs, (None, 2, 8), strict=True):
+            data = {**json.loads(job.spec()), "feather": feather}
+            del data["paste"]
+            db.execute("UPDATE jobs SET spec = ?, state = 'done', bytes = 5 WHERE id = ?", (json.dumps(data), job.id))
+        db.execute("PRAGMA user_version = 2")
+    with Ledger(tmp_path) as ledger:
+        assert [Job.from_spec(row["spec"]).finish for row in ledger.rows()] == ways
+        changes = ledger.take(jobs, lambda output: 5)
+        assert (changes.new, changes.changed, changes.gone) == (0, 2, 0)
+        assert [row["state"] for row in ledger.rows()] == ["done", "pending", "pending"]
+
+
 def test_a_ledger_of_0_1_is_read_and_what_is_done_stays_done(tmp_path):
     setup = Setup("s", "m", "p", cache=CacheConfig(steps="dynamic"), clip_frames=9, lock=LockConfig(variance_window=4))
     jobs = [Job(str(i), "b", f"{i}.mp4", setup) for i in range(3)]
@@ -225,4 +244,4 @@ def test_a_ledger_of_0_1_is_read_and_what_is_done_stays_done(tmp_path):
         assert (changes.new, changes.changed, changes.gone) == (0, 0, 0)
         assert ledger.counts([job.id for job in jobs])["done"] == 3
     with sqlite3.connect(tmp_path / "ledger.sqlite") as db:
-        assert db.execute("PRAGMA user_version").fetchone()[0] == 2
+        assert db.execute("PRAGMA user_version").fetchone()[0] == 3

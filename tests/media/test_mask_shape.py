@@ -166,9 +166,9 @@ def test_a_longer_mask_is_cut_with_the_video_and_not_to_it(folder):
 
 def test_the_fade_of_a_composite_follows_the_soft_edge():
     settings = EditSettings("a", ["b"])
-    assert settings.composite_feather == 8
-    assert EditSettings("a", ["b"], mask_shape=MaskShape(feather=3)).composite_feather == 3
-    assert EditSettings("a", ["b"], mask_shape=MaskShape(feather=3), feather=0).composite_feather == 0
+    assert settings.composite_feather == 1
+    assert EditSettings("a", ["b"], mask_shape=MaskShape(feather=3)).composite_feather == 0
+    assert EditSettings("a", ["b"], mask_shape=MaskShape(feather=3), feather=2).composite_feather == 2
 
 
 # --- what the model sees -------------------------------------------------------------------------------------------

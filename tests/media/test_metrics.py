@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage.metrics import mean_squared_error, structural_similarity
 
-from kvlock_fast.media.metrics import flicker, measure_edit, psnr, ssim
+from bench.quality.measures import background_figures
+from kvlock_fast.media.metrics import edge_step, flicker, measure_delivered, measure_edit, psnr, seam, ssim
 
 
 def pair(shape, seed=0, noise=20):
@@ -133,6 +134,7 @@ def test_both_regions_of_an_edit(frames, seed, kind):
     for name, where in (("background", ~mask), ("foreground", mask)):
         if not where.any():
             assert [value for key, value in found.items() if key.startswith(name)] == [None] * 4
+            assert kind == "all" and found["seam"] is None
             continue
         assert found[f"{name}_psnr"] == psnr(a, b, where)
         assert found[f"{name}_ssim"] == pytest.approx(ssim(a, b, where), abs=1e-12)
@@ -143,3 +145,36 @@ def test_both_regions_of_an_edit(frames, seed, kind):
             assert calm == pytest.approx(expected)
         else:
             assert calm == [None, None]
+
+
+@given(st.integers(1, 3), st.integers(9, 40), st.integers(0, 2**31))
+def test_the_seam_is_the_quality_tables(frames, side, seed):
+    a, b = pair((frames, side, side + 3, 3), seed)
+    mask = np.zeros(a.shape[:3], bool)
+    mask[:, 3:6, 2:7] = True
+    assert seam(a, mask, b) == pytest.approx(background_figures(b, a, mask)["seam"])
+    assert seam(a, np.ones_like(mask), b) is None
+
+
+@given(st.integers(1, 3), st.integers(0, 2**31), st.booleans())
+def test_the_step_at_the_edge_by_brute_force(frames, seed, answered):
+    a, b = pair((frames, 6, 7, 3), seed)
+    mask = np.random.default_rng(seed).random(a.shape[:3]) < 0.4
+    left = b.astype(float) - (a if answered else 0)
+    steps = []
+    for f, y, x in np.ndindex(mask.shape):
+        for beside in ((f, y + 1, x), (f, y, x + 1)):
+            if beside[1] < 6 and beside[2] < 7 and mask[f, y, x] != mask[beside]:
+                steps += [*(left[f, y, x] - left[beside])]
+    found = edge_step(mask, b, a if answered else None)
+    assert found == (pytest.approx(np.sqrt(np.mean(np.square(steps)))) if steps else None)
+
+
+def test_what_is_delivered():
+    a, b = pair((2, 8, 9, 3))
+    mask = np.zeros(a.shape[:3], bool)
+    mask[:, 2:5, 3:6] = True
+    out = np.where(mask[..., None], b, a)
+    assert measure_delivered(a, mask, out) == {"delivered_psnr": math.inf, "delivered_seam": edge_step(mask, out)}
+    assert measure_delivered(a, mask, b)["delivered_psnr"] == psnr(a, b, ~mask)
+    assert measure_delivered(a, np.ones_like(mask), b) == {"delivered_psnr": None, "delivered_seam": None}

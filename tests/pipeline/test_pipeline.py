@@ -269,6 +269,26 @@ def test_a_size_the_model_cannot_take_is_resized():
     assert out.frames[0].shape == (5, 32, 48, 3)
 
 
+@pytest.mark.filterwarnings("ignore::kvlock_fast.errors.InputWarning")
+@pytest.mark.parametrize("kind", ["as it is", "trimmed", "a list at another size", "tensors"])
+def test_composite_frames_are_those_of_the_function(kind):
+    """The model's frames are the same either way, and of a size and length that may be others than the source's."""
+    video, mask = a_video(7), a_mask(7)[:1] if kind == "trimmed" else a_mask(7)
+    given = {"video": video, "mask": mask}
+    if kind == "a list at another size":
+        given = {"video": list(video), "mask": mask[0], "height": 16, "width": 32}
+    if kind == "tensors":
+        given = {"video": torch.from_numpy(video), "mask": torch.from_numpy(mask)}
+    more = {"output": "frames", "steps": 2, "frames_policy": "trim" if kind == "trimmed" else "pad", **given}
+    [raw] = call(tiny_wan(), **more).frames
+    [out] = call(tiny_wan(), composite=True, **more).frames
+    count = 5 if kind == "trimmed" else 7
+    whole = np.broadcast_to(mask, (7, HEIGHT, WIDTH))[:count]
+    assert out.shape == (count, HEIGHT, WIDTH, 3)
+    assert np.array_equal(out[~whole], video[:count][~whole]) and (out[whole] != video[:count][whole]).mean() > 0.5
+    assert np.array_equal(out, kvf.composite(video[:count], raw, whole))
+
+
 @pytest.mark.parametrize("batching", ["separate", "batched"])
 def test_an_all_foreground_mask_warns_and_runs_unlocked(batching):
     lock = kvf.LockConfig.preset("s-star-only", s_star=False, guidance_batching=batching)
@@ -299,6 +319,7 @@ BAD_CALLS = {
     "negative prompt": ({"negative_prompt": ["a"]}, "negative_prompt must be a text"),
     "cache": ({"cache": "disk"}, "cache must be a CacheConfig, got 'disk'"),
     "output": ({"output": "pil"}, "output must be frames or latent, got 'pil'"),
+    "composite of latents": ({"composite": True}, "composite=True needs frames, got output='latent'"),
     "noise of another kind": ({"latents": np.zeros(3)}, "latents must be a torch.Tensor, got ndarray"),
     "too many frames": ({"video": a_video(261, 16, 16), "mask": a_mask(261, 16, 16)}, "at most 253 frames"),
     "too wide": ({"width": 2000}, "32x2000 are too many .* 1024x1024"),

@@ -77,7 +77,7 @@ def test_files_that_are_gone_are_said_and_left_out(demo, tmp_path, capsys):
     page = remake(folder)
     error = capsys.readouterr().err
     assert error.count("warning: ") == 3 and "'edited.mp4' of the trace (outputs) is not there any more" in error
-    assert not page.all("video") and len(page.all("polyline")) == 4 and "Background SSIM" in words(page)
+    assert not page.all("video") and len(page.all("polyline")) == 4 and "Raw background SSIM" in words(page)
     page = remake(folder, "--edited", demo / "edited.mp4", "--source", demo / "source.mp4")
     assert [video["aria-label"] for video in page.all("video")] == ["Source", "Edit", "Difference"]
     assert remake(folder, "--sheet", folder / "s.png") is None

@@ -14,6 +14,7 @@ from PIL import Image
 
 from kvlock_fast import media
 from kvlock_fast.errors import OutputError
+from kvlock_fast.media.metrics import measure_delivered, measure_edit
 from kvlock_fast.report import charts, contact_sheet, drawing
 from kvlock_fast.report.page import LARGEST, write_report
 from kvlock_fast.tools import doctor
@@ -109,6 +110,22 @@ def test_the_page_holds_everything(tmp_path):
         assert video.frames.shape[1:3] == (192, 288)
         small = video.frames[:, 3::6, 3::6].astype(int)
         assert np.abs(small - expected).mean() < 12
+
+
+def test_the_figures_are_called_raw_or_delivered(tmp_path):
+    source, mask, edited = clip()
+    raw = np.clip(edited + np.int16(3), 0, 255).astype(np.uint8)
+    told = {**measure_edit(source, mask, raw), **measure_delivered(source, mask, edited)}
+    for values in (told, {**told, "delivered_psnr": None}):  # as JSON has an infinite one
+        words = " ".join(" ".join(write(tmp_path / "r.html", metrics=[values]).text).split())
+        assert "Delivered background PSNR ∞" in words and f"Delivered seam {told['delivered_seam']:.1f}" in words
+        assert f"Raw background PSNR {told['background_psnr']:.1f}" in words and f"Raw seam {told['seam']:.1f}" in words
+        assert "Raw foreground SSIM" in words and "Raw background flicker" in words
+    # Without figures, what there is was delivered, and an older trace has the model's alone.
+    words = " ".join(write(tmp_path / "r.html").text)
+    assert "Delivered seam" in words and "Raw" not in words
+    words = " ".join(write(tmp_path / "r.html", metrics=[{"background_psnr": 20.0, "background_ssim": 0.5}]).text)
+    assert "Delivered" not in words and "Raw seam" not in words and "Raw background PSNR" in words
 
 
 def test_nothing_is_fetched(tmp_path):
