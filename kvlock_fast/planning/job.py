@@ -41,7 +41,8 @@ class Job:
     stores; prompts: edits of the source made together; edits: how often, with the same cache; layers: the locked
     ones, None for all; dtype: of the weights; variance_window: predictions kept for the variance; encoders_on_device:
     text encoders and autoencoder stay there; sparse_steps: how many steps compute the foreground alone, at least and at
-    most (None: computation in full).
+    most (None: computation in full); steps_predicted: steps at which the source's own prediction is needed, as in a
+    coupled edit.
     """
 
     model: ModelSize
@@ -61,6 +62,7 @@ class Job:
     variance_window: int = 10
     encoders_on_device: bool = True
     sparse_steps: tuple[int, int] | None = None
+    steps_predicted: int = 0
 
     def __post_init__(self):
         for name in ("frames", "height", "width", "num_steps", "prompts", "edits"):
@@ -69,11 +71,17 @@ class Job:
         _check_whole("steps_locked", self.locked, 0, self.num_steps)
         _check_whole("steps_along", self.steps_along, 0, self.locked)
         _check_whole("steps_stored", self.steps_stored, 0, self.locked - self.steps_along)
+        _check_whole("steps_predicted", self.steps_predicted, 0, self.num_steps)
 
     @property
     def locked(self) -> int:
         """Number of steps at which alpha can exceed 0."""
         return self.steps_stored if self.steps_locked is None else self.steps_locked
+
+    @property
+    def source_forwards(self) -> int:
+        """Number of forwards of the source before the first edit, of a tier that stores."""
+        return max(self.steps_stored, self.steps_predicted - self.steps_along)
 
     @cached_property
     def tokens(self) -> int:
@@ -144,11 +152,14 @@ class Job:
         device += self.rows(prompts, tier == "lockstep" or self.steps_along > 0) * self.activation_bytes
         arena = 0 if format is None else self.layout(format).nbytes
         stored = self.steps_stored * arena
+        prediction = self.video_latent_bytes * self.dtype.itemsize // 4
+        device += 0 if tier == "lockstep" else self.steps_predicted * prediction
         if self.sparse_steps is not None and (tier == "lockstep" or self.steps_along):
             device += self.layout("native").nbytes  # of the source's forward, which comes first
         device += {"resident": stored, "host": DEVICE_SLOTS * arena, "disk": DEVICE_SLOTS * arena}.get(tier, 0)
         host = {"host": stored, "disk": STAGING_ARENAS * arena * gpu}.get(tier, 0)
-        disk = stored + self.num_steps * self.video_latent_bytes if tier == "disk" else 0
+        path = self.num_steps * self.video_latent_bytes + self.source_forwards * prediction
+        disk = stored + path if tier == "disk" else 0
         return Bytes(device, host, disk) if gpu else Bytes(0, device + host, disk)
 
 

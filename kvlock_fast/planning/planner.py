@@ -124,8 +124,10 @@ def _make_row(job: Job, machine: Machine, tier: str, format: str | None, prompts
     read = job.locked - along
     # An arena crosses the link once for all the steps that share it.
     exposed = max(0.0, transfer * job.steps_stored - compute * read) / read if read else 0.0
-    others = along * job.rows(prompts, True) + (job.num_steps - job.locked) * job.rows(prompts, False)
-    source = 0.0 if lockstep else job.steps_stored * max(forward, transfer)
+    unlocked = job.rows(prompts, lockstep and job.steps_predicted > 0)
+    others = along * job.rows(prompts, True) + (job.num_steps - job.locked) * unlocked
+    stored = job.steps_stored * max(forward, transfer) + (job.source_forwards - job.steps_stored) * forward
+    source = 0.0 if lockstep else stored
     seconds = source + _uses(job, prompts) * (read * (compute + exposed) + others * forward)
     short = short_of(needed, machine)
     return Row(tier, format, prompts, rows, needed, short, transfer, compute, exposed, source, seconds)

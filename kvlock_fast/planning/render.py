@@ -94,7 +94,7 @@ def _remarks(plan: Plan) -> str:
     columns = (
         f"Needed, and ! where that is not there. transfer, compute: of one locked step; the step waits where the "
         f"transfer is the longer. forwards: of one locked step, {branches}, and in lockstep one of the source; a "
-        f"stored tier has {job.steps_stored} forwards of the source before the first edit instead."
+        f"stored tier has {job.source_forwards} forwards of the source before the first edit instead."
     )
     columns += " at once: prompts in a forward." if job.prompts > 1 else ""
     columns += " Without a GPU all memory is the host's." if plan.machine.gpu_bytes is None else ""

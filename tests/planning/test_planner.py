@@ -353,6 +353,17 @@ def jobs(draw):
     return Job(size, frames, height, width, draw(st.integers(0, tokens)), stored, num_steps, dtype=torch.float32)
 
 
+@given(jobs())
+@settings(max_examples=20)
+def test_a_coupled_edit_needs_the_sources_prediction_at_every_step(job):
+    coupled = replace(job, steps_predicted=job.num_steps)
+    assert coupled.source_forwards == job.num_steps >= job.source_forwards == job.steps_stored
+    tiers, before = planner.TIERS[1:], [job.needed(t, "native", 1, True).device for t in planner.TIERS[1:]]
+    more = [coupled.needed(t, "native", 1, True).device - was for t, was in zip(tiers, before, strict=True)]
+    assert more == [job.num_steps * job.video_latent_bytes] * 3  # fp32, as the job's weights
+    assert coupled.needed("lockstep", None, 1, True) == job.needed("lockstep", None, 1, True)
+
+
 @given(jobs(), st.sampled_from(FORMATS))
 @settings(max_examples=30)
 def test_what_the_stores_allocate_is_what_was_planned(job, format):
@@ -362,7 +373,8 @@ def test_what_the_stores_allocate_is_what_was_planned(job, format):
         made = store(job.layout(format), tuple(range(job.steps_stored)), torch.device("cpu"))
         assert job.needed(tier, format, 1, gpu=False).host - bare == made.nbytes
         made.close()
-    disk = job.steps_stored * job.layout(format).nbytes + job.num_steps * job.video_latent_bytes
+    latents = job.num_steps + job.steps_stored  # the path, and the prediction of each stored step
+    disk = job.steps_stored * job.layout(format).nbytes + latents * job.video_latent_bytes
     assert job.needed("disk", format, 1, gpu=False).disk == disk
     assert bare == job.weight_bytes + job.rows(1, False) * job.activation_bytes + job.latent_bytes(1)
 
