@@ -358,8 +358,8 @@ def jobs(draw):
 def test_a_coupled_edit_needs_the_sources_prediction_at_every_step(job):
     coupled = replace(job, steps_predicted=job.num_steps)
     assert coupled.source_forwards == job.num_steps >= job.source_forwards == job.steps_stored
-    tiers, before = planner.TIERS[1:], [job.needed(t, "native", 1, True).device for t in planner.TIERS[1:]]
-    more = [coupled.needed(t, "native", 1, True).device - was for t, was in zip(tiers, before, strict=True)]
+    tiers, before = planner.TIERS[1:], [job.needed(t, "native", 1, True).gpu for t in planner.TIERS[1:]]
+    more = [coupled.needed(t, "native", 1, True).gpu - was for t, was in zip(tiers, before, strict=True)]
     assert more == [job.num_steps * job.video_latent_bytes] * 3  # fp32, as the job's weights
     assert coupled.needed("lockstep", None, 1, True) == job.needed("lockstep", None, 1, True)
 
