@@ -2,7 +2,7 @@
 
     s*     = <c, u> / (|u|^2 + 1e-8)          v = s* u + omega (c - s* u)
     x0hat, x_{k+1} = the solver's row k of (x_k, v, history)       background from the source's path, if asked for
-    var    = mean over the foreground of the variance of the last W x0hat
+    var    = mean over the foreground of the variance of the last W x0hat, or the variance of their W means
     alpha, omega of step k + 1 from clamp(var / tau)
 
 Layout [B, C, T, H, W]; see epilogue_state.py for the state and the table. fp32 inside. Three launches at most, two
@@ -59,7 +59,7 @@ def _update_kernel(
     s_star, partials, now,                                                           # written; now: the step's number
     steps, B, C, V, R, W, zero_init_steps, programs, eps,                            # sizes; programs of launch 1
     c_b, c_c, u_b, u_c, m_b, x_r,                                                    # strides; x_r: the window's
-    HISTORY: tl.constexpr, EVERYWHERE: tl.constexpr,                                 # J; the variance's region
+    HISTORY: tl.constexpr, EVERYWHERE: tl.constexpr, MEAN: tl.constexpr,             # J; the variance's region, kind
     ALIGN: tl.constexpr, BLOCK: tl.constexpr, SUM_BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Grid (ceil(V / BLOCK), C, B): a block of one channel. partials [3, B, C * ceil(V / BLOCK)]: sum, count, bad."""
@@ -114,7 +114,9 @@ def _update_kernel(
 
     n, count = tl.minimum(k + 1 - zero_init_steps, W), tl.sum(counts.to(tl.int32))
     total = 0.0
-    if (n >= 2) & (count > 0):
+    if MEAN:
+        total = tl.sum(tl.where(counts, x0hat, 0.0))
+    elif (n >= 2) & (count > 0):
         variance = unbiased_variance(x0hat, window + o_x, inside, k, n, R, x_r, UNROLL)
         total = tl.sum(tl.where(counts, variance, 0.0))
     bad = tl.sum((inside & ~(tl.abs(after) < float("inf"))).to(tl.int32))
@@ -128,8 +130,8 @@ def _update_kernel(
 @triton.jit
 def _schedule_kernel(
     partials, now, omega0, tau_at, s_star,                                           # read
-    alpha, later_alpha, omega, variance, trace, step,                                # written, but for variance read
-    steps, B, blocks, W, zero_init_steps, first_dynamic_step, t_b,
+    alpha, later_alpha, omega, variance, trace, step, means,                         # written, but for variance read
+    steps, B, blocks, W, zero_init_steps, min_predictions, first_dynamic_step, t_b,
     tau, b, warmup_alpha, alpha_floor, alpha_snap, omega_floor, least_tau,
     DYNAMIC_ALPHA: tl.constexpr, DYNAMIC_OMEGA: tl.constexpr, SUM_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -142,8 +144,19 @@ def _schedule_kernel(
     total = sum_partials(at, blocks, SUM_BLOCK)
     elements = sum_partials(at + B * blocks, blocks, SUM_BLOCK)
     bad = sum_partials(at + 2 * B * blocks, blocks, SUM_BLOCK)
-    exists = tl.minimum(k + 1 - zero_init_steps, W) >= 2
-    value = tl.where(exists, total / elements, float("nan"))
+    n = tl.minimum(k + 1 - zero_init_steps, W)
+    exists, value = n >= 2, total / elements
+    if means is not None:
+        at = means + k.to(tl.int64) * B + i_b
+        tl.store(at, value)
+        sums, squares = 0.0, 0.0
+        for age in range(1, n):
+            d = tl.load(at - age * B) - value
+            sums += d
+            squares += d * d
+        value = (squares - sums * sums / n) / tl.maximum(n - 1, 1)
+        value = tl.where(value < 0, 0.0, value)
+    value = tl.where(exists, value, float("nan"))
     tl.store(variance + i_b, value)
     row = trace + (k.to(tl.int64) * B + i_b) * 5
     tl.store(row, value)
@@ -156,12 +169,13 @@ def _schedule_kernel(
         tau = tl.load(tau_at + i_b * t_b)
         tau = tl.where(tau < least_tau, least_tau, tau)
     ratio = value / tau
-    dynamic = (k + 1 >= first_dynamic_step) & exists
+    decides = n >= min_predictions
+    dynamic = (k + 1 >= first_dynamic_step) & decides
     if DYNAMIC_ALPHA:
         lag = 1 if later_alpha is None else 2
         followed = _clamp(ratio, alpha_floor, 1.0)
         followed = tl.where(followed >= alpha_snap, 1.0, followed)
-        after = tl.where((k + lag >= first_dynamic_step) & exists, followed, warmup_alpha)
+        after = tl.where((k + lag >= first_dynamic_step) & decides, followed, warmup_alpha)
         if later_alpha is not None:
             known = tl.load(later_alpha + i_b)
             tl.store(later_alpha + i_b, after)
@@ -204,7 +218,7 @@ def launch_step_epilogue(
         state.s_star, partials, now,
         steps, batch, channels, volume, state.window.shape[0], *counting,
         0 if projections is None else projections.shape[2], EPS, *strides,
-        HISTORY=state.history, EVERYWHERE=everywhere,
+        HISTORY=state.history, EVERYWHERE=everywhere, MEAN=schedule.reduction == "mean",
         ALIGN=alignment(volume, *strides), BLOCK=BLOCK, SUM_BLOCK=SUM_BLOCK, UNROLL=UNROLL, num_warps=NUM_WARPS,
         maxnreg=REGISTERS,
     )  # fmt: skip
@@ -213,7 +227,7 @@ def launch_step_epilogue(
         _schedule_kernel, (batch,),
         partials, now, state.omega0, tau_at, state.s_star,
         state.alpha, state.later_alpha if schedule.alpha is None else None, state.omega, state.variance, state.trace,
-        state.step, steps, batch, blocks, *counting, schedule.first_dynamic_step,
+        state.step, state.means, steps, batch, blocks, *counting, schedule.min_predictions, schedule.first_dynamic_step,
         0 if tau_at is None or tau_at.numel() == 1 else 1, tau,
         schedule.b, schedule.warmup_alpha, schedule.alpha_floor, schedule.alpha_snap, schedule.omega_floor,
         LEAST_TAU,
@@ -305,3 +319,5 @@ def launch_shipped(architecture: int) -> None:
             plain = Schedule(tau=state.variance, alpha=1.0, dynamic_omega=False, s_star=False, detection="global")
             launch_step_epilogue(state, cond, None, foreground, plain)
             launch_step_epilogue(state, cond, uncond, foreground, Schedule())
+            mean = Schedule(reduction="mean")
+            launch_step_epilogue(new_step_state(cond, table, 5.0, mean), cond, uncond, foreground, mean)

@@ -81,19 +81,26 @@ def _variance(state: StepState, inside: Tensor, schedule: Schedule, k: Tensor) -
     entries, n = state.window.shape[0], _predictions(k, schedule)
     age = (k - torch.arange(entries, device=k.device)) % entries
     counts = (age < n).view(-1, 1, 1, 1, 1, 1) & inside
+    elements = inside.expand(state.latents.shape).flatten(1).sum(1)
+    if state.means is not None:  # reduction "mean"
+        newest = torch.where(inside, state.window.index_select(0, k % entries)[0], 0.0)
+        state.means.index_copy_(0, k, (newest.flatten(1).sum(1) / elements)[None])
+        age = k - torch.arange(len(state.means), device=k.device)
+        last = ((age >= 0) & (age < n))[:, None]
+        deviations = state.means - torch.where(last, state.means, 0.0).sum(0) / n
+        return torch.where(n >= 2, torch.where(last, deviations, 0.0).square().sum(0) / (n - 1), float("nan"))
     mean = torch.where(counts, state.window, 0.0).sum(0) / n
     squares = torch.where(counts, state.window - mean, 0.0).square().sum(0) / (n - 1)
-    elements = inside.expand(state.latents.shape).flatten(1).sum(1)
     return torch.where(n >= 2, squares.flatten(1).sum(1) / elements, float("nan"))
 
 
 def _reschedule(state: StepState, schedule: Schedule, k: Tensor, guided: bool) -> None:
     """Set alpha and omega for step k + 1; where alpha lags, that of step k + 2 is kept until then."""
     ratio = variance_ratio(state.variance, schedule.tau)
-    exists = _predictions(k, schedule) >= 2
-    dynamic = (k + 1 >= schedule.first_dynamic_step) & exists
+    decides = _predictions(k, schedule) >= schedule.min_predictions
+    dynamic = (k + 1 >= schedule.first_dynamic_step) & decides
     if schedule.alpha is None:
-        followed = (k + schedule.alpha_lag >= schedule.first_dynamic_step) & exists
+        followed = (k + schedule.alpha_lag >= schedule.first_dynamic_step) & decides
         alpha = scheduled_alpha(ratio, schedule.alpha_floor, schedule.alpha_snap)
         alpha = torch.where(followed, alpha, schedule.warmup_alpha)
         if state.later_alpha is not None:

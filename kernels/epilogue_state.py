@@ -19,7 +19,11 @@ from kvlock_fast.kernels.language import require_package_name
 require_package_name(__name__)
 
 TRACE_COLUMNS = ("variance", "alpha", "omega", "s_star", "non_finite")
-REGIONS = {"s_star_region": ("all", "foreground"), "detection": ("foreground", "global")}
+WORDS = {
+    "s_star_region": ("all", "foreground"),
+    "detection": ("foreground", "global"),
+    "reduction": ("elements", "mean"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class StepState:
     omega: [B], of step k. later_alpha: [B], of step k + 1, where alpha lags by two steps. s_star, variance: [B], of the
     step before. trace: [steps, B, 5], TRACE_COLUMNS of each step: alpha, omega and s* as used in it, the variance after
     it, whether its latents hold NaN or inf. table: the solver. omega0: [steps], the guidance scale asked for; at most 1
-    means that guidance is not the lock's business. corrected: as latents, where the solver has a corrector.
+    means that guidance is not the lock's business. corrected: as latents, where the solver has a corrector. means:
+    [steps, B], x0hat of each step averaged over the foreground, where the schedule's reduction is "mean".
     """
 
     latents: Tensor
@@ -45,6 +50,7 @@ class StepState:
     omega0: Tensor
     corrected: Tensor | None = None
     later_alpha: Tensor | None = None
+    means: Tensor | None = None
 
     @property
     def history(self) -> int:
@@ -59,11 +65,12 @@ class Schedule:
     variance_window: W, predictions the variance looks back on. alpha: a fixed number, or None for the variance's.
     dynamic_omega: whether omega follows the variance. tau: a number, or fp32 [1 or B] (the source's own variance, then
     at least 1e-12). b: the largest factor on omega0. first_dynamic_step: where the variance begins to decide; before
-    it, and until two predictions exist, alpha = warmup_alpha and omega = omega0. alpha_floor, omega_floor: their least
-    values from then on. alpha_snap: from here on alpha counts as 1. alpha_lag: 1, or 2 to have alpha follow the
-    variance of the step before the last, so that it is known a step ahead. s_star: whether guidance is calibrated by
-    s*. s_star_region ("all", "foreground") and detection ("foreground", "global"): the elements that s* and the
-    variance are taken over. zero_init_steps: first steps whose prediction is taken as 0 and does not count.
+    it, and until min_predictions (2 to W) exist, alpha = warmup_alpha and omega = omega0. alpha_floor, omega_floor:
+    their least values from then on. alpha_snap: from here on alpha counts as 1. alpha_lag: 1, or 2 to have alpha
+    follow the variance of the step before the last, so that it is known a step ahead. s_star: whether guidance is
+    calibrated by s*. s_star_region ("all", "foreground") and detection ("foreground", "global"): the elements that
+    s* and the variance are taken over. zero_init_steps: first steps whose prediction is taken as 0 and does not
+    count. reduction: "elements" averages the variances of the elements, "mean" takes the variance of their average.
     """
 
     variance_window: int = 10
@@ -81,13 +88,18 @@ class Schedule:
     zero_init_steps: int = 0
     alpha_snap: float = 1.0
     alpha_lag: int = 1
+    reduction: str = "elements"
+    min_predictions: int = 2
 
     def __post_init__(self):
         if self.variance_window < 2:
             raise ValueError(f"variance_window must be at least 2, got {self.variance_window}")
+        if not 2 <= self.min_predictions <= self.variance_window:
+            bound = f"from 2 to variance_window {self.variance_window}"
+            raise ValueError(f"min_predictions must be {bound}, got {self.min_predictions}")
         if self.alpha_lag not in (1, 2):
             raise ValueError(f"alpha_lag must be 1 or 2, got {self.alpha_lag}")
-        for name, allowed in REGIONS.items():
+        for name, allowed in WORDS.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
@@ -120,6 +132,7 @@ def new_step_state(latents: Tensor, table: Tensor, omega0: float | Sequence[floa
         omega0=torch.tensor(scales, dtype=torch.float32, device=device),
         corrected=torch.empty_like(latents) if table[:, 1, 2].any() else None,
         later_alpha=alpha.clone() if schedule.alpha_lag == 2 else None,
+        means=torch.full((steps, batch), nan, device=device) if schedule.reduction == "mean" else None,
     )
 
 
@@ -165,11 +178,14 @@ def _check_state(state: StepState, schedule: Schedule) -> None:
         "window": (entries, *shape),
         "alpha omega s_star variance later_alpha": shape[:1],
         "trace": (steps, shape[0], len(TRACE_COLUMNS)),
+        "means": (steps, shape[0]),
         "table": (steps, 3, max(3, state.table.shape[2])),
         "omega0": (steps,),
     }
     if (state.later_alpha is None) != (schedule.alpha_lag == 1):
         raise ValueError(f"the state was made for another alpha_lag than {schedule.alpha_lag}")
+    if (state.means is None) != (schedule.reduction == "elements"):
+        raise ValueError(f"the state was made for another reduction than {schedule.reduction!r}")
     for name, size in ((name, size) for names, size in sizes.items() for name in names.split()):
         if getattr(state, name) is not None:
             _check_tensor(name, getattr(state, name), size)

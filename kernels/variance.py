@@ -7,6 +7,7 @@ predictions instead, d_j = x_j - x_0 and (sum d^2 - (sum d)^2 / n) / (n - 1), wh
 large common offset costs no digits: x_0 is one of the values, so cancellation loses at most a factor n + 1. Elements
 outside the foreground never count: NaN there does not come through, and the mean does not depend on the area. Two
 launches, partial sums and their sum, in a fixed order. Bytes moved: the history's blocks that hold foreground, once.
+`reduction="mean"` is the same of a history that was averaged over the foreground first.
 Source: KV-Lock (arXiv 2603.09657), after the trajectory variance of Aithal et al. 2024.
 """
 
@@ -26,6 +27,7 @@ require_package_name(__name__)
 
 # Not swept yet: 8 elements a thread; 3 predictions under way at once, so W = 10 takes three even turns (5 would spill).
 BLOCK, NUM_WARPS, UNROLL = 1024, 4, 3
+REDUCTIONS = ("elements", "mean")
 
 
 def windowed_variance_reference(history: Tensor, foreground: Tensor) -> Tensor:
@@ -35,6 +37,18 @@ def windowed_variance_reference(history: Tensor, foreground: Tensor) -> Tensor:
     masked = torch.where(inside, history.to(wide), 0.0)
     variance = masked.var(dim=0, unbiased=True)
     return (variance.flatten(1).sum(1) / inside.flatten(1).sum(1)).float()
+
+
+def averaged(history: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduce predictions to their mean over the foreground, [n, B, 1, 1, 1, 1], and it to whether there is any.
+
+    history, foreground: as `windowed_variance_reference` takes them.
+    """
+    inside = foreground[:, None].expand(history.shape[1:])
+    wide = torch.promote_types(history.dtype, torch.float32)
+    sums = torch.where(inside, history.to(wide), 0.0).flatten(2).sum(2)
+    means = sums / inside.flatten(1).sum(1)
+    return means[..., None, None, None, None], foreground.flatten(1).any(1)[:, None, None, None]
 
 
 @triton.jit
@@ -119,13 +133,24 @@ def _variance_op(history: Tensor, foreground: Tensor, backend: str) -> Tensor:
 _variance_op.register_fake(lambda history, *_: history.new_empty(history.shape[1], dtype=torch.float32))
 
 
-def windowed_variance(history: Tensor, foreground: Tensor, *, backend: str = "auto") -> Tensor:
-    """Measure the hallucination signal: the variance over the last n predictions, averaged over the foreground.
+def windowed_variance(
+    history: Tensor, foreground: Tensor, *, reduction: str = "elements", backend: str = "auto"
+) -> Tensor:
+    """Measure the hallucination signal: the variance over the last n predictions on the foreground.
 
-    history: predicted clean latents [n, B, C, T, H, W], n >= 2; foreground: bool [B or 1, T, H, W], some True in each
-    sample. Returns the unbiased variance [B] fp32. Raises ValueError on what does not fit. Triton first copies a
-    history whose T, H, W are not contiguous, and a mask that is not.
+    Triton first copies a history whose T, H, W are not contiguous, and a mask that is not.
+
+    Args:
+        history: predicted clean latents [n, B, C, T, H, W], n >= 2.
+        foreground: bool [B or 1, T, H, W], some True in each sample.
+        reduction: "elements" averages the variances of the foreground's elements; "mean" takes the variance of the n
+            means over the foreground.
+        backend: "auto", "reference" or "triton".
+
+    Returns the unbiased variance [B] fp32. Raises ValueError on what does not fit.
     """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if history.ndim != 6 or not history.is_floating_point():
         raise ValueError(
             f"history must be floating-point [n, B, C, T, H, W], got {history.dtype} {tuple(history.shape)}"
@@ -137,6 +162,8 @@ def windowed_variance(history: Tensor, foreground: Tensor, *, backend: str = "au
         raise ValueError(f"foreground must be bool, got {foreground.dtype}")
     if foreground.ndim != 4 or foreground.shape[0] not in (1, batch) or tuple(foreground.shape[1:]) != volume:
         raise ValueError(f"foreground must be [{batch} or 1, {volume}], got {tuple(foreground.shape)}")
+    if reduction == "mean":
+        history, foreground = averaged(history, foreground)
     return _variance_op(history, foreground, backend)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from kvlock_fast.parameters import LOCK, MEMORY, SPEED, check, documented, is_whole, parameter
 from kvlock_fast.presets import PLAIN, PRESETS, NeighbourOptions
-from kvlock_fast.renamed import FIELDS, refuse_cache_steps, renamed
+from kvlock_fast.renamed import FIELDS, REPLACED, refuse_cache_steps, renamed
 
 TIERS = ("lockstep", "resident", "host", "disk")
 FORMATS = ("native", "bf16", "fp8_e4m3", "int8", "int4")
@@ -15,7 +15,7 @@ FORMATS = ("native", "bf16", "fp8_e4m3", "int8", "int4")
 _lock, _speed, _memory = (partial(parameter, panel=panel) for panel in (LOCK, SPEED, MEMORY))
 
 
-@renamed(window="variance_window")
+@renamed(window="variance_window", lock_share="lock_interval")
 @documented
 @dataclass(frozen=True)
 class LockConfig(NeighbourOptions):
@@ -39,11 +39,23 @@ class LockConfig(NeighbourOptions):
     )
     b: float = _lock(1.0, ">0", "Largest factor on the guidance scale")
     variance_window: int = _lock(10, ">=2", "Predictions that the variance looks back on (W)")
+    min_predictions: int = _lock(
+        3, ">=2", "Predictions before the variance decides; until then the warm-up's values hold"
+    )
+    reduction: str = _lock(
+        "elements", "elements|mean", "Average the foreground elements' variances, or take the variance of their mean"
+    )
     kappa: int = _lock(20, ">=0", "Last steps, in which alpha and omega follow the variance")
     warmup_alpha: float = _lock(1.0, "0..1", "Alpha before the last kappa steps; 0 stores nothing for them")
     alpha_floor: float = _lock(0.0, "0..1", "Least alpha while it is dynamic")
     omega_floor: float = _lock(1.0, ">=0", "Least guidance scale while it is dynamic")
     detection: str = _lock("foreground", "foreground|global", "Elements that the variance is averaged over")
+    lock_interval: tuple[float, float] | None = _lock(
+        None, "0-0.55", "Share of the steps that lock; the source's K and V are not run in the others", unset="all"
+    )
+    guidance_interval: tuple[float, float] | None = _lock(
+        None, "0-0.55", "Share of the steps that are guided; the others run the prompt's branch alone", unset="all"
+    )
     layers: tuple[int, ...] | None = _lock(None, "0-11,15", "Self-attention layers to lock", unset="all")
     background_latents: str = _lock(
         "source", "model|source", "Background latents: the model's, or the source's after each step"
@@ -68,6 +80,9 @@ class LockConfig(NeighbourOptions):
     guidance_batching: str = _speed(
         "auto", "auto|separate|batched", "Run the branches of guidance apart or as one batch"
     )
+    guidance_skip: bool = _speed(
+        True, "", "Run the prompt's branch alone where the dynamic guidance scale is 1; the host waits for the scale"
+    )
     compute: str = _speed(
         "full", "full|foreground", "Tokens to compute in steps with alpha = 1: all, or the foreground's"
     )
@@ -81,6 +96,7 @@ class LockConfig(NeighbourOptions):
     def __post_init__(self):
         check(self)
         self._check_layers()
+        self._check_intervals()
         self._check_path()
         self._check_compute()
         self._check_method()
@@ -93,6 +109,17 @@ class LockConfig(NeighbourOptions):
         if not whole or len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers must be distinct whole numbers of at least 0, got {self.layers!r}")
         object.__setattr__(self, "layers", tuple(sorted(self.layers)))
+
+    def _check_intervals(self):
+        for name in ("lock_interval", "guidance_interval"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            pair = isinstance(value, (tuple, list)) and len(value) == 2
+            numbers = pair and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value)
+            if not numbers or not 0 <= value[0] < value[1] <= 1:
+                raise ValueError(f"{name} must be two shares of the steps, 0 <= start < stop <= 1, got {value!r}")
+            object.__setattr__(self, name, (float(value[0]), float(value[1])))
 
     def _check_path(self):
         if self.coupled and self.latents_shift:
@@ -156,7 +183,7 @@ class LockConfig(NeighbourOptions):
     @property
     def locks(self) -> bool:
         """Whether alpha can exceed 0 in any step."""
-        return self.alpha != 0.0 and self.lock_share > 0
+        return self.alpha != 0.0
 
     @property
     def coupled(self) -> bool:
@@ -202,8 +229,8 @@ class LockConfig(NeighbourOptions):
             raise ValueError(f"unknown preset {name!r}: one of {', '.join(PRESETS)}")
         known = {f.name for f in fields(cls)}
         for key in changes:
-            if key in FIELDS:
-                raise ValueError(f"lock parameter {key!r} is called {FIELDS[key]!r} now")
+            if key in FIELDS | REPLACED:
+                raise ValueError(f"lock parameter {key!r} is called {(FIELDS | REPLACED)[key]!r} now")
             if key not in known:
                 raise ValueError(f"unknown lock parameter {key!r}: one of {', '.join(sorted(known))}")
         return cls(**{**PRESETS[name], **changes})

@@ -14,7 +14,7 @@ from kvlock_fast.cache.entry import EntryWriter
 from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.edits import edit_prompts
-from kvlock_fast.errors import InputError
+from kvlock_fast.errors import InputError, warn
 from kvlock_fast.locking.compatibility import compiled_blocks
 from kvlock_fast.locking.fast_path import check_processors
 from kvlock_fast.locking.turns import one_at_a_time
@@ -288,6 +288,9 @@ class KVLockPipeline:
         asked = negative_prompt is not None or not self.model.guided_if_asked
         if asked and self.model.guided(given.guidance_scale):
             negative = self.model.condition_negative(negative_prompt or "", prompts, given)
+        if negative is None and scene.lock.guidance_interval is not None:
+            interval = scene.lock.guidance_interval
+            warn(f"guidance_interval {interval} changes nothing: no step of this edit has an unconditional branch")
         return Conditioning.cat(told), negative, self.model.condition_source([source_prompt], scene.given_source)
 
 

@@ -21,7 +21,6 @@ class NeighbourOptions:
     source_guidance: float | None = _other(
         None, ">=0", "Guidance scale of the source's own runs", unset="none to invert; FlowEdit: --guidance"
     )
-    lock_share: float = _other(1.0, "0..1", "Share of the steps, from the first on, that lock")
     foreground_mix: float = _other(0.0, "0..1", "Part of alpha that the foreground's K and V take")
     latents_shift: float = _other(0.0, "0..1", "How far the starting foreground moves to the statistics of noise")
     noise_samples: int = _other(1, ">=1", "FlowEdit: noises that a step averages over")
@@ -44,6 +43,7 @@ PLAIN = {
     "compute": "full",
     "halo": 0,
     "edit_path": "free",
+    "guidance_interval": None,
 }
 """Values of the lock that a method other than KV-Lock needs."""
 
@@ -53,8 +53,11 @@ PAPER: dict[str, Any] = {
     "tau": 0.01,
     "b": 2.0,
     "omega_floor": 0.0,
+    "min_predictions": 2,
 }
-"""The paper's exact settings, where they differ from the default."""
+"""The paper's settings, where they differ from the default, in a first reading: what its ablations keep."""
+TO_THE_LETTER: dict[str, Any] = {**PAPER, "reduction": "mean", "warmup_alpha": 0.0}
+"""By two public notes on the paper: one mean of the foreground a step, and nothing is mixed before the last steps."""
 UNLOCKED: dict[str, Any] = {**PAPER, "alpha": 0.0, "omega": "constant", "s_star": False}
 
 NEIGHBOURS: dict[str, dict[str, Any]] = {
@@ -80,7 +83,7 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
         "omega": "constant",
         "s_star": False,
         "source_path": "invert",
-        "lock_share": 0.5,
+        "lock_interval": (0.0, 0.5),
         "foreground_mix": 0.1,
         "latents_shift": 0.25,
     },
@@ -95,7 +98,7 @@ NEIGHBOURS: dict[str, dict[str, Any]] = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "kvlock": {},
-    "paper": PAPER,
+    "paper": TO_THE_LETTER,
     "free-path": {"edit_path": "free"},
     "variance-kv": {**PAPER, "omega": "constant", "s_star": False},
     "omega-only": {**PAPER, "alpha": 1.0, "s_star": False},

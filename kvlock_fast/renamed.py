@@ -1,4 +1,4 @@
-"""Names of version 0.1 that are others now. Each is refused in one sentence with the new name; nothing reads both."""
+"""Names that are others now. Each is refused in one sentence with the new name; nothing reads both."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -6,10 +6,12 @@ from typing import Any, TypeVar
 
 from kvlock_fast.errors import InputError
 
-OPTIONS = {"--window": "--clip-frames", "--overlap": "--clip-overlap"}
+OPTIONS = {"--window": "--clip-frames", "--overlap": "--clip-overlap", "--lock-share": "--lock-interval"}
 """Options of `kvlock-fast edit`."""
 FIELDS = {"window": "variance_window", "clip_window": "clip_frames"}
-"""Fields of a manifest's line."""
+"""Fields of a manifest's line, from version 0.1."""
+REPLACED = {"lock_share": "lock_interval"}
+"""Lock parameters whose values have another form now: a share x is the interval (0, x)."""
 CACHE_STEPS = {"window": "dynamic"}
 """Values of cache_steps, `CacheConfig.steps`."""
 

@@ -13,7 +13,7 @@ from kvlock_fast.config import LockConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.media import check_box, is_box
 from kvlock_fast.parameters import Parameter, declared
-from kvlock_fast.renamed import CACHE_STEPS, FIELDS
+from kvlock_fast.renamed import CACHE_STEPS, FIELDS, REPLACED
 from kvlock_fast.settings import JOB, MOST_TEXT
 
 SIZE = r"^[1-9][0-9]{0,4}[xX][1-9][0-9]{0,4}$"
@@ -45,6 +45,8 @@ def _type_of(one: Parameter) -> Any:
         return Annotated[str, Field(pattern=SIZE)]
     if str in one.types and not one.is_number:
         return Annotated[str, Field(min_length=1 if one.what else one.low, max_length=MOST_TEXT)]
+    if tuple[float, float] in one.types:
+        return Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=2, max_length=2)]
     if not one.is_number:
         return Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     bounds: dict[str, Any] = {"ge": one.low, "gt": one.above, "le": one.high, "lt": one.below}
@@ -103,6 +105,8 @@ def _sentence(name: str, fault: ErrorDetails, values: dict[str, Any]) -> str:
         return "is missing"
     if name in FIELDS:
         return f"is called {FIELDS[name]!r} now: kvlock-fast migrate rewrites a manifest"
+    if name in REPLACED:
+        return f"is called {REPLACED[name]!r} now, and takes another value"
     if fault["type"] == "extra_forbidden":
         near = difflib.get_close_matches(name, NAMES, 1)
         return f"is no field of a job{f'; did you mean {near[0]!r}?' if near else ''}"

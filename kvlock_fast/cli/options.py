@@ -140,6 +140,8 @@ def parsed(one: Parameter, value: Any) -> Any:
     """The value of an option as its field has it. Raises InputError naming the option."""
     if tuple[int, int] in one.types:
         return parse_size(value)
+    if tuple[float, float] in one.types:
+        return parse_interval(value, one.option)
     if tuple[int, ...] in one.types:
         return parse_layers(value)
     if one.values.endswith("GB"):
@@ -163,6 +165,17 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (cross and _is_number(height, 5) and _is_number(width, 5) and int(height) and int(width)):
         raise InputError(f"--size must be HEIGHTxWIDTH in pixels, like 480x832, got '{_short(text)}'")
     return int(height), int(width)
+
+
+def parse_interval(text: str, option: str) -> tuple[float, float]:
+    """Shares of the steps, START-STOP, as 0-0.55."""
+    start, _, stop = text.partition("-")
+    try:
+        return float(start), float(stop)
+    except ValueError:
+        raise InputError(
+            f"{option} must be START-STOP, two shares of the steps like 0-0.55, got '{_short(text)}'"
+        ) from None
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

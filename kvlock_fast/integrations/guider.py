@@ -69,6 +69,10 @@ class KVLockGuidance(ClassifierFreeGuidance):
         super(ClassifierFreeGuidance, self).__init__(start, stop, enabled)  # whose own fields are no part of the config
         self.guidance_scale = guidance_scale
         self.lock = lock_of(lock)
+        if self.lock.guidance_interval is not None:
+            raise InputError(
+                f"guidance_interval {self.lock.guidance_interval}: a guider's own start and stop say when it guides"
+            )
         if isinstance(lock, LockConfig):
             self.register_to_config(lock=self.lock.as_dict())
         self.num_train_timesteps = num_train_timesteps

@@ -8,7 +8,7 @@ from torch import Tensor
 from kvlock_fast.config import LockConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.epilogue_reference import cfg_projection_reference
-from kvlock_fast.loop.schedule import Controller, compares_with_source
+from kvlock_fast.loop.schedule import Controller, compares_with_source, in_interval
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.ops import guided_prediction
 from kvlock_fast.parameters import is_whole
@@ -47,6 +47,10 @@ class LoopSchedule:
             raise InputError(
                 f"{name} is {value!r}, which only KVLockPipeline has: a loop of your own decides it itself"
             )
+        intervals = {"lock_interval": lock.lock_interval, "guidance_interval": lock.guidance_interval}
+        for name, interval in intervals.items():
+            if num_steps is None and interval is not None:
+                raise InputError(f"num_steps must be given: {name} {interval} is a share of the steps")
         self.lock, self.num_steps = lock.in_own_loop(), num_steps
         self.foreground, self.latents = foreground, latents
         self.guidance_scale, self.patch_size = guidance_scale, patch_size
@@ -136,6 +140,8 @@ class LoopSchedule:
     def _scale(self) -> float:
         if self.guidance_scale is None:
             raise InputError("guidance_scale must be given: omega and guide() go by it")
+        if self.num_steps is not None and not in_interval(self.lock.guidance_interval, self.num_steps, self.step):
+            return 1.0
         return self.guidance_scale
 
     def _region(self, x: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ from functools import partial
 from torch import Tensor
 
 from kvlock_fast.loop.epilogue import DeviceStepper, Stepper, new_stepper
-from kvlock_fast.loop.foreground import Saturation
+from kvlock_fast.loop.foreground import GuidanceSkips, Saturation
 from kvlock_fast.loop.forwards import Forwards, Part, Predictor, Velocities
 from kvlock_fast.loop.graph import CapturedLoops, hold
+from kvlock_fast.loop.schedule import may_skip_guidance
 from kvlock_fast.loop.source import SourcePath
 from kvlock_fast.loop.task import Task
 from kvlock_fast.loop.trace import Recorder
@@ -29,6 +30,7 @@ def take_step(k: int, forwards: Sequence[Forwards], stepper: Stepper) -> None:
         v        = s* u + omega_k (c - s* u)
         x_{k+1}  = the solver's step from x_k along v, for a coupled edit plus what the same step along the source's
                    velocity misses the source's path by; outside the mask the source's, where the background is kept
+                   (where omega_k is 1, c: the other branch is not run)
         var_k    = variance of the last W predicted clean latents, averaged over the foreground
         alpha_{k+1}, omega_{k+1} = clamp(var_k / tau, 0, 1), omega_0 clamp(var_k / tau, 0, b)
 
@@ -78,8 +80,11 @@ def denoise(
     """
     solver, lock = predict.solver, task.lock
     steps, timestep = solver.num_steps, predict.times[0].clone()
-    stepper = new_stepper(task, solver, source, [task.guidance[predict.stage(k)] for k in range(steps)])
-    forwards = [Forwards(task, predict, part, timestep) for part in parts]
+    stepper = new_stepper(task, solver, source, [task.scale(predict.stage(k), steps, k) for k in range(steps)])
+    skips = None
+    if task.negative is not None and may_skip_guidance(lock):
+        skips = GuidanceSkips(lock, steps, task.batch, timestep.device)
+    forwards = [Forwards(task, predict, part, timestep, skips is not None) for part in parts]
     saturation = Saturation(lock, steps, task.batch, timestep.device) if lock.compute == "foreground" else None
     graphs = None
     if loops is not None:
@@ -90,7 +95,8 @@ def denoise(
     for k in range(steps):
         timestep.copy_(predict.times[k])
         saturated = saturation.samples(k) if saturation is not None and forwards[0].locks[k] else ()
-        with span("step", k), _inputs(forwards, k, saturated) as kind:
+        unguided = skips is not None and forwards[0].guides[k] and skips.skipped(k)
+        with span("step", k), _inputs(forwards, k, saturated, unguided) as kind:
             if graphs is None:
                 take_step(k, forwards, stepper)
             else:
@@ -101,17 +107,19 @@ def denoise(
         if saturation is not None:
             saturation.publish(k + lock.alpha_lag, stepper.alpha if lock.alpha_lag == 1 else stepper.later_alpha)
         run.mark(tokens)
+        if skips is not None and k + 1 < steps:
+            skips.publish(k + 1, stepper.omega)
         if progress is not None:
             progress(k)
-    recorder.end(stepper.trace(), 0.0 if saturation is None else saturation.waited)
+    recorder.end(stepper.trace(), sum(x.waited for x in (saturation, skips) if x is not None))
     return stepper.latents if loops is None else stepper.latents.clone()
 
 
 @contextmanager
-def _inputs(forwards: Sequence[Forwards], k: int, saturated: tuple[int, ...]) -> Iterator[Hashable]:
+def _inputs(forwards: Sequence[Forwards], k: int, saturated: tuple[int, ...], unguided: bool) -> Iterator[Hashable]:
     """Step k's inputs, in place while the context is open; yields the kind of step it is, by which kernels it takes."""
     with ExitStack() as stack:
-        yield tuple(stack.enter_context(part.inputs(k, saturated)) for part in forwards)
+        yield tuple(stack.enter_context(part.inputs(k, saturated, unguided)) for part in forwards)
 
 
 def blended(predictions: Sequence[Velocities], forwards: Sequence[Forwards]) -> tuple[Tensor | None, ...]:

@@ -24,7 +24,8 @@ from kvlock_fast.loop.schedule import (
     first_dynamic_step,
     fixed_alpha,
     fixed_tau,
-    locked_steps,
+    in_interval,
+    predictions_to_wait_for,
     window_size,
 )  # fmt: skip
 from kvlock_fast.loop.solver import Solver
@@ -51,6 +52,11 @@ class Stepper(Protocol):
         ...
 
     @property
+    def omega(self) -> Tensor:
+        """[B] fp32, of the step that comes next."""
+        ...
+
+    @property
     def later_alpha(self) -> Tensor:
         """[B] fp32, of the step after that, where alpha lags."""
         ...
@@ -58,7 +64,7 @@ class Stepper(Protocol):
     def advance(self, k: int, source: Tensor | None, cond: Tensor | None, uncond: Tensor | None) -> None:
         """Take step k by the predictions of the source [1, ...] (where tau follows it) and of both branches [B, ...].
 
-        cond is None in the steps whose prediction is taken as 0.
+        cond is None in the steps whose prediction is taken as 0, uncond in those whose guidance scale is 1.
         """
         ...
 
@@ -76,6 +82,7 @@ def schedule_of(lock: LockConfig, steps: int, tau: float | Tensor) -> Schedule:
         "alpha": fixed_alpha(lock),
         "dynamic_omega": lock.omega == "dynamic",
         "tau": tau,
+        "min_predictions": predictions_to_wait_for(lock, steps),
         "first_dynamic_step": first_dynamic_step(lock, steps),
         "s_star_region": lock.projection_region,
     })  # fmt: skip
@@ -88,7 +95,7 @@ class DeviceStepper:
         """omega0: the guidance scale of each step."""
         lock, steps = task.lock, solver.num_steps
         assert solver.table is not None
-        self.solver, self.lock, self.source = solver, lock, source
+        self.solver, self.lock, self.source, self.guided = solver, lock, source, task.negative is not None
         self.foreground = task.mask.latents.contiguous()
         self.path = source.path if lock.keeps_background else None
         self.seam = seam_weights(task.mask, lock)
@@ -96,7 +103,7 @@ class DeviceStepper:
         if compares_with_source(lock):
             tau = torch.ones(1, device=solver.sigmas.device)
             region = torch.ones_like(self.foreground) if lock.detection == "global" else self.foreground
-            self.source_window = VarianceWindow(window_size(lock, steps), region)
+            self.source_window = VarianceWindow(window_size(lock, steps), region, lock.reduction)
         self.schedule = schedule_of(lock, steps, tau)
         self.state = new_step_state(_start(task, source), solver.table, omega0, self.schedule)
         self.coupling = None
@@ -114,6 +121,11 @@ class DeviceStepper:
         return self.state.alpha
 
     @property
+    def omega(self) -> Tensor:
+        """[B] fp32, of the step that comes next."""
+        return self.state.omega
+
+    @property
     def later_alpha(self) -> Tensor:
         """[B] fp32, of the step after that, where alpha lags."""
         return self.state.alpha if self.state.later_alpha is None else self.state.later_alpha
@@ -121,14 +133,15 @@ class DeviceStepper:
     def advance(self, k: int, source: Tensor | None, cond: Tensor | None, uncond: Tensor | None) -> None:
         """Take step k by the predictions of the source [1, ...] (where tau follows it) and of both branches [B, ...].
 
-        cond is None in the steps whose prediction is taken as 0.
+        cond is None in the steps whose prediction is taken as 0, uncond in those whose guidance scale is 1.
         """
         if self.source_window is not None and source is not None:
             variance = self.source_window.push(self.solver.predict_clean(k, source, self.source.at(k)))
             if variance is not None and isinstance(self.schedule.tau, Tensor):
                 self.schedule.tau.copy_(variance.clamp_min(LEAST_VARIANCE))
         cond = torch.zeros_like(self.latents) if cond is None else _by_rows(cond)
-        uncond = None if uncond is None else _by_rows(uncond)
+        # By a scale of 1 the other branch does not count: any will do, and the schedule goes on as of a guided step.
+        uncond = (cond if self.guided else None) if uncond is None else _by_rows(uncond)
         path = self.path if self.seam is None else None
         step_epilogue(self.state, cond, uncond, self.foreground, self.schedule, path)
         latents = self.state.latents
@@ -144,7 +157,9 @@ class DeviceStepper:
 
     def trace(self) -> Tensor:
         """[steps, B, 5]: variance, alpha, omega, s* and whether the latents hold NaN or inf, of each step."""
-        return unlocked_after_share(self.state.trace.clone(), self.lock)
+        trace = self.state.trace.clone()
+        trace[[k for k in range(len(trace)) if not in_interval(self.lock.lock_interval, len(trace), k)], :, ALPHA] = 0
+        return trace
 
     def tensors(self) -> dict[str, Tensor]:
         """All that `advance` reads and writes, by name (but for the source's window); the mask as a copy."""
@@ -234,13 +249,19 @@ class SchedulerStepper:
         return latents.to(self.task.latents_dtype) if self.task.lock.stock else latents
 
     @property
+    def omega(self) -> Tensor:
+        """As DeviceStepper's."""
+        omega0 = self.omega0[self._taken]
+        return self.controller.omega(self._taken, omega0, self.task.guided(omega0))
+
+    @property
     def later_alpha(self) -> Tensor:
         """As DeviceStepper's."""
         return self.controller.alpha(self._taken + 1)
 
     def trace(self) -> Tensor:
         """[steps, B, 5], as DeviceStepper's."""
-        return unlocked_after_share(torch.stack(self._trace), self.task.lock)
+        return torch.stack(self._trace)
 
 
 def new_stepper(task: Task, solver: Solver, source: SourcePath, omega0: list[float]) -> Stepper:
@@ -263,12 +284,6 @@ def _start(task: Task, source: SourcePath) -> Tensor:
     if task.lock.coupled:
         return source.at(0).expand(task.batch, -1, -1, -1, -1)
     return keep_background(task, source.start.expand(task.batch, -1, -1, -1, -1), source.at(0))
-
-
-def unlocked_after_share(trace: Tensor, lock: LockConfig) -> Tensor:
-    """A trace [steps, B, 5] whose alpha is 0 in the steps beyond those that lock at all."""
-    trace[locked_steps(lock, len(trace)) :, :, ALPHA] = 0
-    return trace
 
 
 def keep_background(task: Task, latents: Tensor, source_latent: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 With alpha = 1 in every layer, the background's keys and values are the source's: what a foreground token sees does not
 depend on the background's hidden states, so these need not be computed. That holds while alpha is 1, step by step and
 sample by sample: in the warm-up it is known beforehand; after it, alpha is read from the device, a few bytes a step.
+So is omega, where a step whose guidance scale is 1 leaves out its unconditional branch.
 """
 
 import time
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.config import LockConfig
-from kvlock_fast.loop.schedule import first_dynamic_step, locked_steps
+from kvlock_fast.loop.schedule import first_followed_step, in_interval
 from kvlock_fast.masks import ProjectedMask, Region
 
 
@@ -41,12 +42,11 @@ def mix_seam(latents: Tensor, source: Tensor, weights: Tensor) -> Tensor:
 
 def known_beforehand(lock: LockConfig, num_steps: int, k: int) -> bool | None:
     """Whether alpha of step k is 1; None where only the run can tell."""
-    if k >= locked_steps(lock, num_steps):
+    if not in_interval(lock.lock_interval, num_steps, k):
         return False
     if lock.alpha != "dynamic":
         return lock.alpha == 1
-    # As many predictions as the lag must have been made before a variance can decide.
-    if k < max(first_dynamic_step(lock, num_steps), lock.alpha_lag):
+    if k < first_followed_step(lock, num_steps):
         return lock.warmup_alpha == 1
     return None
 
@@ -59,36 +59,62 @@ def sparse_steps(lock: LockConfig, num_steps: int) -> tuple[int, int] | None:
     return known.count(True), len(known) - known.count(False)
 
 
-class Saturation:
-    """Which samples have alpha = 1 at a step, without waiting for more than alpha.
+class Arrival:
+    """A value [B] of each step on its way to the host: a few bytes, and nothing else is waited for.
 
-    After each step alpha is on its way to the host; `samples` waits until it is there, and `waited` counts the seconds.
+    waited: seconds that the host has waited.
     """
 
-    def __init__(self, lock: LockConfig, num_steps: int, batch: int, device: torch.device):
-        self.lock, self.num_steps, self.everyone = lock, num_steps, tuple(range(batch))
+    def __init__(self, batch: int, device: torch.device, lag: int = 1):
+        """lag: how many steps ahead of its use a value is published."""
         self.waited = 0.0
         cuda = device.type == "cuda"
-        self._alphas = [torch.zeros(batch, dtype=torch.float32, pin_memory=cuda) for _ in range(lock.alpha_lag)]
-        self._arrived = [torch.cuda.Event() for _ in range(lock.alpha_lag)] if cuda else None
+        self._values = [torch.zeros(batch, dtype=torch.float32, pin_memory=cuda) for _ in range(lag)]
+        self._arrived = [torch.cuda.Event() for _ in range(lag)] if cuda else None
+
+    def publish(self, k: int, value: Tensor) -> None:
+        """Send the value of step k on its way."""
+        slot = k % len(self._values)
+        self._values[slot].copy_(value, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived[slot].record(torch.cuda.current_stream(value.device))
+
+    def ones(self, k: int) -> tuple[int, ...]:
+        """The samples whose value is 1 at step k."""
+        slot, start = k % len(self._values), time.perf_counter()
+        if self._arrived is not None:
+            self._arrived[slot].synchronize()
+        self.waited += time.perf_counter() - start
+        return tuple(i for i, value in enumerate(self._values[slot].numpy()) if value == 1)
+
+
+class Saturation(Arrival):
+    """Which samples have alpha = 1 at a step."""
+
+    def __init__(self, lock: LockConfig, num_steps: int, batch: int, device: torch.device):
+        super().__init__(batch, device, lock.alpha_lag)
+        self.lock, self.num_steps, self.everyone = lock, num_steps, tuple(range(batch))
 
     def samples(self, k: int) -> tuple[int, ...]:
         """Those whose alpha is 1 at step k."""
         known = known_beforehand(self.lock, self.num_steps, k)
         if known is not None:
             return self.everyone if known else ()
-        slot = k % self.lock.alpha_lag
-        start = time.perf_counter()
-        if self._arrived is not None:
-            self._arrived[slot].synchronize()
-        self.waited += time.perf_counter() - start
-        return tuple(i for i, alpha in enumerate(self._alphas[slot].numpy()) if alpha == 1)
+        return self.ones(k)
 
-    def publish(self, k: int, alpha: Tensor) -> None:
+    def publish(self, k: int, value: Tensor) -> None:
         """Send alpha [B] of step k on its way."""
-        if self.lock.alpha != "dynamic":
-            return
-        slot = k % self.lock.alpha_lag
-        self._alphas[slot].copy_(alpha, non_blocking=True)
-        if self._arrived is not None:
-            self._arrived[slot].record(torch.cuda.current_stream(alpha.device))
+        if self.lock.alpha == "dynamic":
+            super().publish(k, value)
+
+
+class GuidanceSkips(Arrival):
+    """The steps whose guidance scale omega turns out to be 1: s* u + 1 (c - s* u) = c, whatever the branch u says."""
+
+    def __init__(self, lock: LockConfig, num_steps: int, batch: int, device: torch.device):
+        super().__init__(batch, device)
+        self.first, self.batch = first_followed_step(lock, num_steps, lag=1), batch
+
+    def skipped(self, k: int) -> bool:
+        """Whether no sample of step k needs the unconditional branch."""
+        return k >= self.first and len(self.ones(k)) == self.batch

@@ -19,7 +19,7 @@ from kvlock_fast.locking.lock import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.locking.parallel import shard_of
 from kvlock_fast.loop.foreground import edit_region
 from kvlock_fast.loop.ranges import layer_ranges
-from kvlock_fast.loop.schedule import asks_source, can_lock
+from kvlock_fast.loop.schedule import asks_source, can_lock, in_interval
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath, StoredSource
 from kvlock_fast.loop.task import Task, Texts
@@ -188,8 +188,8 @@ class Forwards:
         compared    the same of a step that does not lock: its prediction alone
     """
 
-    def __init__(self, task: Task, predict: Predictor, part: Part, timestep: Tensor):
-        """timestep: where each step's is read from []."""
+    def __init__(self, task: Task, predict: Predictor, part: Part, timestep: Tensor, skips: bool = False):
+        """timestep: where each step's is read from []; skips: whether a step may turn out to need no guidance."""
         lock, self.predict, self.timestep = task.lock, predict, timestep
         self.stretch, self.path, self.stored, self.background = part.stretch, part.path, part.stored, part.background
         self.foreground, self.mix, self.batch = part.stretch.mask.tokens, lock.foreground_mix, task.batch
@@ -201,12 +201,17 @@ class Forwards:
         told = [x for x in (task.source_prompt, task.negative, task.prompt) if x is not None]
         together = (lock.locks or predict.model.arch.one_call) and Conditioning.fit(told)
         self.batched = lock.guidance_batching == "batched" or (lock.guidance_batching == "auto" and together)
-        self.branches = 1 if task.negative is None else 2
+        two = task.negative is not None
+        self.guides = [two and in_interval(lock.guidance_interval, len(steps), k) for k in steps]
         apart = sparse or any(way not in ("zero", "along") for way in self.ways)
-        self.texts = Texts.of(task, both=self.batched and apart, all=self.batched and "along" in self.ways)
+        may_skip = two and (skips or not all(self.guides))
+        self.texts = Texts.of(
+            task, both=self.batched and apart, all=self.batched and "along" in self.ways, alone=may_skip
+        )
+        self.unguided = self.texts.unguided
 
         # Of the step whose inputs are in place:
-        self.way, self.saturated = "zero", ()
+        self.way, self.saturated, self.guided = "zero", (), two
         self.kept: KeptKV | None = None
         self.source_latent = part.path.at(0).clone()
         self.prediction: Tensor | None = None
@@ -229,21 +234,23 @@ class Forwards:
         return "stored" if locks else "compared"
 
     @contextmanager
-    def inputs(self, k: int, saturated: tuple[int, ...]) -> Iterator[Hashable]:
+    def inputs(self, k: int, saturated: tuple[int, ...], unguided: bool = False) -> Iterator[Hashable]:
         """Put step k's inputs in place while the context is open.
 
         Yields the step's kind: steps of one kind take the same kernels at the same addresses. It holds all that a step
         takes of k by value, since a captured step has the k that it was captured with.
 
-        saturated: the samples whose alpha is 1, for which the foreground is enough.
+        saturated: the samples whose alpha is 1, for which the foreground is enough; unguided: whether the scale of
+        guidance has turned out to be 1.
         """
         self.source_latent.copy_(self.path.path[k])
         self.way, self.saturated, self.kept = self.ways[k], saturated, None
+        self.guided = self.guides[k] and not unguided
         if self._is_untouched and len(saturated) == self.batch and not self.asked:
             self.way = "unlocked"  # nothing is computed at all
         if self.stored is not None and self.prediction is not None and self.way in ("stored", "compared"):
             self.prediction.copy_(self.stored.predictions[k])
-        kind = self.way, self.predict.stage(k), self.locks[k], saturated
+        kind = self.way, self.predict.stage(k), self.locks[k], saturated, self.guided
         if self.way == "stored":
             assert self.stored is not None
             with self.stored.store.read(self.stored.slots[k]) as packed:
@@ -276,17 +283,26 @@ class Forwards:
         return SourceKV(prediction, kept if self.locks[k] else None)
 
     def edit(self, k: int, latents: Tensor, alpha: Tensor, kv: SourceKV) -> Velocities:
-        """Predict at latents [B, C, n, h, w], the background's K and V blended with the source's by alpha [B]."""
+        """Predict at latents [B, C, n, h, w], the background's K and V blended with the source's by alpha [B].
+
+        Without guidance, by no scale or one of 1, the prompt's branch alone is run.
+        """
+        texts = self.texts if self.guided else self.unguided
         if kv.row is not None:
             with span("forward all"):
                 rows = torch.cat([kv.row, *[latents.float()] * self.branches])
                 weight = self._weight(alpha.repeat(self.branches)) if self.locks[k] else None
                 mode = Mode.OFF if weight is None else self._locked(Mode.IN_BATCH)
-                out = self._predict(k, rows, self.texts.all, mode, weight)
+                out = self._predict(k, rows, texts.all, mode, weight)
             return out[:1], *self._split(out[1:])
         if self.saturated:
-            return kv.prediction, *self._partly(k, latents, alpha, kv.kept)
-        return kv.prediction, *self._whole(k, latents, alpha, kv.kept, self.texts)
+            return kv.prediction, *self._partly(k, latents, alpha, kv.kept, texts)
+        return kv.prediction, *self._whole(k, latents, alpha, kv.kept, texts)
+
+    @property
+    def branches(self) -> int:
+        """Forwards a sample, in the step whose inputs are in place."""
+        return 2 if self.guided else 1
 
     def _whole(self, k: int, latents: Tensor, alpha: Tensor, kept: KeptKV | None, texts: Texts) -> Branches:
         """Both branches of every token, in one forward or one after the other; kept None: nothing is locked."""
@@ -304,17 +320,17 @@ class Forwards:
         with span("forward edit"):
             return cond, self._predict(k, latents, texts.negative, mode, weight, kept)
 
-    def _partly(self, k: int, latents: Tensor, alpha: Tensor, kept: KeptKV | None) -> Branches:
+    def _partly(self, k: int, latents: Tensor, alpha: Tensor, kept: KeptKV | None, texts: Texts) -> Branches:
         """Both branches, of the saturated samples' foreground alone and of the others whole."""
         some = self.saturated
         others = tuple(i for i in range(self.batch) if i not in some)
         if not others:
-            return self._sparse(k, latents, kept, self.texts)
+            return self._sparse(k, latents, kept, texts)
         # By slices, as an index made here would be a copy from the host.
         taken, rest = (torch.cat([latents[i : i + 1] for i in part]) for part in (some, others))
         alphas = torch.cat([alpha[i : i + 1] for i in others])
-        sparse = self._sparse(k, taken, kept, self.texts.samples(some))
-        whole = self._whole(k, rest, alphas, kept, self.texts.samples(others))
+        sparse = self._sparse(k, taken, kept, texts.samples(some))
+        whole = self._whole(k, rest, alphas, kept, texts.samples(others))
         at = {sample: place for place, sample in enumerate(some + others)}
 
         def in_order(parts: list[Tensor]) -> Tensor:
@@ -375,6 +391,7 @@ class Forwards:
     def use(self, tensors: dict[str, Tensor]) -> None:
         """Read these instead."""
         self.texts = self.texts.use(tensors)
+        self.unguided = self.texts.unguided
         self.foreground, self.background, self.rows = tensors["tokens"], tensors["background"], tensors.get("rows")
         self.source_latent, self.timestep = tensors["source latent"], tensors["timestep"]
         self.prediction = tensors.get("prediction")

@@ -24,8 +24,10 @@ from kvlock_fast.loop.task import Task
 from kvlock_fast.models.base import PipelineModel
 from kvlock_fast.models.protocols import Transformer
 
-MOST_GRAPHS = 8
-"""Kinds of steps in a run that are captured: warm-up and locked, two stages, two slots. Others run as they are."""
+MOST_GRAPHS = 16
+"""Kinds of steps in a run that are captured: warm-up and locked, guided and not, two stages, two slots. Others run as
+they are.
+"""
 MOST_LOOPS = 2
 """Loops that are kept: what a captured step needs while it runs stays taken between calls."""
 

@@ -40,11 +40,13 @@ def denoise_reference(task: Task, model: PipelineModel, path: Tensor, start: Ten
     x = path[0] if lock.coupled else x
     x, predictions = x.expand(batch, -1, -1, -1, -1), []
     fixed, ratio = fixed_alpha(lock), torch.ones(batch)
+    least = min(lock.min_predictions, max(2, min(lock.variance_window, steps)))
     solver.restart()
     alongside = copy.deepcopy(solver)
     for k in range(steps):
         stage = model.stage_at(float(solver.timesteps[k]), solver.num_train_timesteps)
-        omega0, dynamic = task.guidance[stage], len(predictions) > 1 and k >= steps - lock.kappa
+        omega0 = task.guidance[stage] if task.negative is None or within(lock.guidance_interval, k / steps) else 1.0
+        dynamic = len(predictions) >= least and k >= steps - lock.kappa
         alpha = torch.full((batch,), lock.warmup_alpha if fixed is None else fixed)
         if fixed is None and dynamic:
             alpha = ratio.clamp(lock.alpha_floor, 1)
@@ -57,7 +59,7 @@ def denoise_reference(task: Task, model: PipelineModel, path: Tensor, start: Ten
         else:
             rows = torch.cat([path[k], *[x] * len(branches)])
             weight = torch.where(task.mask.tokens, lock.foreground_mix * alpha[:, None], alpha[:, None])  # [B, S]
-            with locked(model, weight if k < lock.lock_share * steps else torch.zeros_like(weight)):
+            with locked(model, weight * within(lock.lock_interval, k / steps)):
                 said = model.predict(model.transformer_of(stage), rows, model.time_at(solver, k), texts).float()
             v_source, v = said[:1], guide(task, said[1:], omega, omega0, inside)
             predictions.append(solver.predict_clean(k, v, x))
@@ -66,9 +68,15 @@ def denoise_reference(task: Task, model: PipelineModel, path: Tensor, start: Ten
             x = x + path[k + 1] - alongside.step(k, v_source, path[k])
         x = torch.where(inside, x, path[k + 1]) if lock.keeps_background else x
         if len(predictions) > 1:
-            variance = torch.stack(predictions[-lock.variance_window :]).var(0)  # unbiased, [B, C, t, h, w]
-            ratio = (variance * seen).sum((1, 2, 3, 4)) / (seen.sum() * x.shape[1]) / fixed_tau(lock)
+            last = torch.stack(predictions[-lock.variance_window :])[..., seen[0, 0]]  # [n, B, C, foreground]
+            last = last.mean((2, 3), keepdim=True) if lock.reduction == "mean" else last
+            ratio = last.var(0).mean((1, 2)) / fixed_tau(lock)  # unbiased
     return x
+
+
+def within(interval: tuple[float, float] | None, share: float) -> bool:
+    """Whether an interval of shares of the steps holds this one; None holds all."""
+    return interval is None or interval[0] - 1e-9 <= share < interval[1] - 1e-9
 
 
 def guide(task: Task, v: Tensor, omega: Tensor, omega0: float, inside: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """When to lock: the window of predicted clean latents, its variance, and what follows from it.
 
-    var_k   = mean over the foreground of the unbiased variance of x0hat_{k-W+1} .. x0hat_k     (kernels/variance.py)
+    var_k   = mean over the foreground of the unbiased variance of x0hat_{k-W+1} .. x0hat_k     (kernels/variance.py),
+              or the variance of their means over the foreground
     alpha_k = clamp(var_{k-1} / tau, 0, 1)          omega_k = omega0 clamp(var_{k-1} / tau, 0, b)
 
-in the last kappa steps; before them, and until two predictions exist, alpha = warmup_alpha and omega = omega0.
+in the last kappa steps; before them, and until min_predictions exist, alpha = warmup_alpha and omega = omega0.
 Step k uses the variance up to step k - 1: alpha is needed during the forward that makes x0hat_k. Everything stays on
 the device; the host knows the step's number only. Source: KV-Lock (arXiv 2603.09657).
 """
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kvlock_fast.config import LockConfig
 from kvlock_fast.kernels.epilogue_reference import scheduled_alpha, scheduled_omega, variance_ratio
-from kvlock_fast.kernels.variance import windowed_variance_reference
+from kvlock_fast.kernels.variance import averaged, windowed_variance_reference
 
 
 def fixed_alpha(lock: LockConfig) -> float | None:
@@ -33,6 +34,11 @@ def window_size(lock: LockConfig, num_steps: int) -> int:
     return max(2, min(lock.variance_window, num_steps))
 
 
+def predictions_to_wait_for(lock: LockConfig, num_steps: int) -> int:
+    """How many predictions there must be before the variance decides; a full window is enough."""
+    return min(lock.min_predictions, window_size(lock, num_steps))
+
+
 def first_dynamic_step(lock: LockConfig, num_steps: int) -> int:
     """The first of the last kappa steps, in which the variance decides."""
     return max(0, num_steps - lock.kappa)
@@ -43,19 +49,33 @@ def share_of_steps(share: float, num_steps: int) -> int:
     return math.ceil(share * num_steps - 1e-9)
 
 
-def locked_steps(lock: LockConfig, num_steps: int) -> int:
-    """How many steps, from the first on, lock at all."""
-    return share_of_steps(lock.lock_share, num_steps)
+def in_interval(interval: tuple[float, float] | None, num_steps: int, step: int) -> bool:
+    """Whether a step is in an interval of shares of the steps; None: all are."""
+    if interval is None:
+        return True
+    first, end = (share_of_steps(share, num_steps) for share in interval)
+    return first <= step < end
 
 
 def can_lock(lock: LockConfig, num_steps: int, step: int) -> bool:
-    """Whether alpha can exceed 0 at this step; known before the run (two predictions exist from step 2 on)."""
-    if step >= locked_steps(lock, num_steps):
+    """Whether alpha can exceed 0 at this step; known before the run."""
+    if not in_interval(lock.lock_interval, num_steps, step):
         return False
     alpha = fixed_alpha(lock)
     if alpha is not None:
         return alpha > 0
-    return lock.warmup_alpha > 0 or step >= max(first_dynamic_step(lock, num_steps), 1 + lock.alpha_lag)
+    return lock.warmup_alpha > 0 or step >= first_followed_step(lock, num_steps)
+
+
+def first_followed_step(lock: LockConfig, num_steps: int, lag: int | None = None) -> int:
+    """The first step that the variance may decide: it needs predictions, and knows of them after a lag (alpha's)."""
+    known = lock.zero_init_steps + predictions_to_wait_for(lock, num_steps) - 1 + (lag or lock.alpha_lag)
+    return max(first_dynamic_step(lock, num_steps), known)
+
+
+def may_skip_guidance(lock: LockConfig) -> bool:
+    """Whether a step of a guided run may turn out to have a guidance scale of exactly 1, and is then run without."""
+    return lock.guidance_skip and lock.omega == "dynamic" and lock.omega_floor == 1
 
 
 def compares_with_source(lock: LockConfig) -> bool:
@@ -71,9 +91,9 @@ def asks_source(lock: LockConfig) -> bool:
 class VarianceWindow:
     """The last W predictions of B samples and the variance over them."""
 
-    def __init__(self, size: int, region: Tensor):
+    def __init__(self, size: int, region: Tensor, reduction: str = "elements"):
         """region: bool [1, T, H, W], the elements that count; not empty."""
-        self.size = size
+        self.size, self.reduction = size, reduction
         self.region = region
         self.count = 0
         self.ring: Tensor | None = None
@@ -86,7 +106,10 @@ class VarianceWindow:
         self.count += 1
         if self.count < 2:
             return None
-        return windowed_variance_reference(self.ring[: self.count], self.region)
+        history, region = self.ring[: self.count], self.region
+        if self.reduction == "mean":
+            history, region = averaged(history, region)
+        return windowed_variance_reference(history, region)
 
 
 class Controller:
@@ -97,9 +120,9 @@ class Controller:
         self.lock, self.num_steps = lock, num_steps
         if lock.detection == "global":
             region = torch.ones_like(region)
-        size = window_size(lock, num_steps)
-        self.window = VarianceWindow(size, region)
-        self.source_window = VarianceWindow(size, region) if compares_with_source(lock) else None
+        size, self.least = window_size(lock, num_steps), predictions_to_wait_for(lock, num_steps)
+        self.window = VarianceWindow(size, region, lock.reduction)
+        self.source_window = VarianceWindow(size, region, lock.reduction) if compares_with_source(lock) else None
         self.variance: Tensor | None = None
         self.ratios: list[Tensor | None] = []
         self.ones = torch.ones(batch, device=region.device)
@@ -113,6 +136,8 @@ class Controller:
 
     def alpha(self, step: int) -> Tensor:
         """How much of the source's K and V the background takes at this step."""
+        if not in_interval(self.lock.lock_interval, self.num_steps, step):
+            return 0 * self.ones
         fixed, ratio = fixed_alpha(self.lock), self._ratio(step, self.lock.alpha_lag)
         if fixed is not None:
             return self.ones * fixed
@@ -132,7 +157,7 @@ class Controller:
         self.variance, tau = self.window.push(x0hat), fixed_tau(self.lock)
         if self.source_window is not None and source_x0hat is not None:
             tau = self.source_window.push(source_x0hat)
-        if self.variance is None or tau is None or not self.lock.follows_variance:
+        if self.variance is None or tau is None or self.window.count < self.least or not self.lock.follows_variance:
             self.ratios.append(None)
             return self.no_variance if self.variance is None else self.variance
         self.ratios.append(variance_ratio(self.variance, tau))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning
 from kvlock_fast.config import LockConfig
+from kvlock_fast.loop.schedule import in_interval
 from kvlock_fast.masks import ProjectedMask
 
 Combine = Callable[[Tensor, Tensor | None, float, Tensor, Tensor], Tensor]
@@ -52,6 +53,11 @@ class Task:
         """The number of samples B."""
         return self.prompt.rows
 
+    def scale(self, stage: int, num_steps: int, step: int) -> float:
+        """The guidance scale omega0 of a step; 1 outside the lock's interval of guidance."""
+        inside = self.negative is None or in_interval(self.lock.guidance_interval, num_steps, step)
+        return self.guidance[stage] if inside else 1.0
+
     def guided(self, omega0: float) -> bool:
         """Whether guidance follows the lock's rules; a scale of 1 or less is left as it is."""
         return self.negative is not None and omega0 > 1
@@ -63,6 +69,7 @@ class Texts:
     diffusers.
 
     both: negative and prompt in one batch; all: the source's in front of them; None where branches run one by one.
+    alone: the source's and the prompt's in one batch, of steps without the unconditional branch.
     """
 
     prompt: Conditioning
@@ -70,14 +77,23 @@ class Texts:
     source: Conditioning
     both: Conditioning | None = None
     all: Conditioning | None = None
+    alone: Conditioning | None = None
 
     @classmethod
-    def of(cls, task: Task, both: bool, all: bool) -> "Texts":
-        """The task's texts, each by itself and, where asked, those of both branches or of all rows in one batch."""
+    def of(cls, task: Task, both: bool, all: bool, alone: bool = False) -> "Texts":
+        """The task's texts, each by itself and, where asked, those of several rows in one batch."""
         texts = cls(task.prompt, task.negative, task.source_prompt)
         together = texts._together() if both or all else None
         everything = Conditioning.cat([texts.source, together]) if all and together is not None else None
-        return replace(texts, both=together if both else None, all=everything)
+        unguided = Conditioning.cat([texts.source, texts.prompt]) if all and alone else None
+        return replace(texts, both=together if both else None, all=everything, alone=unguided)
+
+    @property
+    def unguided(self) -> "Texts":
+        """The texts of a step without the unconditional branch."""
+        if self.negative is None:
+            return self
+        return Texts(self.prompt, None, self.source, None if self.both is None else self.prompt, self.alone)
 
     def samples(self, some: tuple[int, ...]) -> "Texts":
         """The edit's texts of some samples. By slices, as an index made here would be a copy from the host."""

@@ -18,7 +18,8 @@ from kvlock_fast.nvtx import span
 class StepRecord:
     """One step of one sample.
 
-    variance is None before two predictions exist; tokens: computed for each of its branches.
+    variance is None before two predictions exist; alpha is 0 in steps that do not lock; s_star is 1 where guidance is
+    not calibrated and in steps without the unconditional branch; tokens: computed for each branch that is run.
     """
 
     step: int
@@ -39,7 +40,7 @@ class Trace:
 
     forwards: rows that went through a transformer (a batch of 3 counts 3); foreground_share: of the tokens; cache:
     where the source's K and V were (tier, and where they were stored format, steps and bytes); tokens: of the video;
-    alpha_wait_seconds: what it cost to have alpha on the host, where it decides how a step is computed.
+    alpha_wait_seconds: what it cost to have alpha and omega on the host, where they decide how a step is computed.
     """
 
     prompts: list[str]

@@ -42,7 +42,7 @@ class Job:
     ones, None for all; dtype: of the weights; variance_window: predictions kept for the variance; encoders_on_device:
     text encoders and autoencoder stay there; sparse_steps: how many steps compute the foreground alone, at least and at
     most (None: computation in full); steps_predicted: steps at which the source's own prediction is needed, as in a
-    coupled edit.
+    coupled edit; steps_guided: steps with two branches, where the edit is guided (None: all).
     """
 
     model: ModelSize
@@ -63,6 +63,7 @@ class Job:
     encoders_on_device: bool = True
     sparse_steps: tuple[int, int] | None = None
     steps_predicted: int = 0
+    steps_guided: int | None = None
 
     def __post_init__(self):
         for name in ("frames", "height", "width", "num_steps", "prompts", "edits"):
@@ -100,6 +101,11 @@ class Job:
     def rows(self, prompts: int, lockstep: bool) -> int:
         """Number of samples in a forward: a branch or two of each prompt, and in lockstep the source."""
         return prompts * (2 if self.guided else 1) + lockstep
+
+    @property
+    def steps_alone(self) -> int:
+        """Steps of a guided edit that run the prompt's branch alone."""
+        return 0 if self.steps_guided is None or not self.guided else self.num_steps - self.steps_guided
 
     @cached_property
     def forward_seconds(self) -> float:

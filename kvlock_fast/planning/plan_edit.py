@@ -9,7 +9,7 @@ from kvlock_fast.cache.saved_source import SavedSource
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.locking.arch import select_layers
 from kvlock_fast.loop.foreground import sparse_steps
-from kvlock_fast.loop.schedule import asks_source
+from kvlock_fast.loop.schedule import asks_source, in_interval
 from kvlock_fast.loop.stored_source import steps_to_store
 from kvlock_fast.planning.extent import Extent
 from kvlock_fast.planning.job import Job
@@ -90,6 +90,7 @@ def plan_edit(
         dtype=dtype or model.dtype,
         variance_window=max(2, min(lock.variance_window, steps)),
         encoders_on_device=encoders,
+        steps_guided=sum(in_interval(lock.guidance_interval, steps, k) for k in range(steps)),
         # Where every token may change, a pass computes in full.
         sparse_steps=sparse_steps(lock, steps) if asked.foreground < extent.tokens else None,
         steps_predicted=steps if asks_source(lock) else 0,

@@ -126,6 +126,7 @@ def _make_row(job: Job, machine: Machine, tier: str, format: str | None, prompts
     exposed = max(0.0, transfer * job.steps_stored - compute * read) / read if read else 0.0
     unlocked = job.rows(prompts, lockstep and job.steps_predicted > 0)
     others = along * job.rows(prompts, True) + (job.num_steps - job.locked) * unlocked
+    others -= job.steps_alone * prompts  # whose other branch is not run
     stored = job.steps_stored * max(forward, transfer) + (job.source_forwards - job.steps_stored) * forward
     source = 0.0 if lockstep else stored
     seconds = source + _uses(job, prompts) * (read * (compute + exposed) + others * forward)

@@ -33,6 +33,8 @@ def _heading(job: Job) -> str:
     edits = f", {job.edits} times" if job.edits > 1 else ""
     stored = f", {job.steps_stored} stored" if job.steps_stored != job.locked else ""
     branches = "guided (two branches)" if job.guided else "unguided (one branch)"
+    if job.steps_alone:
+        branches += f" in {job.steps_guided} of {job.num_steps} steps"
     layers = f"{model.layers}" if locked == model.layers else f"{locked} of {model.layers} locked"
     facts = [
         ("model", f"{model.name}, {_dtype(job)}, {layers} layers of {model.heads} heads x {model.head_dim}"),
@@ -142,6 +144,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "prompts": job.prompts,
         "edits": job.edits,
         "guided": job.guided,
+        "steps_guided": job.num_steps - job.steps_alone if job.guided else 0,
         "tokens": job.tokens,
         "text_tokens": model.text_tokens,
         "foreground_tokens": job.foreground_tokens,

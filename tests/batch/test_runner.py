@@ -60,8 +60,9 @@ OTHER = {
     "compute": "foreground", "alpha_snap": 0.9, "alpha_lag": 2, "halo": 1, "seam": "blend", "mask_threshold": 0.25,
     "mask_invert": True, "mask_grow": 1, "mask_feather": 1, "cache_tier": "host", "cache_format": "int8",
     "cache_stride": 2, "cache_steps": "dynamic", "prompts_at_once": 1, "method": "fatezero", "family": "wan",
-    "skip_steps": 1, "source_guidance": 2.0, "lock_share": 0.5, "foreground_mix": 0.1, "latents_shift": 0.25,
-    "edit_path": "coupled", "source_noise": 3,
+    "skip_steps": 1, "source_guidance": 2.0, "lock_interval": [0.0, 0.5], "foreground_mix": 0.1, "latents_shift": 0.25,
+    "edit_path": "coupled", "source_noise": 3, "min_predictions": 4, "reduction": "mean",
+    "guidance_interval": [0.0, 0.5], "guidance_skip": False,
     "noise_samples": 2, "free_steps": 1, "inject_share": 0.5, "keyframe_stride": 3,
 }  # fmt: skip
 BOTH = {

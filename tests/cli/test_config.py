@@ -3,6 +3,7 @@
 import pytest
 
 from kvlock_fast.config import PRESETS, CacheConfig, LockConfig
+from tests.support import locks
 
 BAD = [
     ("tau", 0), ("tau", -1.0), ("tau", float("nan")), ("tau", float("inf")), ("tau", "often"), ("tau", None),
@@ -37,7 +38,8 @@ def test_kappa_and_window_may_exceed_the_steps():
 
 
 def test_presets_are_what_their_names_say():
-    paper = LockConfig.preset("paper")
+    letter, paper = LockConfig.preset("paper"), locks.paper()
+    assert (letter.reduction, letter.warmup_alpha, letter.min_predictions) == ("mean", 0.0, 2)
     assert (paper.tau, paper.b, paper.variance_window, paper.kappa) == (0.01, 2.0, 10, 20)
     changes = {name: {k for k, v in LockConfig.preset(name).as_dict().items() if v != paper.as_dict()[k]}
                for name in PRESETS}  # fmt: skip

@@ -17,7 +17,6 @@ import kvlock_fast as kvf
 from kvlock_fast.integrations.guider import lock_of
 from kvlock_fast.integrations.modular import KVLockWan22Blocks
 from tests.families.cases.hunyuan_video15 import tiny_hunyuan15
-from tests.support.locks import paper
 from tests.support.tiny import tiny_wan, untouched
 
 STEPS, SIZE = 5, (9, 32, 64)
@@ -276,7 +275,8 @@ def test_a_config_comes_back(tmp_path):
         and again._stop == 0.9
     )
     assert guider.new(guidance_scale=2.0).lock.as_dict() == guider.lock.as_dict()
-    assert lock_of("paper") == paper() and lock_of({}) == kvf.LockConfig(edit_path="free") == lock_of("kvlock")
+    assert lock_of("paper") == kvf.LockConfig.preset("paper", edit_path="free")
+    assert lock_of({}) == kvf.LockConfig(edit_path="free") == lock_of("kvlock")
 
 
 def test_several_prompts_share_one_noise_and_source():

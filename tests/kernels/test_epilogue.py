@@ -188,14 +188,17 @@ def simulate_sample(run, b):
         if run.path is not None:
             x = np.where(inside, x, f64(run.path[k + 1, 0]))
         variance = NAN
-        if len(window) >= 2:
-            variance = np.var(window[-lock.variance_window :], axis=0, ddof=1)[:, counted].mean()
+        last = window[-lock.variance_window :]
+        if len(window) >= 2 and lock.reduction == "mean":
+            variance = np.var([x[:, counted].mean() for x in last], ddof=1)
+        elif len(window) >= 2:
+            variance = np.var(last, axis=0, ddof=1)[:, counted].mean()
         latents.append(x)
         trace.append([variance, alpha, omega, s, float(not np.isfinite(x).all())])
-        dynamic = k + 1 >= lock.first_dynamic_step and len(window) >= 2
+        dynamic = k + 1 >= lock.first_dynamic_step and len(window) >= lock.min_predictions
         omega = run.omega0[min(k + 1, run.steps - 1)]
         ratio = variance / max(tau, 1e-12)
-        ratios.append(ratio)
+        ratios.append(ratio if len(window) >= lock.min_predictions else NAN)
         seen = ratios[k + 1 - lock.alpha_lag] if k + 1 >= lock.alpha_lag else NAN
         if lock.alpha is None:
             alpha = lock.warmup_alpha
@@ -231,6 +234,9 @@ MODES = {
     "no-s-star": {"s_star": False},
     "s-star-of-the-foreground": {"s_star_region": "foreground"},
     "detection-everywhere": {"detection": "global"},
+    "mean": {"reduction": "mean", "tau": 0.02, "steps": 5},
+    "mean-of-everything": {"reduction": "mean", "detection": "global", "tau": 0.02, "shared": False},
+    "mean-after-zero-init": {"reduction": "mean", "tau": 0.02, "variance_window": 3, "zero_init_steps": 1, "steps": 7},
     "unguided": {"guided": False},
     "unguided-fixed": {"guided": False, "alpha": 1.0, "dynamic_omega": False},
     "tau-of-the-source": {"tau": torch.tensor([0.3])},
@@ -245,6 +251,8 @@ MODES = {
     "lag-of-a-fixed-alpha": {"alpha": 0.5, "alpha_lag": 2},
     "warm-up": {"first_dynamic_step": 3, "warmup_alpha": 0.25, "steps": 5},
     "always-warm-up": {"first_dynamic_step": 50},
+    "wait-for-3": {"min_predictions": 3, "steps": 6, "warmup_alpha": 0.3},
+    "wait-for-4-with-lag": {"min_predictions": 4, "alpha_lag": 2, "zero_init_steps": 1, "steps": 8},
     "window-2": {"variance_window": 2, "steps": 4},
     "window-3": {"variance_window": 3, "steps": 6},
     "window-beyond-the-run": {"variance_window": 40},
@@ -346,6 +354,7 @@ def test_no_samples_are_no_work(backend):
 
 @st.composite
 def runs(draw):
+    window = draw(st.integers(2, 7))
     return make_run(
         shape=tuple(draw(st.integers(1, most)) for most in (2, 2, 3, 5, 5)),
         steps=draw(st.integers(1, 4)),
@@ -359,7 +368,7 @@ def runs(draw):
         share=draw(st.sampled_from([0.0, 0.5, 1.0])),
         tau=draw(st.sampled_from([0.05, 1.0])),
         b=draw(st.sampled_from([0.5, 2.0])),
-        variance_window=draw(st.integers(2, 7)),
+        variance_window=window,
         alpha=draw(st.sampled_from([None, None, 0.5])),
         dynamic_omega=draw(st.booleans()),
         s_star=draw(st.booleans()),
@@ -368,6 +377,8 @@ def runs(draw):
         first_dynamic_step=draw(st.integers(0, 4)),
         zero_init_steps=draw(st.integers(0, 2)),
         alpha_lag=draw(st.integers(1, 2)),
+        reduction=draw(st.sampled_from(["elements", "mean"])),
+        min_predictions=2 + draw(st.integers(0, 1)) * (window > 2),
     )
 
 
@@ -428,7 +439,7 @@ def test_a_still_sample_of_a_still_source_is_calm(backend):
 
 
 @triton_only
-@pytest.mark.parametrize("mode", ["paper", "s-star-of-the-foreground", "corrector", "own-masks"])
+@pytest.mark.parametrize("mode", ["paper", "s-star-of-the-foreground", "corrector", "own-masks", "mean"])
 def test_many_blocks_and_partial_sums_add_up(mode, monkeypatch):
     """As with large latents: every program has several blocks, every sum several turns."""
     monkeypatch.setattr(epilogue, "BLOCK", 16)
@@ -499,7 +510,9 @@ IMPLEMENTATIONS = {
 
 
 @both
-@pytest.mark.parametrize("mode", ["paper", "corrector", "zero-init", "unguided", "tau-per-sample", "two-stages"])
+@pytest.mark.parametrize(
+    "mode", ["paper", "corrector", "zero-init", "unguided", "tau-per-sample", "two-stages", "mean"]
+)
 def test_nothing_is_read_by_the_host(mode, backend):
     run = make_run(**MODES[mode])
     state = start(run)
@@ -613,6 +626,7 @@ MISFITS = {
         "window must hold at least 3 predictions, got 2",
     ),
     "trace": ({"trace": torch.ones(2, 2, 5)}, r"trace .*2, 2, 5"),
+    "reduction": ({"schedule": Schedule(reduction="mean")}, "made for another reduction than 'mean'"),
     "step": ({"step": torch.zeros(1)}, "step must be contiguous torch.int32"),
     "table": ({"table": torch.zeros(3, 2, 3)}, r"table .*3, 2, 3"),
     "half-latents": ({"latents": torch.ones(2, 2, 2, 3, 5).half()}, "latents .*float16"),
@@ -633,7 +647,17 @@ def test_what_does_not_fit_is_refused(changes, message):
         step_epilogue(state, **(arguments | changes))
 
 
-@pytest.mark.parametrize("setting", [{"variance_window": 1}, {"detection": "all"}, {"s_star_region": "half"}], ids=str)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"variance_window": 1},
+        {"detection": "all"},
+        {"s_star_region": "half"},
+        {"reduction": "sum"},
+        {"min_predictions": 11},
+    ],
+    ids=str,
+)
 def test_a_bad_schedule_is_refused(setting):
     with pytest.raises(ValueError, match=str(next(iter(setting.values())))):
         Schedule(**setting)
@@ -645,7 +669,7 @@ def test_scales_of_another_length_are_refused():
 
 
 @both
-@pytest.mark.parametrize("mode", ["paper", "corrector", "unguided", "tau-per-sample"])
+@pytest.mark.parametrize("mode", ["paper", "corrector", "unguided", "tau-per-sample", "mean"])
 def test_opcheck(mode, backend, monkeypatch):
     run = make_run(**MODES[mode])
     calls = []

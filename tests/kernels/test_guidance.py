@@ -217,9 +217,9 @@ def mask_of(history, shared, seed=3):
     return random_mask(1 if shared else history.shape[1], *history.shape[3:], seed=seed)
 
 
-def check_variance(got, history, foreground):
+def check_variance(got, history, foreground, reduction="elements"):
     assert got.dtype == torch.float32 and got.shape == history.shape[1:2]
-    want = oracles.windowed_variance(history, foreground)
+    want = oracles.windowed_variance(history, foreground, reduction)
     finite = history[history.isfinite()]
     # Rounding to fp32 shifts a deviation by half an ulp of the values.
     shift = 2**-24 * (abs(finite).max().item() if finite.numel() else 0.0)
@@ -233,6 +233,8 @@ def test_variance_matches_fp64(shape, shared, dtype):
     history = normal(*shape, dtype=dtype)
     foreground = mask_of(history, shared)
     check_variance(ops.windowed_variance(history, foreground, backend="triton"), history, foreground)
+    mean = ops.windowed_variance(history, foreground, reduction="mean", backend="triton")
+    check_variance(mean, history, foreground, "mean")
 
 
 @given(

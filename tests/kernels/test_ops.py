@@ -568,9 +568,9 @@ def mask_of(history, shared, seed=3):
     return mask
 
 
-def check_variance(got, history, foreground):
+def check_variance(got, history, foreground, reduction="elements"):
     assert got.dtype == torch.float32 and got.shape == history.shape[1:2]
-    want = oracles.windowed_variance(history, foreground)
+    want = oracles.windowed_variance(history, foreground, reduction)
     # A mean rounded to fp32 shifts each deviation by half an ulp of the values.
     shift = 2**-24 * abs(history[history.isfinite()]).max().item()
     assert (abs(oracles.f64(got) - want) <= 1e-5 * want + 4 * shift * np.sqrt(want) + 4 * shift**2).all()
@@ -583,6 +583,21 @@ def test_windowed_variance_matches_fp64(shape, shared, dtype):
     history = normal(*shape, dtype=dtype)
     foreground = mask_of(history, shared)
     check_variance(ops.windowed_variance(history, foreground), history, foreground)
+    mean = ops.windowed_variance(history, foreground, reduction="mean")
+    check_variance(mean, history, foreground, "mean")
+
+
+def test_the_two_reductions_differ_where_elements_move_apart():
+    """Elements that move against each other have a variance; their mean stays where it is."""
+    history = normal(6, 2, 1, 1, 1, 1) * torch.tensor([1.0, -1.0])
+    foreground = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    assert (ops.windowed_variance(history, foreground) > 0.1).all()
+    assert (ops.windowed_variance(history, foreground, reduction="mean") < 1e-12).all()
+
+
+def test_windowed_variance_refuses_another_reduction():
+    with pytest.raises(ValueError, match="reduction must be one of elements, mean, got 'sum'"):
+        ops.windowed_variance(normal(4, 2, 3, 2, 4, 5), torch.ones(1, 2, 4, 5, dtype=torch.bool), reduction="sum")
 
 
 @given(
@@ -626,6 +641,8 @@ def test_windowed_variance_never_reads_the_background(shared, bad):
     foreground = mask_of(history, shared)
     history = history.masked_fill(~foreground[None, :, None], bad)
     check_variance(ops.windowed_variance(history, foreground), history, foreground)
+    mean = ops.windowed_variance(history, foreground, reduction="mean")
+    check_variance(mean, history, foreground, "mean")
 
 
 def test_windowed_variance_of_a_strided_history():
@@ -641,12 +658,13 @@ def test_windowed_variance_refuses_fewer_than_two_predictions(n):
         ops.windowed_variance(torch.ones(n, 2, 3, 2, 4, 5), torch.ones(1, 2, 4, 5, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("reduction", ["elements", "mean"])
 @pytest.mark.parametrize("shape", [(1, 2, 4, 5), (2, 2, 4, 5)], ids=["shared", "one-sample-empty"])
-def test_windowed_variance_refuses_an_empty_mask(shape):
+def test_windowed_variance_refuses_an_empty_mask(shape, reduction):
     foreground = torch.ones(shape, dtype=torch.bool)
     foreground[-1] = False
     with pytest.raises(ValueError, match=r"(?i)foreground|mask"):
-        ops.windowed_variance(normal(4, 2, 3, 2, 4, 5), foreground)
+        ops.windowed_variance(normal(4, 2, 3, 2, 4, 5), foreground, reduction=reduction)
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 5), (3, 2, 4, 5), (2, 2, 4, 9), (1, 1, 2, 4, 5)], ids=str)

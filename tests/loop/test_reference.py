@@ -52,6 +52,8 @@ def check(monkeypatch, **arguments) -> None:
 
 KVLOCK = LockConfig(kappa=4, tau=0.12, omega_floor=0.0, edit_path="free")
 FORMAT = {"format": "native"}
+INTERVALS = {"lock_interval": (0.2, 0.7), "guidance_interval": (0.1, 0.6)}
+CALM = LockConfig(kappa=5, tau=0.4, min_predictions=2, edit_path="free")  # whose omega is 1 in some of the steps
 WAYS = {
     "lockstep": {},
     "separate branches": {"lock": replace(KVLOCK, guidance_batching="separate")},
@@ -60,6 +62,22 @@ WAYS = {
     "disk": {"cache": CacheConfig(tier="disk", **FORMAT)},
     "warm-up along": {"cache": CacheConfig(tier="resident", steps="dynamic", **FORMAT)},
     "several prompts": {"prompt": PROMPTS},
+    "intervals": {"lock": replace(KVLOCK, **INTERVALS)},
+    "intervals, separate branches": {"lock": replace(KVLOCK, **INTERVALS, guidance_batching="separate")},
+    "intervals, stored": {"lock": replace(KVLOCK, **INTERVALS), "cache": CacheConfig(tier="resident", **FORMAT)},
+    "intervals, foreground": {
+        "lock": replace(KVLOCK, **INTERVALS, compute="foreground"),
+        "cache": CacheConfig(tier="resident", **FORMAT),
+    },
+    "intervals, fast path": {"processors": "fast", "lock": replace(KVLOCK, **INTERVALS), "prompt": PROMPTS},
+    "guidance of 1": {"lock": CALM},
+    "guidance of 1, separate branches": {"lock": replace(CALM, guidance_batching="separate")},
+    "guidance of 1, stored": {"lock": CALM, "cache": CacheConfig(tier="host", **FORMAT)},
+    "guidance of 1, foreground": {
+        "lock": replace(CALM, compute="foreground"),
+        "cache": CacheConfig(tier="resident", **FORMAT),
+    },
+    "guidance of 1, several prompts": {"lock": CALM, "prompt": PROMPTS},
     "one prompt at a time": {"prompt": PROMPTS, "cache": CacheConfig(prompts_at_once=2)},
     "foreground": {"lock": replace(KVLOCK, compute="foreground"), "cache": CacheConfig(tier="resident", **FORMAT)},
     "foreground along": {"lock": replace(KVLOCK, compute="foreground"), "prompt": PROMPTS},
@@ -144,6 +162,8 @@ LOCKS = st.builds(
     tau=st.sampled_from([0.03, 0.12, 1.0]),
     b=st.sampled_from([0.7, 2.0]),
     variance_window=st.integers(2, 6),
+    min_predictions=st.integers(2, 4),
+    reduction=st.sampled_from(["elements", "mean"]),
     kappa=st.integers(0, 8),
     warmup_alpha=st.sampled_from([0.0, 0.6, 1.0]),
     alpha_floor=st.sampled_from([0.0, 0.2]),
@@ -153,7 +173,9 @@ LOCKS = st.builds(
     background_latents=st.sampled_from(["model", "source"]),
     zero_init_steps=st.integers(0, 2),
     foreground_mix=st.sampled_from([0.0, 0.5]),
-    lock_share=st.sampled_from([0.5, 1.0]),
+    lock_interval=st.sampled_from([None, (0.0, 0.5), (0.3, 0.8)]),
+    guidance_interval=st.sampled_from([None, None, (0.0, 0.5), (0.25, 1.0)]),
+    guidance_skip=st.booleans(),
     edit_path=st.sampled_from(["free", "coupled"]),
 )
 
@@ -172,7 +194,7 @@ def test_the_reference_can_tell(monkeypatch):
     """A wrong alpha, mask or guidance shows."""
     _, expected = latents_of(monkeypatch, lock=KVLOCK, steps=6)
     size = float(expected.abs().max())
-    alike = {"tau": 0.2}, {"alpha": 1.0}, {"variance_window": 3}, {"kappa": 2}, {"s_star": False}
+    alike = {"tau": 0.2}, {"alpha": 1.0}, {"variance_window": 3}, {"kappa": 2}, {"s_star": False}, {"reduction": "mean"}
     for changes in (*alike, {"background_latents": "model"}, COUPLED):
         other, _ = latents_of(monkeypatch, lock=replace(KVLOCK, **changes), steps=6)
         assert (other - expected).abs().max() > 1e-3 * size, changes

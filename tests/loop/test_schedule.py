@@ -30,11 +30,14 @@ def run(lock, steps, omega0=5.0, seed=0, source=None):
     return rows, predictions.astype(np.float64), region
 
 
-def expected_variance(predictions, k, window, region):
+def expected_variance(predictions, k, window, region, reduction="elements"):
     """var_k, or None while there are fewer than two predictions."""
     past = predictions[max(0, k - window + 1) : k + 1]
     if len(past) < 2:
         return None
+    if reduction == "mean":
+        inside = np.broadcast_to(region[0], past.shape[2:])
+        return np.array([past[:, b][:, inside].mean(1).var(ddof=1) for b in range(past.shape[1])])
     each = past.var(axis=0, ddof=1)
     inside = np.broadcast_to(region[:, None], each.shape)
     return np.array([each[i][inside[i]].mean() for i in range(each.shape[0])])
@@ -49,8 +52,12 @@ def expected_variance(predictions, k, window, region):
     alpha_floor=st.sampled_from([0.0, 0.3]),
     omega_floor=st.sampled_from([0.0, 1.0]),
     warmup=st.sampled_from([0.0, 0.5, 1.0]),
+    least=st.integers(2, 5),
+    reduction=st.sampled_from(["elements", "mean"]),
 )
-def test_schedule_follows_the_formulas(steps, kappa, window, tau, b, alpha_floor, omega_floor, warmup):
+def test_schedule_follows_the_formulas(
+    steps, kappa, window, tau, b, alpha_floor, omega_floor, warmup, least, reduction
+):
     lock = paper(
         kappa=kappa,
         variance_window=window,
@@ -59,16 +66,18 @@ def test_schedule_follows_the_formulas(steps, kappa, window, tau, b, alpha_floor
         alpha_floor=alpha_floor,
         omega_floor=omega_floor,
         warmup_alpha=warmup,
+        min_predictions=least,
+        reduction=reduction,
     )
     rows, predictions, region = run(lock, steps)
     for k, (alpha, omega, variance) in enumerate(rows):
-        now = expected_variance(predictions, k, window, region)
-        before = expected_variance(predictions, k - 1, window, region) if k else None
+        now = expected_variance(predictions, k, window, region, reduction)
+        before = expected_variance(predictions, k - 1, window, region, reduction) if k else None
         if now is None:
             assert np.isnan(variance).all()
         else:
-            np.testing.assert_allclose(variance, now, rtol=1e-5)
-        if k < steps - kappa or before is None:
+            np.testing.assert_allclose(variance, now, rtol=1e-5, atol=1e-9)
+        if k < steps - kappa or before is None or k < min(least, max(2, min(window, steps))):
             np.testing.assert_array_equal(alpha, np.float32(warmup))
             np.testing.assert_array_equal(omega, np.float32(5.0))
         else:

@@ -82,7 +82,9 @@ def test_the_guard_sees_what_it_is_for():
 
 
 LOCKS = {
-    "kvlock": LockConfig.preset("kvlock"),
+    "kvlock": LockConfig.preset("kvlock", guidance_skip=False),
+    "intervals": paper(lock_interval=(0.2, 0.8), guidance_interval=(0.0, 0.5)),
+    "mean": LockConfig.preset("paper"),
     "paper": paper(),
     "auto tau": paper(tau="auto"),
     "cfg-zero-star": LockConfig.preset("cfg-zero-star"),

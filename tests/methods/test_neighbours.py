@@ -176,11 +176,11 @@ def test_the_sources_inversion_is_guided_by_itself():
 
 
 def test_proedit_without_its_own_is_a_fixed_lock():
-    plain = lock("proedit", lock_share=1.0, foreground_mix=0.0, latents_shift=0.0)
+    plain = lock("proedit", lock_interval=None, foreground_mix=0.0, latents_shift=0.0)
     fixed = paper(alpha=1.0, omega="constant", s_star=False, **FROM_INVERTED)
     assert plain == fixed
     out = call(tiny_wan(), lock=fixed, steps=STEPS).latents
-    for changes in ({"foreground_mix": 0.1}, {"latents_shift": 0.25}, {"lock_share": 0.5}):
+    for changes in ({"foreground_mix": 0.1}, {"latents_shift": 0.25}, {"lock_interval": (0, 0.5)}):
         other = call(tiny_wan(), lock=lock("s-star-only", s_star=False, **FROM_INVERTED, **changes), steps=STEPS)
         assert not torch.allclose(other.latents, out, atol=1e-3)
 
@@ -448,7 +448,7 @@ def test_what_does_not_go_with_a_method(preset, tmp_path):
     [
         ({"method": "magic"}, "method must be one of lock, flowedit, tokenflow, fatezero, got 'magic'"),
         ({"skip_steps": -1}, "skip_steps must be a whole number of at least 0, got -1"),
-        ({"lock_share": 1.5}, "lock_share must be between 0 and 1, got 1.5"),
+        ({"lock_interval": (0, 1.5)}, r"lock_interval must be two shares .*, got \(0, 1.5\)"),
         ({"foreground_mix": float("nan")}, "foreground_mix must be between 0 and 1, got nan"),
         ({"keyframe_stride": 0}, "keyframe_stride must be a whole number of at least 1, got 0"),
         ({"source_guidance": -2}, "source_guidance must be at least 0, got -2"),

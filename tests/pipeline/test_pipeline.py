@@ -32,8 +32,8 @@ def a_mask(frames=FRAMES, height=HEIGHT, width=WIDTH):
     return mask
 
 
-def call(pipe, prompt="a blue circle", steps=5, lock="paper", seed=1, **changes):
-    lock_config = lock if isinstance(lock, kvf.LockConfig) else kvf.LockConfig.preset(lock)
+def call(pipe, prompt="a blue circle", steps=5, lock=None, seed=1, **changes):
+    lock_config = kvf.LockConfig.preset(lock) if isinstance(lock, str) else lock or paper()
     arguments = {"source_prompt": "a red circle", "num_inference_steps": steps, "output": "latent"} | changes
     video, mask = arguments.pop("video", a_video()), arguments.pop("mask", a_mask())
     generator = torch.Generator().manual_seed(seed)

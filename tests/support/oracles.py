@@ -111,12 +111,17 @@ def guided_prediction(cond, uncond, omega, s_star):
     return projected + omega * (c - projected), abs(projected) + abs(omega) * (abs(c) + abs(projected))
 
 
-def windowed_variance(history, foreground):
-    """Unbiased variance over the window per element, then the mean over every channel of foreground positions."""
+def windowed_variance(history, foreground, reduction="elements"):
+    """Unbiased variance over the window per element, then the mean over every channel of foreground positions.
+
+    reduction "mean": the mean of each prediction first, then the variance of these.
+    """
     history, foreground = f64(history), foreground.cpu().numpy()
     result = []
     for b in range(history.shape[1]):
         inside = history[:, b][:, :, foreground[b if len(foreground) > 1 else 0]]
+        if reduction == "mean":
+            inside = np.array([x.mean() for x in inside])
         result.append((np.square(inside - inside.mean(axis=0)).sum(axis=0) / (len(inside) - 1)).mean())
     return np.array(result)
 
