@@ -67,7 +67,7 @@ OTHER = {
 }  # fmt: skip
 BOTH = {
     "method": {"preset": "tokenflow"}, "source_guidance": {"source_path": "invert"},
-    "source_noise": {"edit_path": "coupled"},
+    "source_noise": {"edit_path": "coupled"}, "latents_shift": {"edit_path": "free"},
 }  # fmt: skip
 """What both jobs need for a value to be allowed."""
 SHARED = {

@@ -166,7 +166,8 @@ def test_the_second_of_two_guiders_counts_the_steps_of_the_run():
 
 
 def test_what_the_second_of_two_guiders_saw_ends_with_the_run():
-    guider = kvf.KVLockGuidance(4.0, lock=dict(preset="paper", tau=0.1, variance_window=2, kappa=3))
+    lock = dict(preset="paper", reduction="elements", tau=0.1, variance_window=2, kappa=3)
+    guider = kvf.KVLockGuidance(4.0, lock=lock)
     said = []
     for batch in (1, 1, 2):
         generator, predictions = torch.Generator().manual_seed(0), []
@@ -224,7 +225,7 @@ def test_alone_its_scale_follows_the_variance_of_everything():
                          float(self.schedule._controller.omega(self._step, 4.0))))  # fmt: skip
             return type("Output", (tuple,), {})([seen[-1][0] * 0 + pred_cond])
 
-    lock = dict(preset="paper", tau=0.1, variance_window=3, kappa=3)
+    lock = dict(preset="paper", reduction="elements", warmup_alpha=1.0, tau=0.1, variance_window=3, kappa=3)
     generated(modular(WanBlocks, pipe, guider=Watched(4.0, lock=lock)))
     clean = torch.stack([x for x, _ in seen])
     for step, (_, omega) in enumerate(seen):

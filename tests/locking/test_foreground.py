@@ -437,7 +437,7 @@ def test_who_is_saturated():
 def test_the_plan_counts_what_a_run_computes(steps, kappa, warmup, lag, alpha):
     """By an outside count: of the steps whose alpha is decided before, and of those that the variance may saturate."""
     lock = paper(alpha=alpha, kappa=kappa, warmup_alpha=warmup, alpha_lag=lag, compute="foreground")
-    decided = [k for k in range(steps) if k < steps - kappa or k < lag]
+    decided = [k for k in range(steps) if k < steps - kappa or k < 1 + lag]
     surely = steps if alpha == 1.0 else len(decided) * (warmup == 1.0)
     most = steps if alpha == 1.0 else surely + steps - len(decided)
     assert sparse_steps(lock, steps) == (surely, most)

@@ -448,7 +448,7 @@ def test_what_does_not_go_with_a_method(preset, tmp_path):
     [
         ({"method": "magic"}, "method must be one of lock, flowedit, tokenflow, fatezero, got 'magic'"),
         ({"skip_steps": -1}, "skip_steps must be a whole number of at least 0, got -1"),
-        ({"lock_interval": (0, 1.5)}, r"lock_interval must be two shares .*, got \(0, 1.5\)"),
+        ({"lock_interval": (0, 1.5)}, "lock_interval must be two shares of the steps"),
         ({"foreground_mix": float("nan")}, "foreground_mix must be between 0 and 1, got nan"),
         ({"keyframe_stride": 0}, "keyframe_stride must be a whole number of at least 1, got 0"),
         ({"source_guidance": -2}, "source_guidance must be at least 0, got -2"),

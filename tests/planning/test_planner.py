@@ -701,7 +701,7 @@ def test_lock_parameters_decide_what_is_stored(capsys):
 
     assert stored() == (50, 50) and stored("--preset", "cfg") == (0, 0)
     assert stored("--warmup-alpha", 0, "--kappa", 20) == (20, 20)
-    assert stored("--warmup-alpha", 0, "--kappa", 60) == (48, 48)  # two predictions must exist
+    assert stored("--warmup-alpha", 0, "--kappa", 60) == (47, 47)  # three predictions must exist
     assert stored("--cache-steps", "dynamic", "--kappa", 12) == (50, 12)
     assert stored("--step-stride", 3) == (50, 17)
     assert stored("--alpha", 0.5, "--kappa", 20, "--warmup-alpha", 0) == (50, 50)
