@@ -148,7 +148,8 @@ def measure_delivered(source: np.ndarray, mask: np.ndarray, edited: np.ndarray) 
     """How well a delivered video keeps its source, and how well the edit joins it.
 
     source, edited: uint8 `[F, H, W, 3]`; mask: bool `[F, H, W]`, True where the edit is. delivered_psnr: of the
-    background (dB, inf where equal); delivered_seam: the step across the mask's edge. None: no pixel counts.
+    background (dB, inf where equal); delivered_seam: the step across the mask's edge, as no true answer is known here.
+    None: no pixel counts.
     """
     outside = ~mask
     return {
