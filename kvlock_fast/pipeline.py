@@ -114,8 +114,8 @@ class KVLockPipeline:
         Args:
             video: uint8 [F, H, W, 3], as an array, a tensor or a list of frames.
             mask: bool [F, H, W], or [1, H, W] or [H, W] for all frames, of the video's size.
-            source_prompt: what the source shows.
-            prompt: what the edit shall show; several are edited in one batch.
+            source_prompt: what the source shows in the mask, and around it; other objects are left out.
+            prompt: what the edit shall show there; several are edited in one batch.
             negative_prompt: what it shall not show; None for the family's own.
             num_inference_steps: steps of the scheduler.
             guidance_scale: omega0, the scale of classifier-free guidance; 1 or less runs no negative branch.

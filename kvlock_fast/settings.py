@@ -101,7 +101,7 @@ class Preset:
 class RunConfig(Checked):
     """Settings that decide what the model computes, beside the clip and the prompts."""
 
-    source_prompt: str = field(metadata=_text("What the source shows"))
+    source_prompt: str = field(metadata=_text("What the source shows in the mask, and around it"))
     _: KW_ONLY
     model: str = _edit("demo", "TEXT", "A folder, a hub id, or demo (the bundled model)", low=1)
     dtype: str = _model(
@@ -196,7 +196,7 @@ class EditSettings(Place, Finish, Speed, RunConfig):
     """All settings of editing a clip, one edit per prompt. A seed of None is the cache's, where it knows one."""
 
     prompts: list[str] = field(
-        metadata=_text("What the edit shows; give it again for another edit of the same source", name="prompt")
+        metadata=_text("What the edit shows in the mask, and around it; several make several edits", name="prompt")
     )
 
     @property

@@ -1,6 +1,8 @@
 """Held-out edits of the demo's world with their true answers: kinds of edit, and masks that are tight, boxed or grown.
 
-Case i is the same for every row: its seed, its kind (i mod 7) and its mask's form (i div 7 mod 3).
+Case i is the same for every row: its seed, its kind and its mask's form (`kind_and_form`). Of five cases in a row three
+show one object and two a second one beside it, which must stay: 60 and 40 of 100. The captions of an edit say what its
+mask shows, so they leave the second object out; `whole_captions` name both.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ from bench.quality.judge import edit_is_right, judge
 from kvlock_fast.demo.scene import COLOURS, HELD_OUT, PANS, PLACES, SHAPES, Scene, Thing, sample_scene
 from kvlock_fast.demo.world import EditCase, centres, coverage, grow, render
 
-FIRST_SEED = HELD_OUT + 11 * 10**6
-KINDS = ("recolour", "reshape", "both", "remove", "several", "pan", "occlusion")
+FIRST_SEED = HELD_OUT + 31 * 10**6
+CHECK_SEED = HELD_OUT + 47 * 10**6
+"""Kept back: seeds that nothing was chosen by, for `--check`."""
+ONE_OBJECT = ("recolour", "reshape", "both", "remove", "pan")
+SECOND_OBJECT = ("several", "occlusion")
 MASKS = ("tight", "boxed", "grown")
 WIDER = {"tight": 1, "boxed": 1, "grown": 6}
 """Pixels that a mask is wider than the objects, at a side of 64."""
@@ -26,8 +31,9 @@ CLEAR = 0.85
 class QualityCase:
     """An edit with its answer.
 
-    edit: source, target, mask and texts; kind, form: of the edit and of its mask; other: the object beside the edited
-    one, which must stay, or None; clear: bool [F], the frames in which the edited object shows almost whole.
+    edit: source, target, mask and captions of what the mask shows; kind, form: of the edit and of its mask; other: the
+    object beside the edited one, which must stay, or None; clear: bool [F], the frames in which the edited object shows
+    almost whole.
     """
 
     number: int
@@ -47,6 +53,11 @@ class QualityCase:
         return _both_are_right(self, video)
 
     @property
+    def whole_captions(self) -> tuple[str, str]:
+        """Captions of the whole clip, before and after."""
+        return self.edit.source.caption, self.edit.target.caption
+
+    @property
     def path(self) -> tuple[np.ndarray, float] | None:
         """The edited object's true centres [F, 2] in pixels (x, y) and its radius; None where there is none."""
         if self.kind == "remove":
@@ -56,9 +67,17 @@ class QualityCase:
         return centres(thing, frames) * (width, height), thing.radius * min(height, width)
 
 
+def kind_and_form(number: int) -> tuple[str, str]:
+    """Kind of a case's edit and form of its mask; every kind meets every form equally often."""
+    five, place = divmod(number, 5)
+    kinds = SECOND_OBJECT if place % 2 else ONE_OBJECT
+    turn = 2 * five + place // 2 if place % 2 else 3 * five + place // 2
+    return kinds[turn % len(kinds)], MASKS[turn // len(kinds) % len(MASKS)]
+
+
 def quality_case(number: int, first_seed: int = FIRST_SEED) -> QualityCase:
     """Case `number` of the table."""
-    kind, form = KINDS[number % len(KINDS)], MASKS[number // len(KINDS) % len(MASKS)]
+    kind, form = kind_and_form(number)
     seed = first_seed + number
     rng = np.random.default_rng([seed, 5])
     source = _source(seed, kind, rng)
@@ -67,7 +86,8 @@ def quality_case(number: int, first_seed: int = FIRST_SEED) -> QualityCase:
     other = source.objects[1] if len(source.objects) > 1 else None
     touched, clear = _touched(source, target, other)
     mask = _formed(touched, form)
-    case = EditCase(before, after, mask, before.caption, after.caption, kind)
+    shown, wanted = (replace(scene, objects=scene.objects[:1]).caption for scene in (source, target))
+    case = EditCase(before, after, mask, shown, wanted, kind)
     return QualityCase(number, seed, kind, form, case, other, clear)
 
 

@@ -1,11 +1,21 @@
 """What the table's columns are, from pixels. All videos uint8 [F, H, W, 3], masks bool [F, H, W], True where edited.
 
-success       whether the edit shows what was asked (the judge); only where the truth is known
+Raw is the model's own video; delivered is that pasted into the source, as `kvlock-fast edit` writes it.
+
+success       whether the edit shows what was asked (the judge); only where the truth is known. `one_object`,
+              `second_object`: the same by what the clip shows; `second_whole`: beside a second object, by captions of
+              the whole clip
+whole_frame   PSNR of the whole raw clip to the true answer, in dB; background alone can be won by not editing
+lpips         learned distance of the whole raw clip to the true answer (perceptual.py), where its weights are there; of
+              clips without a true answer that of the background to the source's
 consistency   mean cosine similarity of the edited object with itself, one frame before and in the first frame, in
               windows that follow its path, each window's mean taken away; as VBench's subject consistency weighs
               the two, with pixels in place of DINO's features
-psnr, ssim    of the background against the source's; lpips too, where the package and its weights are there
-seam          root mean square error, 0 to 255, of the ring of 4 pixels (at a side of 64) around the mask
+psnr, ssim    of the raw background against the source's; delivered_psnr: of the delivered one, 100 where it is exact
+own_error     mean square error of the raw background (0 to 1), less that of the row `ceiling` on the same edit
+seam          root mean square error, 0 to 255, of the raw ring of 4 pixels (at a side of 64) around the mask
+delivered_seam  root mean square step, 0 to 255, across the mask's edge in the delivered video, less the true answer's
+              own steps where it is known
 flicker       mean change from frame to frame of the background, less the source's own; 0 is as calm as the source
 seconds       of the edit alone, without the source's pass that rows share
 peak_bytes    the most memory that was held during the edit: the device's, or all of the process's on a CPU
@@ -13,43 +23,64 @@ peak_bytes    the most memory that was held during the edit: the device's, or al
 
 from __future__ import annotations
 
-import math
 import resource
-from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kvlock_fast.demo.world import grow
+from bench.quality.perceptual import Distance
 from kvlock_fast.media import metrics
+from kvlock_fast.media.paste import composite
 
-COLUMNS = ("success", "consistency", "psnr", "ssim", "lpips", "seam", "flicker", "seconds", "peak_bytes")
-RING = 4 / 64
+COLUMNS = ("success", "one_object", "second_object", "second_whole", "whole_frame", "lpips", "consistency", "psnr",
+           "delivered_psnr", "own_error", "ssim", "seam", "delivered_seam", "flicker", "seconds",
+           "peak_bytes")  # fmt: skip
+EXACT = 100.0
+"""Stands for the PSNR of equal pixels, which is infinite, in dB."""
 
 
 def background_figures(video: np.ndarray, source: np.ndarray, mask: np.ndarray) -> dict[str, float]:
-    """psnr, ssim, lpips where it can be had, seam, flicker. A mask of everything leaves no background: nothing."""
+    """psnr, ssim, seam, flicker. A mask of everything leaves no background: nothing."""
     outside = ~mask
     if not outside.any():
         return {}
     found = {
-        "psnr": min(metrics.psnr(video, source, outside), 100.0),  # of equal pixels it is infinite
+        "psnr": min(metrics.psnr(video, source, outside), EXACT),
         "ssim": metrics.ssim(video, source, outside),
     }
-    perceptual = lpips_model()
-    if perceptual is not None:
-        found["lpips"] = perceptual(np.where(mask[..., None], source, video), source)
-    ring = grow(mask, max(1, round(RING * min(mask.shape[1:])))) & outside
-    if ring.any():
-        error = (video[ring].astype(np.float64) - source[ring]) ** 2
-        found["seam"] = math.sqrt(float(error.mean()))
+    seam = metrics.seam(source, mask, video)
+    if seam is not None:
+        found["seam"] = seam
     if len(video) > 1 and (outside[:-1] & outside[1:]).any():
         found["flicker"] = metrics.flicker(video, outside) - metrics.flicker(source, outside)
     return found
+
+
+def answer_figures(video: np.ndarray, answer: np.ndarray, distance: Distance | None) -> dict[str, float]:
+    """whole_frame, and lpips where there is a learned distance."""
+    found = {"whole_frame": min(metrics.psnr(video, answer), EXACT)}
+    return found if distance is None else found | {"lpips": distance(video, answer)}
+
+
+def delivered_figures(
+    video: np.ndarray, source: np.ndarray, mask: np.ndarray, answer: np.ndarray | None
+) -> dict[str, float]:
+    """delivered_psnr, delivered_seam. A mask of everything or nothing has no edge: nothing."""
+    outside = ~mask
+    if not outside.any() or not mask.any():
+        return {}
+    pasted = composite(source, video, mask)
+    found = {"delivered_psnr": min(metrics.psnr(pasted, source, outside), EXACT)}
+    step = metrics.edge_step(mask, pasted, answer)
+    return found if step is None else found | {"delivered_seam": step}
+
+
+def own_error(psnr: float, ceiling: float) -> float:
+    """Mean square error (0 to 1) that the edit adds to the autoencoder's, from the PSNR of both, in dB."""
+    return 10 ** (-psnr / 10) - 10 ** (-ceiling / 10)
 
 
 def consistency(video: np.ndarray, path: np.ndarray, radius: float) -> float | None:
@@ -80,25 +111,6 @@ def path_of_mask(mask: np.ndarray) -> tuple[np.ndarray, float]:
             middles[i] = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
             sizes.append(max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1)
     return middles, max(sizes) / 2
-
-
-@lru_cache(maxsize=1)
-def lpips_model() -> Callable[[np.ndarray, np.ndarray], float] | None:
-    """The mean over frames of LPIPS (Alex), if its package and weights are there; None if not."""
-    try:
-        import lpips
-        import torch
-
-        net = lpips.LPIPS(net="alex", verbose=False).eval()
-    except Exception:  # not installed, or its weights cannot be had
-        return None
-
-    def measure(a: np.ndarray, b: np.ndarray) -> float:
-        x, y = (torch.from_numpy(v).permute(0, 3, 1, 2).float() / 127.5 - 1 for v in (a, b))
-        with torch.inference_mode():
-            return float(net(x, y).mean())
-
-    return measure
 
 
 class PeakMemory:

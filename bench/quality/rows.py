@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,28 +26,43 @@ BOTH = ("paper", "kvlock", "variance-kv", "fixed-alpha", "cfg", "cfg-zero-star",
 """Presets that have a second row, with the other background latents."""
 
 
+CLIP = "clip"
+BY_CLIP = ("kvlock", "paper", "proedit/source", "flowedit/source", "vace/source")
+"""Rows that have another one with captions of the whole clip in place of those of the mask."""
+
+
+def base_of(row: str) -> str:
+    """The row with captions of what the mask shows."""
+    return row.removesuffix(f"/{CLIP}")
+
+
 def default_rows() -> tuple[str, ...]:
-    """All of them, the ceiling first: a preset, or a preset and its background latents, "paper/source"."""
+    """All of them, the ceiling first: a preset, or a preset and its background latents, "paper/source".
+
+    The last ones have captions of the whole clip, "kvlock/clip": of edits beside a second object only.
+    """
     rows = [CEILING]
     for preset in (*OURS, *OTHERS):
         rows.append(preset)
         if preset in BOTH:
             rows.append(f"{preset}/{LATENTS[LockConfig.preset(preset).background_latents]}")
-    return tuple(rows)
+    return (*rows, *(f"{row}/{CLIP}" for row in BY_CLIP if row in rows))
 
 
 def check_rows(rows: tuple[str, ...]) -> None:
     """Raises ValueError naming a row that there is not."""
     for row in rows:
-        preset, _, latents = row.partition("/")
+        preset, _, latents = base_of(row).partition("/")
         if row != CEILING and (preset not in PRESETS or latents not in ("", "model", "source")):
             known = ", ".join((CEILING, *PRESETS))
-            raise ValueError(f"--rows names {row!r}: one of {known}, or one of these with /model or /source")
+            raise ValueError(f"--rows names {row!r}: one of {known}, or one with /model or /source, then /clip")
+        if base_of(row) not in rows:
+            raise ValueError(f"--rows names {row!r} without {base_of(row)!r}, which it is compared with")
 
 
 def lock_of(row: str, **changes: Any) -> LockConfig:
     """The lock of a row."""
-    preset, _, latents = row.partition("/")
+    preset, _, latents = base_of(row).partition("/")
     if latents:
         changes = {"background_latents": latents, **changes}
     return LockConfig.preset(preset, **changes)
@@ -68,17 +83,27 @@ class Clip:
 class Subject:
     """A case, ready to be edited.
 
-    name: of its file; group: what it is summed up with beside the whole; answer: the true video, where it is known (the
-    source where it is not); is_right: says whether a video shows the edit, None where nobody can; path: where the
-    edited object is, as `consistency` takes it, None where there is none.
+    name: of its file; group: what it is summed up with beside the whole; answer: the true video, None where nobody
+    knows it; is_right: says whether a video shows the edit, None where nobody can; path: where the edited object is, as
+    `consistency` takes it, None where there is none; whole_captions: source prompt and prompt of all that the clip
+    shows, where the mask shows less.
     """
 
     name: str
     group: str
     clip: Clip
-    answer: np.ndarray
+    answer: np.ndarray | None
     is_right: Callable[[np.ndarray], bool] | None
     path: tuple[np.ndarray, float] | None
+    whole_captions: tuple[str, str] | None = None
+
+    def clip_of(self, row: str) -> Clip | None:
+        """What a row edits; None where a row with captions of the whole clip would be the same as the one without."""
+        if row == base_of(row):
+            return self.clip
+        if self.whole_captions is None:
+            return None
+        return replace(self.clip, source_prompt=self.whole_captions[0], prompt=self.whole_captions[1])
 
 
 class Editors:

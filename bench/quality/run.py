@@ -1,6 +1,7 @@
 """Edits made and measured, case by case: a file of finished rows for each case, so that a run can be stopped and go on.
 
-A row that is there, by the same lock, is not made again. Cases may be shared out to several processes.
+A row that is there is not made again, as long as all that decides it is the same: model, weights, steps, guidance, the
+lock's values, the pixels and captions of the case, and the columns. Cases may be shared out to several processes.
 """
 
 from __future__ import annotations
@@ -18,10 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from bench.quality.cases import quality_case
-from bench.quality.measures import PeakMemory, background_figures, consistency
-from bench.quality.rows import Clip, Editors, Subject, edit
+from bench.quality.measures import (
+    COLUMNS,
+    PeakMemory,
+    answer_figures,
+    background_figures,
+    consistency,
+    delivered_figures,
+)
+from bench.quality.perceptual import learned_distance
+from bench.quality.rows import CLIP, Clip, Editors, Subject, base_of, edit
 from bench.quality.subject import clip_subject
 from bench.quality.vace_model import WEIGHTS, belongs_to, trained_vace, untrained_vace
 from kvlock_fast.config import LockConfig
@@ -36,7 +46,8 @@ FPS = 8
 @dataclass(frozen=True)
 class Plan:
     """What is run. locks: by row; subjects: where `subject(number)` is from, by name and arguments, as processes are
-    told of it; more: arguments of every edit; videos: a folder for the edited videos, a folder a row.
+    told of it; more: arguments of every edit; videos: a folder for the edited videos, a folder a row; lpips: weights of
+    the learned distance.
     """
 
     model: str
@@ -49,6 +60,7 @@ class Plan:
     dtype: str = "auto"
     more: dict[str, Any] = field(default_factory=dict)
     videos: Path | None = None
+    lpips: Path | None = None
 
     @property
     def about(self) -> dict[str, Any]:
@@ -57,6 +69,7 @@ class Plan:
         return {
             "model": self.model, "weights": weights_of(self.model), "steps": self.steps, "guidance": self.guidance,
             "subjects": [kind, {name: str(value) for name, value in arguments.items()}],
+            "lpips": None if self.lpips is None else weights_of(str(self.lpips)),
         }  # fmt: skip
 
     @property
@@ -66,10 +79,20 @@ class Plan:
             return weights_of(self.vace)
         return weights_of(str(WEIGHTS)) if belongs_to(WEIGHTS) == weights_of(self.model) else None
 
-    def digest_of(self, row: str) -> str:
-        """Of all that decides a row's figures."""
+    def digests_of(self, number: int) -> dict[str, str]:
+        """By row, of all that decides its figures of a case; without the rows that the case is not for."""
+        clips = _clip_digests(self.subjects[0], json.dumps(self.subjects[1], sort_keys=True), number)
+        found = {}
+        for row in self.locks:
+            clip = clips.whole if row != base_of(row) else clips.region
+            if clip is not None:
+                found[row] = self._digest_of(row, clip)
+        return found
+
+    def _digest_of(self, row: str, clip: str) -> str:
         lock = self.locks[row]
         known = {**self.about, "lock": None if lock is None else asdict(lock), "more": self.more}
+        known |= {"clip": clip, "columns": COLUMNS}
         if lock is not None and lock.family is not None:
             known["vace"] = self.vace_weights
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -116,6 +139,8 @@ class Worker:
         self.plan = plan
         pipe = load_pipeline(plan.model, dtype=plan.dtype)
         self.editors = Editors(pipe, lambda: self._vace(pipe))
+        self.distance = None if plan.lpips is None else learned_distance(plan.lpips)
+        encode_once(pipe.model)
 
     def _vace(self, pipe: Any) -> Any:
         import kvlock_fast as kvf
@@ -124,35 +149,46 @@ class Worker:
         if self.plan.vace is not None:
             return load_pipeline(self.plan.vace, dtype=self.plan.dtype)
         make = untrained_vace if self.plan.vace_weights is None else trained_vace
-        return kvf.KVLockPipeline.from_pipe(make(pipe.pipe))
+        made = kvf.KVLockPipeline.from_pipe(make(pipe.pipe))
+        encode_once(made.model)
+        return made
 
     def measure(self, number: int) -> float:
         """All rows of a case that are not there; the seconds it took."""
         plan, start = self.plan, time.perf_counter()
-        digests = {row: plan.digest_of(row) for row in plan.locks}
         subject = subject_of(plan.subjects, number)
         done = CaseFile(plan.work, subject.name)
         shared = plan.work / f"{subject.name}.source"
         try:
-            for row, lock in plan.locks.items():
+            for row, digest in plan.digests_of(number).items():
                 video = plan.video_of(row, subject.name)
-                if not done.has(row, digests[row], video):
-                    figures = done.figures_of(digests[row]) if video is None else None
-                    done.add(row, digests[row], figures or self._figures(subject, lock, shared, video), subject.group)
+                if not done.has(row, digest, video):
+                    figures = done.figures_of(digest) if video is None else None
+                    done.add(row, digest, figures or self._figures(subject, row, shared, video), subject.group)
         finally:
             shutil.rmtree(shared, ignore_errors=True)
         return time.perf_counter() - start
 
-    def _figures(self, subject: Subject, lock: LockConfig | None, shared: Path, kept: Path | None) -> dict[str, Any]:
-        plan = self.plan
+    def _figures(self, subject: Subject, row: str, shared: Path, kept: Path | None) -> dict[str, Any]:
+        plan, lock, clip = self.plan, self.plan.locks[row], subject.clip_of(row)
+        assert clip is not None  # as digests_of names no other rows
+        source, mask = clip.video, clip.mask
+        answer = source if subject.answer is None else subject.answer
         if lock is None:
-            video, spent = self._round_trip(subject.answer)
+            video, spent = self._round_trip(answer)
         else:
-            video, spent = edit(self.editors, subject.clip, lock, plan.steps, plan.guidance, shared, **plan.more)
+            with torch.inference_mode():
+                self.editors.of(lock).model.encode_video(torch.from_numpy(source))  # shared, so no row's own time
+            video, spent = edit(self.editors, clip, lock, plan.steps, plan.guidance, shared, **plan.more)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_video(kept, video, FPS)
-        figures: dict[str, Any] = background_figures(video, subject.clip.video, subject.clip.mask)
+        figures: dict[str, Any] = background_figures(video, source, mask)
+        figures |= delivered_figures(video, source, mask, subject.answer)
+        if subject.answer is not None:
+            figures |= answer_figures(video, subject.answer, self.distance)
+        elif self.distance is not None:
+            figures["lpips"] = self.distance(np.where(mask[..., None], source, video), source)
         if subject.is_right is not None:
             figures["success"] = bool(subject.is_right(video))
         if subject.path is not None:
@@ -161,8 +197,6 @@ class Worker:
 
     def _round_trip(self, video: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
         """Through the autoencoder and back."""
-        import torch
-
         model, start = self.editors.plain.model, time.perf_counter()
         with PeakMemory(model.device) as memory, torch.inference_mode():
             latents = model.encode_video(torch.from_numpy(video))
@@ -177,11 +211,47 @@ def subject_of(subjects: tuple[str, dict[str, Any]], number: int) -> Subject:
         return clip_subject(number, **arguments)
     case = quality_case(number, **arguments)
     clip = Clip(case.edit.source.video, case.edit.mask, case.edit.source_prompt, case.edit.prompt, case.seed)
-    group = f"{case.kind}, {case.form}, {'one object' if case.other is None else 'two objects'}"
-    return Subject(f"{number:04d}", group, clip, case.edit.target.video, case.is_right, case.path)
+    group = f"{case.kind}, {case.form}, {'one object' if case.other is None else 'second object'}"
+    whole = None if case.other is None else case.whole_captions
+    return Subject(f"{number:04d}", group, clip, case.edit.target.video, case.is_right, case.path, whole)
 
 
-@lru_cache(maxsize=4)
+@dataclass(frozen=True)
+class ClipDigests:
+    """What a case's rows edit; whole: by captions of the whole clip, where they are others."""
+
+    name: str
+    region: str
+    whole: str | None
+
+
+@lru_cache(maxsize=4096)
+def _clip_digests(kind: str, arguments: str, number: int) -> ClipDigests:
+    """Of case `number`; arguments: JSON."""
+    subject = subject_of((kind, json.loads(arguments)), number)
+
+    def digest(clip: Clip) -> str:
+        texts = json.dumps([clip.source_prompt, clip.prompt, clip.seed, clip.video.shape]).encode()
+        return hashlib.sha256(texts + clip.video.tobytes() + np.packbits(clip.mask).tobytes()).hexdigest()[:16]
+
+    whole = subject.clip_of(f"row/{CLIP}")
+    return ClipDigests(subject.name, digest(subject.clip), None if whole is None else digest(whole))
+
+
+def encode_once(model: Any) -> None:
+    """Let a model keep the latents of the video that it encoded last, as all rows of a case edit the same one."""
+    encode: Callable[[torch.Tensor], torch.Tensor] = model.encode_video
+    kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def encode_video(frames: torch.Tensor) -> torch.Tensor:
+        if not kept or not torch.equal(kept[0][0], frames):
+            kept[:] = [(frames.clone(), encode(frames))]
+        return kept[0][1].clone()
+
+    model.encode_video = encode_video
+
+
+@lru_cache(maxsize=8)
 def weights_of(model: str) -> str:
     """A short hash of the weights of a folder, a file or the bundled model; a model's name itself from the hub."""
     from bench.quality.demo_model import fingerprint
@@ -194,9 +264,8 @@ def weights_of(model: str) -> str:
 def run(plan: Plan, numbers: list[int], workers: int, say: Callable[[str], None] = print) -> None:
     """Make what is missing of these cases; says how long it will take once it knows."""
     plan.work.mkdir(parents=True, exist_ok=True)
-    digests = {row: plan.digest_of(row) for row in plan.locks}
-    left = [n for n in numbers if missing(plan, n, digests)]
-    edits = sum(missing(plan, n, digests) for n in left)
+    left = [n for n in numbers if missing(plan, n)]
+    edits = sum(missing(plan, n) for n in left)
     say(f"{len(numbers)} cases, {len(plan.locks)} rows: {edits} edits to make, the others are there")
     start, taken = time.perf_counter(), 0
     for done, _ in enumerate(_measured(plan, left, workers), start=1):
@@ -207,16 +276,16 @@ def run(plan: Plan, numbers: list[int], workers: int, say: Callable[[str], None]
         say(f"{taken / 60:.1f} minutes by {workers} processes, {taken / len(left):.1f} seconds a case")
 
 
-def missing(plan: Plan, number: int, digests: dict[str, str]) -> int:
+def missing(plan: Plan, number: int) -> int:
     """How many rows of a case are not there."""
     name = name_of(plan, number)
     done = CaseFile(plan.work, name)
-    return sum(not done.has(row, digest, plan.video_of(row, name)) for row, digest in digests.items())
+    return sum(not done.has(row, digest, plan.video_of(row, name)) for row, digest in plan.digests_of(number).items())
 
 
 def name_of(plan: Plan, number: int) -> str:
-    """Of a case's file."""
-    return f"{number:04d}" if plan.subjects[0] != "clips" else subject_of(plan.subjects, number).name
+    """Name of a case's file."""
+    return _clip_digests(plan.subjects[0], json.dumps(plan.subjects[1], sort_keys=True), number).name
 
 
 def _measured(plan: Plan, numbers: list[int], workers: int) -> Iterator[float]:
@@ -238,8 +307,6 @@ _worker: Worker | None = None
 def _begin(plan: Plan) -> None:
     """A process's start: a model of its own on one thread, as processes share the cores."""
     global _worker
-    import torch
-
     torch.set_num_threads(1)
     _worker = Worker(plan)
 
@@ -251,10 +318,10 @@ def _one(number: int) -> float:
 def gathered(plan: Plan, numbers: list[int]) -> tuple[dict[str, dict[str, dict[str, Any]]], dict[str, str]]:
     """Figures by row and case, and each case's group; rows that are not made as the plan has them are left out."""
     rows: dict[str, dict[str, dict[str, Any]]] = {row: {} for row in plan.locks}
-    groups, digests = {}, {row: plan.digest_of(row) for row in plan.locks}
+    groups = {}
     for number in numbers:
         done = CaseFile(plan.work, name_of(plan, number))
-        for row, digest in digests.items():
+        for row, digest in plan.digests_of(number).items():
             if done.has(row, digest):
                 rows[row][done.path.stem] = done.rows[row]["figures"]
                 groups[done.path.stem] = done.group

@@ -81,4 +81,4 @@ def clip_subject(number: int, folder: str) -> Subject:
         video, mask = resize_video(video, height, width), resize_mask(mask, height, width)
     mask = np.broadcast_to(mask, video.shape[:3]).astype(bool)
     taken = Clip(video, mask, clip["source_prompt"], clip["prompt"], clip.get("seed", 0))
-    return Subject(clip["name"], "clip", taken, video, None, path_of_mask(mask))
+    return Subject(clip["name"], "clip", taken, None, None, path_of_mask(mask))

@@ -1,4 +1,4 @@
-"""The table from finished cases: means with 95 % intervals, paired differences to `kvlock`, Markdown.
+"""The table from finished cases: means with 95 % intervals, paired differences to the default row, Markdown.
 
 Intervals: percentiles of 2,000 bootstrap samples over cases (always the same ones); of success itself Wilson's, as all
 or none of a few cases right would else have no width.
@@ -11,18 +11,35 @@ from typing import Any
 import numpy as np
 
 from bench.quality.demo_model import interval
-from bench.quality.measures import COLUMNS
-from bench.quality.rows import CEILING
+from bench.quality.measures import COLUMNS, EXACT, own_error
+from bench.quality.rows import CEILING, CLIP, base_of
 
 REFERENCE = "kvlock"
+"""The default, that differences are to."""
 SAMPLES = 2000
 Figures = dict[str, dict[str, Any]]
 """Of one row, by case."""
 
 TITLES = {
-    "success": "edit is right", "consistency": "consistency", "psnr": "background PSNR, dB", "ssim": "SSIM",
-    "lpips": "LPIPS", "seam": "seam error", "flicker": "flicker", "seconds": "seconds", "peak_bytes": "peak memory, GB",
+    "success": "edit is right", "one_object": "right: one object", "second_object": "right: beside a second object",
+    "second_whole": "the same, by captions of the whole clip", "whole_frame": "whole frame PSNR, dB", "lpips": "LPIPS",
+    "consistency": "consistency", "psnr": "background PSNR, dB", "delivered_psnr": "delivered PSNR, dB",
+    "own_error": "own error, 1e-4", "ssim": "SSIM", "seam": "seam error", "delivered_seam": "delivered seam error",
+    "flicker": "flicker", "seconds": "seconds", "peak_bytes": "peak memory, GB",
 }  # fmt: skip
+TABLES = {
+    "The edit": ("success", "one_object", "second_object", "second_whole", "whole_frame", "lpips", "consistency"),
+    "The background and the mask's edge: the model's own video, and delivered, pasted into the source": (
+        "psnr", "delivered_psnr", "own_error", "ssim", "seam", "delivered_seam", "flicker", "seconds", "peak_bytes"
+    ),
+}  # fmt: skip
+"""Columns side by side, by what is said above them."""
+COMPARED = (
+    ("success", "second_object", "second_whole", "whole_frame", "lpips"),
+    ("psnr", "own_error", "seam", "delivered_seam", "flicker"),
+)
+"""Columns of the paired differences: two tables."""
+SHARES = ("success", "one_object", "second_object", "second_whole")
 
 
 def bootstrapped(values: list[float]) -> dict[str, float]:
@@ -36,9 +53,11 @@ def bootstrapped(values: list[float]) -> dict[str, float]:
 def summarise(rows: dict[str, Figures], groups: dict[str, str], unranked: frozenset[str]) -> dict[str, dict[str, Any]]:
     """By row: cases, each column's mean and interval, `difference` to the reference, success by group, rank.
 
-    unranked: rows that are there but not compared.
+    unranked: rows that are there but not compared. Of a row with captions of the whole clip the success is a column of
+    the row without.
     """
     found = {}
+    rows = _with_columns(rows, groups)
     for row, figures in rows.items():
         if not figures:
             continue
@@ -52,6 +71,44 @@ def summarise(rows: dict[str, Figures], groups: dict[str, str], unranked: frozen
         summary["groups"] = _by_group(figures, groups)
         found[row] = summary
     _rank(found)
+    return found
+
+
+def _with_columns(rows: dict[str, Figures], groups: dict[str, str]) -> dict[str, Figures]:
+    """Rows with the columns that other rows or a case's group decide, without those by captions of the whole clip."""
+    found: dict[str, Figures] = {row: {} for row in rows if row == base_of(row)}
+    for row, figures in found.items():
+        whole = rows.get(f"{row}/{CLIP}", {})
+        for name, case in rows[row].items():
+            figures[name] = dict(case)
+            if "psnr" in case and "psnr" in rows.get(CEILING, {}).get(name, {}):
+                figures[name]["own_error"] = own_error(case["psnr"], rows[CEILING][name]["psnr"])
+            for group in ("one object", "second object"):
+                if "success" in case and group in groups[name].split(", "):
+                    figures[name][group.replace(" ", "_")] = case["success"]
+            if "success" in whole.get(name, {}):
+                figures[name]["second_whole"] = whole[name]["success"]
+    return found
+
+
+def by_captions(rows: dict[str, Figures]) -> dict[str, dict[str, dict[str, float]]]:
+    """By row that was also made with captions of the whole clip, and column: mean by captions of what the mask shows
+    (`region`), of the clip (`clip`), and the paired difference, region less clip.
+    """
+    found = {}
+    for row, figures in rows.items():
+        region = rows.get(base_of(row), {})
+        if row == base_of(row) or not set(figures) & set(region):
+            continue
+        both = {name: region[name] for name in figures if name in region}
+        found[base_of(row)] = {
+            column: {
+                "region": float(np.mean([case[column] for case in both.values() if column in case])),
+                "clip": float(np.mean([figures[name][column] for name in both if column in figures[name]])),
+                **difference,
+            }
+            for column, difference in differences(both, figures).items()
+        }
     return found
 
 
@@ -86,40 +143,77 @@ def _by_group(figures: Figures, groups: dict[str, str]) -> dict[str, dict[str, f
 
 
 def _rank(found: dict[str, dict[str, Any]]) -> None:
-    """By success, and among equals by the background's PSNR; where success is not known by PSNR alone."""
+    """By success, among equals by the whole frame's PSNR; where neither is known by the background's."""
     ranked = [row for row, summary in found.items() if summary["ranked"]]
 
-    def key(row: str) -> tuple[float, float]:
-        columns = (found[row].get(column) for column in ("success", "psnr"))
+    def key(row: str) -> tuple[float, ...]:
+        columns = (found[row].get(column) for column in ("success", "whole_frame", "psnr"))
         return tuple(-column["mean"] if column else 0.0 for column in columns)
 
     for place, row in enumerate(sorted(ranked, key=key), start=1):
         found[row]["rank"] = place
 
 
-def markdown(found: dict[str, dict[str, Any]]) -> str:
-    """A line a row: means, half an interval's width beside them; then the differences to the reference."""
-    columns = [c for c in COLUMNS if any(c in summary for summary in found.values())]
+def markdown(found: dict[str, dict[str, Any]], captions: dict[str, dict[str, dict[str, float]]] | None = None) -> str:
+    """A line a row: means, half an interval's width beside them; then the differences to the reference.
+
+    captions: of `by_captions`, a table of its own.
+    """
+    lines: list[str] = []
+    for title, columns in TABLES.items():
+        columns = [c for c in columns if any(c in summary for summary in found.values())]
+        cells = {
+            row: [str(summary.get("rank", "")), *(cell(c, summary.get(c)) for c in columns)]
+            for row, summary in found.items()
+        }
+        lines += [f"{title}:", "", *_table(found, ["rank", *(_title(c, found) for c in columns)], cells), ""]
+    for columns in COMPARED:
+        columns = [c for c in columns if any(c in summary["difference"] for summary in found.values())]
+        cells = {
+            row: [change(c, summary["difference"].get(c)) for c in columns]
+            for row, summary in found.items()
+            if any(c in summary["difference"] for c in columns)
+        }
+        if cells:
+            lines += [f"Paired differences to `{REFERENCE}`, 95 % intervals; * where 0 is outside:", ""]
+            lines += [*_table(found, [TITLES[c] for c in columns], cells), ""]
+    return "\n".join(lines[:-1]) + "\n" + _by_captions(captions or {})
+
+
+def _table(found: dict[str, dict[str, Any]], titles: list[str], cells: dict[str, list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    head = [f"| row | {' | '.join(titles)} |", f"| --- |{' ---: |' * len(titles)}"]
+    return head + [f"| {_shown(row, found[row])} | {' | '.join(listed)} |" for row, listed in cells.items()]
+
+
+def _title(column: str, found: dict[str, dict[str, Any]]) -> str:
+    """Title of a column; of a share with the number of edits that it is of."""
+    counts = {summary[column]["cases"] for summary in found.values() if column in summary}
+    return f"{TITLES[column]} (of {max(counts)})" if column in SHARES else TITLES[column]
+
+
+def _by_captions(found: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Table of edits beside a second object by both kinds of captions."""
+    columns = [c for c in ("success", "whole_frame", "psnr", "seam") if any(c in one for one in found.values())]
+    if not columns:
+        return ""
     lines = [
-        f"| row | rank | {' | '.join(TITLES[c] for c in columns)} |",
-        f"| --- | ---: |{' ---: |' * len(columns)}",
+        "",
+        "Edits beside a second object: captions of what the mask shows, of the whole clip, and the paired difference:",
+        "",
+        f"| row | {' | '.join(TITLES[c] for c in columns)} |",
+        f"| --- |{' ---: |' * len(columns)}",
     ]
-    for row, summary in found.items():
-        cells = [_cell(c, summary.get(c)) for c in columns]
-        lines.append(f"| {_shown(row, summary)} | {summary.get('rank', '')} | {' | '.join(cells)} |")
-    compared = [c for c in columns if c not in ("seconds", "peak_bytes")]
-    if any(summary["difference"] for summary in found.values()):
-        lines += [
-            "",
-            f"Paired differences to `{REFERENCE}`, 95 % intervals; * where 0 is outside:",
-            "",
-            f"| row | {' | '.join(TITLES[c] for c in compared)} |",
-            f"| --- |{' ---: |' * len(compared)}",
-        ]
-        for row, summary in found.items():
-            if summary["difference"]:
-                cells = [change(c, summary["difference"].get(c)) for c in compared]
-                lines.append(f"| {_shown(row, summary)} | {' | '.join(cells)} |")
+    for row, one in found.items():
+        cells = []
+        for column in columns:
+            scale, form = SCALE.get(column, (1, "{:.3f}"))
+            if column in one:
+                region, clip = (form.format(scale * one[column][name]) for name in ("region", "clip"))
+                cells.append(f"{region}, {clip}: {change(column, one[column])}")
+            else:
+                cells.append("")
+        lines.append(f"| `{row}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -129,17 +223,25 @@ def _shown(row: str, summary: dict[str, Any]) -> str:
     return f"`{row}`" if summary["ranked"] else f"`{row}` (untrained, not ranked)"
 
 
-SCALE = {"success": (100.0, "{:.0f} %"), "peak_bytes": (1e-9, "{:.2f}"), "psnr": (1, "{:.1f}"), "seam": (1, "{:.1f}"),
-         "seconds": (1, "{:.1f}"), "flicker": (1, "{:+.2f}")}  # fmt: skip
+SCALE = {
+    **dict.fromkeys(SHARES, (100.0, "{:.0f} %")),
+    **dict.fromkeys(("psnr", "whole_frame", "delivered_psnr"), (1, "{:.2f}")),
+    **dict.fromkeys(("seam", "delivered_seam", "seconds"), (1, "{:.1f}")),
+    "own_error": (1e4, "{:.1f}"), "flicker": (1, "{:+.2f}"), "peak_bytes": (1e-9, "{:.2f}"),
+}  # fmt: skip
+"""Factor and format of a column's cells; three digits for the others."""
 
 
-def _cell(column: str, figure: dict[str, float] | None) -> str:
+def cell(column: str, figure: dict[str, float] | None) -> str:
+    """A mean as the tables write it, with its interval or half of that's width."""
     if figure is None:
         return ""
+    if column == "delivered_psnr" and figure["low"] == EXACT:
+        return "exact"
     scale, form = SCALE.get(column, (1, "{:.3f}"))
     mean = form.format(scale * figure["mean"])
-    if column == "success":
-        return f"{mean} ({100 * figure['low']:.0f} to {100 * figure['high']:.0f})"
+    if column in SHARES:
+        return f"{mean} ({100 * max(figure['low'], 0):.0f} to {100 * figure['high']:.0f})"
     if column in ("seconds", "peak_bytes"):
         return mean
     half = form.replace("+", "").format(scale * (figure["high"] - figure["low"]) / 2)

@@ -71,7 +71,7 @@ class EditBank:
         wanted, kept = self.encode(answers), self.encode(answers * ~masks)
         for case, *latents in zip(cases, wanted.half(), kept.half(), strict=True):
             self.items.append((*latents, self._as_channels(case), latent_cover(case.edit.target.mask),
-                               case.edit.prompt))  # fmt: skip
+                               case.whole_captions[1]))  # fmt: skip
 
     def _as_channels(self, case: QualityCase) -> Tensor:
         """As `WanVACEPipeline.prepare_masks` has them: every pixel under a latent is a channel."""

@@ -78,7 +78,7 @@ class KVLockSourceStep(_Described, ModularPipelineBlocks):
             InputParam(
                 "mask", required=True, description="bool [F, H, W], [1, H, W] or [H, W], True where it may change."
             ),
-            InputParam("source_prompt", required=True, type_hint=str, description="What the source shows."),
+            InputParam("source_prompt", required=True, type_hint=str, description="What the source shows in the mask."),
             InputParam("height", type_hint=int, description="To work at; default: the source's."),
             InputParam("width", type_hint=int, description="To work at; default: the source's."),
             InputParam("max_sequence_length", default=512),

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +19,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.quality import __main__ as quality
-from bench.quality import run, sweeps, vbench
-from bench.quality.cases import KINDS, MASKS, quality_case
-from bench.quality.measures import PeakMemory, background_figures, consistency, path_of_mask
-from bench.quality.rows import CEILING, default_rows, lock_of
+from bench.quality import check, run, sweeps, targets, vbench
+from bench.quality.cases import CHECK_SEED, FIRST_SEED, MASKS, ONE_OBJECT, SECOND_OBJECT, kind_and_form, quality_case
+from bench.quality.measures import (
+    PeakMemory,
+    answer_figures,
+    background_figures,
+    consistency,
+    delivered_figures,
+    own_error,
+    path_of_mask,
+)
+from bench.quality.rows import CEILING, base_of, check_rows, default_rows, lock_of
 from bench.quality.run import CaseFile
 from bench.quality.subject import read_clips
-from bench.quality.summary import bootstrapped, markdown, summarise
+from bench.quality.summary import REFERENCE, bootstrapped, by_captions, markdown, summarise
 from kvlock_fast.demo.world import grow
 from kvlock_fast.errors import InputError
 from kvlock_fast.media import write_video
+from kvlock_fast.media.paste import composite
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,10 +45,20 @@ ROOT = Path(__file__).resolve().parents[2]
 # Cases.
 
 
-@pytest.mark.parametrize("number", range(21))
+def test_of_a_hundred_edits_forty_are_beside_a_second_object():
+    drawn = Counter(kind_and_form(i) for i in range(100))
+    assert sum(count for (kind, _), count in drawn.items() if kind in SECOND_OBJECT) == 40
+    assert {kind: sum(drawn[kind, form] for form in MASKS) for kind in (*ONE_OBJECT, *SECOND_OBJECT)} == {
+        **dict.fromkeys(ONE_OBJECT, 12), **dict.fromkeys(SECOND_OBJECT, 20)}  # fmt: skip
+    assert all(drawn[kind, form] == 4 for kind in ONE_OBJECT for form in MASKS)
+    assert all(6 <= drawn[kind, form] <= 7 for kind in SECOND_OBJECT for form in MASKS)
+    assert FIRST_SEED + 100 < CHECK_SEED, "those kept back are others"
+
+
+@pytest.mark.parametrize("number", range(20))
 def test_a_case_knows_its_answer(number):
     case = quality_case(number)
-    assert (case.kind, case.form) == (KINDS[number % 7], MASKS[number // 7])
+    assert (case.kind, case.form) == kind_and_form(number)
     edit = case.edit
     assert case.is_right(edit.target.video) and not case.is_right(edit.source.video)
     changed = (edit.source.video != edit.target.video).any(-1)
@@ -48,21 +69,23 @@ def test_a_case_knows_its_answer(number):
 
 
 def test_kinds_are_what_they_are_called():
-    cases = {quality_case(i).kind: quality_case(i) for i in range(7)}
+    cases = {quality_case(i).kind: quality_case(i) for i in range(10)}
+    assert set(cases) == {*ONE_OBJECT, *SECOND_OBJECT}
     assert cases["remove"].edit.target.scene.objects == () and cases["remove"].path is None
     assert cases["pan"].edit.source.scene.background.pan != (0, 0)
-    for kind in ("several", "occlusion"):
+    for kind in SECOND_OBJECT:
         assert cases[kind].other == cases[kind].edit.target.scene.objects[1]
     hidden = cases["occlusion"]
     assert not hidden.clear.all()
-    assert {quality_case(i).edit.mask.tobytes() for i in (0, 7, 14)} and quality_case(14).edit.mask.mean() > 0.05
+    grown = next(i for i in range(100) if kind_and_form(i) == ("recolour", "grown"))
+    assert quality_case(grown).edit.mask.mean() > 0.05
     other = quality_case(0, first_seed=5)
     assert other.seed == 5 and not np.array_equal(other.edit.source.video, cases["recolour"].edit.source.video)
 
 
 def test_an_object_that_is_lost_is_not_right():
     """The other object must stay: the answer without it is wrong."""
-    case = quality_case(KINDS.index("several"))
+    case = next(quality_case(i) for i in range(5) if kind_and_form(i)[0] == "several")
     from dataclasses import replace
 
     from kvlock_fast.demo.world import render
@@ -72,7 +95,58 @@ def test_an_object_that_is_lost_is_not_right():
     assert not case.is_right(render(replace(scene, objects=scene.objects[1:])).video)
 
 
+@pytest.mark.parametrize("number", range(10))
+def test_captions_say_what_the_mask_shows(number):
+    """The second object is in the whole clip's captions only; of one object both are the same."""
+    case = quality_case(number)
+    edit = case.edit
+    for caption, whole, clip in zip(
+        (edit.source_prompt, edit.prompt), case.whole_captions, (edit.source, edit.target), strict=True
+    ):
+        *things, background = clip.scene.objects[:1], clip.scene.background
+        assert caption.endswith(background.words()) and all(thing.words() in caption for thing in things[0])
+        assert whole == clip.caption and (caption == whole) == (case.other is None)
+        if case.other is not None:
+            assert case.other.words() in whole and case.other.words() not in caption
+
+
 # Columns.
+
+
+def test_the_answer_and_what_is_delivered_by_hand():
+    """The whole frame against the answer; after the paste the source outside the mask, and steps across its edge."""
+    random = np.random.default_rng(3)
+    source, video, answer = (random.integers(0, 256, (2, 64, 64, 3), dtype=np.uint8) for _ in range(3))
+    mask = np.zeros((2, 64, 64), bool)
+    mask[:, 20:44, 16:40] = True
+    answer[~mask] = source[~mask]
+    error = ((video.astype(float) - answer) ** 2).mean()
+    found = answer_figures(video, answer, lambda a, b: float(a is video and b is answer))
+    assert found == {"whole_frame": pytest.approx(10 * math.log10(255**2 / error)), "lpips": 1.0}
+    assert answer_figures(answer, answer, None) == {"whole_frame": 100.0}
+    delivered = composite(source, video, mask)
+    outside = ((delivered.astype(float) - source)[~mask] ** 2).mean()
+    wrong = delivered.astype(float) - answer
+    sides = [(wrong[:, 20:44, 16], wrong[:, 20:44, 15]), (wrong[:, 20:44, 39], wrong[:, 20:44, 40]),
+             (wrong[:, 20, 16:40], wrong[:, 19, 16:40]), (wrong[:, 43, 16:40], wrong[:, 44, 16:40])]  # fmt: skip
+    seam = math.sqrt(np.mean([(inner - outer) ** 2 for inner, outer in sides]))
+    psnr = 100.0 if outside == 0 else 10 * math.log10(255**2 / outside)
+    assert delivered_figures(video, source, mask, answer) == pytest.approx(
+        {"delivered_psnr": psnr, "delivered_seam": seam}
+    )
+    assert delivered_figures(video, source, mask, None)["delivered_seam"] > seam, "random sources have steps too"
+    assert delivered_figures(video, source, np.ones_like(mask), answer) == {}
+    assert delivered_figures(source, source, mask, source) == {"delivered_psnr": 100.0, "delivered_seam": 0.0}
+
+
+def test_own_error_is_a_difference_of_mean_squares():
+    random = np.random.default_rng(4)
+    source, video, ceiling = (random.integers(0, 256, (2, 32, 32, 3), dtype=np.uint8) for _ in range(3))
+    mask = np.zeros((2, 32, 32), bool)
+    mask[:, 8:20, 8:20] = True
+    errors = [np.square((one.astype(float) - source)[~mask] / 255).mean() for one in (video, ceiling)]
+    psnr = [background_figures(one, source, mask)["psnr"] for one in (video, ceiling)]
+    assert own_error(*psnr) == pytest.approx(errors[0] - errors[1])
 
 
 def test_the_background_against_scikit_image():
@@ -187,10 +261,85 @@ def test_summary_pairs_ranks_and_leaves_out():
     assert found["cfg"]["difference"]["psnr"] == {"mean": 5.0, "low": 5.0, "high": 5.0, "cases": 1}
     assert found["kvlock"]["difference"] == {}
     assert [found[row].get("rank") for row in (CEILING, "kvlock", "cfg", "vace")] == [None, 1, 2, None]
+    assert found["kvlock"]["own_error"]["mean"] == pytest.approx((1e-3 - 1e-4 + 1e-2 - 10**-4.2) / 2)
+    assert found[CEILING]["own_error"]["mean"] == 0
     assert found["kvlock"]["groups"]["recolour"] == {"cases": 1, "success": 1.0, "psnr": 30.0}
     text = markdown(found)
     assert "| the autoencoder (ceiling) |" in text and "`vace` (untrained, not ranked)" in text
-    assert "+5.0 (+5.0 to +5.0)*" in text and "nan" not in text
+    assert "+5.00 (+5.00 to +5.00)*" in text and "nan" not in text
+
+
+SCENES = {"a": "recolour, tight, one object", "b": "several, boxed, second object", "c": "occlusion, second object"}
+
+
+def row_of(**columns):
+    """Figures of the cases a, b, c by column."""
+    return {name: {c: values[i] for c, values in columns.items()} for i, name in enumerate(SCENES)}
+
+
+def test_success_is_told_by_objects_and_captions():
+    rows = {
+        "kvlock": row_of(success=[True, True, False], psnr=[30.0, 31.0, 32.0]),
+        "kvlock/clip": {name: {"success": False, "psnr": 28.0} for name in ("b", "c")},
+        "cfg": row_of(success=[True, True, True], psnr=[20.0, 21.0, 22.0]),
+    }
+    found = summarise(rows, SCENES, frozenset())
+    assert list(found) == ["kvlock", "cfg"], "captions of the whole clip are a column, not a row"
+    counts = {c: (found["kvlock"][c]["mean"], found["kvlock"][c]["cases"])
+              for c in ("one_object", "second_object", "second_whole")}  # fmt: skip
+    assert counts == {"one_object": (1.0, 1), "second_object": (0.5, 2), "second_whole": (0.0, 2)}
+    assert found["cfg"]["difference"]["second_object"]["mean"] == 0.5 and "second_whole" not in found["cfg"]
+    captions = by_captions(rows)
+    assert list(captions) == ["kvlock"] and captions["kvlock"]["psnr"]["region"] == 31.5
+    assert captions["kvlock"]["psnr"]["clip"] == 28.0 and captions["kvlock"]["psnr"]["mean"] == 3.5
+    text = markdown(found, captions)
+    assert "(of 1)" in text and "(of 2)" in text and "31.50, 28.00: +3.50" in text
+    widest = max(line.count("|") for line in text.splitlines())
+    assert widest <= 12
+
+
+def test_targets_say_what_is_missed():
+    rows = {
+        CEILING: row_of(success=[True] * 3, psnr=[40.0] * 3, seam=[5.0] * 3, delivered_psnr=[100.0] * 3),
+        REFERENCE: row_of(success=[True, True, False], psnr=[36.0] * 3, seam=[12.0] * 3, delivered_psnr=[100.0] * 3),
+        "cfg": row_of(success=[True, True, False], psnr=[20.0] * 3, seam=[9.0] * 3),
+        "vace": row_of(success=[True, True, False], psnr=[30.0] * 3, seam=[12.0] * 3),
+    }
+    found = summarise(rows, SCENES, frozenset())
+    by_name = {one.name: one for one in targets.targets(found)}
+    verdicts = [one.verdict for one in by_name.values()]
+    assert verdicts == ["met, the aim too", "met, the aim missed", "not measured", "met", "met", "met", "**missed**",
+                        "**missed**", "met"]  # fmt: skip
+    untrained = next(one for name, one in by_name.items() if name.startswith("untrained"))
+    assert untrained.reached == "`cfg` in seam error, -3.0 (-3.0 to -3.0)*"
+    text = targets.markdown(found)
+    assert text.count("**missed**") == 2 and "3 edits a row" in text
+    assert all(one.verdict == "not measured" for one in targets.targets({}))
+    exact = {REFERENCE: {**found[REFERENCE], "delivered_psnr": {"mean": 60.0, "low": 50.0, "high": 70.0}}}
+    assert next(one for one in targets.targets(exact) if "codec" in one.name).verdict == "**missed**"
+
+
+def test_other_edits_agree_or_are_apart():
+    random = np.random.default_rng(0)
+
+    def table(shift):
+        values = {name: random.normal(30 + shift, 1, 50).tolist() for name in (REFERENCE, "cfg")}
+        rows = {row: {str(i): {"psnr": psnr} for i, psnr in enumerate(values[row])} for row in values}
+        return summarise(rows, {str(i): "clip" for i in range(50)}, frozenset())
+
+    same, other = check.compare(table(0), table(0)), check.compare(table(0), table(5))
+    assert [(one.row, one.column) for one in same] == [
+        (REFERENCE, "psnr"), ("cfg", "psnr"), (f"cfg to {REFERENCE}", "psnr")]  # fmt: skip
+    assert all(one.agrees for one in same) and [one.agrees for one in other] == [False, False, True]
+    assert "1 of 3 figures agree" in check.markdown(other) and check.markdown(other).count("**apart**") == 2
+
+
+def test_rows_by_captions_need_the_row_beside():
+    check_rows(default_rows())
+    assert base_of("kvlock/clip") == "kvlock" and base_of("vace/source") == "vace/source"
+    assert lock_of("vace/source/clip") == lock_of("vace/source")
+    with pytest.raises(ValueError, match="'cfg/clip' without 'cfg'"):
+        check_rows(("kvlock", "cfg/clip"))
 
 
 def test_rows_are_all_that_the_table_needs():
@@ -221,7 +370,8 @@ def test_the_table_has_a_number_everywhere(table):
     folder, _ = table
     found = json.loads((folder / "o" / "q.json").read_text(), parse_constant=pytest.fail)
     assert ",".join(found["rows"]) == SOME
-    columns = ("success", "consistency", "psnr", "ssim", "seam", "flicker", "seconds", "peak_bytes")
+    columns = ("success", "one_object", "whole_frame", "consistency", "psnr", "delivered_psnr", "own_error", "ssim",
+               "seam", "delivered_seam", "flicker", "seconds", "peak_bytes")  # fmt: skip
     for row, summary in found["rows"].items():
         for column in columns:
             assert math.isfinite(summary[column]["mean"]), (row, column)
@@ -231,6 +381,7 @@ def test_the_table_has_a_number_everywhere(table):
     # Of edits that change something: what leaves the source as it is can be nearer to it.
     assert all(found["rows"][row]["psnr"]["mean"] < best for row in ("kvlock", "cfg", "proedit/source"))
     assert (folder / "o" / "q.md").read_text().count("\n| ") >= 2 * len(found["rows"]) - 1
+    assert "| seam error, raw | at most 14 | at most 11 |" in (folder / "o" / "q_targets.md").read_text()
     assert (folder / "o" / "q.png").read_bytes()[1:4] == b"PNG"
     assert not list((folder / "work").glob("*.source")), "what rows share is gone"
 
@@ -265,14 +416,75 @@ def test_other_values_are_made_anew(table):
     plan, _ = quality.make_plan(
         quality.parser().parse_args(["--cases", "1", "--steps", "5", "--work", str(folder / "work")]), ("kvlock",)
     )
-    assert run.missing(plan, 0, {"kvlock": plan.digest_of("kvlock")}) == 0
-    from dataclasses import replace
-
-    for other in (replace(plan, steps=6), replace(plan, locks={"kvlock": lock_of("kvlock", tau=0.5)})):
-        assert run.missing(other, 0, {"kvlock": other.digest_of("kvlock")}) == 1
+    assert run.missing(plan, 0) == 0
+    subjects = ("demo", {"first_seed": FIRST_SEED + 1})
+    weights = folder / "others.pth"
+    weights.write_bytes(b"w")
+    for other in (
+        replace(plan, steps=6),
+        replace(plan, locks={"kvlock": lock_of("kvlock", tau=0.5)}),
+        replace(plan, subjects=subjects),
+        replace(plan, lpips=weights),
+    ):
+        assert run.missing(other, 0) == 1
     (folder / "work" / "bad.json").write_text("{")
     with pytest.raises(InputError, match="is not a file of finished rows"):
         CaseFile(folder / "work", "bad")
+
+
+def test_a_case_that_is_drawn_otherwise_is_made_anew(table, monkeypatch):
+    """Under the same seed and number, by other captions or pixels: rows are kept by what they edited."""
+    folder, _ = table
+    options = ["--cases", "1", "--steps", "5", "--work", str(folder / "work")]
+    plan, _ = quality.make_plan(quality.parser().parse_args(options), ("kvlock",))
+    drawn = run.quality_case(0, FIRST_SEED)
+    for other in (replace(drawn.edit, prompt="a red ring"), replace(drawn.edit, mask=~drawn.edit.mask)):
+        run._clip_digests.cache_clear()
+        monkeypatch.setattr(run, "quality_case", lambda number, first_seed, o=other: replace(drawn, edit=o))
+        assert run.missing(plan, 0) == 1
+    monkeypatch.undo()
+    run._clip_digests.cache_clear()
+
+
+def test_captions_of_the_clip_are_for_edits_beside_a_second_object(tmp_path):
+    """Case 0 has one object, case 1 two: two rows of the first, three of the second."""
+    options = ["--cases", "2", "--steps", "2", "--rows", "ceiling,cfg,cfg/clip", "--workers", "1"]
+    options += ["--work", str(tmp_path / "w"), "--output", str(tmp_path / "q.json")]
+    assert quality.main(options) == 0
+    assert [sorted(CaseFile(tmp_path / "w", name).rows) for name in ("0000", "0001")] == [
+        ["ceiling", "cfg"], ["ceiling", "cfg", "cfg/clip"]]  # fmt: skip
+    found = json.loads((tmp_path / "q.json").read_text())
+    assert list(found["rows"]) == ["ceiling", "cfg"] and found["rows"]["cfg"]["second_whole"]["cases"] == 1
+    captions = found["captions"]["cfg"]["whole_frame"]
+    assert captions["region"] != captions["clip"] and captions["cases"] == 1
+
+
+def test_the_check_of_a_table(tmp_path, capsys):
+    """The table against other edits agrees; against one with other figures it does not."""
+    options = ["--cases", "2", "--steps", "2", "--rows", "ceiling,kvlock,cfg", "--workers", "1"]
+    table = tmp_path / "q.json"
+    assert quality.main([*options, "--work", str(tmp_path / "w"), "--output", str(table)]) == 0
+    found = json.loads(table.read_text())
+    assert found["about"]["subjects"][1]["first_seed"] == str(FIRST_SEED)
+    for figures in found["rows"]["cfg"]["difference"].values():
+        figures.update(low=-1e6, high=1e6)
+    for row in ("kvlock", "cfg"):
+        for figures in found["rows"][row].values():
+            if isinstance(figures, dict) and "low" in figures:
+                figures.update(low=-1e6, high=1e6)
+    table.write_text(json.dumps(found))
+    again = [*options, "--check", "--against", str(table), "--work", str(tmp_path / "c")]
+    again += ["--output", str(tmp_path / "c.json")]
+    assert quality.main(again) == 0
+    assert json.loads((tmp_path / "c.json").read_text())["about"]["subjects"][1]["first_seed"] == str(CHECK_SEED)
+    found["rows"]["cfg"]["psnr"].update(low=90.0, high=91.0)
+    table.write_text(json.dumps(found))
+    capsys.readouterr()
+    assert quality.main(again) == 1
+    assert "0 edits to make" in (said := capsys.readouterr().out) and said.count("**apart**") == 1
+    for wrong, sentence in ((["--against", str(tmp_path / "no")], "is not a table"), (["--clips", "d"], "leave out")):
+        assert quality.main([*again, *wrong]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_a_killed_run_goes_on_to_the_same_table(tmp_path):
@@ -329,6 +541,7 @@ def test_sweeps(tmp_path, capsys):
         (["--cases", "0"], "--cases must be at least 1, got 0"),
         (["--model", "M"], "--model 'M' needs --clips"),
         (["--clips", "nowhere"], "--clips 'nowhere' has no clips.json"),
+        (["--lpips", "nowhere"], "--lpips 'nowhere' is not a file"),
     ],
 )
 def test_bad_arguments(arguments, said, capsys, tmp_path):
