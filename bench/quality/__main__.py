@@ -2,6 +2,7 @@
 
     python -m bench.quality                             # 100 edits a row, every row; resumes where it was stopped
     python -m bench.quality --cases 8 --rows kvlock,cfg # a part of it
+    python -m bench.quality --cases 40 --rows ceiling,factors,factors/model --output F.json     # one factor at a time
     python -m bench.quality --quick                     # two steps of two cases: does everything run?
     python -m bench.quality --check                     # two rows on edits that were kept back: does the table hold?
     python -m bench.quality --model M --clips DIR       # a real model on real clips (bench/quality/subject.py)
@@ -29,7 +30,7 @@ from bench.quality import check, targets
 from bench.quality.cases import CHECK_SEED, FIRST_SEED
 from bench.quality.perceptual import PACKAGE, installed_weights
 from bench.quality.plot import plot_table
-from bench.quality.rows import CEILING, check_rows, default_rows, lock_of
+from bench.quality.rows import CEILING, asked_rows, check_rows, default_rows, lock_of
 from bench.quality.run import Plan, gathered, run
 from bench.quality.subject import read_clips
 from bench.quality.summary import REFERENCE, by_captions, markdown, summarise
@@ -147,7 +148,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _check(given)
         usual = CHECKED if given.check else default_rows()
-        rows = usual if given.rows is None else tuple(name.strip() for name in given.rows.split(","))
+        rows = usual if given.rows is None else asked_rows(given.rows)
         check_rows(rows)
         plan, numbers = make_plan(given, rows)
         if plan.lpips is None:

@@ -24,6 +24,19 @@ LATENTS = {"source": "model", "model": "source"}
 BOTH = ("paper", "kvlock", "variance-kv", "fixed-alpha", "cfg", "cfg-zero-star", "proedit", "flowedit", "tokenflow",
         "fatezero", "vace")  # fmt: skip
 """Presets that have a second row, with the other background latents."""
+FACTORS: dict[str, dict[str, Any]] = {
+    "fixed-alpha": {"alpha": 1.0},
+    "constant-omega": {"omega": "constant"},
+    "constant": {"alpha": 1.0, "omega": "constant"},
+    "intervals": {
+        "alpha": 1.0, "omega": "constant", "lock_interval": (0.0, 0.55), "guidance_interval": (0.0, 0.55)
+    },
+    "no-lock": {"alpha": 0.0},
+    "no-s-star": {"s_star": False},
+    "free": {"edit_path": "free"},
+    "at-once": {"min_predictions": 2},
+}  # fmt: skip
+"""One factor of `kvlock` at a time, by name: the row "kvlock+NAME" has these values, and "factors" is all such rows."""
 
 
 CLIP = "clip"
@@ -49,20 +62,41 @@ def default_rows() -> tuple[str, ...]:
     return (*rows, *(f"{row}/{CLIP}" for row in BY_CLIP if row in rows))
 
 
+def factor_rows(latents: str = "") -> tuple[str, ...]:
+    """The rows of one factor at a time, `kvlock` itself first; latents: "/model" or "/source", or as the preset."""
+    return f"kvlock{latents}", *(f"kvlock+{name}{latents}" for name in FACTORS)
+
+
+def asked_rows(text: str) -> tuple[str, ...]:
+    """Row names from a text with commas between; "factors", "factors/model" and "factors/source" are several."""
+    rows: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        some, _, latents = name.partition("/")
+        rows += factor_rows(f"/{latents}" if latents else "") if some == "factors" else (name,)
+    return tuple(dict.fromkeys(rows))
+
+
 def check_rows(rows: tuple[str, ...]) -> None:
     """Raises ValueError naming a row that there is not."""
     for row in rows:
-        preset, _, latents = base_of(row).partition("/")
-        if row != CEILING and (preset not in PRESETS or latents not in ("", "model", "source")):
-            known = ", ".join((CEILING, *PRESETS))
-            raise ValueError(f"--rows names {row!r}: one of {known}, or one with /model or /source, then /clip")
+        named, _, latents = base_of(row).partition("/")
+        preset, plus, factor = named.partition("+")
+        there = preset in PRESETS and latents in ("", "model", "source") and (not plus or factor in FACTORS)
+        if row != CEILING and not there:
+            known, factors = ", ".join((CEILING, *PRESETS)), ", ".join(f"+{name}" for name in FACTORS)
+            raise ValueError(
+                f"--rows names {row!r}: one of {known}, or one with {factors}, with /model or /source, then /clip; or "
+                "factors"
+            )
         if base_of(row) not in rows:
             raise ValueError(f"--rows names {row!r} without {base_of(row)!r}, which it is compared with")
 
 
 def lock_of(row: str, **changes: Any) -> LockConfig:
     """The lock of a row."""
-    preset, _, latents = base_of(row).partition("/")
+    named, _, latents = base_of(row).partition("/")
+    preset, _, factor = named.partition("+")
+    changes = {**FACTORS.get(factor, {}), **changes}
     if latents:
         changes = {"background_latents": latents, **changes}
     return LockConfig.preset(preset, **changes)

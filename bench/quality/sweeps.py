@@ -31,6 +31,8 @@ BASES = ("paper", "kvlock", "free-path")
 SWEEPS: dict[str, tuple[Any, ...]] = {
     "tau": (0.01, 0.1, 0.3, 1.0, 3.0, 10.0, "auto"),
     "kappa": (0, 5, 10, 20),
+    "min_predictions": (2, 3, 5, 10),
+    "reduction": ("elements", "mean"),
     "variance_window": (2, 5, 10, 20),
     "b": (0.5, 1.0, 2.0, 3.0),
     "warmup_alpha": (0.0, 0.5, 1.0),
@@ -38,6 +40,8 @@ SWEEPS: dict[str, tuple[Any, ...]] = {
     "omega_floor": (0.0, 1.0, 2.0, 3.0),
     "background_latents": ("model", "source"),
     "source_path": ("renoise", "invert"),
+    "lock_interval": ((0.0, 0.25), (0.0, 0.55), (0.0, 1.0)),
+    "guidance_interval": ((0.0, 0.25), (0.0, 0.55), (0.0, 1.0)),
     "source_noise": (1, 2, 3, 4, "fresh"),
     "skip_steps": (0, 1, 2, 3, 4),
 }
@@ -127,7 +131,7 @@ def plot(sweeps: dict[str, dict[str, list]], path: Path) -> None:
                 dots = "o" if all(isinstance(value, str) for value in values) else "o-"
                 panel.errorbar(places, means, yerr=errors, fmt=dots, ms=4, lw=1, capsize=2, color=colour, label=base)
                 panel.grid(alpha=0.3)
-                panel.set_xticks(range(len(values)), values, rotation=45)
+                panel.set_xticks(range(len(values)), map(str, values), rotation=45)
         axes[0, column].set_title(
             {"variance_window": "W", "warmup_alpha": "alpha of the warm-up"}.get(parameter, parameter)
         )
@@ -140,8 +144,8 @@ def plot(sweeps: dict[str, dict[str, list]], path: Path) -> None:
 
 
 def _order(value: Any) -> tuple[bool, Any]:
-    """Words come after numbers."""
-    return isinstance(value, str), value
+    """Words come after numbers, and what is not set last."""
+    return isinstance(value, str) or value is None, "" if value is None else value
 
 
 def main(arguments: list[str] | None = None) -> int:

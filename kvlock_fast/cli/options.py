@@ -173,9 +173,7 @@ def parse_interval(text: str, option: str) -> tuple[float, float]:
     try:
         return float(start), float(stop)
     except ValueError:
-        raise InputError(
-            f"{option} must be START-STOP, two shares of the steps like 0-0.55, got '{_short(text)}'"
-        ) from None
+        raise InputError(f"{option} must be two shares of the steps like 0-0.55, got '{_short(text)}'") from None
 
 
 def parse_layers(text: str) -> tuple[int, ...]:

@@ -30,10 +30,20 @@ from bench.quality.measures import (
     own_error,
     path_of_mask,
 )
-from bench.quality.rows import CEILING, base_of, check_rows, default_rows, lock_of
+from bench.quality.rows import (
+    CEILING,
+    FACTORS,
+    asked_rows,
+    base_of,
+    check_rows,
+    default_rows,
+    factor_rows,
+    lock_of,
+)
 from bench.quality.run import CaseFile
 from bench.quality.subject import read_clips
 from bench.quality.summary import REFERENCE, bootstrapped, by_captions, markdown, summarise
+from kvlock_fast.config import LockConfig
 from kvlock_fast.demo.world import grow
 from kvlock_fast.errors import InputError
 from kvlock_fast.media import write_video
@@ -353,6 +363,12 @@ def test_rows_are_all_that_the_table_needs():
     for row in ("paper", "kvlock", "variance-kv", "omega-only", "s-star-only", "fixed-alpha", "global-detection", "cfg",
                 "cfg-zero-star", "kv-edit", "proedit", "flowedit", "tokenflow", "fatezero", "vace"):  # fmt: skip
         assert row in rows
+    factors = asked_rows("ceiling, factors,kvlock,factors/model")
+    check_rows(factors)
+    assert len(factors) == len(set(factors)) == 3 + 2 * len(FACTORS)
+    assert lock_of("kvlock+no-lock/model") == LockConfig(alpha=0.0, background_latents="model")
+    assert lock_of("kvlock+intervals").guidance_interval == (0.0, 0.55)
+    assert all(lock_of(row) != LockConfig() for row in factor_rows()[1:])
     assert lock_of("paper/source").background_latents == "source" and lock_of("kvlock/model").kappa == 20
 
 
@@ -543,6 +559,7 @@ def test_sweeps(tmp_path, capsys):
     [
         (["--rows", "kvlok"], "--rows names 'kvlok'"),
         (["--rows", "cfg/moon"], "--rows names 'cfg/moon'"),
+        (["--rows", "kvlock+moon"], "--rows names 'kvlock+moon'"),
         (["--cases", "0"], "--cases must be at least 1, got 0"),
         (["--model", "M"], "--model 'M' needs --clips"),
         (["--clips", "nowhere"], "--clips 'nowhere' has no clips.json"),

@@ -123,6 +123,11 @@ def test_an_option_with_a_typo_is_refused_with_the_right_one(capsys, monkeypatch
         (["batch", "m.jsonl", "--output", "o", "--kappa", "-1"], "--kappa: must be a whole number of at least 0"),
         (["batch", "m.jsonl", "--output", "o", "--cache-tier", "attic"], "--cache-tier: "),
         (["plan", "--model", "demo", "--cache-steps", "some"], "cache-steps must be all or dynamic"),
+        (
+            ["plan", "--model", "demo", "--lock-interval", "half"],
+            "--lock-interval must be two shares of the steps",
+        ),
+        (["plan", "--model", "demo", "--guidance-interval", "0.9-0.1"], "guidance_interval must be two shares"),
         (["invert", *EDIT_COMMAND[1:5], "--source-prompt", "a", "--output", "o", "--store", "some"], "'some'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
@@ -139,10 +144,11 @@ def test_options_of_batch_are_defaults_of_jobs(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(command, "run", lambda asked: seen.append(asked) or 0)
     typed = "--tau auto --layers 0-2 --size 32x48 --no-audio --mask-grow=-3 --cache-tier host --steps 4 --graph auto"
+    typed += " --lock-interval 0-0.55"
     assert main(["batch", "m.jsonl", "--output", str(tmp_path), *typed.split()]) == 0
     assert seen[0].flags == {
         "tau": "auto", "layers": [0, 1, 2], "size": "32x48", "audio": False, "mask_grow": -3, "cache_tier": "host",
-        "steps": 4,
+        "steps": 4, "lock_interval": [0.0, 0.55],
     }  # fmt: skip
     assert seen[0].speed.graph == "auto" and seen[0].device == "auto" and seen[0].edits_per_pass == 8
 

@@ -50,6 +50,10 @@ def test_old_arguments_in_python():
         LockConfig(window=3)
     with pytest.raises(ValueError, match="lock parameter 'window' is called 'variance_window' now"):
         LockConfig.preset("paper", window=3)
+    with pytest.raises(TypeError, match="lock_share is called lock_interval now"):
+        LockConfig(lock_share=0.5)
+    with pytest.raises(ValueError, match="lock parameter 'lock_share' is called 'lock_interval' now"):
+        LockConfig.preset("proedit", lock_share=0.5)
     with pytest.raises(TypeError, match="window is called variance_window now"):
         kvf.ops.Schedule(window=3)
     with pytest.raises(ValueError, match="steps 'window' is called 'dynamic' now"):

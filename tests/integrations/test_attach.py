@@ -399,7 +399,8 @@ def pixel_mask():
     return mask
 
 
-PRESETS = ["kvlock", "paper", "fixed-alpha", "cfg-zero-star", "omega-only"]
+PRESETS = ["kvlock", "paper", "fixed-alpha", "cfg-zero-star", "omega-only", "intervals"]
+INTERVALS = {"lock_interval": (0.0, 0.7), "guidance_interval": (0.2, 0.9)}
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -408,6 +409,8 @@ def test_a_loop_of_ones_own_is_the_pipelines_edit(preset):
     """With the schedule by `observe` and `guide`: the same latents as KVLockPipeline's."""
     steps, scale = 6, 4.0
     fields = dict(kappa=4, variance_window=3, guidance_batching="separate")
+    if preset == "intervals":
+        preset, fields = "kvlock", {**fields, **INTERVALS}
     lock = kvf.LockConfig.preset(preset, **fields).in_own_loop()
     pipe = tiny_wan(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
     video = torch.randint(0, 256, (9, 32, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)

@@ -705,6 +705,17 @@ def test_lock_parameters_decide_what_is_stored(capsys):
     assert stored("--cache-steps", "dynamic", "--kappa", 12) == (50, 12)
     assert stored("--step-stride", 3) == (50, 17)
     assert stored("--alpha", 0.5, "--kappa", 20, "--warmup-alpha", 0) == (50, 50)
+    assert stored("--lock-interval", "0.1-0.55") == (23, 23)  # steps 5 to 27
+
+
+def test_steps_without_guidance_run_one_branch_less(capsys):
+    whole, part = (
+        json.loads(run(capsys, *EXAMPLE, *more, "--json", "-")[1]) for more in ([], ["--guidance-interval", "0-0.4"])
+    )
+    assert (whole["steps_guided"], part["steps_guided"]) == (50, 20)
+    for before, after in zip(whole["tiers"], part["tiers"], strict=True):
+        assert before["seconds"] - after["seconds"] == pytest.approx(30 * whole["forward_seconds"])
+    assert "guided (two branches) in 20 of 50 steps" in run(capsys, *EXAMPLE, "--guidance-interval", "0-0.4")[1]
 
 
 def test_what_is_asked_for_reaches_the_plan(capsys):
