@@ -21,7 +21,6 @@ from kvlock_fast.errors import InputError
 from kvlock_fast.loop.windows import Windows
 from kvlock_fast.media import MaskShape
 from tests.support.batch_parts import job, write_clips, write_manifest
-from tests.support.locks import paper
 
 
 @pytest.fixture(scope="module")
@@ -245,7 +244,7 @@ def test_a_fault_of_a_list_of_prompts_is_said_once(clips, capsys):
 def test_lock_parameters_arrive_and_presets_stay(clips):
     line = job(0, preset="paper", kappa=7, layers=[2, 0], alpha=0.25)
     setup = read_manifest(write_manifest(clips, [line]), clips / "out", {}).jobs[0].setup
-    assert setup.lock == paper(kappa=7, layers=(0, 2), alpha=0.25)
+    assert setup.lock == LockConfig.preset("paper", kappa=7, layers=(0, 2), alpha=0.25)
     assert read_manifest(write_manifest(clips, [job(0)]), clips / "out", {}).jobs[0].setup.lock == LockConfig.preset(
         "kvlock"
     )
