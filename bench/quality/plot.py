@@ -12,6 +12,7 @@ from bench.quality.summary import REFERENCE, TITLES
 from kvlock_fast.files import atomic_path
 
 Found = dict[str, dict[str, Any]]
+SEAMS = {"seam": "raw: error of the ring around the mask", "delivered_seam": "delivered: step across the mask's edge"}
 COLOURS = {CEILING: "tab:green", REFERENCE: "tab:red"}
 
 
@@ -82,13 +83,13 @@ def _seams(axes: Any, found: Found) -> None:
         if drawn:
             means, low, high = (np.array([f[name] for _, f in drawn]) for name in ("mean", "low", "high"))
             axes.errorbar(means, [p + shift for p, _ in drawn], xerr=[means - low, high - means], fmt="o", ms=4,
-                          color=colour, label={"seam": "raw", "delivered_seam": "delivered"}[column])  # fmt: skip
+                          color=colour, label=SEAMS[column])  # fmt: skip
     axes.set_yticks(np.arange(len(rows)), rows, fontsize=8)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3, axis="x")
-    axes.set_title("Seam error, 0 to 255")
+    axes.set_title("Seams, root mean square, 0 to 255")
 
 
 def _kinds(axes: Any, found: Found) -> None:
@@ -106,7 +107,8 @@ def _kinds(axes: Any, found: Found) -> None:
     axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
     for i, j in np.ndindex(shares.shape):
         if np.isfinite(shares[i, j]):
-            axes.text(j, i, f"{100 * shares[i, j]:.0f}", ha="center", va="center", size=8)
+            colour = "black" if 0.15 < shares[i, j] < 0.85 else "white"
+            axes.text(j, i, f"{100 * shares[i, j]:.0f}", ha="center", va="center", size=8, color=colour)
     names = [*groups, "second object,\nthe clip's captions"]
     axes.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
     axes.set_yticks(range(len(rows)), rows, fontsize=8)

@@ -24,7 +24,7 @@ TITLES = {
     "success": "edit is right", "one_object": "right: one object", "second_object": "right: beside a second object",
     "second_whole": "the same, by captions of the whole clip", "whole_frame": "whole frame PSNR, dB", "lpips": "LPIPS",
     "consistency": "consistency", "psnr": "background PSNR, dB", "delivered_psnr": "delivered PSNR, dB",
-    "own_error": "own error, 1e-4", "ssim": "SSIM", "seam": "seam error", "delivered_seam": "delivered seam error",
+    "own_error": "own error, 1e-4", "ssim": "SSIM", "seam": "seam error", "delivered_seam": "delivered seam step",
     "flicker": "flicker", "seconds": "seconds", "peak_bytes": "peak memory, GB",
 }  # fmt: skip
 TABLES = {
