@@ -15,7 +15,7 @@ FORMATS = ("native", "bf16", "fp8_e4m3", "int8", "int4")
 _lock, _speed, _memory = (partial(parameter, panel=panel) for panel in (LOCK, SPEED, MEMORY))
 
 
-@renamed(window="variance_window", lock_share="lock_interval")
+@renamed(window="variance_window", **REPLACED)
 @documented
 @dataclass(frozen=True)
 class LockConfig(NeighbourOptions):
@@ -75,8 +75,10 @@ class LockConfig(NeighbourOptions):
         "Noises of the source's path, taken in turn; fresh draws one for each step",
         unset="3 for a coupled, renoised edit; else 1",
     )
-    inversion_solver: str = _lock("euler", "euler|heun", "Solver of the inverted ODE")
-    zero_init_steps: int = _lock(0, ">=0", "First steps whose prediction is taken as 0 (CFG-Zero*)")
+    inversion_solver: str = _lock("euler", "euler|heun|midpoint|uni-inv", "Solver of the inverted ODE")
+    zero_init_share: float = _lock(
+        0.0, "0..1", "Share of the steps, the first ones, whose prediction is taken as 0 (CFG-Zero*)"
+    )
     guidance_batching: str = _speed(
         "auto", "auto|separate|batched", "Run the branches of guidance apart or as one batch"
     )
@@ -164,6 +166,11 @@ class LockConfig(NeighbourOptions):
                 f"foreground_mix {self.foreground_mix} does not go with compute 'foreground': its tokens see their own "
                 "keys and values"
             )
+        if self.background_bias and (self.compute != "foreground" or self.alpha != 1):
+            raise ValueError(
+                f"background_bias {self.background_bias} needs compute 'foreground' and alpha 1, where every step "
+                "attends to the source's background alone"
+            )
         inverts = self.source_path == "invert" or self.method == "flowedit"
         if self.source_guidance is not None and not inverts:
             raise ValueError(
@@ -202,7 +209,7 @@ class LockConfig(NeighbourOptions):
     @property
     def stock_guidance(self) -> bool:
         """Whether guidance is plain classifier-free guidance at a constant scale."""
-        return self.omega == "constant" and not self.s_star and self.zero_init_steps == 0
+        return self.omega == "constant" and not self.s_star and self.zero_init_share == 0
 
     @property
     def stock(self) -> bool:

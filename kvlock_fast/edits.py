@@ -16,7 +16,7 @@ from kvlock_fast.errors import OutputError, warn
 from kvlock_fast.files import user_cache_folder
 from kvlock_fast.loop.denoise import denoise
 from kvlock_fast.loop.forwards import Part, Predictor
-from kvlock_fast.loop.schedule import asks_source, can_lock
+from kvlock_fast.loop.schedule import asks_source, can_lock, zeroed_steps
 from kvlock_fast.loop.source import SourcePath, StoredSource
 from kvlock_fast.loop.stored_source import Source, SourceMaker, read_saved
 from kvlock_fast.loop.task import Task
@@ -106,7 +106,7 @@ def _warn_of_source_runs(scene: Scene, stored: StoredSource | None) -> None:
         return
     lock, steps = scene.lock, scene.solver.num_steps
     compares = asks_source(lock)
-    asked = [(k, can_lock(lock, steps, k)) for k in range(lock.zero_init_steps, steps)]
+    asked = [(k, can_lock(lock, steps, k)) for k in range(zeroed_steps(lock, steps), steps)]
     missing = sum((locks or compares) and not stored.covers(k, locks, compares) for k, locks in asked)
     if missing:
         message = f"cache '{scene.saved.folder}' lacks {missing} of {steps} steps: the source is run along in them"

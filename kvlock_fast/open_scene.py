@@ -15,6 +15,7 @@ from kvlock_fast.locking.arch import select_layers
 from kvlock_fast.loop.graph import CapturedLoops, why_not_captured
 from kvlock_fast.loop.inputs import fit_to_model
 from kvlock_fast.loop.parallel import CAPTURED, check_tokens, check_transformers
+from kvlock_fast.loop.schedule import skipped_steps
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.trace import Recorder
 from kvlock_fast.loop.windows import Windows, asked_for
@@ -68,7 +69,7 @@ def open_scene(
     """
     lock, cache, geometry = wanted.lock, wanted.cache, model.geometry
     shard = check_transformers(model, lock, cache, (wanted.latents, wanted.generator))
-    _check_foreground(model, lock)
+    lock = _fit_foreground(model, lock)
     windows = _windows(model, wanted)
     saved = None if cache.path is None else SavedSource.open(cache.path)
     try:
@@ -96,7 +97,7 @@ def open_scene(
         if lock.compute == "foreground" and mask.tokens.all():
             warn("mask covers every token: compute 'foreground' has nothing to leave out, computing in full")
             # A halo goes with the source's latents only, which compute 'foreground' kept until here.
-            lock = replace(lock, compute="full", background_latents="source")
+            lock = replace(lock, compute="full", background_latents="source", background_bias=0.0)
         scene = Scene(
             model, lock, solver, frames, count, mask, wanted.source_prompt, saved, windows, loops, pixels=pixels,
             guidance_scale=wanted.guidance_scale, processors=wanted.processors, shared=shard is not None,
@@ -121,16 +122,24 @@ def staged(recorder: Recorder, progress: Progress, name: str) -> Iterator[None]:
         progress(name, 1, 1)
 
 
-def _check_foreground(model: PipelineModel, lock: LockConfig) -> None:
+def _fit_foreground(model: PipelineModel, lock: LockConfig) -> LockConfig:
+    """The lock, which computes every token where the family cannot compute the foreground's alone.
+
+    Nothing that the foreground sees depends on the background's hidden states, so the edit is the same.
+    """
     if lock.compute != "foreground":
-        return
+        return lock
     for transformer in model.transformers:
         count = len(model.arch.attentions(transformer))
         if len(select_layers(count, lock.layers)) < count:
             left_out = f"layers {list(lock.layers or ())} leaves out some of {count}"
             raise InputError(f"compute 'foreground' needs every layer locked: {left_out}")
-    if not isinstance(model, ForegroundModel):
-        raise InputError(f"compute 'foreground' is not there for the family {model.arch.family}")
+    if isinstance(model, ForegroundModel):
+        return lock
+    left = f", without background_bias {lock.background_bias}" if lock.background_bias else ""
+    warn(f"the family {model.arch.family} cannot compute the foreground alone: every token is computed{left}")
+    region = lock.projection_region
+    return replace(lock, compute="full", background_latents="source", s_star_region=region, background_bias=0.0)
 
 
 def _windows(model: PipelineModel, wanted: Wanted) -> Windows | None:
@@ -158,7 +167,7 @@ def _solver(model: PipelineModel, wanted: Wanted, at_once: int, size: Sequence[i
     scheduler, steps, (height, width) = model.pipe.scheduler, wanted.num_inference_steps, size
     check_scheduler(scheduler, model.arch.flow, model.shifts_by_size)
     settings = model.timesteps_settings(steps, at_once, height, width)
-    return Solver(scheduler, steps, model.device, settings, wanted.lock.skip_steps)
+    return Solver(scheduler, steps, model.device, settings, skipped_steps(wanted.lock, steps))
 
 
 def _project(model: PipelineModel, pixels: Tensor) -> ProjectedMask:

@@ -135,6 +135,7 @@ class Parameter:
             return f"{low} or {high}" if low == high - 1 else f"a whole number from {low} to {high}"
         bound = f"at least {low}" if self.above is None else f"greater than {least}"
         bound = bound if high is None else f"between {least} and {high}"
+        bound = bound if self.below is None else f"{bound} and less than {self.below}"
         return f"{bound} or {self.words[0]!r}" if self.words else bound
 
 

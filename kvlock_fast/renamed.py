@@ -6,12 +6,19 @@ from typing import Any, TypeVar
 
 from kvlock_fast.errors import InputError
 
-OPTIONS = {"--window": "--clip-frames", "--overlap": "--clip-overlap", "--lock-share": "--lock-interval"}
-"""Options of `kvlock-fast edit`."""
 FIELDS = {"window": "variance_window", "clip_window": "clip_frames"}
 """Fields of a manifest's line, from version 0.1."""
-REPLACED = {"lock_share": "lock_interval"}
-"""Lock parameters whose values have another form now: a share x is the interval (0, x)."""
+REPLACED = {
+    "lock_share": "lock_interval",
+    "skip_steps": "skip_share",
+    "zero_init_steps": "zero_init_share",
+    "free_steps": "free_share",
+}
+"""Lock parameters whose values have another form now: a share x is the interval (0, x), n of T steps are n / T."""
+OPTIONS = {"--window": "--clip-frames", "--overlap": "--clip-overlap"} | {
+    f"--{old}".replace("_", "-"): f"--{new}".replace("_", "-") for old, new in REPLACED.items()
+}
+"""Options of `kvlock-fast edit`."""
 CACHE_STEPS = {"window": "dynamic"}
 """Values of cache_steps, `CacheConfig.steps`."""
 

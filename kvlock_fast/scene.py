@@ -18,7 +18,7 @@ from kvlock_fast.locking.arch import select_layers
 from kvlock_fast.loop.forwards import Predictor
 from kvlock_fast.loop.graph import CapturedLoops
 from kvlock_fast.loop.solver import Solver
-from kvlock_fast.loop.source import SourcePath, invert, renoise, shift_latents
+from kvlock_fast.loop.source import Prediction, SourcePath, invert, renoise, shift_latents
 from kvlock_fast.loop.stored_source import Source, SourceMaker, check_saved, saved_path, source_facts
 from kvlock_fast.loop.trace import Recorder
 from kvlock_fast.loop.windows import Stretch, Windows, blend, stretches
@@ -206,20 +206,22 @@ class Scene:
             return maker.write(writer, self.facts(self.placed[1]), **notes)
 
 
-def _own_prediction(predict: Predictor, text: Conditioning, parts: list[Stretch], latents: Tensor, k: int) -> Tensor:
-    """The source's own prediction [1, ...] at x_k, nothing locked."""
+def _own_prediction(predict: Predictor, text: Conditioning, parts: list[Stretch], latents: Tensor, k: float) -> Tensor:
+    """The source's own prediction [1, ...] at x_k, nothing locked; k + 0.5 is halfway to x_{k+1}."""
     with span("forward source"):
-        said = [predict(k, part.of(latents), text) for part in parts]
+        step = int(k)
+        time = None if step == k else predict.midway(step)
+        said = [predict(step, part.of(latents), text, timestep=time) for part in parts]
     return said[0] if len(parts) == 1 else blend(said, parts)
 
 
 def _guided_prediction(
-    cond: Callable[[Tensor, int], Tensor],
-    uncond: Callable[[Tensor, int], Tensor],
+    cond: Prediction,
+    uncond: Prediction,
     combine: Callable[[Tensor, Tensor, float], Tensor],
     scale: float,
     latents: Tensor,
-    k: int,
+    k: float,
 ) -> Tensor:
     """Guide the source by its own two predictions, as the family's pipeline guides."""
     return combine(cond(latents, k), uncond(latents, k), scale)

@@ -17,12 +17,14 @@ from kvlock_fast.config import PRESETS, CacheConfig, LockConfig
 
 CEILING = "ceiling"
 """The true answer through the autoencoder and back: what no edit can be better than."""
-OURS = ("paper", "kvlock", "free-path", "variance-kv", "omega-only", "s-star-only", "fixed-alpha", "global-detection")
-OTHERS = ("cfg", "cfg-zero-star", "kv-edit", "proedit", "flowedit", "tokenflow", "fatezero", "vace")
+OURS = ("paper", "kvlock", "free-path", "variance-kv", "omega-only", "s-star-only", "s-star-omega", "fixed-alpha",
+        "global-detection")  # fmt: skip
+OTHERS = ("cfg", "cfg-zero-star", "apg", "kv-edit", "kv-edit-inversion-free", "proedit", "flowedit", "uniedit-flow",
+          "rf-solver", "tokenflow", "fatezero", "vace")  # fmt: skip
 LATENTS = {"source": "model", "model": "source"}
 """By a preset's own background latents, the others. KV-Edit always takes the source's."""
-BOTH = ("paper", "kvlock", "variance-kv", "fixed-alpha", "cfg", "cfg-zero-star", "proedit", "flowedit", "tokenflow",
-        "fatezero", "vace")  # fmt: skip
+BOTH = ("paper", "kvlock", "variance-kv", "fixed-alpha", "cfg", "cfg-zero-star", "apg", "proedit", "flowedit",
+        "uniedit-flow", "rf-solver", "tokenflow", "fatezero", "vace")  # fmt: skip
 """Presets that have a second row, with the other background latents."""
 FACTORS: dict[str, dict[str, Any]] = {
     "fixed-alpha": {"alpha": 1.0},

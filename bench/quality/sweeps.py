@@ -43,7 +43,7 @@ SWEEPS: dict[str, tuple[Any, ...]] = {
     "lock_interval": ((0.0, 0.25), (0.0, 0.55), (0.0, 1.0)),
     "guidance_interval": ((0.0, 0.25), (0.0, 0.55), (0.0, 1.0)),
     "source_noise": (1, 2, 3, 4, "fresh"),
-    "skip_steps": (0, 1, 2, 3, 4),
+    "skip_share": (0.0, 0.05, 0.1, 0.15, 0.2),
 }
 """By the lock's own names; variance_window is W, warmup_alpha is alpha of the warm-up."""
 Point = tuple[str, str, Any]

@@ -87,7 +87,7 @@ class Ledger(AbstractContextManager["Ledger"]):
 
     def _check_version(self) -> None:
         version = self.db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, 1, 2, _VERSION):
+        if version not in range(_VERSION + 1):
             raise InputError(f"the ledger '{self.path}' is of version {version}, and this program reads {_VERSION}")
         if version in (1, 2):
             self._rename_fields()
@@ -99,7 +99,7 @@ class Ledger(AbstractContextManager["Ledger"]):
             for row in db.execute("SELECT id, spec FROM jobs").fetchall():
                 try:
                     spec = migrate_spec(row["spec"])
-                except (ValueError, TypeError, AttributeError) as error:
+                except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
                     raise InputError(f"the ledger '{self.path}' is damaged: job {row['id']!r}: {error}") from error
                 db.execute("UPDATE jobs SET spec = ? WHERE id = ?", (spec, row["id"]))
             db.execute(f"PRAGMA user_version = {_VERSION}")

@@ -14,7 +14,7 @@ from typing import Any
 from kvlock_fast.batch.fields import no_constant, no_doubles
 from kvlock_fast.errors import InputError
 from kvlock_fast.files import refuse_special, write_bytes
-from kvlock_fast.renamed import CACHE_STEPS, FIELDS
+from kvlock_fast.renamed import CACHE_STEPS, FIELDS, REPLACED
 from kvlock_fast.settings import PASTE
 
 BOM = b"\xef\xbb\xbf"
@@ -61,6 +61,8 @@ def migrate_fields(values: dict[str, Any]) -> dict[str, Any]:
     for old, new in FIELDS.items():
         if old in values and new in values:
             raise InputError(f"{old} and {new} are both given, and {old} is called {new} now")
+    for old in REPLACED.keys() & values.keys():
+        raise InputError(f"{old} is called {REPLACED[old]} now, and takes another value: change it by hand")
     renamed = {FIELDS.get(name, name): value for name, value in values.items()}
     steps = renamed.get("cache_steps")
     if isinstance(steps, str) and steps in CACHE_STEPS:
@@ -69,7 +71,7 @@ def migrate_fields(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def migrate_spec(spec: str) -> str:
-    """A job as a ledger of version 1 or 2 has it, under today's names.
+    """A job as a ledger of version 1 or 2 has it, under today's names. Values take their new form.
 
     A raw result has no paste, so it is still what its line asks for. A composite of that time is not: it lacks a
     paste, and its feather was wider and outside the mask.
@@ -78,6 +80,7 @@ def migrate_spec(spec: str) -> str:
     cache = data.get("cache", {})
     cache = {**cache, "steps": CACHE_STEPS.get(cache["steps"], cache["steps"])} if "steps" in cache else cache
     lock = {FIELDS.get(name, name): value for name, value in data.get("lock", {}).items()}
+    lock = dict(_replaced(name, value, data) if name in REPLACED else (name, value) for name, value in lock.items())
     nested = {name: value for name, value in (("lock", lock), ("cache", cache)) if name in data}
     return json.dumps({FIELDS.get(name, name): value for name, value in {**data, **nested}.items()})
 
@@ -90,6 +93,11 @@ def _without_old_feather(data: dict[str, Any]) -> dict[str, Any]:
     items = list(data.items())
     place = 1 + list(data).index("feather") if "feather" in data else len(items)
     return dict([*items[:place], ("paste", PASTE), *items[place:]])
+
+
+def _replaced(name: str, value: float, job: dict[str, Any]) -> tuple[str, float | list[float]]:
+    """A parameter of the lock by its new name, and its value in the form of today."""
+    return REPLACED[name], [0.0, value] if name == "lock_share" else value / job["steps"]
 
 
 def _json_lines(text: str, name: str) -> tuple[str, int]:

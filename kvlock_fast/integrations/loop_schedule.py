@@ -8,7 +8,7 @@ from torch import Tensor
 from kvlock_fast.config import LockConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.epilogue_reference import cfg_projection_reference
-from kvlock_fast.loop.schedule import Controller, compares_with_source, in_interval
+from kvlock_fast.loop.schedule import Controller, compares_with_source, in_interval, zeroed_steps
 from kvlock_fast.masks import ProjectedMask
 from kvlock_fast.ops import guided_prediction
 from kvlock_fast.parameters import is_whole
@@ -78,7 +78,7 @@ class LoopSchedule:
 
         Predictions [B, ...] as the model gives them, laid out as for `observe`. Without uncond, cond as it is.
         """
-        if self.step < self.lock.zero_init_steps:
+        if self._is_zeroed:
             return torch.zeros_like(cond)
         if uncond is None:
             return cond
@@ -103,7 +103,7 @@ class LoopSchedule:
             for _ in range(self._first):
                 self._controller.skip()
         self._check_step()
-        if self.step < self.lock.zero_init_steps:
+        if self._is_zeroed:
             self._controller.skip()
             self.step += 1
             return self._controller.no_variance
@@ -118,6 +118,15 @@ class LoopSchedule:
     def keep_background(self, latents: Tensor, source_latents: Tensor) -> Tensor:
         """The latents with the source's outside of the foreground; both laid out as for `observe`."""
         return torch.where(self._where(latents), latents, source_latents.to(latents.dtype))
+
+    @property
+    def _is_zeroed(self) -> bool:
+        """Whether this step's prediction is taken as 0."""
+        if self.num_steps is None:
+            if self.lock.zero_init_share:
+                raise InputError("num_steps must be given: zero_init_share is a share of the loop's steps")
+            return False
+        return self.step < zeroed_steps(self.lock, self.num_steps)
 
     def _known(self) -> Controller:
         if self._controller is not None:

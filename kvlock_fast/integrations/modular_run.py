@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvlock_fast.errors import InputError
 from kvlock_fast.integrations.attach import attach
-from kvlock_fast.loop.schedule import can_lock, compares_with_source
+from kvlock_fast.loop.schedule import can_lock, compares_with_source, zeroed_steps
 from kvlock_fast.loop.solver import clean_and_noise
 from kvlock_fast.models.schedulers import check_scheduler, noise_levels, prediction_of
 
@@ -50,8 +50,10 @@ class LockedRun:
     def forward_source(self, k: int, timestep: Tensor, dtype: torch.dtype, attention_kwargs: Any) -> None:
         """The source's forward of step k, where anything follows from it."""
         lock = self.kv.lock
-        self.locks = k >= lock.zero_init_steps and can_lock(lock, len(self.signal) - 1, k)
-        if not self.locks and (k < lock.zero_init_steps or not compares_with_source(lock)):
+        steps = len(self.signal) - 1
+        zeroed = k < zeroed_steps(lock, steps)
+        self.locks = not zeroed and can_lock(lock, steps, k)
+        if not self.locks and (zeroed or not compares_with_source(lock)):
             return
         with self.kv.source():
             self.prediction = self._transformer(timestep)(

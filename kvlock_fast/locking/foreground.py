@@ -86,11 +86,20 @@ def whole_forward(transformer: nn.Module) -> Iterator[None]:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, kept: tuple[Tensor | QuantizedKV, Tensor | QuantizedKV], view: View
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kept: tuple[Tensor | QuantizedKV, Tensor | QuantizedKV],
+    view: View,
+    bias: float = 0.0,
 ) -> Tensor:
     """Attention of q [B, N, H, D] to the foreground's k and v (of [B, N, H, D]) and to those kept of the background.
 
-    q and k are rotated; kept: K after its norm, not rotated, and V, [1, M, H, D].
+    Args:
+        q, k, v: queries and keys are rotated.
+        kept: K after its norm, not rotated, and V, [1, M, H, D].
+        view: which tokens are which.
+        bias: added to the logits of the background's keys.
     """
     background_k, background_v = (_unpacked(x, q, view.rows) for x in kept)
     if view.rope is not None:
@@ -98,10 +107,14 @@ def attend(
     rows = q.shape[0]
     k = torch.cat([k[:, : view.foreground], background_k.expand(rows, -1, -1, -1)], dim=1)
     v = torch.cat([v[:, : view.foreground], background_v.expand(rows, -1, -1, -1)], dim=1)
-    if q.device.type == "cuda":
+    if q.device.type == "cuda" and not bias:
         return attention(q, k, v)  # splits the keys, as the queries are few
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    added = None
+    if bias:
+        added = q.new_zeros(1, 1, 1, k.shape[2])
+        added[..., view.foreground :] = bias
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=added).transpose(1, 2)
 
 
 def _unpacked(x: Tensor | QuantizedKV, like: Tensor, rows: Tensor | None) -> Tensor:

@@ -43,7 +43,7 @@ def _attend_kept(q: Tensor, k: Tensor, v: Tensor, number: int) -> Tensor:
         raise RuntimeError("a forward of some tokens needs the view that they have of the others")
     kept = entry.state.references(entry.key[0], entry.token_dim, q.shape[2])
     with span("attend"):
-        return attend(q, k, v, kept, entry.state.view)
+        return attend(q, k, v, kept, entry.state.view, entry.state.bias)
 
 
 @torch.library.custom_op("kvlock_fast::attend_kept", mutates_args=())

@@ -44,7 +44,8 @@ class LockState:
         """background: indices [N] of the tokens to keep and blend in CAPTURE and STORED, None for all; text: as
         `ArchSpec.text`; format: how K and V are packed that have no place yet, None: they stay tensors.
 
-        columns: first column and number of columns of a module's output, where it holds more than K or V.
+        bias: added to the logits of the background's keys in FOREGROUND. columns: first column and number of columns of
+        a module's output, where it holds more than K or V.
         """
         self.mode = Mode.OFF
         self.thread: int | None = None
@@ -57,6 +58,7 @@ class LockState:
         self.background = background
         self.kept: KeptKV = {}
         self.view: View | None = None
+        self.bias = 0.0
         self.columns: dict[tuple[int, str], tuple[int, int]] = {}
         self.format = format
         self.heads: dict[int, int | None] = {}

@@ -27,6 +27,7 @@ from kvlock_fast.loop.schedule import (
     in_interval,
     predictions_to_wait_for,
     window_size,
+    zeroed_steps,
 )  # fmt: skip
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath
@@ -83,6 +84,7 @@ def schedule_of(lock: LockConfig, steps: int, tau: float | Tensor) -> Schedule:
         "dynamic_omega": lock.omega == "dynamic",
         "tau": tau,
         "min_predictions": predictions_to_wait_for(lock, steps),
+        "zero_init_steps": zeroed_steps(lock, steps),
         "first_dynamic_step": first_dynamic_step(lock, steps),
         "s_star_region": lock.projection_region,
     })  # fmt: skip
@@ -190,9 +192,9 @@ class Coupling:
     def __init__(self, lock: LockConfig, solver: Solver, path: Tensor, volume: Tensor):
         """path: [T + 1, 1, C, T, H, W]; volume: bool [1, T, H, W], any."""
         assert solver.table is not None
-        self.path, self.volume = path, torch.ones_like(volume)
+        self.path, self.volume, steps = path, torch.ones_like(volume), solver.num_steps
         self.schedule = Schedule(
-            variance_window=2, alpha=1.0, dynamic_omega=False, s_star=False, zero_init_steps=lock.zero_init_steps
+            variance_window=2, alpha=1.0, dynamic_omega=False, s_star=False, zero_init_steps=zeroed_steps(lock, steps)
         )
         self.state = new_step_state(path[0], solver.table, 1.0, self.schedule)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.config import LockConfig
-from kvlock_fast.loop.schedule import first_followed_step, in_interval
+from kvlock_fast.loop.schedule import first_followed_step, in_interval, zeroed_steps
 from kvlock_fast.masks import ProjectedMask, Region
 
 
@@ -55,7 +55,7 @@ def sparse_steps(lock: LockConfig, num_steps: int) -> tuple[int, int] | None:
     """How many steps compute the foreground alone: at least and at most; None where all are computed in full."""
     if lock.compute == "full":
         return None
-    known = [known_beforehand(lock, num_steps, k) for k in range(lock.zero_init_steps, num_steps)]
+    known = [known_beforehand(lock, num_steps, k) for k in range(zeroed_steps(lock, num_steps), num_steps)]
     return known.count(True), len(known) - known.count(False)
 
 

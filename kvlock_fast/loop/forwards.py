@@ -19,7 +19,7 @@ from kvlock_fast.locking.lock import KeptKV, Mode, TransformerLock, blend_weight
 from kvlock_fast.locking.parallel import shard_of
 from kvlock_fast.loop.foreground import edit_region
 from kvlock_fast.loop.ranges import layer_ranges
-from kvlock_fast.loop.schedule import asks_source, can_lock, in_interval
+from kvlock_fast.loop.schedule import asks_source, can_lock, in_interval, zeroed_steps
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath, StoredSource
 from kvlock_fast.loop.task import Task, Texts
@@ -68,6 +68,7 @@ class Predictor:
             for transformer in self.model.transformers if self.lock.locks else ():
                 arch, layers = self.model.arch, self.lock.layers
                 lock = TransformerLock(transformer, arch, layers, self.background, self.processors)
+                lock.state.bias = self.lock.background_bias
                 attached.callback(lock.detach)
                 self.locks.append(lock)
             for transformer in self.model.transformers:
@@ -94,6 +95,11 @@ class Predictor:
     def stage(self, k: int) -> int:
         """0, or 1 in the low-noise steps of a model that has two stages; for k = T too."""
         return self._stages[k]
+
+    def midway(self, k: int) -> Tensor:
+        """The timestep [] halfway between x_k and x_{k+1} of a flow: times are linear in sigma."""
+        both = torch.stack([self.times[k], self.times[k + 1]])
+        return both.double().mean().to(both.dtype)
 
     def __call__(
         self,
@@ -195,8 +201,9 @@ class Forwards:
         self.foreground, self.mix, self.batch = part.stretch.mask.tokens, lock.foreground_mix, task.batch
         steps, sparse = range(predict.solver.num_steps), lock.compute == "foreground"
         self.asked = asks_source(lock)
-        self.locks = [k >= lock.zero_init_steps and can_lock(lock, len(steps), k) for k in steps]
-        self.ways = ["zero" if k < lock.zero_init_steps else self._way(k) for k in steps]
+        zeroed = zeroed_steps(lock, len(steps))
+        self.locks = [k >= zeroed and can_lock(lock, len(steps), k) for k in steps]
+        self.ways = ["zero" if k < zeroed else self._way(k) for k in steps]
 
         told = [x for x in (task.source_prompt, task.negative, task.prompt) if x is not None]
         together = (lock.locks or predict.model.arch.one_call) and Conditioning.fit(told)

@@ -4,6 +4,7 @@ Lockstep only: the source is row 0 of every batch. No kernel, no cache, no graph
 """
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,7 +55,7 @@ def denoise_reference(task: Task, model: PipelineModel, path: Tensor, start: Ten
         omega = torch.full((batch,), omega0)
         if lock.omega == "dynamic" and dynamic and task.guided(omega0):
             omega = (omega0 * ratio.clamp(0, lock.b)).clamp_min(lock.omega_floor)
-        if k < lock.zero_init_steps:
+        if k < math.ceil(lock.zero_init_share * steps - 0.5):
             v, v_source = torch.zeros_like(x), torch.zeros_like(path[k])
         else:
             rows = torch.cat([path[k], *[x] * len(branches)])

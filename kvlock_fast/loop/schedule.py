@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.config import LockConfig
+from kvlock_fast.errors import InputError
 from kvlock_fast.kernels.epilogue_reference import scheduled_alpha, scheduled_omega, variance_ratio
 from kvlock_fast.kernels.variance import averaged, windowed_variance_reference
 
@@ -44,6 +45,24 @@ def first_dynamic_step(lock: LockConfig, num_steps: int) -> int:
     return max(0, num_steps - lock.kappa)
 
 
+def rounded_steps(share: float, num_steps: int) -> int:
+    """Whole number of steps nearest to a share of them; a half rounds down, so that 0.1 of 4 steps is none."""
+    return math.ceil(share * num_steps - 0.5 - 1e-9)
+
+
+def skipped_steps(lock: LockConfig, num_steps: int) -> int:
+    """How many of the steps asked for are left out at the beginning. Raises InputError where none is left."""
+    skip = rounded_steps(lock.skip_share, num_steps)
+    if skip >= num_steps:
+        raise InputError(f"skip_share {lock.skip_share} leaves none of {num_steps} steps")
+    return skip
+
+
+def zeroed_steps(lock: LockConfig, num_steps: int) -> int:
+    """How many steps, from the first on, take a prediction of 0; num_steps: those that are taken."""
+    return rounded_steps(lock.zero_init_share, num_steps)
+
+
 def share_of_steps(share: float, num_steps: int) -> int:
     """How many steps a share of them is; a part of a step counts as one."""
     return math.ceil(share * num_steps - 1e-9)
@@ -69,7 +88,7 @@ def can_lock(lock: LockConfig, num_steps: int, step: int) -> bool:
 
 def first_followed_step(lock: LockConfig, num_steps: int, lag: int | None = None) -> int:
     """The first step that the variance may decide: it needs predictions, and knows of them after a lag (alpha's)."""
-    known = lock.zero_init_steps + predictions_to_wait_for(lock, num_steps) - 1 + (lag or lock.alpha_lag)
+    known = zeroed_steps(lock, num_steps) + predictions_to_wait_for(lock, num_steps) - 1 + (lag or lock.alpha_lag)
     return max(first_dynamic_step(lock, num_steps), known)
 
 

@@ -175,7 +175,7 @@ class Solver:
         Raises InputError for a scheduler that is not supported, or cannot make so many steps.
         """
         if skip >= num_steps:
-            raise InputError(f"skip_steps {skip} leaves none of {num_steps} steps")
+            raise InputError(f"skip {skip} leaves none of {num_steps} steps")
         check_scheduler(scheduler, shifts="mu" in settings)
         name = type(scheduler).__name__
         self.scheduler = copy.deepcopy(scheduler)

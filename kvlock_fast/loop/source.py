@@ -9,9 +9,9 @@ from torch import Tensor
 from kvlock_fast.cache.store import KVStore
 from kvlock_fast.errors import InputError
 from kvlock_fast.loop.solver import Solver
-from kvlock_fast.models.schedulers import EXPLODING
+from kvlock_fast.models.schedulers import EXPLODING, FLOW, REVERSED_FLOW
 
-Prediction = Callable[[Tensor, int], Tensor]
+Prediction = Callable[[Tensor, float], Tensor]
 
 
 class SourcePath:
@@ -42,18 +42,32 @@ def renoise(clean: Tensor, noise: Tensor, solver: Solver) -> SourcePath:
 def invert(clean: Tensor, solver: Solver, predict: Prediction, method: str = "euler") -> SourcePath:
     """The ODE integrated from the clean source up to noise; the edit starts at its end.
 
-    predict(x, k): the model's prediction [1, C, T, H, W] at x_k; method: "euler" (DDIM inversion, where the scheduler
-    is one of a diffusion) or "heun". Raises InputError where the model predicts the clean latent: at its own, it says
-    nothing of the noise.
+    predict(x, k): the model's prediction [1, C, T, H, W] at x_k; k + 0.5 is halfway to x_{k+1}.
+    method: "euler" (DDIM inversion, where the scheduler is one of a diffusion), "heun", "midpoint" or "uni-inv".
+
+    "midpoint" is RF-Solver's step (arXiv 2411.04746): its Taylor step v + h/2 (v_mid - v) / (h/2) is v_mid. "uni-inv"
+    (arXiv 2504.13109) predicts x_k by the velocity of the step before, and steps from x_{k+1} by the velocity there.
+
+    Raises InputError where the model predicts the clean latent: at its own, it says nothing of the noise.
     """
     if solver.prediction in ("sample", EXPLODING):
         kind = solver.prediction
         raise InputError(
             f"source_path 'invert' cannot start from a scheduler of prediction type {kind!r}: use 'renoise'"
         )
-    path = [clean]
-    for k in reversed(range(solver.num_steps)):
-        path.append(_step_up(path[-1], k, solver, predict, method))
+    if method == "midpoint" and solver.prediction not in (FLOW, REVERSED_FLOW):
+        raise InputError(
+            f"inversion_solver 'midpoint' follows a flow, and the scheduler's prediction type is {solver.prediction!r}"
+        )
+    path, steps = [clean], solver.num_steps
+    slope = solver.slope(steps, predict(clean, steps), clean) if method == "uni-inv" else None
+    for k in reversed(range(steps)):
+        if slope is None:
+            path.append(_step_up(path[-1], k, solver, predict, method))
+        else:
+            up = solver.rise(k, path[-1], slope)
+            slope = solver.slope(k, predict(up, k), up)
+            path.append(solver.rise(k, path[-1], slope))
     return SourcePath(torch.stack(path[::-1]), path[-1])
 
 
@@ -63,6 +77,9 @@ def _step_up(x: Tensor, k: int, solver: Solver, predict: Prediction, method: str
     if method == "heun":
         up = solver.rise(k, x, slope)
         slope = (slope + solver.slope(k, predict(up, k), up)) / 2
+    elif method == "midpoint":
+        half = x + (solver.sigmas[k] - solver.sigmas[k + 1]) / 2 * slope
+        slope = solver.slope(k, predict(half, k + 0.5), half)
     return solver.rise(k, x, slope)
 
 

@@ -23,7 +23,7 @@ from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError, OutputError
 from kvlock_fast.locking.lock import Mode, kv_sizes
 from kvlock_fast.loop.forwards import Predictor
-from kvlock_fast.loop.schedule import asks_source, can_lock, first_dynamic_step
+from kvlock_fast.loop.schedule import asks_source, can_lock, first_dynamic_step, zeroed_steps
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath, StoredSource, renoise
 from kvlock_fast.models.base import PipelineModel
@@ -132,7 +132,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 def steps_to_store(lock: LockConfig, cache: CacheConfig, num_steps: int, stage: Callable[[int], int]) -> dict[int, int]:
     """For each step whose K and V are stored, the stored step that stands for it."""
     first = first_dynamic_step(lock, num_steps) if cache.steps == "dynamic" else 0
-    locked = (k for k in range(max(first, lock.zero_init_steps), num_steps) if can_lock(lock, num_steps, k))
+    locked = (k for k in range(max(first, zeroed_steps(lock, num_steps)), num_steps) if can_lock(lock, num_steps, k))
     return thinned_steps(locked, cache.step_stride, stage)
 
 
@@ -145,7 +145,8 @@ class SourceMaker:
         self.device = source.background.device
         self.slots = steps_to_store(lock, cache, solver.num_steps, predict.stage)
         watches = asks_source(lock)
-        self.watched = frozenset(range(lock.zero_init_steps, solver.num_steps)) if watches else frozenset()
+        asked = range(zeroed_steps(lock, solver.num_steps), solver.num_steps)
+        self.watched = frozenset(asked) if watches else frozenset()
         sizes = {kv_sizes(t, model.arch) for t in model.transformers}
         if len(sizes) > 1:
             raise InputError(f"the model's transformers have self-attentions of different sizes: {sorted(sizes)}")

@@ -5,8 +5,8 @@ In the time of noise sigma, with fresh noise n at each step, x_src clean and z b
     z_src = (1 - sigma) x_src + sigma n        z_tgt = z + z_src - x_src
     z <- z + (sigma' - sigma) (v(z_tgt | prompt) - v(z_src | source prompt))
 
-averaged over `noise_samples` noises (n_avg); both are guided, by scales of their own. `skip_steps` leaves out
-the first steps (n_max counts from the end); the last `free_steps` (n_min) sample from z_tgt by the prompt alone.
+averaged over `noise_samples` noises (n_avg); both are guided, by scales of their own. `skip_share` leaves out the first
+steps (n_max counts from the end); in the last `free_share` of all steps (n_min) z_tgt is sampled by the prompt alone.
 With equal prompts and scales every difference is 0 and z stays the source, bit for bit.
 
 The paper has no mask and edits images; frames of a video are one sample here. With background_latents "source" the mask
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.conditioning import Conditioning
+from kvlock_fast.loop.schedule import rounded_steps
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.methods.job import Job
 from kvlock_fast.models.base import PipelineModel
@@ -35,10 +36,12 @@ def edit(job: Job) -> Tensor:
     """See the package."""
     solver, clean = job.solver, job.path.at(job.solver.num_steps)
     z, sampled, rows = clean.expand(job.task.batch, -1, -1, -1, -1), None, []
+    # Shares are of the steps asked for, as n_min and n_max of the paper are.
+    free = rounded_steps(job.lock.free_share, solver.num_steps + solver.skip)
     job.recorder.begin()
     for k in range(solver.num_steps):
         with span("step", k):
-            if k < solver.num_steps - job.lock.free_steps:
+            if k < solver.num_steps - free:
                 z = _kept(job, solver.drop(k, z, _difference(job, k, z, clean)), clean)
             else:
                 if sampled is None:

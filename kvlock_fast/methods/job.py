@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kvlock_fast.config import LockConfig
+from kvlock_fast.loop.epilogue import keep_background
 from kvlock_fast.loop.forwards import Predictor
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import SourcePath
@@ -41,6 +42,14 @@ class Job:
     def scale(self, k: int) -> float:
         """The edit's guidance scale at step k."""
         return self.task.guidance[self.predict.stage(k)]
+
+    def start(self) -> Tensor:
+        """The latents [B, C, T, h, w] before step 0."""
+        return self.kept(0, self.path.start.expand(self.task.batch, -1, -1, -1, -1))
+
+    def kept(self, k: int, latents: Tensor) -> Tensor:
+        """The latents before step k, with the background of the source's path where the lock keeps it."""
+        return keep_background(self.task, latents, self.path.at(k))
 
     def record(self, k: int, latents: Tensor, rows: list[Tensor]) -> None:
         """Step k has ended with these latents [B, ...]: mark it, and add what the trace says of it to `rows`."""

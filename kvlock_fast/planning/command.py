@@ -45,8 +45,6 @@ def make_plan(settings: PlanSettings) -> Plan:
 
 
 def _check(settings: PlanSettings) -> None:
-    if settings.lock.skip_steps >= settings.steps:
-        raise InputError(f"skip_steps {settings.lock.skip_steps} leaves none of {settings.steps} steps")
     if settings.mask_share is not None and settings.mask is not None:
         raise InputError("--mask-share and --mask say the same: give one of them")
     for format in settings.formats:

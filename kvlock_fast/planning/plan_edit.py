@@ -9,7 +9,7 @@ from kvlock_fast.cache.saved_source import SavedSource
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.locking.arch import select_layers
 from kvlock_fast.loop.foreground import sparse_steps
-from kvlock_fast.loop.schedule import asks_source, in_interval
+from kvlock_fast.loop.schedule import asks_source, in_interval, skipped_steps
 from kvlock_fast.loop.stored_source import steps_to_store
 from kvlock_fast.planning.extent import Extent
 from kvlock_fast.planning.job import Job
@@ -21,7 +21,7 @@ from kvlock_fast.planning.planner import TIERS, Plan, plan
 class Edits:
     """Edits of a source.
 
-    lock, cache: the configs; steps: denoising steps asked for, skip_steps among them; foreground: tokens that may
+    lock, cache: the configs; steps: denoising steps asked for, those left out among them; foreground: tokens that may
     change; guided: whether a forward has two branches; prompts: edits made together; edits: how often, with the same
     cache.
     """
@@ -64,7 +64,7 @@ def plan_edit(
         ValueError: an unknown format, or numbers that cannot be.
     """
     lock, cache, model = asked.lock, asked.cache, extent.model
-    steps = max(1, asked.steps - lock.skip_steps)
+    steps = asked.steps - skipped_steps(lock, asked.steps)
     slots = steps_to_store(lock, cache, steps, stage)
     locked = len(steps_to_store(lock, replace(cache, steps="all", step_stride=1), steps, stage))
     background = extent.tokens if lock.foreground_mix else extent.tokens - asked.foreground

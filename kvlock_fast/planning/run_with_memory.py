@@ -83,7 +83,7 @@ def _plan(scene: Scene, task: Task, cache: CacheConfig) -> Plan | None:
     asked = Edits(
         scene.lock,
         cache,
-        scene.solver.num_steps + scene.lock.skip_steps,
+        scene.solver.num_steps + scene.solver.skip,
         int(scene.mask.tokens.sum()),
         guided=task.negative is not None,
         prompts=task.batch,

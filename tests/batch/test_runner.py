@@ -56,18 +56,21 @@ OTHER = {
     "frames_policy": "trim", "clip_frames": 9, "preset": "paper", "alpha": 1.0, "omega": "constant", "s_star": False,
     "s_star_region": "foreground", "tau": 0.5, "b": 3.0, "variance_window": 4, "kappa": 3, "warmup_alpha": 0.5,
     "alpha_floor": 0.1, "omega_floor": 0.5, "detection": "global", "layers": [0], "background_latents": "model",
-    "source_path": "invert", "inversion_solver": "heun", "zero_init_steps": 1, "guidance_batching": "separate",
+    "source_path": "invert", "inversion_solver": "heun", "zero_init_share": 0.1, "guidance_batching": "separate",
     "compute": "foreground", "alpha_snap": 0.9, "alpha_lag": 2, "halo": 1, "seam": "blend", "mask_threshold": 0.25,
     "mask_invert": True, "mask_grow": 1, "mask_feather": 1, "cache_tier": "host", "cache_format": "int8",
     "cache_stride": 2, "cache_steps": "dynamic", "prompts_at_once": 1, "method": "fatezero", "family": "wan",
-    "skip_steps": 1, "source_guidance": 2.0, "lock_interval": [0.0, 0.5], "foreground_mix": 0.1, "latents_shift": 0.25,
+    "skip_share": 0.1, "source_guidance": 2.0, "lock_interval": [0.0, 0.5], "foreground_mix": 0.1,
+    "latents_shift": 0.25,
     "edit_path": "coupled", "source_noise": 3, "min_predictions": 4, "reduction": "mean",
     "guidance_interval": [0.0, 0.5], "guidance_skip": False,
-    "noise_samples": 2, "free_steps": 1, "inject_share": 0.5, "keyframe_stride": 3,
+    "noise_samples": 2, "free_share": 0.1, "inject_share": 0.5, "keyframe_stride": 3, "edit_strength": 2.0,
+    "apg_momentum": 0.2, "apg_parallel": 0.5, "apg_norm": 1.0, "background_bias": 1.0,
 }  # fmt: skip
 BOTH = {
     "method": {"preset": "tokenflow"}, "source_guidance": {"source_path": "invert"},
     "source_noise": {"edit_path": "coupled"}, "latents_shift": {"edit_path": "free"},
+    "background_bias": {"preset": "kv-edit", "background_bias": 0.0},
 }  # fmt: skip
 """What both jobs need for a value to be allowed."""
 SHARED = {

@@ -105,7 +105,7 @@ def test_same_seed_same_pixels_and_every_lock_parameter_arrives(clip, model, tmp
         "--preset paper --alpha dynamic --omega constant --no-s-star --s-star-region foreground --tau auto --b 1.5 "
         "--variance-window 4 --kappa 7 --warmup-alpha 0.5 --alpha-floor 0.1 --omega-floor 0.2 --detection global "
         "--layers 0,2 "
-        "--background-latents source --source-path invert --inversion-solver heun --zero-init-steps 1 "
+        "--background-latents source --source-path invert --inversion-solver heun --zero-init-share 0.1 "
         "--guidance-batching separate"
     ).split()
     for name in ("a", "b"):
@@ -116,7 +116,7 @@ def test_same_seed_same_pixels_and_every_lock_parameter_arrives(clip, model, tmp
         "alpha": "dynamic", "omega": "constant", "s_star": False, "s_star_region": "foreground", "tau": "auto",
         "b": 1.5, "variance_window": 4, "kappa": 7, "warmup_alpha": 0.5, "alpha_floor": 0.1, "omega_floor": 0.2,
         "detection": "global", "layers": [0, 2], "background_latents": "source", "source_path": "invert",
-        "inversion_solver": "heun", "zero_init_steps": 1, "guidance_batching": "separate", "seed": 3,
+        "inversion_solver": "heun", "zero_init_share": 0.1, "guidance_batching": "separate", "seed": 3,
     }  # fmt: skip
     assert settings == {**settings, **expected}
     assert np.array_equal(read_video(tmp_path / "a.mkv").frames, read_video(tmp_path / "b.mkv").frames)

@@ -13,7 +13,7 @@ BAD = [
     ("omega_floor", -1), ("omega", "high"), ("detection", "local"), ("background_latents", "none"),
     ("source_path", "ddim"), ("inversion_solver", "rk4"), ("guidance_batching", "both"), ("s_star", "yes"),
     ("s_star_region", "mask"), ("layers", ()), ("layers", (1, 1)), ("layers", (-1,)), ("layers", (0.5,)),
-    ("zero_init_steps", -1),
+    ("zero_init_share", -1),
 ]  # fmt: skip
 
 
@@ -46,11 +46,12 @@ def test_presets_are_what_their_names_say():
     assert changes["variance-kv"] == {"omega", "s_star"}
     assert changes["omega-only"] == {"alpha", "s_star"} and LockConfig.preset("omega-only").alpha == 1.0
     assert changes["s-star-only"] == {"alpha", "omega"} and LockConfig.preset("s-star-only").alpha == 1.0
+    assert changes["s-star-omega"] == {"alpha"} and not LockConfig.preset("s-star-omega").locks
     assert changes["fixed-alpha"] == {"alpha"} and LockConfig.preset("fixed-alpha").alpha == 0.5
     assert changes["global-detection"] == {"detection"}
     assert not LockConfig.preset("cfg").locks and LockConfig.preset("cfg").stock_guidance
     zero = LockConfig.preset("cfg-zero-star")
-    assert not zero.locks and zero.s_star and zero.zero_init_steps == 2
+    assert not zero.locks and zero.s_star and zero.zero_init_share == 0.04
 
 
 def test_the_default_is_the_preset_kvlock():

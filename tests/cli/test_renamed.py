@@ -18,7 +18,7 @@ from kvlock_fast.batch.manifest import read_manifest
 from kvlock_fast.batch.migrate import migrate_spec, migrate_text
 from kvlock_fast.cli import main
 from kvlock_fast.config import CacheConfig, LockConfig
-from kvlock_fast.renamed import FIELDS, OPTIONS
+from kvlock_fast.renamed import FIELDS, OPTIONS, REPLACED
 from kvlock_fast.settings import Finish
 from tests.pipeline.test_pipeline import a_mask, a_video
 from tests.support.tiny import tiny_wan
@@ -32,6 +32,29 @@ NEW = {**JOB, "clip_frames": 17, "variance_window": 6, "cache_steps": "dynamic",
 def test_old_options_are_refused_with_the_new_one(capsys, old, new):
     assert main(["edit", old, "9"]) == 2
     assert capsys.readouterr().err == f"error: {old} is called {new} now\n"
+
+
+@pytest.mark.parametrize("old", REPLACED)
+def test_parameters_of_another_form_are_refused(tmp_path, capsys, old):
+    """In Python and in a manifest, which nobody rewrites."""
+    new = REPLACED[old]
+    with pytest.raises(TypeError, match=f"{old} is called {new} now"):
+        LockConfig(**{old: 2})
+    with pytest.raises(ValueError, match=f"lock parameter '{old}' is called '{new}' now"):
+        LockConfig.preset("paper", **{old: 2})
+    path = manifest(tmp_path / "m.jsonl", {**JOB, old: 2})
+    assert (1, old, f"is called {new!r} now, and takes another value") in read_manifest(path, tmp_path, {}).problems
+    assert main(["migrate", str(path)]) == 2
+    assert f"line 1: {old} is called {new} now, and takes another value: change it by hand" in capsys.readouterr().err
+
+
+def test_a_ledgers_values_take_their_new_form():
+    job = Job("a", "b", "a.mp4", Setup("s", "m", "p", steps=20, lock=LockConfig(skip_share=0.1, zero_init_share=0.05)))
+    data = json.loads(job.spec())
+    new, old = data["lock"], {"skip_share": ("skip_steps", 2), "zero_init_share": ("zero_init_steps", 1),
+                              "free_share": ("free_steps", 0)}  # fmt: skip
+    data["lock"] = dict(old.get(name, (name, value)) for name, value in new.items())
+    assert "skip_share" not in data["lock"] and migrate_spec(json.dumps(data)) == job.spec()
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_s_star_is_diffusers_own(zero_steps):
     """In a modular pipeline that only generates, against ClassifierFreeZeroStarGuidance."""
     pipe = tiny_wan()
     stock = generated(modular(WanBlocks, pipe, guider=ClassifierFreeZeroStarGuidance(4.0, zero_init_steps=zero_steps)))
-    lock = dict(preset="cfg-zero-star", zero_init_steps=zero_steps)
+    lock = dict(preset="cfg-zero-star", zero_init_share=zero_steps / STEPS)
     ours = generated(modular(WanBlocks, pipe, guider=kvf.KVLockGuidance(4.0, lock=lock)))
     torch.testing.assert_close(ours, stock, rtol=0, atol=1e-5)
 
@@ -156,7 +156,7 @@ def test_the_second_of_two_guiders_counts_the_steps_of_the_run():
         modular(Wan22Blocks, pipe, guider=make(4.0), guider_2=make(3.0))
         for make in (
             lambda scale: ClassifierFreeZeroStarGuidance(scale, zero_init_steps=1),
-            lambda scale: kvf.KVLockGuidance(scale, lock=dict(preset="cfg-zero-star", zero_init_steps=1)),
+            lambda scale: kvf.KVLockGuidance(scale, lock=dict(preset="cfg-zero-star", zero_init_share=1 / STEPS)),
         )
     )
     expected = generated(stock)

@@ -480,7 +480,7 @@ def test_a_processor_of_the_users_own_is_refused():
 
 
 def test_steps_without_a_forward_compute_nothing():
-    out = call(tiny_wan(), lock=paper(zero_init_steps=2))
+    out = call(tiny_wan(), lock=paper(zero_init_share=0.5))
     assert tokens(out)[:2].max() == 0 and tokens(out)[2:].min() == out.trace.tokens
 
 

@@ -70,17 +70,62 @@ def test_renoising_is_the_schedulers_own():
 
 
 def test_inversion_converges_in_its_order():
-    """dx/dsigma = x has the solution x0 exp(sigma): euler's error halves with the step, heun's quarters."""
+    """dx/dsigma = x has the solution x0 exp(sigma): errors of the first order halve with the step, others quarter."""
     clean = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64)
     errors = {}
-    for method in ("euler", "heun"):
+    for method in ("euler", "uni-inv", "heun", "midpoint"):
         for steps in (100, 200):
             ode = Solver(FlowMatchEulerDiscreteScheduler(), steps, torch.device("cpu"))
             ode.sigmas = ode.sigmas.double()
             found = invert(clean, ode, lambda x, k: x.double(), method).start.item()
             errors[method, steps] = abs(found - torch.exp(ode.sigmas[0]).item())
-    assert errors["euler", 100] / errors["euler", 200] == pytest.approx(2, rel=0.1)
-    assert errors["heun", 100] / errors["heun", 200] == pytest.approx(4, rel=0.1)
+    for method in ("euler", "uni-inv"):
+        assert errors[method, 100] / errors[method, 200] == pytest.approx(2, rel=0.1)
+    for method in ("heun", "midpoint"):
+        assert errors[method, 100] / errors[method, 200] == pytest.approx(4, rel=0.1)
+
+
+def test_midpoint_is_rf_solvers_taylor_step():
+    """x + h v + h^2 / 2 (v_mid - v) / (h / 2), where the velocity depends on x and on sigma."""
+    ode = Solver(FlowMatchEulerDiscreteScheduler(shift=3.0), 5, torch.device("cpu"))
+    ode.sigmas = ode.sigmas.double()
+
+    def velocity(x, sigma):
+        return torch.sin(3 * x) + sigma * x
+
+    def predict(x, k):
+        whole = int(k)
+        sigma = ode.sigmas[whole] if whole == k else (ode.sigmas[whole] + ode.sigmas[whole + 1]) / 2
+        return velocity(x, sigma)
+
+    ode.slope = lambda k, prediction, sample: prediction
+    x = clean = torch.randn(1, 2, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for k in reversed(range(5)):
+        low, high = ode.sigmas[k + 1], ode.sigmas[k]
+        h, v = high - low, velocity(x, low)
+        derivative = (velocity(x + h / 2 * v, low + h / 2) - v) / (h / 2)
+        x = x + h * v + h**2 / 2 * derivative
+    torch.testing.assert_close(invert(clean, ode, predict, "midpoint").start, x)
+
+
+def test_uni_inversion_is_undone_by_eulers_steps():
+    """Up and down again comes back with an error of the second order, where Euler's inversion has the first."""
+    clean, errors = torch.linspace(-1, 1, 9, dtype=torch.float64).view(1, 1, 1, 3, 3), {}
+    for method in ("euler", "uni-inv"):
+        for steps in (100, 200):
+            ode = Solver(FlowMatchEulerDiscreteScheduler(), steps, torch.device("cpu"))
+            ode.sigmas, ode.slope = ode.sigmas.double(), lambda k, prediction, sample: prediction
+            x = invert(clean, ode, lambda x, k: torch.sin(3 * x), method).start
+            for k in range(steps):
+                x = ode.drop(k, x, torch.sin(3 * x))
+            errors[method, steps] = (x - clean).abs().max()
+    assert errors["euler", 100] / errors["euler", 200] == pytest.approx(2, rel=0.2)
+    assert errors["uni-inv", 100] / errors["uni-inv", 200] == pytest.approx(4, rel=0.2)
+
+
+def test_a_diffusion_has_no_midpoint():
+    with pytest.raises(InputError, match=r"inversion_solver 'midpoint' follows a flow, .* type is 'epsilon'"):
+        invert(torch.ones(1, 1, 1, 1, 1), diffusion("ddim-eps", 4), lambda x, k: x, "midpoint")
 
 
 def test_runs_do_not_meet():

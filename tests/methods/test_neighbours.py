@@ -1,5 +1,7 @@
 """The methods that KV-Lock is compared with: each against its own paper's formula, and what it must leave alone."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from kvlock_fast.cli import main
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.errors import InputError
 from kvlock_fast.locking.lock import blend_weight
-from kvlock_fast.loop.schedule import share_of_steps
+from kvlock_fast.loop.schedule import rounded_steps, share_of_steps, skipped_steps
 from kvlock_fast.loop.solver import Solver
 from kvlock_fast.loop.source import shift_latents
 from kvlock_fast.methods.fatezero import blend_maps
@@ -40,7 +42,7 @@ def test_every_neighbour_edits(preset):
     out = call(tiny_wan(unipc()), ["a blue circle", "a dog"], lock=preset, steps=STEPS, output="frames")
     assert all(frames.shape == a_video().shape and frames.dtype == np.uint8 for frames in out.frames)
     assert out.latents.isfinite().all()
-    steps = STEPS - lock(preset).skip_steps
+    steps = STEPS - skipped_steps(lock(preset), STEPS)
     assert out.trace.steps == steps and len(out.trace) == 2 * steps
     changed = (out.latents - clean_of(tiny_wan())).abs().amax((0, 1))
     assert changed[out.mask.latents[0]].max() > 0.1
@@ -99,7 +101,7 @@ def test_left_out_steps_are_as_diffusers_begins_in_the_middle(scheduler, skip):
 def test_an_edit_begins_on_the_sources_path():
     """With one step left, of which the background is the source's all along, by hand."""
     pipe = tiny_wan()
-    out = call(pipe, lock=lock("cfg", skip_steps=4), steps=5, guidance_scale=1.0)
+    out = call(pipe, lock=lock("cfg", skip_share=0.8), steps=5, guidance_scale=1.0)
     model, solver = kvf.KVLockPipeline.from_pipe(pipe).model, Solver(pipe.scheduler, 5, torch.device("cpu"))
     clean = clean_of(pipe)
     noise = model.draw_noise(clean.shape, torch.Generator().manual_seed(1), torch.device("cpu"))
@@ -112,17 +114,27 @@ def test_an_edit_begins_on_the_sources_path():
 
 
 def test_steps_left_out_must_leave_some():
-    for steps in (3, 4):
-        with pytest.raises(InputError, match=f"skip_steps 4 leaves none of {steps} steps"):
-            call(tiny_wan(), lock="kv-edit", steps=steps)
+    with pytest.raises(InputError, match=r"skip_share 0\.9 leaves none of 4 steps"):
+        call(tiny_wan(), lock=lock("kv-edit", skip_share=0.9), steps=4)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "count"),
+    [(0.1, 4, 0), (0.1, 20, 2), (0.1, 50, 5), (0.1, 15, 1), (0.1, 5, 0), (0.143, 28, 4), (0.04, 50, 2), (0.04, 8, 0),
+     (0.3, 5, 1), (1 / 3, 6, 2), (0.7, 5, 3), (0.0, 9, 0), (1.0, 9, 9), (0.15, 10, 1), (0.35, 10, 3), (0.16, 10, 2)],
+)  # fmt: skip
+def test_a_share_is_the_nearest_number_of_steps(share, steps, count):
+    """A half rounds down, whatever a float makes of it."""
+    assert rounded_steps(share, steps) == count
 
 
 # KV-Edit.
 
 
 def test_kv_edit_is_the_same_whole_or_by_the_foreground():
-    sparse = call(tiny_wan(), lock="kv-edit", steps=STEPS, guidance_scale=5.5)
-    full = call(tiny_wan(), lock=lock("kv-edit", compute="full"), steps=STEPS, guidance_scale=5.5)
+    plain = lock("kv-edit", background_bias=0.0)
+    sparse = call(tiny_wan(), lock=plain, steps=STEPS, guidance_scale=5.5)
+    full = call(tiny_wan(), lock=replace(plain, compute="full"), steps=STEPS, guidance_scale=5.5)
     torch.testing.assert_close(sparse.latents, full.latents, rtol=1e-4, atol=1e-4)
     computed = {record.tokens for record in sparse.trace}
     assert computed == {int(sparse.mask.tokens.sum())}
@@ -143,7 +155,7 @@ def test_kv_edit_from_a_cache(tier, tmp_path):
         **named,
     )  # fmt: skip
     torch.testing.assert_close(saved.latents, along.latents, rtol=1e-4, atol=1e-4)
-    for other in ({"skip_steps": 3}, {"source_guidance": None}):
+    for other in ({"skip_share": 0.5}, {"source_guidance": None}):
         with pytest.raises(InputError, match="was made with"):
             pipe(a_video(), a_mask(), prompt="a", cache=CacheConfig(path=str(tmp_path / "c")),
                  **{**named, "lock": lock("kv-edit", **other)})  # fmt: skip
@@ -250,7 +262,7 @@ def test_flowedit_with_equal_prompts_is_the_source_bit_for_bit(batching):
 def test_flowedit_is_the_papers_algorithm():
     """In fp64, from diffusers' transformer and sigmas alone: n_avg = 2, n_max = 4 of 6 steps, n_min = 2."""
     pipe, scales = tiny_wan(), (1.5, 5.5)
-    ours = lock("flowedit", skip_steps=2, free_steps=2, noise_samples=2)
+    ours = lock("flowedit", skip_share=2 / 6, free_share=2 / 6, noise_samples=2)
     out = call(pipe, lock=ours, steps=6, guidance_scale=scales[1], negative_prompt="a dog")
     model, scheduler = kvf.KVLockPipeline.from_pipe(pipe).model, FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler.set_timesteps(6)
@@ -285,21 +297,25 @@ def test_flowedit_is_the_papers_algorithm():
 
 def test_flowedit_samples_to_the_end_where_all_steps_are_free():
     """Then it is sampling from the source's noisy latent."""
-    free = call(tiny_wan(), lock=lock("flowedit", free_steps=99), steps=STEPS)
-    plain = call(tiny_wan(), lock=lock("cfg", skip_steps=4), steps=STEPS)
+    free = call(tiny_wan(), lock=lock("flowedit", free_share=1.0), steps=STEPS)
+    plain = call(tiny_wan(), lock=lock("cfg", skip_share=lock("flowedit").skip_share), steps=STEPS)
     torch.testing.assert_close(free.latents, plain.latents, rtol=1e-4, atol=1e-4)
 
 
 # TokenFlow.
 
 
-def test_tokenflow_of_keyframes_alone_is_plain_attention():
-    every = lock("tokenflow", keyframe_stride=1, inject_share=0.0)
-    out = call(tiny_wan(), lock=every, steps=STEPS).latents
-    plain = call(tiny_wan(), lock=lock("cfg", **FROM_INVERTED), steps=STEPS).latents
+def test_tokenflow_of_one_frame_is_plain_attention():
+    """Of an image every token's nearest neighbour is itself."""
+    video, mask = a_video(frames=1), a_mask(frames=1)
+    shown = {"steps": STEPS, "video": video, "mask": mask}
+    out = call(tiny_wan(), lock=lock("tokenflow", inject_share=0.0), **shown).latents
+    plain = call(tiny_wan(), lock=lock("cfg", **FROM_INVERTED), **shown).latents
     torch.testing.assert_close(out, plain, rtol=1e-4, atol=1e-4)
-    other = call(tiny_wan(), lock=lock("tokenflow", inject_share=0.0), steps=STEPS).latents
-    assert not torch.allclose(other, plain, atol=1e-3)
+    longer = call(tiny_wan(), lock=lock("tokenflow", inject_share=0.0), steps=STEPS).latents
+    assert not torch.allclose(
+        longer, call(tiny_wan(), lock=lock("cfg", **FROM_INVERTED), steps=STEPS).latents, atol=1e-3
+    )
 
 
 def softmax(x):
@@ -315,14 +331,14 @@ def attention64(q, k, v):
 
 @settings(max_examples=25)
 @given(st.integers(1, 6), st.integers(1, 5), st.integers(1, 4), st.integers(0, 7), st.booleans(), st.integers(0, 10**6))
-def test_tokenflow_is_the_papers_formula(frames, each, stride, step, inject, seed):
+def test_tokenflow_is_the_public_codes_formula(frames, each, stride, step, inject, seed):
     random = np.random.default_rng(seed)
     q, k, v = random.normal(size=(3, 2, frames * each, 2, 4))
     hidden = random.normal(size=(2, frames * each, 3))
     keys = keyframes_at(step, frames, stride)
     assert len(set(keys)) == len(keys) == -(-frames // stride)
     assert all(start <= key < start + stride for start, key in zip(range(0, frames, stride), keys, strict=True))
-    flow = Flow(frames, each, keys, inject)
+    flow = Flow(frames, each, stride, keys, inject)
     out = flow(*(torch.from_numpy(x) for x in (q, k, v, hidden))).numpy()
     np.testing.assert_allclose(out[0], attention64(q[0], k[0], v[0])[0])
     at = [slice(f * each, (f + 1) * each) for f in range(frames)]
@@ -337,16 +353,12 @@ def test_tokenflow_is_the_papers_formula(frames, each, stride, step, inject, see
             for place, key in enumerate(keys):
                 best = max(range(each), key=lambda i: unit[token] @ unit[key * each + i])
                 near[key] = extended[place * each + best]
-            if f in keys:
-                expected = extended[keys.index(f) * each + p]
-            else:
-                before, after = [key for key in keys if key < f], [key for key in keys if key > f]
-                if before and after:
-                    d = f - before[-1], after[0] - f
-                    w = 1 / (1 + np.exp(-d[0] / (d[0] + d[1])))
-                    expected = w * near[after[0]] + (1 - w) * near[before[-1]]
-                else:
-                    expected = near[before[-1] if before else after[0]]
+            group = f // stride
+            expected = near[keys[group]]
+            if group:
+                own, before = (abs(f - (g * stride + stride // 2)) for g in (group, group - 1))
+                w = 1 / (1 + np.exp(-before / (own + before)))
+                expected = w * near[keys[group]] + (1 - w) * near[keys[group - 1]]
             np.testing.assert_allclose(out[1, token], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -438,7 +450,7 @@ def test_what_does_not_go_with_a_method(preset, tmp_path):
         kvf.KVLockPipeline.from_pipe(tiny_wan()).invert(
             a_video(), a_mask(), tmp_path, source_prompt="a", lock=lock(preset)
         )
-    for name, value in (("alpha", 0.5), ("s_star", True), ("omega", "dynamic"), ("zero_init_steps", 2)):
+    for name, value in (("alpha", 0.5), ("s_star", True), ("omega", "dynamic"), ("zero_init_share", 0.5)):
         with pytest.raises(ValueError, match=f"^{name} {value!r} does not go with the method '{preset}'"):
             lock(preset, **{name: value})
 
@@ -446,8 +458,11 @@ def test_what_does_not_go_with_a_method(preset, tmp_path):
 @pytest.mark.parametrize(
     "changes, said",
     [
-        ({"method": "magic"}, "method must be one of lock, flowedit, tokenflow, fatezero, got 'magic'"),
-        ({"skip_steps": -1}, "skip_steps must be a whole number of at least 0, got -1"),
+        (
+            {"method": "magic"},
+            "method must be one of lock, flowedit, tokenflow, fatezero, apg, rfsolver, uniedit, got 'magic'",
+        ),
+        ({"skip_share": 1.0}, "skip_share must be at least 0 and less than 1, got 1.0"),
         ({"lock_interval": (0, 1.5)}, "lock_interval must be two shares of the steps"),
         ({"foreground_mix": float("nan")}, "foreground_mix must be between 0 and 1, got nan"),
         ({"keyframe_stride": 0}, "keyframe_stride must be a whole number of at least 1, got 0"),
@@ -470,7 +485,7 @@ def test_loops_of_other_people_refuse_them(changes):
     said = r"which only KVLockPipeline has|only KVLockPipeline (computes|couples)|draws the source's noise itself"
     with pytest.raises(InputError, match=said):
         kvf.attach(pipe.transformer, foreground, lock=asked, num_steps=4)
-    assert not lock("kvlock").neighbour_values and "skip_steps" in lock("kv-edit").neighbour_values
+    assert not lock("kvlock").neighbour_values and "skip_share" in lock("kv-edit").neighbour_values
 
 
 def test_the_command_line_takes_them(tmp_path, capsys):
@@ -478,8 +493,6 @@ def test_the_command_line_takes_them(tmp_path, capsys):
     output = ["--output", str(tmp_path / "o.mp4")]
     assert main(["edit", *files, *output, "--preset", "flowedit", "--noise-samples", "0"]) == 2
     assert "noise_samples must be a whole number of at least 1, got 0" in capsys.readouterr().err
-    assert main(["plan", "--config", "wan-1.3b", "--preset", "kv-edit", "--steps", "4", "--kappa", "1"]) == 2
-    assert "skip_steps 4 leaves none of 4 steps" in capsys.readouterr().err
     assert main(["profile", "--preset", "tokenflow", "--config", "demo", "--output", str(tmp_path / "p")]) == 2
     assert "a profile is of a locked edit" in capsys.readouterr().err
 

@@ -232,7 +232,7 @@ PARAMETERS = {
     "latents": ("--background-latents mine", "'mine'", None),
     "source path": ("--source-path guess", "'guess'", None),
     "solver": ("--inversion-solver rk9", "'rk9'", None),
-    "first zeros": ("--zero-init-steps -1", "zero_init_steps", None),
+    "first zeros": ("--zero-init-share -1", "zero_init_share", None),
     "batching": ("--guidance-batching both", "'both'", None),
     "preset": ("--preset papr", "unknown preset 'papr'", None),
     "seed": ("--seed -1", "--seed", None),

@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 import kvlock_fast as kvf
-from kvlock_fast.config import PRESETS
+from kvlock_fast.config import PRESETS, LockConfig
 from kvlock_fast.presets import NEIGHBOURS
 from tests.support.locks import paper
 from tests.support.tiny import tiny_wan, untouched
@@ -221,7 +221,7 @@ def test_background_latents_source_ends_at_the_source():
     assert not torch.isclose(out.latents[0][~outside], clean[0][~outside], atol=1e-3).all()
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("method", ["euler", "heun", "midpoint", "uni-inv"])
 def test_inversion_and_replay_return_to_the_source(method):
     """Inverting and denoising again with the source prompt, unguided, comes back."""
     pipe = tiny_wan()
@@ -230,7 +230,7 @@ def test_inversion_and_replay_return_to_the_source(method):
     with torch.no_grad():
         clean = kvf.KVLockPipeline.from_pipe(pipe).model.encode_video(torch.as_tensor(a_video()))
     assert (out.latents - clean).square().mean() < 0.02 * clean.square().mean()
-    assert out.trace.forwards == 40 * (2 if method == "euler" else 3)
+    assert out.trace.forwards == {"euler": 80, "uni-inv": 81}.get(method, 120)
 
 
 def test_unguided_editing_leaves_the_scale_untouched():
@@ -448,14 +448,14 @@ def test_inversion_runs_the_source_prompt_up_the_schedule(monkeypatch):
     torch.testing.assert_close(spy.calls[3][1], x, rtol=1e-4, atol=1e-5)  # where the edit starts
 
 
-def test_zero_init_steps_predict_nothing():
+def test_zeroed_steps_predict_nothing():
     pipe = tiny_wan()
-    lock = paper(zero_init_steps=2, kappa=6, tau=0.01)
+    lock = paper(zero_init_share=2 / 6, kappa=6, tau=0.01)
     out = call(pipe, steps=6, lock=lock)
     assert [record.variance is None for record in out.trace] == [True, True, True, False, False, False]
     noise = torch.randn(out.latents.shape, generator=torch.Generator().manual_seed(1))
     pipe.transformer.to(torch.bfloat16)
-    out = call(pipe, steps=2, lock="cfg-zero-star")
+    out = call(pipe, steps=2, lock=LockConfig.preset("cfg-zero-star", zero_init_share=1.0))
     assert torch.equal(out.latents, noise)
 
 
