@@ -95,6 +95,18 @@ def test_a_screened_offset_is_gone_at_the_edge_and_stays_within():
     assert np.abs(line - expected).max() <= 1 and line[0] <= 16 and line[-1] == 40
 
 
+def test_the_reach_of_a_screened_paste_grows_with_an_edit_that_is_enlarged():
+    """Along a straight edge the correction falls to 1/e in REACH pixels of the edit, here of 4 pixels each."""
+    mask = np.zeros((1, 8, 400), bool)
+    mask[:, :, 200:] = True
+    source = np.full((1, 8, 400, 3), 0.2)
+    for across in (1, 4):
+        edit = np.full((1, 8 // across, 400 // across, 3), 0.6)
+        line = composite(source, edit, mask, feather=0, paste="screened")[0, 4, 200:, 0]
+        left = (0.6 - line) / 0.4
+        assert left[0] / left[4 * across] == pytest.approx(np.exp(4 / paste.REACH), rel=0.06)
+
+
 @given(st.integers(0, 2**32 - 1), st.sampled_from(PASTES), st.integers(0, 2), st.integers(0, 2), st.booleans())
 def test_outside_the_mask_every_pixel_is_the_sources_bit_for_bit(seed, way, feather, soft, floats):
     random = np.random.default_rng(seed)
@@ -154,7 +166,7 @@ def test_without_a_feather_a_soft_edge_is_1_on_the_mask_and_0_at_its_end():
     mask[:, 8:12, 8:12] = True
     weight = fade(mask, 0, 3)[0]
     assert (weight[mask[0]] == 1).all() and weight[10, 4:9].tolist() == [0, 0.25, 0.5, 0.75, 1]
-    distance = distance_transform_edt(~mask[0])
+    distance = np.asarray(distance_transform_edt(~mask[0]))
     assert (weight[distance > 3] == 0).all()
 
 
