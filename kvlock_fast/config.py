@@ -75,6 +75,12 @@ class LockConfig(NeighbourOptions):
         "Noises of the source's path, taken in turn; fresh draws one for each step",
         unset="3 for a coupled, renoised edit; else 1",
     )
+    skip_share: float | None = _lock(
+        None,
+        "0..<1",
+        "Share of the steps to leave out at the start, rounded: the edit begins on the source's path",
+        unset="0.1 for a coupled edit; else 0",
+    )
     inversion_solver: str = _lock("euler", "euler|heun|midpoint|uni-inv", "Solver of the inverted ODE")
     zero_init_share: float = _lock(
         0.0, "0..1", "Share of the steps, the first ones, whose prediction is taken as 0 (CFG-Zero*)"
@@ -207,6 +213,13 @@ class LockConfig(NeighbourOptions):
         return 3 if self.coupled and self.source_path == "renoise" else 1
 
     @property
+    def skipped_share(self) -> float:
+        """Share of the steps, the first ones, that are left out."""
+        if self.skip_share is not None:
+            return self.skip_share
+        return 0.1 if self.coupled else 0.0
+
+    @property
     def stock_guidance(self) -> bool:
         """Whether guidance is plain classifier-free guidance at a constant scale."""
         return self.omega == "constant" and not self.s_star and self.zero_init_share == 0
@@ -246,7 +259,7 @@ class LockConfig(NeighbourOptions):
         """Plain values, for reports and manifests."""
         path = "coupled" if self.coupled else "free"
         chosen = {"s_star_region": self.projection_region, "edit_path": path, "source_noise": self.noises}
-        return asdict(self) | chosen
+        return asdict(self) | chosen | {"skip_share": self.skipped_share}
 
 
 @documented

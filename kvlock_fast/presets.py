@@ -17,9 +17,6 @@ class NeighbourOptions:
 
     method: str = _other("lock", "|".join(METHODS), "KV-Lock, or another method")
     family: str | None = _other(None, "TEXT", "Only family of models that the edit is for", what="a name", unset="any")
-    skip_share: float = _other(
-        0.0, "0..<1", "Share of the steps to leave out at the start, rounded: the edit begins on the source's path"
-    )
     source_guidance: float | None = _other(
         None, ">=0", "Guidance scale of the source's own runs", unset="none to invert; FlowEdit: --guidance"
     )

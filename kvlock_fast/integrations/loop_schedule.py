@@ -43,7 +43,8 @@ class LoopSchedule:
             raise InputError(f"edit_path {lock.edit_path!r}: only KVLockPipeline couples an edit to the source's path")
         if lock.source_noise not in (None, 1):
             raise InputError(f"source_noise {lock.source_noise!r}: a loop of your own draws the source's noise itself")
-        for name, value in lock.neighbour_values.items():
+        others = lock.neighbour_values | ({"skip_share": lock.skip_share} if lock.skip_share else {})
+        for name, value in others.items():
             raise InputError(
                 f"{name} is {value!r}, which only KVLockPipeline has: a loop of your own decides it itself"
             )

@@ -52,9 +52,9 @@ def rounded_steps(share: float, num_steps: int) -> int:
 
 def skipped_steps(lock: LockConfig, num_steps: int) -> int:
     """How many of the steps asked for are left out at the beginning. Raises InputError where none is left."""
-    skip = rounded_steps(lock.skip_share, num_steps)
+    skip = rounded_steps(lock.skipped_share, num_steps)
     if skip >= num_steps:
-        raise InputError(f"skip_share {lock.skip_share} leaves none of {num_steps} steps")
+        raise InputError(f"skip_share {lock.skipped_share} leaves none of {num_steps} steps")
     return skip
 
 

@@ -18,7 +18,7 @@ from kvlock_fast.scene import generator_of
 from tests.pipeline.test_pipeline import a_mask, a_video, call, unipc
 from tests.support.tiny import tiny_cogvideox, tiny_wan
 
-COUPLED = LockConfig(kappa=4, edit_path="coupled", source_noise=1)
+COUPLED = LockConfig(kappa=4, edit_path="coupled", source_noise=1, skip_share=0.0)
 NOTHING = {"prompt": "a red circle", "guidance_scale": 1.0}
 """The source's own prompt, unguided: nothing is to change."""
 

@@ -478,14 +478,19 @@ def test_bad_values(changes, said):
     assert str(caught.value).startswith(said)
 
 
-@pytest.mark.parametrize("changes", [*NEIGHBOURS, {"edit_path": "coupled"}, {"source_noise": 2}], ids=str)
+OUR_LOOP = {"edit_path": "coupled"}, {"source_noise": 2}, {"skip_share": 0.5}
+
+
+@pytest.mark.parametrize("changes", [*NEIGHBOURS, *OUR_LOOP], ids=str)
+    "changes", [*NEIGHBOURS, {"edit_path": "coupled"}, {"source_noise": 2}, {"skip_share": 0.5}], ids=str
+)
 def test_loops_of_other_people_refuse_them(changes):
     pipe, foreground = tiny_wan(), torch.tensor([True, False] * 9)
     asked = lock(changes) if isinstance(changes, str) else LockConfig(**changes)
     said = r"which only KVLockPipeline has|only KVLockPipeline (computes|couples)|draws the source's noise itself"
     with pytest.raises(InputError, match=said):
         kvf.attach(pipe.transformer, foreground, lock=asked, num_steps=4)
-    assert not lock("kvlock").neighbour_values and "skip_share" in lock("kv-edit").neighbour_values
+    assert not lock("kvlock").neighbour_values and "source_guidance" in lock("kv-edit").neighbour_values
 
 
 def test_the_command_line_takes_them(tmp_path, capsys):
