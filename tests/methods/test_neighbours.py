@@ -482,8 +482,6 @@ OUR_LOOP = {"edit_path": "coupled"}, {"source_noise": 2}, {"skip_share": 0.5}
 
 
 @pytest.mark.parametrize("changes", [*NEIGHBOURS, *OUR_LOOP], ids=str)
-    "changes", [*NEIGHBOURS, {"edit_path": "coupled"}, {"source_noise": 2}, {"skip_share": 0.5}], ids=str
-)
 def test_loops_of_other_people_refuse_them(changes):
     pipe, foreground = tiny_wan(), torch.tensor([True, False] * 9)
     asked = lock(changes) if isinstance(changes, str) else LockConfig(**changes)
