@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import kvlock_fast as kvf
 from kvlock_fast import pipeline
 from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.loop import solver
@@ -127,3 +128,8 @@ def test_an_interval_of_guidance_without_guidance_is_said():
 def test_other_intervals_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be two shares of the steps"):
         LockConfig(**{name: value})
+
+
+def test_a_guider_has_its_own_start_and_stop():
+    with pytest.raises(kvf.InputError, match="a guider's own start and stop say when it guides"):
+        kvf.KVLockGuidance(4.0, lock={"preset": "kvlock", "guidance_interval": (0.0, 0.5)})
