@@ -21,7 +21,7 @@ def config(tmp_path, tier, format="native", **more):
 
 @pytest.mark.parametrize(
     "lock",
-    ["paper", "kvlock", paper(tau="auto"), paper(layers=(0, 2), kappa=3)],
+    [paper(), "kvlock", paper(tau="auto"), paper(layers=(0, 2), kappa=3)],
 )
 @pytest.mark.parametrize("tier", TIERS)
 def test_native_is_lockstep(tmp_path, tier, lock):

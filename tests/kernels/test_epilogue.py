@@ -19,7 +19,7 @@ from kvlock_fast.kernels.guidance import cfg_projection_reference, guided_predic
 from kvlock_fast.kernels.language import HAS_TRITON
 from kvlock_fast.kernels.launch import recorded_launches
 from kvlock_fast.loop.epilogue import schedule_of
-from kvlock_fast.loop.schedule import Controller, VarianceWindow
+from kvlock_fast.loop.schedule import Controller, VarianceWindow, in_interval
 from kvlock_fast.loop.solver import Solver, solver_table
 
 EXAMPLES = settings().max_examples
@@ -308,15 +308,16 @@ def test_presets_take_the_controllers_and_the_schedulers_steps(preset, scheduler
     run = make_run(path=lock.background_latents == "source", steps=5)
     solver, tau = Solver(SCHEDULERS[scheduler](), run.steps, run.latents.device), torch.ones(1, device=DEVICE)
     controller = Controller(lock, run.steps, len(run.latents), run.foreground)
-    source = VarianceWindow(max(2, min(lock.variance_window, run.steps)), run.foreground)
+    source = VarianceWindow(max(2, min(lock.variance_window, run.steps)), run.foreground, lock.reduction)
     schedule = schedule_of(lock, run.steps, tau if lock.tau == "auto" else lock.tau)
     run = dataclasses.replace(run, table=solver_table(solver.scheduler), schedule=schedule)
     state, latents, inside = start(run), run.latents, run.foreground[:, None]
     for k in range(run.steps):
         alpha, omega, s = controller.alpha(k), controller.omega(k, run.omega0[k]), controller.ones
-        torch.testing.assert_close((state.alpha, state.omega), (alpha, omega), rtol=1e-3, atol=1e-5)
+        locks = in_interval(lock.lock_interval, run.steps, k)  # the epilogue's alpha is not read in other steps
+        torch.testing.assert_close((state.alpha * locks, state.omega), (alpha, omega), rtol=1e-3, atol=1e-5)
         variance, v = controller.no_variance, torch.zeros_like(latents)
-        if k >= lock.zero_init_steps:
+        if k >= run.schedule.zero_init_steps:
             cond, uncond = predictions(run, k)
             s = cfg_projection_reference(cond, uncond) if lock.s_star else s
             v = guided_prediction_reference(cond, uncond, omega, s)
