@@ -47,7 +47,7 @@ def test_what_lies_outside_the_intervals_is_not_run(tier, batching):
 
 
 def test_a_coupled_edit_still_has_the_sources_velocity():
-    out = call(tiny_wan(), lock=replace(STATIC, edit_path="coupled"), steps=STEPS)
+    out = call(tiny_wan(), lock=replace(STATIC, edit_path="coupled", skip_share=0.0), steps=STEPS)
     assert out.trace.forwards == STEPS + STEPS + GUIDED
 
 

@@ -177,7 +177,9 @@ def test_a_patch_of_one_latent():
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name not in NEIGHBOURS])
 def test_every_preset_edits(preset):
     pipe = tiny_wan()
-    out = call(pipe, lock=kvf.LockConfig.preset(preset, kappa=3, guidance_skip=False), steps=6, output="frames")
+    out = call(
+        pipe, lock=kvf.LockConfig.preset(preset, kappa=3, skip_share=0.0, guidance_skip=False), steps=6, output="frames"
+    )
     assert out.frames[0].shape == (FRAMES, HEIGHT, WIDTH, 3) and out.frames[0].dtype == np.uint8
     assert out.latents.isfinite().all() and len(out.trace.records) == 6
     rows = 3 * 2 + 3 * 3 if preset == "paper" else 6 * (3 if kvf.LockConfig.preset(preset).locks else 2)
