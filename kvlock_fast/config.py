@@ -35,7 +35,7 @@ class LockConfig(NeighbourOptions):
         None, "all|foreground", "Elements that s* is computed over", unset="as compute needs"
     )
     tau: float | str = _lock(
-        1.0, "auto|>0", "Variance at which locking saturates; auto takes it from the source's trajectory"
+        3.0, "auto|>0", "Variance at which locking saturates; auto takes it from the source's trajectory"
     )
     b: float = _lock(1.0, ">0", "Largest factor on the guidance scale")
     variance_window: int = _lock(10, ">=2", "Predictions that the variance looks back on (W)")

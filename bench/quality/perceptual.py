@@ -64,7 +64,7 @@ def learned_distance(path: Path) -> Distance:
 
 
 def features(frames: Tensor, weights: dict[str, Tensor]) -> list[Tensor]:
-    """What the five layers see of frames [N, 3, H, W] in -1..1, each of unit length over its channels."""
+    """Features of the five layers for frames [N, 3, H, W] in -1..1, each of unit length over its channels."""
     x = (frames - weights["scaling_layer.shift"]) / weights["scaling_layer.scale"]
     found = []
     for i, name in enumerate(CONVOLUTIONS):

@@ -134,7 +134,7 @@ class Subject:
     whole_captions: tuple[str, str] | None = None
 
     def clip_of(self, row: str) -> Clip | None:
-        """What a row edits; None where a row with captions of the whole clip would be the same as the one without."""
+        """Choose a row's clip; None where captions of the whole clip are the same as those of the region."""
         if row == base_of(row):
             return self.clip
         if self.whole_captions is None:

@@ -218,7 +218,7 @@ def subject_of(subjects: tuple[str, dict[str, Any]], number: int) -> Subject:
 
 @dataclass(frozen=True)
 class ClipDigests:
-    """What a case's rows edit; whole: by captions of the whole clip, where they are others."""
+    """Clips that a case's rows edit; whole: with captions of the whole clip, where they differ."""
 
     name: str
     region: str
@@ -227,7 +227,7 @@ class ClipDigests:
 
 @lru_cache(maxsize=4096)
 def _clip_digests(kind: str, arguments: str, number: int) -> ClipDigests:
-    """Of case `number`; arguments: JSON."""
+    """Digest of case `number`; arguments: JSON."""
     subject = subject_of((kind, json.loads(arguments)), number)
 
     def digest(clip: Clip) -> str:

@@ -31,7 +31,7 @@ class Target:
 
     @property
     def verdict(self) -> str:
-        """What is written of it: a missed one as missed."""
+        """The table's row of this target; a missed one is written as missed."""
         if self.reached is None:
             return "not measured"
         must, aim = self.met

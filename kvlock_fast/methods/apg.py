@@ -48,7 +48,7 @@ class ProjectedGuidance:
         self.total: Tensor | None = None
 
     def __call__(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """What to add to cond: both are clean latents [B, C, T, h, w] fp32, and scale is omega."""
+        """Compute the term added to cond. Both are clean latents [B, C, T, h, w] fp32; scale is omega."""
         difference = cond - uncond
         self.total = difference if self.total is None else difference + self.momentum * self.total
         size = self.total.square().mean((1, 2, 3, 4), keepdim=True).sqrt()

@@ -306,7 +306,7 @@ def test_flowedit_samples_to_the_end_where_all_steps_are_free():
 
 
 def test_tokenflow_of_one_frame_is_plain_attention():
-    """Of an image every token's nearest neighbour is itself."""
+    """Every token of an image is its own nearest neighbour."""
     video, mask = a_video(frames=1), a_mask(frames=1)
     shown = {"steps": STEPS, "video": video, "mask": mask}
     out = call(tiny_wan(), lock=lock("tokenflow", inject_share=0.0), **shown).latents
