@@ -63,7 +63,7 @@ PAPER: dict[str, Any] = {
 }
 """The paper's settings, where they differ from the default, in a first reading: what its ablations keep."""
 TO_THE_LETTER: dict[str, Any] = {**PAPER, "reduction": "mean", "warmup_alpha": 0.0}
-"""By two public notes on the paper: one mean of the foreground a step, and nothing is mixed before the last steps."""
+"""Preset `paper`, by two public notes: one mean of the foreground a step, nothing mixed before the last steps."""
 UNLOCKED: dict[str, Any] = {**PAPER, "alpha": 0.0, "omega": "constant", "s_star": False}
 
 NEIGHBOURS: dict[str, dict[str, Any]] = {

@@ -80,7 +80,7 @@ class Plan:
         return weights_of(str(WEIGHTS)) if belongs_to(WEIGHTS) == weights_of(self.model) else None
 
     def digests_of(self, number: int) -> dict[str, str]:
-        """By row, of all that decides its figures of a case; without the rows that the case is not for."""
+        """Digest by row of all that decides its figures of a case; rows that the case is not for are left out."""
         clips = _clip_digests(self.subjects[0], json.dumps(self.subjects[1], sort_keys=True), number)
         found = {}
         for row in self.locks:

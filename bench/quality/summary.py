@@ -92,9 +92,7 @@ def _with_columns(rows: dict[str, Figures], groups: dict[str, str]) -> dict[str,
 
 
 def by_captions(rows: dict[str, Figures]) -> dict[str, dict[str, dict[str, float]]]:
-    """By row that was also made with captions of the whole clip, and column: mean by captions of what the mask shows
-    (`region`), of the clip (`clip`), and the paired difference, region less clip.
-    """
+    """Means by captions of the masked region and of the whole clip, and their paired difference, by row and column."""
     found = {}
     for row, figures in rows.items():
         region = rows.get(base_of(row), {})
@@ -143,7 +141,7 @@ def _by_group(figures: Figures, groups: dict[str, str]) -> dict[str, dict[str, f
 
 
 def _rank(found: dict[str, dict[str, Any]]) -> None:
-    """By success, among equals by the whole frame's PSNR; where neither is known by the background's."""
+    """Rank rows by success, then by the whole frame's PSNR; where neither is known, by the background's."""
     ranked = [row for row, summary in found.items() if summary["ranked"]]
 
     def key(row: str) -> tuple[float, ...]:

@@ -36,7 +36,7 @@ def window_size(lock: LockConfig, num_steps: int) -> int:
 
 
 def predictions_to_wait_for(lock: LockConfig, num_steps: int) -> int:
-    """How many predictions there must be before the variance decides; a full window is enough."""
+    """Number of predictions before the variance decides; a full window is enough."""
     return min(lock.min_predictions, window_size(lock, num_steps))
 
 
@@ -51,7 +51,7 @@ def rounded_steps(share: float, num_steps: int) -> int:
 
 
 def skipped_steps(lock: LockConfig, num_steps: int) -> int:
-    """How many of the steps asked for are left out at the beginning. Raises InputError where none is left."""
+    """Number of the steps asked for that are left out at the beginning. Raises InputError where none is left."""
     skip = rounded_steps(lock.skipped_share, num_steps)
     if skip >= num_steps:
         raise InputError(f"skip_share {lock.skipped_share} leaves none of {num_steps} steps")
@@ -59,7 +59,7 @@ def skipped_steps(lock: LockConfig, num_steps: int) -> int:
 
 
 def zeroed_steps(lock: LockConfig, num_steps: int) -> int:
-    """How many steps, from the first on, take a prediction of 0; num_steps: those that are taken."""
+    """Number of steps, from the first on, that take a prediction of 0; num_steps: those that are taken."""
     return rounded_steps(lock.zero_init_share, num_steps)
 
 

@@ -18,12 +18,9 @@ from kvlock_fast.parameters import is_whole
 from kvlock_fast.settings import FEATHER, PASTE, PASTES
 
 REACH = 2.0
-"""Pixels of the edit in which a screened correction falls to 1/e: of 1, 1.4, 2, 2.8 and 4, the nearest to the true
-answers of 21 edits of the demo's world. Where the edit is enlarged to its source, so is the reach: by 4, 8 pixels are
-0.5 dB nearer to the true answers than 2.
+"""Pixels of the edit in which a screened correction falls to 1/e; enlarged with the edit, where its source is larger.
 
-By 42 edits (preset coupled, feather 1) hard, screened and harmonic leave a step of 14.1, 9.4 and 8.0 levels at the edge
-and 26.1, 26.3 and 25.8 dB of the true answer, and put the object's mean colour 0.0, 0.2 and 6.7 levels further off.
+`python -m bench.quality.pastes` measures the pastes (bench/results/pastes.json).
 """
 AT_ONCE = 8
 """Frames in fp32 at a time: copies of a whole clip would be the largest thing in memory."""

@@ -63,5 +63,5 @@ def _slopes(job: Job, k: int, latents: Tensor, inject: bool, time: Tensor | None
 
 
 def with_values_of_source(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor) -> Tensor:
-    """As `Mixer`: each row attends to the source's values by its own queries and keys."""
+    """Attend each row, by its own queries and keys, to the source's values."""
     return attend(q, k, v[:1])

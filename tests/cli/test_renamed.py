@@ -36,7 +36,7 @@ def test_old_options_are_refused_with_the_new_one(capsys, old, new):
 
 @pytest.mark.parametrize("old", REPLACED)
 def test_parameters_of_another_form_are_refused(tmp_path, capsys, old):
-    """In Python and in a manifest, which nobody rewrites."""
+    """An old name is refused in Python and in a manifest, which nobody rewrites."""
     new = REPLACED[old]
     with pytest.raises(TypeError, match=f"{old} is called {new} now"):
         LockConfig(**{old: 2})

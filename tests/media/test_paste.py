@@ -38,7 +38,7 @@ def some_mask(height, width, seed, share=0.6):
 
 @given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 2**32 - 1), st.sampled_from([None, 0.5, 4.0]))
 def test_corrections_solve_the_dense_equations(height, width, seed, reach):
-    """By the multigrid, of which a grid of 3 pixels is the coarsest here."""
+    """The multigrid solves it; a grid of 3 pixels is the coarsest here."""
     mask = some_mask(height, width, seed)
     difference = np.random.default_rng(seed).normal(0, 50, (height, width, 3))
     expected = by_hand(difference, mask, reach)
@@ -146,7 +146,7 @@ def test_an_edit_of_another_size_is_brought_to_the_sources():
 
 @given(st.integers(0, 5), st.integers(0, 3), st.integers(0, 2**32 - 1))
 def test_a_fade_rises_in_equal_steps_across_the_edge(feather, soft, seed):
-    """By brute force: inside by Chebyshev distance to the rest, outside by Euclidean distance to the mask."""
+    """Brute force: inside by Chebyshev distance to the rest, outside by Euclidean distance to the mask."""
     mask = np.random.default_rng(seed).random((1, 7, 9)) < 0.7
     weight = fade(mask, feather, soft)[0]
     marked, rest = np.argwhere(mask[0]), np.argwhere(~mask[0])

@@ -78,7 +78,7 @@ def test_apg_without_its_own_is_plain_guidance(make):
 
 
 def test_apg_guides_the_clean_latents():
-    """By hand in fp64: both branches' clean latents into diffusers' guider, and Euler's step from what comes out."""
+    """Both branches' clean latents go into diffusers' guider by hand, in fp64, and Euler steps from what comes out."""
     steps, scale = 4, 5.0
     ours = lock("apg", apg_norm=0.5)
     out = call(tiny_wan(), lock=ours, steps=steps, guidance_scale=scale, negative_prompt="a dog")
