@@ -62,7 +62,8 @@ class Steps:
     """The same edit for every contender: random weights, noise, texts, a mask over a fifth of the frame."""
 
     def __init__(self, shape: StepShape, device: torch.device, dtype: torch.dtype):
-        self.lock = LockConfig.preset("kvlock")
+        # A free edit in which every step is guided: the same forwards for every contender.
+        self.lock = LockConfig.preset("free-path", min_predictions=2, guidance_skip=False)
         extent = find_extent(find_model(shape.config), shape.frames, shape.size, shape.layers)
         config = transformer_config(shape.config, extent.model)
         self.subject = RandomSubject(config, extent, self.lock, CacheConfig(), device, dtype)

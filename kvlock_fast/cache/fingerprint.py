@@ -95,7 +95,7 @@ SOURCE_FACTS = {
     "size": "another length or working size",
     "video": "another video, or other frames of it",
     "source_prompt": "another source prompt",
-    "source_path": "another way to the source's latents (source_path, inversion_solver)",
+    "source_path": "another way to the source's latents (source_path, source_noise, inversion_solver)",
     "noise": "other noise",
 }
 """The facts that must be the same, each with what to say if it is not."""

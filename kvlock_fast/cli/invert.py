@@ -14,7 +14,7 @@ from kvlock_fast.settings import EditFiles
     *"source mask source_prompt model steps guidance seed size preset".split(),
     *"mask_threshold mask_invert mask_grow mask_feather mask_preview".split(),
     *"max_frames frames_policy dtype device alpha kappa warmup_alpha lock_interval layers".split(),
-    *"source_path inversion_solver".split(),
+    *"source_path edit_path source_noise skip_share inversion_solver".split(),
     *"cache_format cache_stride cache_steps processors json".split(),
     also={"cache_format": "--format", "cache_stride": "--stride", "cache_steps": "--store"},
 )

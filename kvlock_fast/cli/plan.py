@@ -12,7 +12,7 @@ from kvlock_fast.settings import PlanSettings
 @app.command()
 @takes(
     *declared(PlanSettings),
-    *"preset alpha kappa warmup_alpha lock_interval guidance_interval layers compute json".split(),
+    *"preset alpha kappa warmup_alpha lock_interval guidance_interval layers edit_path skip_share compute json".split(),
     optional=["model"],
     also={"cache_stride": "--step-stride"},
 )

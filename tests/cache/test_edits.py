@@ -58,7 +58,7 @@ def test_a_cache_that_is_there_is_read_in_a_lower_tier(tmp_path, monkeypatch):
     pipe = tiny_wan()
     kvf.KVLockPipeline(pipe).invert(
         a_video(), a_mask(), tmp_path / "c", source_prompt="a red circle", num_inference_steps=5,
-        generator=torch.Generator().manual_seed(1), cache=CacheConfig(format="int4"),
+        generator=torch.Generator().manual_seed(1), cache=CacheConfig(format="int4"), lock=paper(),
     )  # fmt: skip
     cache = CacheConfig(path=tmp_path / "c", tier="resident")
     expected = call(pipe, cache=cache).latents

@@ -55,7 +55,7 @@ def test_an_edit_from_files_to_files(clip, model, tmp_path, capsys):
     assert "warning: 6 frames padded to 9" in captured.err and "denoising" in captured.err
     assert str(tmp_path / "o.mp4") in captured.out and "a blue circle" in captured.out
     data = json.loads(trace.read_text(), parse_constant=pytest.fail)
-    assert data["samples"] == 1 and len(data["records"]) == 2 and data["settings"]["tau"] == 1.0
+    assert data["samples"] == 1 and len(data["records"]) == 2 and data["settings"]["tau"] == 3.0
     assert set(data["records"][0]) == {
         "step", "sample", "timestep", "sigma", "variance", "alpha", "omega", "s_star", "seconds", "tokens"
     }  # fmt: skip

@@ -69,7 +69,7 @@ def test_a_first_frame_that_is_held_stays(name):
     """To the bit, whatever the mask marks; a mask of nothing else is refused."""
     case = BY_NAME[name]
     pipe, model = case.make(), wrap_pipeline(case.make())
-    out = case.edit(pipe, lock=LockConfig.preset("kvlock", background_latents="model"))
+    out = case.edit(pipe, lock=LockConfig.preset("free-path", background_latents="model"))
     with torch.no_grad():
         clean = model.encode_video(torch.from_numpy(case.video()))
     assert torch.equal(out.latents[:, :, 0], clean[:, :, 0])

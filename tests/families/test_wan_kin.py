@@ -94,7 +94,7 @@ def test_a_kept_vace_source_serves_a_grown_mask(tmp_path):
     """What the source is shown does not hang on the mask."""
     case, pipe = BY_NAME["wan-vace"], kvf.KVLockPipeline.from_pipe(vace())
     more = {"source_prompt": SOURCE, "num_inference_steps": 3}
-    pipe.invert(case.video(), case.mask(), tmp_path, generator=torch.Generator().manual_seed(1), **more)
+    pipe.invert(case.video(), case.mask(), tmp_path, generator=torch.Generator().manual_seed(1), **more, lock=paper())
     grown = case.mask()
     grown[:, :, : case.size[2] // 2] = True
     more |= {"prompt": PROMPT, "negative_prompt": NEGATIVE, "output": "latent", "lock": paper()}

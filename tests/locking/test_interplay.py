@@ -12,7 +12,6 @@ from kvlock_fast.config import CacheConfig, LockConfig
 from kvlock_fast.locking.lock import Mode, TransformerLock
 from kvlock_fast.models.wan import WAN
 from tests.pipeline.test_pipeline import a_mask, a_video, call, stock
-from tests.support.locks import paper
 from tests.support.rounding import allowed, in_double
 from tests.support.tiny import tiny_wan, untouched
 
@@ -136,7 +135,7 @@ def test_offloading_after_the_pipeline_is_made(plain, tmp_path, way, rounding):
     OFFLOADED[way](pipe, tmp_path)
     out = ours(
         a_video(), a_mask(), source_prompt="a red circle", prompt="a blue circle", num_inference_steps=3,
-        generator=torch.Generator().manual_seed(1), lock=paper(), output="latent",
+        generator=torch.Generator().manual_seed(1), lock=LockConfig.preset("paper"), output="latent",
     )  # fmt: skip
     torch.testing.assert_close(out.latents, plain["lockstep"], rtol=0, atol=rounding)
 

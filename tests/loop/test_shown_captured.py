@@ -22,7 +22,7 @@ def edit(case, pipe, video, prompt=PROMPT):
     return pipe(
         video, case.mask(), source_prompt=SOURCE, prompt=prompt, negative_prompt=NEGATIVE, num_inference_steps=4,
         guidance_scale=3.0, generator=torch.Generator().manual_seed(3), output="latent",
-        lock=LockConfig.preset("kvlock", kappa=3),
+        lock=LockConfig.preset("kvlock", kappa=3, guidance_skip=False),  # which the host would wait for
     ).latents  # fmt: skip
 
 

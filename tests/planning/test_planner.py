@@ -656,7 +656,7 @@ EXAMPLE = "--config wan-1.3b --frames 81 --size 480x832 --mask-share 0.2 --steps
 
 def test_the_figures_as_json(capsys):
     machine = "--gpu-memory 80GB --host-memory 64GB --disk 900GB".split()
-    status, out, err = run(capsys, *EXAMPLE, *machine, "--json", "-")
+    status, out, err = run(capsys, *EXAMPLE, *machine, "--skip-share", "0", "--json", "-")
     data = json.loads(out, parse_constant=pytest.fail)
     assert status == 0 and err == ""
     assert (data["tokens"], data["text_tokens"], data["background_tokens"]) == (32760, 0, 26208)
@@ -696,10 +696,10 @@ def test_nothing_that_fits_is_an_answer_too(capsys):
 
 def test_lock_parameters_decide_what_is_stored(capsys):
     def stored(*more):
-        data = json.loads(run(capsys, *EXAMPLE, *more, "--json", "-")[1])
+        data = json.loads(run(capsys, *EXAMPLE, "--skip-share", "0", *more, "--json", "-")[1])
         return data["steps_locked"], data["steps_stored"]
 
-    assert stored() == (50, 50) and stored("--preset", "cfg") == (0, 0)
+    assert stored() == (50, 50) and stored("--skip-share", 0.1) == (45, 45) and stored("--preset", "cfg") == (0, 0)
     assert stored("--warmup-alpha", 0, "--kappa", 20) == (20, 20)
     assert stored("--warmup-alpha", 0, "--kappa", 60) == (47, 47)  # three predictions must exist
     assert stored("--cache-steps", "dynamic", "--kappa", 12) == (50, 12)
@@ -710,12 +710,13 @@ def test_lock_parameters_decide_what_is_stored(capsys):
 
 def test_steps_without_guidance_run_one_branch_less(capsys):
     whole, part = (
-        json.loads(run(capsys, *EXAMPLE, *more, "--json", "-")[1]) for more in ([], ["--guidance-interval", "0-0.4"])
+        json.loads(run(capsys, *EXAMPLE, "--skip-share", "0", *more, "--json", "-")[1])
+        for more in ([], ["--guidance-interval", "0-0.4"])
     )
     assert (whole["steps_guided"], part["steps_guided"]) == (50, 20)
     for before, after in zip(whole["tiers"], part["tiers"], strict=True):
         assert before["seconds"] - after["seconds"] == pytest.approx(30 * whole["forward_seconds"])
-    assert "guided (two branches) in 20 of 50 steps" in run(capsys, *EXAMPLE, "--guidance-interval", "0-0.4")[1]
+    assert "guided (two branches) in 18 of 45 steps" in run(capsys, *EXAMPLE, "--guidance-interval", "0-0.4")[1]
 
 
 def test_what_is_asked_for_reaches_the_plan(capsys):
