@@ -78,7 +78,7 @@ def by_parameter(
     for row, ((base, parameter, value), _) in points.items():
         if row in found:
             figures = {name: found[row][name] for name in ("cases", *COLUMNS) if name in found[row]}
-            own = f"{base} {parameter}={getattr(LockConfig.preset(base), parameter)}"
+            own = f"{base} {parameter}={LockConfig.preset(base).as_dict()[parameter]}"
             figures["difference"] = {} if row == own else differences(rows[row], rows.get(own, {}))
             sweeps.setdefault(base, {}).setdefault(parameter, []).append({"value": value, **figures})
     for parameters in sweeps.values():

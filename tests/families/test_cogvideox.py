@@ -323,7 +323,7 @@ def test_the_scheduler_of_the_larger_checkpoints(tmp_path):
 def test_a_cache_is_made_and_edited(tmp_path):
     pipe = kvf.KVLockPipeline.from_pipe(tiny_cogvideox("1.5"))
     arguments = {"source_prompt": "a red circle", "num_inference_steps": 5}
-    lock = LockConfig.preset("kvlock")
+    lock = LockConfig.preset("kvlock", guidance_skip=False)
     generator = torch.Generator().manual_seed(1)
     pipe.invert(a_video(), a_mask(), tmp_path / "cache", generator=generator, lock=lock, **arguments,
                 cache=CacheConfig(format="native"))  # fmt: skip

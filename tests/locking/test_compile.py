@@ -69,10 +69,11 @@ def test_blocks_without_a_lock_are_other_blocks(graphs):
 @pytest.mark.parametrize("kind", ["2b", "1.5"])
 def test_text_in_self_attention(graphs, kind):
     pipe = kvf.KVLockPipeline.from_pipe(tiny_cogvideox(kind, num_layers=12))
-    for changes in ({}, {"lock": paper(alpha=0.3)}):
-        torch.testing.assert_close(edit(pipe, **changes), edit(pipe, "off", **changes), rtol=1e-5, atol=1e-5)
+    every = kvf.LockConfig(guidance_skip=False)  # a step without its other branch has a graph of its own
+    for lock in (every, paper(alpha=0.3)):
+        torch.testing.assert_close(edit(pipe, lock=lock), edit(pipe, "off", lock=lock), rtol=1e-5, atol=1e-5)
     assert graphs() == 2, "of the first block, whose inputs are slices of one tensor, and of all others"
-    cache = {"cache": CacheConfig(tier="resident")}
+    cache = {"cache": CacheConfig(tier="resident"), "lock": every}
     torch.testing.assert_close(edit(pipe, **cache), edit(pipe, "off", **cache), rtol=1e-4, atol=1e-4)
     edit(pipe, **cache, prompt=["a dog", "a cat", "a circle"])
     edit(pipe, **cache, prompt=["a dog", "a cat"])
